@@ -1,0 +1,100 @@
+"""The KV cache: pages of keys and values, at two sizes.
+
+Layers with chunk-local attention (Llama 4's RoPE layers) never look behind their current chunk, so they keep one chunk:
+the key at position ``i`` lies in slot ``i % attention_chunk_size``, and the keys that a query may see fill the slots from
+0 up without a gap. All other layers keep everything: slot ``i`` is position ``i``. Both are addressed by page tables, one
+for each kind of layer: slot ``s`` of row ``b`` is token ``s % page_size`` of page ``table[b, s // page_size]``.
+
+New keys are attended before they are written (see ``model.attention``), which is what lets a step's tokens cross a chunk
+boundary although the ring behind it holds one chunk only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32
+
+from l4jax.config import ModelConfig
+
+PAGE_SIZE = 128
+"""Tokens in a page."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+    """One layer's keys and values, [pages, KV heads, page size, head dim] each."""
+
+    k_PKph: Float[Array, "P K p h"]
+    v_PKph: Float[Array, "P K p h"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PageTables:
+    """Which pages hold each row's slots, for the layers that keep everything and for the chunk-local ones."""
+
+    full_BW: Int32[Array, "B W"]
+    local_BW: Int32[Array, "B w"]
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheShape:
+    """Room for ``rows`` sequences of up to ``capacity`` tokens each."""
+
+    rows: int
+    capacity: int
+
+    def pages_per_row(self, config: ModelConfig, *, local: bool) -> int:
+        """Pages that one row needs in a chunk-local layer, or in one that keeps everything."""
+        slots = self.capacity
+        if local and config.attention_chunk_size is not None:
+            slots = min(slots, config.attention_chunk_size)
+        return -(-slots // PAGE_SIZE)
+
+    def identity_tables(self, config: ModelConfig, rows: Sequence[int]) -> PageTables:
+        """Page tables in which row ``rows[i]`` owns its own run of pages, in order."""
+
+        def table(local: bool) -> np.ndarray:
+            width = self.pages_per_row(config, local=local)
+            return np.asarray(rows, np.int32)[:, None] * np.int32(width) + np.arange(width, dtype=np.int32)[None, :]
+
+        return PageTables(jnp.asarray(table(False)), jnp.asarray(table(True)))
+
+    def layer_shapes(self, config: ModelConfig) -> list[tuple[int, int, int, int]]:
+        """Shape of each layer's key pool; the value pool has the same."""
+        pages = [self.rows * self.pages_per_row(config, local=is_local(config, i)) for i in range(config.num_layers)]
+        return [(n, config.num_kv_heads, PAGE_SIZE, config.head_dim) for n in pages]
+
+    def allocate(self, config: ModelConfig, dtype: jnp.dtype) -> tuple[LayerCache, ...]:
+        """An empty cache. Zeroed, because a masked key still meets its value: 0 x NaN would be NaN."""
+        return tuple(LayerCache(jnp.zeros(s, dtype), jnp.zeros(s, dtype)) for s in self.layer_shapes(config))
+
+
+def is_local(config: ModelConfig, layer: int) -> bool:
+    """True where the layer's attention is confined to chunks."""
+    return config.attention_chunk_size is not None and config.rope_layers[layer]
+
+
+def write(
+    cache: LayerCache,
+    k_BTKh: Float[Array, "B T K h"],
+    v_BTKh: Float[Array, "B T K h"],
+    pages_BW: Int32[Array, "B W"],
+    slot_BT: Int32[Array, "B T"],
+) -> LayerCache:
+    """Store new keys and values in their slots; a slot of -1 means that the token is not kept."""
+    page_BT = jnp.take_along_axis(pages_BW, jnp.maximum(slot_BT, 0) // PAGE_SIZE, axis=1)
+    # Past the last page: the scatter drops it.
+    page_BT = jnp.where(slot_BT >= 0, page_BT, cache.k_PKph.shape[0])
+    offset_BT = slot_BT % PAGE_SIZE
+
+    def put(pool_PKph: Array, new_BTKh: Array) -> Array:
+        return pool_PKph.at[page_BT, :, offset_BT, :].set(new_BTKh.astype(pool_PKph.dtype), mode="drop")
+
+    return LayerCache(put(cache.k_PKph, k_BTKh), put(cache.v_PKph, v_BTKh))

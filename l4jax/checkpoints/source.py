@@ -1,0 +1,58 @@
+"""What every checkpoint format gives the converter: a configuration, named tensors, and a recipe for each of our weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from l4jax.config import ModelConfig
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message is one line: what was given, what was expected, what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """A source tensor's shape and the dtype that :meth:`Source.read` returns it in."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How one of our weights is made: ``assemble`` of the arrays of ``keys``, in that order.
+
+    ``description`` says it in words for ``--dry-run`` ("q, k, v grouped by KV head; q, k rows to interleaved pairs").
+    """
+
+    keys: tuple[str, ...]
+    assemble: Callable[[Sequence[np.ndarray]], np.ndarray]
+    description: str
+
+
+class Source(Protocol):
+    """An opened checkpoint of some format. Opening it reads headers only."""
+
+    format: str
+    """"hf", "meta" or "gguf"."""
+    config: ModelConfig
+    tensors: Mapping[str, TensorInfo]
+    """Every tensor in the files, by its own name."""
+    ignored: frozenset[str]
+    """Names among ``tensors`` that carry no weight of ours by design (``rope.freqs``); all others must be used once."""
+    recipes: Mapping[str, Recipe]
+    """For each of our weights (``l4jax.model.weights.weight_specs``), and each vision weight kept as it is (``vision.*``)."""
+
+    def read(self, key: str) -> np.ndarray:
+        """One tensor's values, memory-mapped where the file allows, else read for this call only."""
+        ...
+
+    def write_text_files(self, directory: Path) -> list[str]:
+        """Copy or derive tokenizer and chat template (and licence files) into ``directory``; the names written."""
+        ...

@@ -1,0 +1,80 @@
+"""The decoder: embedding, layers, final norm and output head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int32
+
+from l4jax.cache import LayerCache, PageTables
+from l4jax.config import ModelConfig
+from l4jax.model.attention import Attention, StepInputs, step_inputs
+from l4jax.model.feed_forward import MixtureOfExperts, SwiGLU
+from l4jax.model.norm import RMSNorm
+from l4jax.model.weights import WeightSpec, declare
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-norm residual block: attention, then a dense or mixture-of-experts feed-forward."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(config, layer)
+        self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        has_experts = config.moe is not None and config.moe.moe_layers[layer]
+        if config.moe is not None and has_experts:
+            self.feed_forward: nnx.Module = MixtureOfExperts(config.hidden_size, config.moe)
+        else:
+            self.feed_forward = SwiGLU(config.hidden_size, config.intermediate_size)
+
+    def __call__(self, x_BTD: Float[Array, "B T D"], step: StepInputs, cache: LayerCache) -> tuple[Float[Array, "B T D"], LayerCache]:
+        with jax.named_scope("attention"):
+            attended_BTD, cache = self.attention(self.attention_norm(x_BTD), step, cache)
+        x_BTD = x_BTD + attended_BTD
+        with jax.named_scope("feed_forward"):
+            return x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD)), cache
+
+
+class Llama(nnx.Module):
+    """A Llama 3 or Llama 4 text decoder. Its weights are abstract until bound (see ``l4jax.programs``)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        V, D = config.vocab_size, config.hidden_size
+        self.config = config
+        self.embed = declare(WeightSpec((V, D), ("vocab", "embed")))
+        self.layers = nnx.List([DecoderLayer(config, i) for i in range(config.num_layers)])
+        self.norm = RMSNorm(D, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.head = declare(WeightSpec((V, D), ("vocab", "embed"), fan_in=D))
+
+    def __call__(
+        self,
+        token_BT: Int32[Array, "B T"],
+        start_B: Int32[Array, "B"],
+        new_B: Int32[Array, "B"],
+        cache: Sequence[LayerCache],
+        tables: PageTables,
+    ) -> tuple[Float[Array, "B T D"], tuple[LayerCache, ...]]:
+        """Hidden states after the final norm, and the cache with the new tokens' keys and values in it.
+
+        Row ``b`` has ``start_B[b]`` tokens in the cache and gets ``new_B[b]`` more, the first ones of ``token_BT[b]``;
+        the states of the padding after them mean nothing.
+        """
+        step = step_inputs(self.config, start_B, new_B, token_BT.shape[1], tables)
+        with jax.named_scope("embed"):
+            x_BTD = self.embed[...][token_BT]
+        written = []
+        for index, (layer, layer_cache) in enumerate(zip(self.layers, cache, strict=True)):
+            with jax.named_scope(f"layer_{index}"):
+                x_BTD, layer_cache = layer(x_BTD, step, layer_cache)
+                written.append(layer_cache)
+        return self.norm(x_BTD), tuple(written)
+
+    def logits(self, x_BTD: Float[Array, "*B D"]) -> Float32[Array, "*B V"]:
+        """Next-token logits of final hidden states, in float32."""
+        with jax.named_scope("head"):
+            table_VD = self.embed[...] if self.config.tie_word_embeddings else self.head[...]
+            return jnp.einsum("...d,vd->...v", x_BTD, table_VD, preferred_element_type=jnp.float32)

@@ -1,0 +1,53 @@
+"""Rotary position embedding in interleaved pairs, with Llama 3's frequency scaling."""
+
+from __future__ import annotations
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int32
+
+from l4jax.config import ModelConfig, RopeScaling
+
+
+def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
+    """Angular frequency of each pair, radians per position: ``theta ** (-2 i / head_dim)``, scaled as Llama 3.1 does.
+
+    With scaling, a wavelength above ``original / low_freq_factor`` is stretched by ``factor``, one below
+    ``original / high_freq_factor`` is kept, and those between are blended. Equal low and high factors (Llama 4 Scout)
+    leave nothing between. Returns float32 [head_dim / 2].
+    """
+    # Single precision throughout, as the reference does: the frequencies multiply positions up to ten million.
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    frequencies = (1.0 / (np.float32(theta) ** exponents)).astype(np.float32)
+    if scaling is None:
+        return frequencies
+    original = scaling.original_max_position_embeddings
+    wavelengths = 2 * math.pi / frequencies
+    stretched = frequencies / np.float32(scaling.factor)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    if high == low:
+        blended = frequencies
+    else:
+        keep = ((original / wavelengths - low) / (high - low)).astype(np.float32)
+        blended = (1 - keep) * stretched + keep * frequencies
+    result = np.where(wavelengths > original / low, stretched, np.where(wavelengths < original / high, frequencies, blended))
+    return result.astype(np.float32)
+
+
+def rotary_angles(config: ModelConfig, positions_BT: Int32[Array, "B T"]) -> tuple[Float32[Array, "B T i"], Float32[Array, "B T i"]]:
+    """Cosine and sine of every pair's angle at each absolute position, float32 [B, T, head_dim / 2]."""
+    frequencies = jnp.asarray(rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling))
+    angles = positions_BT.astype(jnp.float32)[:, :, None] * frequencies[None, None, :]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_BTKGh: Float[Array, "B T K G h"], angles: tuple[Float32[Array, "B T i"], Float32[Array, "B T i"]]) -> Float[Array, "B T K G h"]:
+    """Rotate the pairs (0, 1), (2, 3), ... of the last axis, in float32; returned in ``x``'s dtype."""
+    cos, sin = (a[:, :, None, None, :] for a in angles)
+    pairs = x_BTKGh.astype(jnp.float32).reshape(*x_BTKGh.shape[:-1], -1, 2)
+    even, odd = pairs[..., 0], pairs[..., 1]
+    cos, sin = jnp.broadcast_to(cos, even.shape), jnp.broadcast_to(sin, even.shape)
+    rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return rotated.reshape(x_BTKGh.shape).astype(x_BTKGh.dtype)

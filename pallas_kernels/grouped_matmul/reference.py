@@ -1,0 +1,48 @@
+"""Grouped matmul in plain JAX: a loop over blocks of rows that belong to one group.
+
+``jax.lax.ragged_dot`` is lowered densely on CPUs and NVIDIA GPUs (every group's matrix times every row), so it is not
+used. Here the work is that of the chosen groups, each group's rows rounded up to whole blocks.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+# Rows per block: enough to keep a matrix unit busy, few enough that rounding a group up wastes little.
+_MAX_BLOCK_ROWS = 128
+
+
+def grouped_matmul(
+    lhs_MK: Float[Array, "M K"], rhs_GKN: Float[Array, "G K N"], group_sizes_G: Int32[Array, "G"]
+) -> Float[Array, "M N"]:
+    """Row ``m`` of group ``g`` times ``rhs[g]``.
+
+    Rows are sorted by group: the first ``group_sizes[0]`` rows belong to group 0, and so on; the sizes add up to M. Any
+    imbalance is exact, one group holding every row included. Groups with no rows cost nothing.
+    Accumulates in float32 and returns ``lhs``'s dtype.
+    """
+    rows, groups = lhs_MK.shape[0], rhs_GKN.shape[0]
+    block = min(rows, _MAX_BLOCK_ROWS, max(8, _next_power_of_two(rows // groups)))
+    ends_G = jnp.cumsum(group_sizes_G)
+    starts_G = ends_G - group_sizes_G
+    blocks_end_G = jnp.cumsum((group_sizes_G + block - 1) // block)
+
+    def multiply_block(index: Array, out_MN: Array) -> Array:
+        group = jnp.searchsorted(blocks_end_G, index, side="right").astype(jnp.int32)
+        first_block = jnp.where(group > 0, blocks_end_G[group - 1], 0)
+        row = starts_G[group] + (index - first_block) * block
+        lhs_bK = jax.lax.dynamic_slice_in_dim(padded_MK, row, block)
+        product_bN = jnp.einsum("bk,kn->bn", lhs_bK, rhs_GKN[group], preferred_element_type=jnp.float32)
+        # A block may run past its group's last row: what it writes there is replaced when the next group's turn comes.
+        return jax.lax.dynamic_update_slice_in_dim(out_MN, product_bN.astype(lhs_MK.dtype), row, 0)
+
+    padded_MK = jnp.pad(lhs_MK, ((0, block), (0, 0)))
+    out_MN = jnp.zeros((rows + block, rhs_GKN.shape[2]), lhs_MK.dtype)
+    return jax.lax.fori_loop(0, blocks_end_G[-1], multiply_block, out_MN)[:rows]
+
+
+def _next_power_of_two(n: int) -> int:
+    """Smallest power of two that is at least ``n``."""
+    return 1 << max(n - 1, 0).bit_length()

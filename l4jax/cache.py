@@ -58,13 +58,13 @@ class CacheShape:
         return -(-slots // PAGE_SIZE)
 
     def identity_tables(self, config: ModelConfig, rows: Sequence[int]) -> PageTables:
-        """Page tables in which row ``rows[i]`` owns its own run of pages, in order."""
+        """Page tables (host arrays) in which row ``rows[i]`` owns its own run of pages, in order."""
 
         def table(local: bool) -> np.ndarray:
             width = self.pages_per_row(config, local=local)
             return np.asarray(rows, np.int32)[:, None] * np.int32(width) + np.arange(width, dtype=np.int32)[None, :]
 
-        return PageTables(jnp.asarray(table(False)), jnp.asarray(table(True)))
+        return PageTables(table(False), table(True))
 
     def layer_shapes(self, config: ModelConfig) -> list[tuple[int, int, int, int]]:
         """Shape of each layer's key pool; the value pool has the same."""

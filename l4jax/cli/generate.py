@@ -1,0 +1,60 @@
+"""``l4jax generate``: continue a prompt, or answer it in the model's chat format."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command and its options."""
+    parser = subparsers.add_parser("generate", help="continue a prompt, or answer it with --chat", description=__doc__)
+    parser.add_argument("checkpoint", help="a folder made by l4jax convert")
+    parser.add_argument("-p", "--prompt", required=True, help="text to continue; - reads it from standard input")
+    parser.add_argument("--chat", action="store_true", help="put the prompt in the model's chat format, as a user's message")
+    parser.add_argument("--system", help="with --chat: a system message before it")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="hold weights and cache in this (default: as stored)")
+    parser.add_argument("--max-tokens", type=int, default=256)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--min-p", type=float, default=0.0)
+    parser.add_argument("--repetition-penalty", type=float, default=1.0)
+    parser.add_argument("--presence-penalty", type=float, default=0.0)
+    parser.add_argument("--frequency-penalty", type=float, default=0.0)
+    parser.add_argument("--stop", action="append", default=[], help="end before this text; may be given several times")
+    parser.add_argument("--stop-token-id", type=int, action="append", default=[], dest="stop_token_ids", help="end at this token id; may be given several times")
+    parser.add_argument("--ignore-eos", action="store_true", help="go on past the model's end tokens")
+    parser.add_argument("--seed", type=int, help="reproduce a sampled answer")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the text as it is generated on standard output, and the speed on standard error."""
+    import l4jax
+
+    if args.system is not None and not args.chat:
+        raise ValueError("--system needs --chat; without it the prompt is continued as it is")
+    names = {field.name for field in dataclasses.fields(l4jax.SamplingParams)}
+    params = l4jax.SamplingParams(**{name: value for name, value in vars(args).items() if name in names})
+    llm = l4jax.load(args.checkpoint, dtype=args.dtype, max_batch=1)
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    if args.chat:
+        system = [] if args.system is None else [{"role": "system", "content": args.system}]
+        stream = llm.stream_chat([*system, {"role": "user", "content": prompt}], params)
+    else:
+        stream = llm.stream(prompt, params)
+    for text in stream:
+        print(text, end="", flush=True)
+    print(flush=True)
+    completion = stream.completion
+    assert completion is not None
+    stats = completion.stats
+    print(
+        f"{stats.prompt_tokens} prompt tokens, first token after {stats.first_token_seconds:.2f} s; "
+        f"{stats.output_tokens} tokens, {stats.decode_tokens_per_second:.1f} tokens/s; "
+        f"finished by {completion.finish_reason}, seed {completion.seed}",
+        file=sys.stderr,
+    )
+    return 0

@@ -1,0 +1,93 @@
+"""The plain decode loop: one token a step for every row, many steps a dispatch, nothing read back between them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int32
+
+from l4jax.cache import LayerCache, PageTables
+from l4jax.decoding.sampling import Logprobs, SamplingFeatures, SamplingRows, TokenCounts, empty_logprobs, sample
+from l4jax.model.llama import Llama
+
+BURST = 32
+"""Most tokens of a row that one dispatch produces, and so the most that wait to be streamed."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """What a decode step carries on. ``token_B`` has been given out but is not in the cache yet.
+
+    ``length_B``: tokens in the cache. ``produced_B``: tokens given out so far. ``counts`` is None unless logits are adjusted.
+    """
+
+    cache: tuple[LayerCache, ...]
+    token_B: Int32[Array, "B"]
+    length_B: Int32[Array, "B"]
+    produced_B: Int32[Array, "B"]
+    done_B: Bool[Array, "B"]
+    counts: TokenCounts | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeTokens:
+    """What one dispatch produced: [steps, B], with -1 where a row had finished; only the first ``steps`` entries mean anything."""
+
+    token_SB: Int32[Array, "S B"]
+    logprobs: Logprobs | None
+    steps: Int32[Array, ""]
+    done_B: Bool[Array, "B"]
+
+
+def is_final(token_B: Int32[Array, "B"], produced_B: Int32[Array, "B"], rows: SamplingRows) -> Bool[Array, "B"]:
+    """True where this token, the ``produced_B``-th of its row, is the row's last."""
+    return jnp.any(token_B[:, None] == rows.stop_BN, axis=-1) | (produced_B >= rows.max_tokens_B)
+
+
+def count_token(counts: TokenCounts, token_B: Int32[Array, "B"], active_B: Bool[Array, "B"]) -> TokenCounts:
+    """The counts with one more output token in the active rows."""
+    row_B = jnp.arange(token_B.shape[0], dtype=jnp.int32)
+    return dataclasses.replace(counts, output_BV=counts.output_BV.at[row_B, token_B].add(active_B.astype(jnp.int32)))
+
+
+def decode_tokens(
+    model: Llama, state: DecodeState, tables: PageTables, rows: SamplingRows, steps: Int32[Array, ""], features: SamplingFeatures
+) -> tuple[DecodeState, DecodeTokens]:
+    """Decode until ``steps`` tokens (at most BURST) are out or every row has finished."""
+
+    def unfinished(carry: tuple[DecodeState, DecodeTokens]) -> Array:
+        state, out = carry
+        return (out.steps < jnp.minimum(steps, BURST)) & ~jnp.all(state.done_B)
+
+    def step(carry: tuple[DecodeState, DecodeTokens]) -> tuple[DecodeState, DecodeTokens]:
+        state, out = carry
+        active_B = ~state.done_B
+        active_1B = active_B.astype(jnp.int32)
+        x_BTD, cache = model(state.token_B[:, None], state.length_B, active_1B, state.cache, tables)
+        token_B, logprobs = sample(model.logits(x_BTD[:, 0]), rows, state.counts, state.produced_B, features)
+        token_B = jnp.where(active_B, token_B, state.token_B)
+        produced_B = state.produced_B + active_1B
+
+        def record(buffer: Array, value: Array) -> Array:
+            return jax.lax.dynamic_update_index_in_dim(buffer, value, out.steps, 0)
+
+        out = DecodeTokens(
+            token_SB=record(out.token_SB, jnp.where(active_B, token_B, -1)),
+            logprobs=jax.tree.map(record, out.logprobs, logprobs),
+            steps=out.steps + 1,
+            done_B=state.done_B | is_final(token_B, produced_B, rows),
+        )
+        counts = None if state.counts is None else count_token(state.counts, token_B, active_B)
+        return DecodeState(cache, token_B, state.length_B + active_1B, produced_B, out.done_B, counts), out
+
+    return jax.lax.while_loop(unfinished, step, (state, _no_tokens(state, model.config.vocab_size, features)))
+
+
+def _no_tokens(state: DecodeState, vocab_size: int, features: SamplingFeatures) -> DecodeTokens:
+    B = state.token_B.shape[0]
+    logprobs = empty_logprobs((BURST, B), vocab_size) if features.logprobs else None
+    return DecodeTokens(jnp.full((BURST, B), -1, jnp.int32), logprobs, jnp.int32(0), state.done_B)

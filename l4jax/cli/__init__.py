@@ -1,6 +1,8 @@
-"""The ``l4jax`` command. Each subcommand is a module of this package with ``register`` and ``run``.
+"""The ``l4jax`` command.
 
-A command's module imports the rest of l4jax inside ``run``, so that ``l4jax --help`` does not wait for JAX.
+Each subcommand is a module of this package. Its ``register`` declares the arguments and makes ``run`` the parser's default of that
+name; ``run`` takes the parsed arguments and returns the exit status. It is in ``run`` that the rest of l4jax is imported, so that
+``l4jax --help`` does not wait for JAX.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         importlib.import_module(f"l4jax.cli.{command}").register(subparsers)
     arguments = parser.parse_args(argv)
     try:
-        importlib.import_module(f"l4jax.cli.{arguments.command}").run(arguments)
+        status: int = arguments.run(arguments)
         sys.stdout.flush()
     except BrokenPipeError:
         # Python flushes stdout once more when it exits, which must not fail again.
@@ -44,4 +46,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("l4jax: interrupted", file=sys.stderr)
         return 130
-    return 0
+    return status

@@ -19,9 +19,10 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("-p", "--prompt", default=QUESTION, help="what to ask (default: %(default)s)")
     parser.add_argument("--max-tokens", type=int, default=256, help="longest answer, in tokens (default: %(default)s)")
+    parser.set_defaults(run=run)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> int:
     """Stream the answer, then say how fast it came."""
     from l4jax import SamplingParams, load
     from l4jax.cli import STARTED
@@ -30,8 +31,9 @@ def run(arguments: argparse.Namespace) -> None:
     if not arguments.prompt.strip():
         raise ValueError("the prompt is empty; expected a question")
     params = SamplingParams(max_tokens=arguments.max_tokens, temperature=0.0)
-    llm = load(ensure_checkpoint())
+    checkpoint = ensure_checkpoint()
     print(f"> {arguments.prompt}\n", flush=True)
+    llm = load(checkpoint)
     stream = llm.stream_chat([{"role": "user", "content": arguments.prompt}], params)
     first_seconds = None
     for piece in stream:
@@ -48,3 +50,4 @@ def run(arguments: argparse.Namespace) -> None:
         f"peak memory {peak_bytes / 1e9:.2f} GB",
     ]
     print("\n".join(lines))
+    return 0

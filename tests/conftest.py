@@ -1,0 +1,35 @@
+"""Strict JAX, and the one real model that tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before JAX is imported anywhere: what the tests check must not depend on the machine's accelerator.
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import hypothesis
+import jax
+import pytest
+
+from l4jax.paths import cache_root
+from l4jax.smollm2 import ensure_checkpoint, fetch
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+hypothesis.settings.register_profile("default", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct as a GGUF file (98 MB, Q4_1), in the user's cache; downloaded the first time."""
+    return fetch(cache_root())
+
+
+@pytest.fixture(scope="session")
+def smollm2_checkpoint() -> Path:
+    """SmolLM2-135M-Instruct converted, in the user's cache: what ``l4jax demo`` runs."""
+    return ensure_checkpoint()

@@ -1,0 +1,89 @@
+"""Norm, rotation, temperature and experts against equations written out in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from l4jax.config import MoEConfig, RopeScaling
+from l4jax.model.attention import attention_temperature
+from l4jax.model.feed_forward import MixtureOfExperts
+from l4jax.model.norm import rms_normalize
+from l4jax.model.rotary import rotary_angles, rotary_frequencies, rotate
+from l4jax.model.weights import BoundModel, random_weights
+from tests.tiny import scout_like
+
+
+def test_rms_norm_divides_by_the_mean_not_the_sum():
+    x = np.array([[3.0, 4.0]], np.float32)
+    np.testing.assert_allclose(rms_normalize(x, 0.0), x / np.sqrt(12.5), rtol=1e-6)
+
+
+def test_rms_norm_of_bfloat16_is_computed_in_float32():
+    x = jnp.full((1, 4096), 1.0 + 2**-7, jnp.bfloat16)
+    assert rms_normalize(x, 0.0).dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(rms_normalize(x, 0.0), np.float32), 1.0)
+
+
+def test_rotation_turns_interleaved_pairs_as_complex_numbers():
+    config = scout_like(rope_scaling=None)
+    position = np.array([[0, 1, 200]], np.int32)
+    x = np.random.default_rng(0).normal(size=(1, 3, 1, 1, 8)).astype(np.float32)
+    frequency = 10000.0 ** (-np.arange(0, 8, 2) / 8)
+    turned = x.astype(np.float64).view(np.complex128) * np.exp(1j * position[0][None, :, None, None, None] * frequency)
+    np.testing.assert_allclose(rotate(x, rotary_angles(config, position)), turned.view(np.float64), rtol=1e-4, atol=1e-4)
+
+
+def test_scout_scaling_divides_exactly_the_last_29_of_64_frequencies():
+    plain = rotary_frequencies(128, 500000.0, None)
+    scaling = RopeScaling(factor=16.0, low_freq_factor=1.0, high_freq_factor=1.0, original_max_position_embeddings=8192)
+    scaled = rotary_frequencies(128, 500000.0, scaling)
+    np.testing.assert_array_equal(scaled[:35], plain[:35])
+    np.testing.assert_allclose(scaled[35:], plain[35:] / 16, rtol=1e-6)
+
+
+def test_llama3_scaling_blends_between_its_bounds():
+    plain = rotary_frequencies(128, 500000.0, None).astype(np.float64)
+    scaling = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+    wavelength = 2 * np.pi / plain
+    smooth = np.clip((8192 / wavelength - 1) / 3, 0, 1)
+    expected = (1 - smooth) * plain / 8 + smooth * plain
+    np.testing.assert_allclose(rotary_frequencies(128, 500000.0, scaling), expected, rtol=1e-6)
+    assert ((smooth > 0) & (smooth < 1)).any()
+
+
+@pytest.mark.parametrize(
+    ("position", "scale"),
+    [(0, 1.0), (8190, 1.0), (8191, 1.0 + 0.1 * np.log(2)), (131071, 1.0 + 0.1 * np.log(17)), (10485759, 1.0 + 0.1 * np.log(1281))],
+)
+def test_attention_temperature_at_bucket_edges(position, scale):
+    config = scout_like(floor_scale=8192)
+    np.testing.assert_allclose(attention_temperature(config, jnp.array([[position]], jnp.int32))[0, 0], scale, rtol=1e-6)
+
+
+def moe_reference(weights, x):
+    """Every expert on every token in float64, the chosen one picked afterwards."""
+    w = {name: np.asarray(value, np.float64) for name, value in weights.items()}
+    silu = lambda a: a / (1 + np.exp(-a))
+    router = x @ w["router"].T
+    chosen = router.argmax(-1)
+    scored = x / (1 + np.exp(-router.max(-1, keepdims=True)))
+    gate_up = np.einsum("md,edcf->emcf", scored, w["experts_gate_up"])
+    routed = np.einsum("emf,efd->emd", silu(gate_up[:, :, 0]) * gate_up[:, :, 1], w["experts_down"])[chosen, np.arange(len(x))]
+    shared = np.einsum("md,cfd->mcf", x, w["shared.gate_up"])
+    return routed + (silu(shared[:, 0]) * shared[:, 1]) @ w["shared.down"].T
+
+
+@pytest.mark.parametrize("one_expert", [False, True])
+@pytest.mark.parametrize("tokens", [1, 7, 300])
+def test_experts_equal_the_dense_formula(tokens, one_expert):
+    module = MixtureOfExperts(16, MoEConfig(num_experts=4, intermediate_size=24, moe_layers=(True,)))
+    weights = random_weights(module, jax.random.key(3), jnp.dtype(jnp.float32))
+    x = np.random.default_rng(1).normal(size=(1, tokens, 16)).astype(np.float32)
+    if one_expert:
+        x[..., 0] = 10.0
+        weights["router"] = weights["router"].at[:, 0].set(jnp.array([0, 0, 5, 0], jnp.float32))
+    bound = BoundModel(module)
+    out = jax.jit(lambda leaves, x: bound.bind(leaves)(x))(bound.leaves(weights), x)
+    expected = moe_reference(weights, x[0].astype(np.float64))
+    np.testing.assert_allclose(out[0], expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())

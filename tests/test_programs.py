@@ -1,0 +1,86 @@
+"""Facts of the compiled programs: what is donated, what is allocated, and that nothing is compiled twice."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from l4jax import LLM, SamplingParams
+from l4jax.cache import PAGE_SIZE, CacheShape
+from l4jax.decoding.generate import DecodeState
+from l4jax.decoding.sampling import batch_features, sampling_rows
+from l4jax.model.llama import Llama
+from l4jax.model.weights import weight_specs
+from l4jax.programs import Programs
+from tests.tiny import llama3_like, maverick_like, prompts, scout_like, weights
+
+
+def decode_memory(config, pages_per_row):
+    """(bytes of the cache, XLA's memory analysis of the decode program) for four rows of this many pages."""
+    B, shape = 4, CacheShape(rows=4, capacity=pages_per_row * PAGE_SIZE)
+    programs = Programs(config)
+    leaves = tuple(jax.ShapeDtypeStruct(spec.shape, jnp.float32) for spec in weight_specs(Llama(config)).values())
+    params = [SamplingParams()] * B
+    cache = jax.eval_shape(lambda: shape.allocate(config, jnp.dtype(jnp.float32)))
+    ints = jax.ShapeDtypeStruct((B,), jnp.int32)
+    state = DecodeState(cache, ints, ints, ints, jax.ShapeDtypeStruct((B,), jnp.bool_), None)
+    rows = sampling_rows(params, [0] * B, [[]] * B, config.vocab_size)
+    tables = shape.identity_tables(config, range(B))
+    compiled = programs.decode.lower(leaves, state, tables, rows, np.int32(8), features=batch_features(params)).compile()
+    return sum(leaf.size * 4 for leaf in jax.tree.leaves(cache)), compiled.memory_analysis()
+
+
+@pytest.mark.parametrize("config", [scout_like(), maverick_like(), llama3_like()], ids=["scout", "maverick", "llama3"])
+def test_decode_donates_the_cache_and_makes_no_second_copy(config):
+    small_cache, small = decode_memory(config, 8)
+    large_cache, large = decode_memory(config, 64)
+    assert small.alias_size_in_bytes >= small_cache
+    assert large.alias_size_in_bytes >= large_cache
+    # Eight times the cache, the same temporaries (but for the page table that the loop carries): nothing is copied.
+    assert large.temp_size_in_bytes - small.temp_size_in_bytes < 0.01 * (large_cache - small_cache)
+
+
+def test_chunk_local_layers_hold_one_chunk():
+    config = scout_like(attention_chunk_size=256)
+    shapes = CacheShape(rows=2, capacity=100_000).layer_shapes(config)
+    tokens = [pages * PAGE_SIZE for pages, *_ in shapes]
+    assert tokens[:3] == [2 * 256] * 3
+    assert 2 * 100_000 <= tokens[3] < 2 * (100_000 + PAGE_SIZE)
+
+
+@contextlib.contextmanager
+def count_compilations():
+    """A list that grows by one for every program that XLA compiles."""
+    compiled: list[str] = []
+
+    def listen(event: str, duration: float, **_) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_nothing_compiles_after_warm_up():
+    config = scout_like()
+    with count_compilations() as compiled:
+        llm = LLM(config, weights(config), max_batch=4, prefill_lengths=(8, 32))
+        llm.warmup(max_length=config.max_position_embeddings)
+        assert compiled  # the counter counts
+        compiled.clear()
+        rng = np.random.default_rng(0)
+        served = 0
+        while served < 200:
+            size = int(rng.integers(1, 7))
+            params = [
+                SamplingParams(max_tokens=int(rng.integers(1, 9)), temperature=float(rng.choice([0.0, 0.8])), top_k=int(rng.integers(0, 5)), seed=1)
+                for _ in range(size)
+            ]
+            completions = llm.generate(prompts(config, tuple(rng.integers(1, 200, size)), seed=served), params)
+            served += len(completions)
+        assert compiled == []

@@ -1,0 +1,79 @@
+"""Tiny random models that have every feature of the real ones, for tests that need a model but no reference."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from l4jax.config import ModelConfig, MoEConfig, RopeScaling
+from l4jax.model.llama import Llama
+from l4jax.model.weights import random_weights
+
+
+def scout_like(**changes: Any) -> ModelConfig:
+    """Every layer MoE, QK-norm, frequency scaling, chunks of 8, NoPE every fourth layer."""
+    config = ModelConfig(
+        architecture="llama4",
+        vocab_size=64,
+        hidden_size=32,
+        num_layers=4,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        intermediate_size=64,
+        max_position_embeddings=256,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        rope_scaling=RopeScaling(factor=16.0, low_freq_factor=1.0, high_freq_factor=1.0, original_max_position_embeddings=64),
+        rope_layers=(True, True, True, False),
+        attention_chunk_size=8,
+        use_qk_norm=True,
+        attn_temperature_tuning=True,
+        floor_scale=8,
+        attn_scale=0.1,
+        tie_word_embeddings=False,
+        moe=MoEConfig(num_experts=4, intermediate_size=48, moe_layers=(True,) * 4),
+        vision=None,
+        bos_token_id=None,
+        eos_token_ids=(),
+        pad_token_id=None,
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def maverick_like(**changes: Any) -> ModelConfig:
+    """MoE every second layer, no QK-norm, no frequency scaling."""
+    moe = MoEConfig(num_experts=8, intermediate_size=48, moe_layers=(False, True, False, True))
+    return dataclasses.replace(scout_like(moe=moe, use_qk_norm=False, rope_scaling=None), **changes)
+
+
+def llama3_like(**changes: Any) -> ModelConfig:
+    """Dense, rotary everywhere, plain causal attention, tied embeddings."""
+    return dataclasses.replace(
+        scout_like(
+            architecture="llama",
+            rope_scaling=RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64),
+            rope_layers=(True,) * 4,
+            attention_chunk_size=None,
+            use_qk_norm=False,
+            attn_temperature_tuning=False,
+            tie_word_embeddings=True,
+            moe=None,
+        ),
+        **changes,
+    )
+
+
+def weights(config: ModelConfig, seed: int = 0, dtype: jnp.dtype | None = None) -> dict[str, jax.Array]:
+    """Random weights for a tiny model, float32 unless said otherwise."""
+    return random_weights(Llama(config), jax.random.key(seed), dtype or jnp.dtype(jnp.float32))
+
+
+def prompts(config: ModelConfig, lengths: tuple[int, ...], seed: int = 0) -> list[list[int]]:
+    """Random prompts of these lengths."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, config.vocab_size, n).tolist() for n in lengths]

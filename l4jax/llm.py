@@ -98,12 +98,17 @@ class LLM:
         self.tokenizer = tokenizer
         self.chat_format = chat_format
         self.max_batch = max_batch
-        self._runner = Runner(config, weights, prefill_lengths=prefill_lengths)
+        self.runner = Runner(config, weights, prefill_lengths=prefill_lengths)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights on the device."""
+        return self.runner.weight_bytes
 
     def logits(self, prompts: Sequence[Prompt]) -> list[np.ndarray]:
         """Next-token logits at every position of each prompt: float32 [T, vocab_size] each."""
         encoded = [self._encode(p) for p in prompts]
-        return [logits for group in _groups(encoded, self.max_batch) for logits in self._runner.logits(group)]
+        return [logits for group in _groups(encoded, self.max_batch) for logits in self.runner.logits(group)]
 
     def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None) -> list[Completion]:
         """Continue each prompt (text or token ids). One ``params`` serves all prompts, or there is one for each."""
@@ -140,14 +145,14 @@ class LLM:
         Covers greedy and sampled requests; penalties, biases and logprobs compile on first use.
         """
         max_batch = max_batch or self.max_batch
-        self._runner.reserve(max_batch, max_length)
-        sizes = sorted({self._runner.row_bucket(n) for n in range(1, max_batch + 1)})
+        self.runner.reserve(max_batch, max_length)
+        sizes = sorted({self.runner.row_bucket(n) for n in range(1, max_batch + 1)})
         for temperature in (0.0, 1.0):
             params = SamplingParams(max_tokens=2, temperature=temperature, seed=0, ignore_eos=True)
             for rows in sizes:
-                for length in self._runner.prefill_lengths:
+                for length in self.runner.prefill_lengths:
                     prompt = [0] * min(length, max_length - 2)
-                    self._runner.start([Request(prompt, params, 0, ())] * min(rows, max_batch)).run_to_end()
+                    self.runner.start([Request(prompt, params, 0, ())] * min(rows, max_batch)).run_to_end()
 
     def _stream(self, token_ids: list[int], params: SamplingParams | None) -> Stream:
         if self.tokenizer is None:
@@ -207,7 +212,7 @@ class _Run:
     def bursts(self, steps: Callable[[int], int]) -> Iterator[list[str]]:
         """Run to the end; after each burst, the new text of every row. ``steps(i)``: tokens in the i-th burst at most."""
         started = time.perf_counter()
-        batch = self._llm._runner.start(self._requests)
+        batch = self._llm.runner.start(self._requests)
         burst = 0
         while True:
             new = batch.step(steps(burst - 1) if burst else 1)

@@ -80,6 +80,11 @@ class Runner:
         """What the resident cache has room for."""
         return self._shape
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights on the device."""
+        return sum(leaf.nbytes for leaf in self._leaves)
+
     def row_bucket(self, rows: int) -> int:
         """Rows that a program for this many sequences is compiled with: the next power of two."""
         # XLA's CPU backend widens a whole bfloat16 matrix to multiply one row, and uses native kernels from two rows on.

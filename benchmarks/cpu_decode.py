@@ -1,0 +1,86 @@
+"""SmolLM2 on the CPU: l4jax beside transformers and llama.cpp, taking turns on one machine.
+
+    python benchmarks/cpu_decode.py CHECKPOINT
+        [--transformers PYTHON HF_FOLDER] [--llama-cpp PYTHON GGUF [GGUF ...]]
+
+CHECKPOINT is a folder made by ``l4jax convert``. Each peer needs a Python interpreter that has it installed: torch and
+transformers with the model as a Hugging Face folder; llama-cpp-python with GGUF files (flash attention is off: on CPUs
+llama.cpp is faster so). Every system is loaded once in a process of its own, warmed up, then all take turns for
+``--repetitions`` rounds, so that a slow minute of a shared machine hits all of them.
+
+Printed for each: the median, lowest and highest tokens/s of prefill and decode, and GB/s of weights read while decoding
+(weight bytes times steps per second: what a memory-bound decode is limited by).
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent / "peers"))
+from worker import Repetition, Worker
+
+PEERS = Path(__file__).parent / "peers"
+
+
+def commands(arguments: argparse.Namespace, batch: int) -> dict[str, list[str]]:
+    """The worker to start for each system, by the name it is printed under."""
+    sizes = ["--prompt-tokens", arguments.prompt_tokens, "--new-tokens", arguments.new_tokens, "--batch", batch, "--threads", arguments.threads]
+    systems = {
+        f"l4jax {dtype}": [sys.executable, PEERS / "l4jax_decode.py", arguments.checkpoint, "--dtype", dtype] for dtype in ("float32", "bfloat16")
+    }
+    if arguments.transformers:
+        python, folder = arguments.transformers
+        for dtype in ("float32", "bfloat16"):
+            systems[f"transformers {dtype}"] = [python, PEERS / "transformers_decode.py", folder, "--dtype", dtype]
+    if arguments.llama_cpp:
+        python, *files = arguments.llama_cpp
+        for file in files:
+            systems[f"llama.cpp {Path(file).stem}"] = [python, PEERS / "llama_cpp_decode.py", file]
+    return {name: [str(word) for word in (*command, *sizes)] for name, command in systems.items()}
+
+
+def row(name: str, rates: list[float]) -> str:
+    return f"{name:>9} {statistics.median(rates):8.1f} ({min(rates):.1f} to {max(rates):.1f})"
+
+
+def measure(arguments: argparse.Namespace, batch: int) -> None:
+    """Print the table of one batch size."""
+    workers = {name: Worker(command) for name, command in commands(arguments, batch).items()}
+    results: dict[str, list[Repetition]] = {name: [] for name in workers}
+    for _ in range(arguments.repetitions):
+        for name, worker in workers.items():
+            results[name].append(worker.run())
+    print(f"\nbatch {batch}, prompt {arguments.prompt_tokens}, {arguments.new_tokens} new tokens, {arguments.threads} threads")
+    for name, repetitions in results.items():
+        ready = workers[name].ready
+        prefill = [batch * arguments.prompt_tokens / r.prefill_seconds for r in repetitions]
+        decode = [batch * arguments.new_tokens / r.decode_seconds for r in repetitions]
+        bandwidth = ready.weight_bytes * statistics.median(decode) / batch / 1e9
+        print(f"{name:28} {row('prefill', prefill)}  {row('decode', decode)}  {bandwidth:6.1f} GB/s  [{ready.library}]")
+        workers[name].close()
+
+
+def main() -> None:
+    """Parse the command line and measure each batch size."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint")
+    parser.add_argument("--transformers", nargs=2, metavar=("PYTHON", "HF_FOLDER"))
+    parser.add_argument("--llama-cpp", nargs="+", metavar=("PYTHON", "GGUF"))
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--prompt-tokens", type=int, default=512)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repetitions", type=int, default=5)
+    arguments = parser.parse_args()
+    model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
+    print(f"{model}, medians of {arguments.repetitions} (lowest to highest), tokens/s over all rows")
+    for batch in arguments.batch:
+        measure(arguments, batch)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""A worker (see ``worker.py``) that times l4jax on the CPU, through the same batches that ``LLM.generate`` runs."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import jax
+from worker import Ready, Repetition, argument_parser, prompts, serve
+
+import l4jax
+from l4jax.decoding.generate import BURST
+from l4jax.runner import Request
+
+
+def main() -> None:
+    """Load the model and serve repetitions."""
+    parser = argument_parser(__doc__)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of weights, activations and cache")
+    arguments = parser.parse_args()
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
+    llm = l4jax.load(arguments.model, dtype=arguments.dtype)
+    params = l4jax.SamplingParams(max_tokens=arguments.new_tokens + 1, temperature=0.0, ignore_eos=True)
+    token_BT = prompts(llm.config.vocab_size, arguments.batch, arguments.prompt_tokens).tolist()
+
+    def repeat() -> Repetition:
+        start = time.perf_counter()
+        batch = llm.runner.start([Request(tokens, params, 0, ()) for tokens in token_BT])
+        rows = [new.token_ids for new in batch.step(1)]
+        prefilled = time.perf_counter()
+        while not all(batch.done):
+            for row, new in zip(rows, batch.step(BURST), strict=True):
+                row += new.token_ids
+        return Repetition(prefilled - start, time.perf_counter() - prefilled, rows)
+
+    serve(Ready(f"l4jax 0.1.0, jax {jax.__version__}", arguments.dtype, arguments.dtype, llm.weight_bytes), repeat)
+
+
+if __name__ == "__main__":
+    main()

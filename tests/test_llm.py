@@ -1,0 +1,178 @@
+"""The Python interface on tiny models: what generation returns, and that bad input is refused in one line."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from l4jax import LLM, SamplingParams
+from l4jax.runner import Runner
+from tests.tiny import llama3_like, maverick_like, prompts, scout_like, weights
+
+CONFIGS = {"scout": scout_like(), "maverick": maverick_like(), "llama3": llama3_like()}
+
+
+@pytest.fixture(scope="module", params=CONFIGS, ids=str)
+def llm(request):
+    config = CONFIGS[request.param]
+    return LLM(config, weights(config))
+
+
+@pytest.fixture(scope="module")
+def scout():
+    return LLM(CONFIGS["scout"], weights(CONFIGS["scout"]))
+
+
+def greedy(max_tokens, **changes):
+    return SamplingParams(max_tokens=max_tokens, temperature=0.0, **changes)
+
+
+def test_logits_do_not_depend_on_how_the_prompt_is_cut_or_batched(llm):
+    ragged = prompts(llm.config, (40, 3, 17, 1, 33))
+    whole = llm.logits(ragged)
+    assert [w.shape for w in whole] == [(len(p), llm.config.vocab_size) for p in ragged]
+    for lengths in ((1,), (8,), (5, 13)):
+        pieces = LLM(llm.config, weights(llm.config), prefill_lengths=lengths)
+        for one, batched, alone in zip(whole, pieces.logits(ragged), (pieces.logits([p])[0] for p in ragged), strict=True):
+            # float32 sums of up to 64 terms in another order; logits are of order 1 to 5.
+            np.testing.assert_allclose(batched, one, atol=2e-5)
+            np.testing.assert_allclose(alone, one, atol=2e-5)
+
+
+def test_greedy_generation_follows_the_logits(llm):
+    prompt = prompts(llm.config, (21,))[0]
+    completion = llm.generate(prompt, greedy(30))[0]
+    logits = llm.logits([prompt + completion.token_ids])[0]
+    assert completion.token_ids == logits[20:-1].argmax(-1).tolist()
+    assert completion.finish_reason == "length"
+    assert completion.stats.prompt_tokens == 21 and completion.stats.output_tokens == 30
+
+
+def test_a_request_does_not_depend_on_what_else_is_in_the_batch(llm):
+    ragged = prompts(llm.config, (40, 3, 17, 1, 33, 8))
+    params = [
+        greedy(20),
+        SamplingParams(max_tokens=25, seed=3),
+        SamplingParams(max_tokens=9, seed=4, top_k=5, top_p=0.8, logprobs=3),
+        SamplingParams(max_tokens=12, seed=5, repetition_penalty=1.3, frequency_penalty=0.2, logit_bias={7: 2.0}),
+        greedy(1),
+        SamplingParams(max_tokens=40, seed=2**63, min_p=0.05, temperature=1.7),
+    ]
+    together = llm.generate(ragged, params)
+    for prompt, p, completion in zip(ragged, params, together, strict=True):
+        assert llm.generate(prompt, p)[0].token_ids == completion.token_ids
+        assert len(completion.token_ids) == p.max_tokens
+
+
+def test_a_seed_reproduces_and_a_drawn_one_is_reported(scout):
+    first = scout.generate([[1, 2, 3]], SamplingParams(max_tokens=20))[0]
+    again = scout.generate([[1, 2, 3]], SamplingParams(max_tokens=20, seed=first.seed))[0]
+    other = scout.generate([[1, 2, 3]], SamplingParams(max_tokens=20, seed=first.seed ^ 1))[0]
+    assert again.token_ids == first.token_ids != other.token_ids
+
+
+def test_generation_ends_with_a_stop_token(scout):
+    free = scout.generate([[1, 2, 3]], greedy(20))[0].token_ids
+    stop = free[7]
+    completion = scout.generate([[1, 2, 3]], greedy(20, stop_token_ids=[stop]))[0]
+    assert completion.token_ids == free[: free.index(stop) + 1]
+    assert completion.finish_reason == "stop"
+
+
+def test_the_first_token_may_be_the_stop_token(scout):
+    first = scout.generate([[1, 2, 3]], greedy(1))[0].token_ids[0]
+    completion = scout.generate([[1, 2, 3]], greedy(20, stop_token_ids=[first]))[0]
+    assert completion.token_ids == [first] and completion.finish_reason == "stop"
+
+
+def test_the_models_end_token_stops_unless_ignored():
+    config = scout_like()
+    free = LLM(config, weights(config)).generate([[1, 2, 3]], greedy(20))[0].token_ids
+    ending = LLM(dataclasses.replace(config, eos_token_ids=(free[4],)), weights(config))
+    assert ending.generate([[1, 2, 3]], greedy(20))[0].token_ids == free[: free.index(free[4]) + 1]
+    assert ending.generate([[1, 2, 3]], greedy(20, ignore_eos=True))[0].token_ids == free
+
+
+def test_output_ends_where_the_context_does(scout):
+    context = scout.config.max_position_embeddings
+    completion = scout.generate(prompts(scout.config, (context - 3,)), greedy(50))[0]
+    assert len(completion.token_ids) == 3 and completion.finish_reason == "length"
+
+
+def test_logprobs_are_the_log_softmax_of_the_logits(scout):
+    completion = scout.generate([[5, 6]], SamplingParams(max_tokens=6, seed=1, logprobs=2))[0]
+    logits = scout.logits([[5, 6, *completion.token_ids]])[0][1:-1].astype(np.float64)
+    expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    for step, (token, entry) in enumerate(zip(completion.token_ids, completion.logprobs, strict=True)):
+        assert entry.logprob == pytest.approx(expected[step, token], abs=1e-5)
+        assert [t for t, _ in entry.top] == np.argsort(-expected[step])[:2].tolist()
+
+
+def test_more_prompts_than_the_batch_holds():
+    config = CONFIGS["llama3"]
+    small = LLM(config, weights(config), max_batch=2)
+    many = prompts(config, (4, 9, 2, 7, 5))
+    assert [c.token_ids for c in small.generate(many, greedy(5))] == [c.token_ids for c in LLM(config, weights(config)).generate(many, greedy(5))]
+
+
+def test_the_cache_may_grow_between_calls(scout):
+    fresh = LLM(scout.config, weights(scout.config))
+    short = fresh.generate([[1, 2, 3]], greedy(5))[0].token_ids
+    fresh.runner.reserve(4, 5000)
+    assert fresh.generate([[1, 2, 3]], greedy(5))[0].token_ids == short
+
+
+def test_pages_may_lie_anywhere(monkeypatch):
+    """Shuffled page tables give the same logits: nothing relies on pages being in order."""
+    config = scout_like(attention_chunk_size=256, max_position_embeddings=1024)
+    prompt = prompts(config, (600,))
+    plain = Runner(config, weights(config), prefill_lengths=(128,)).logits(prompt)[0]
+    shuffled = Runner(config, weights(config), prefill_lengths=(128,))
+    shuffled.reserve(4, 1000)
+    identity = type(shuffled.cache_shape).identity_tables
+
+    def shuffle(self, config, rows):
+        tables = identity(self, config, rows)
+        rng = np.random.default_rng(0)
+        pages = {local: rng.permutation(self.rows * self.pages_per_row(config, local=local)).astype(np.int32) for local in (False, True)}
+        return dataclasses.replace(tables, full_BW=pages[False][tables.full_BW], local_BW=pages[True][tables.local_BW])
+
+    monkeypatch.setattr(type(shuffled.cache_shape), "identity_tables", shuffle)
+    np.testing.assert_allclose(shuffled.logits(prompt)[0], plain, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_stays_close_to_float32(dtype):
+    config = maverick_like()
+    prompt = prompts(config, (30,))
+    exact = LLM(config, weights(config)).logits(prompt)[0]
+    half = LLM(config, weights(config, dtype=jnp.dtype(dtype))).logits(prompt)[0]
+    assert half.dtype == np.float32
+    # Four layers of values rounded to eight (eleven) bits; a router near-tie may send single tokens elsewhere.
+    error = np.abs(half - exact).max(-1) / np.abs(exact).max()
+    assert np.median(error) < {jnp.bfloat16: 0.05, jnp.float16: 0.006}[dtype]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda llm: llm.generate([[1, 64]]), "token id 64 is outside the vocabulary; expected 0 to 63"),
+        (lambda llm: llm.generate([[-1]]), "token id -1 is outside"),
+        (lambda llm: llm.logits([[]]), "the prompt has no tokens"),
+        (lambda llm: llm.generate([[1] * 257]), "the prompt has 257 tokens, the model's context 256"),
+        (lambda llm: llm.generate([[1] * 256]), "leaves no room in the model's context of 256"),
+        (lambda llm: llm.generate("hello"), "no tokenizer"),
+        (lambda llm: llm.stream([1, 2]), "no tokenizer"),
+        (lambda llm: llm.chat([{"role": "user", "content": "hello"}]), "no chat template"),
+        (lambda llm: llm.generate([[1], [2]], [SamplingParams()]), "2 prompts but 1 sampling params"),
+        (lambda llm: llm.generate([[1]], SamplingParams(stop=["x"])), "stop strings need a tokenizer"),
+        (lambda llm: llm.generate([[1]], SamplingParams(stop_token_ids=[64])), "token id 64 in logit_bias or stop_token_ids"),
+        (lambda llm: llm.generate([[1]], SamplingParams(logit_bias={-3: 1.0})), "token id -3 in logit_bias"),
+        (lambda llm: LLM(llm.config, {}, max_batch=0), "max_batch is 0"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(scout, call, message):
+    with pytest.raises(ValueError) as refused:
+        call(scout)
+    assert message in str(refused.value) and "\n" not in str(refused.value)

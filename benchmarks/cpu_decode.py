@@ -28,9 +28,19 @@ PEERS = Path(__file__).parent / "peers"
 
 def commands(arguments: argparse.Namespace, batch: int) -> dict[str, list[str]]:
     """The worker to start for each system, by the name it is printed under."""
-    sizes = ["--prompt-tokens", arguments.prompt_tokens, "--new-tokens", arguments.new_tokens, "--batch", batch, "--threads", arguments.threads]
+    sizes = [
+        "--prompt-tokens",
+        arguments.prompt_tokens,
+        "--new-tokens",
+        arguments.new_tokens,
+        "--batch",
+        batch,
+        "--threads",
+        arguments.threads,
+    ]
     systems = {
-        f"l4jax {dtype}": [sys.executable, PEERS / "l4jax_decode.py", arguments.checkpoint, "--dtype", dtype] for dtype in ("float32", "bfloat16")
+        f"l4jax {dtype}": [sys.executable, PEERS / "l4jax_decode.py", arguments.checkpoint, "--dtype", dtype]
+        for dtype in ("float32", "bfloat16")
     }
     if arguments.transformers:
         python, folder = arguments.transformers
@@ -76,7 +86,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repetitions", type=int, default=5)
     arguments = parser.parse_args()
-    model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
+    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((line.split(":")[1].strip() for line in cpuinfo if line.startswith("model name")), platform.processor())
     print(f"{model}, medians of {arguments.repetitions} (lowest to highest), tokens/s over all rows")
     for batch in arguments.batch:
         measure(arguments, batch)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
+from l4jax.arrays import host_array
 from l4jax.config import ModelConfig
 
 PAGE_SIZE = 128
@@ -60,9 +61,9 @@ class CacheShape:
     def identity_tables(self, config: ModelConfig, rows: Sequence[int]) -> PageTables:
         """Page tables (host arrays) in which row ``rows[i]`` owns its own run of pages, in order."""
 
-        def table(local: bool) -> np.ndarray:
+        def table(local: bool) -> Array:
             width = self.pages_per_row(config, local=local)
-            return np.asarray(rows, np.int32)[:, None] * np.int32(width) + np.arange(width, dtype=np.int32)[None, :]
+            return host_array(np.asarray(rows)[:, None] * width + np.arange(width)[None, :], np.int32)
 
         return PageTables(table(False), table(True))
 

@@ -3,9 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
 from typing import Any, Literal
 
 Architecture = Literal["llama", "llama4"]
+
+
+class ConfigError(ValueError):
+    """A configuration that describes no model we can compute; the message is one line."""
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _check_positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _check(value > 0 and math.isfinite(value), f"{name} is {value!r}; expected a number above 0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,6 +35,11 @@ class RopeScaling:
     low_freq_factor: float
     high_freq_factor: float
     original_max_position_embeddings: int
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        low, high = self.low_freq_factor, self.high_freq_factor
+        _check(low <= high, f"rope_scaling has low_freq_factor {low} above high_freq_factor {high}; expected at most as much")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +52,9 @@ class MoEConfig:
     num_experts: int
     intermediate_size: int
     moe_layers: tuple[bool, ...]
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "num_experts", "intermediate_size")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +77,16 @@ class VisionConfig:
     image_token_id: int
     begin_image_token_id: int
     end_image_token_id: int
+
+    def __post_init__(self) -> None:
+        _check_positive(
+            self,
+            *("hidden_size", "num_layers", "num_heads", "intermediate_size", "image_size", "patch_size", "num_channels", "rope_theta"),
+            *("norm_eps", "pixel_shuffle_ratio", "projector_input_dim", "projector_output_dim", "vision_output_dim"),
+        )
+        for whole, part in (("hidden_size", "num_heads"), ("image_size", "patch_size")):
+            a, b = getattr(self, whole), getattr(self, part)
+            _check(a % b == 0, f"vision {whole} is {a}; expected a multiple of {part}, which is {b}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,3 +125,88 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
     sources: tuple[tuple[str, str], ...] = dataclasses.field(default=(), compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        _check_positive(
+            self,
+            *("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size"),
+            *("max_position_embeddings", "rms_norm_eps", "rope_theta", "floor_scale"),
+        )
+        heads, kv_heads = self.num_heads, self.num_kv_heads
+        _check(heads % kv_heads == 0, f"num_heads is {heads}; expected a multiple of num_kv_heads, which is {kv_heads}")
+        _check(self.head_dim % 2 == 0, f"head_dim is {self.head_dim}; expected an even number, because RoPE rotates pairs")
+        per_layer = [("rope_layers", self.rope_layers)]
+        if self.moe is not None:
+            per_layer.append(("moe.moe_layers", self.moe.moe_layers))
+        for name, layers in per_layer:
+            _check(
+                len(layers) == self.num_layers, f"{name} describes {len(layers)} layers; expected num_layers, which is {self.num_layers}"
+            )
+        chunk = self.attention_chunk_size
+        _check(chunk is None or chunk > 0, f"attention_chunk_size is {chunk}; expected a number above 0, or null for unlimited attention")
+        _check(math.isfinite(self.attn_scale), f"attn_scale is {self.attn_scale}; expected a finite number")
+        tokens = [("bos_token_id", self.bos_token_id), ("pad_token_id", self.pad_token_id)]
+        for name, token in tokens + [("eos_token_ids", token) for token in self.eos_token_ids]:
+            inside = token is None or 0 <= token < self.vocab_size
+            _check(inside, f"{name} has token {token}, which is outside the vocabulary of {self.vocab_size}; correct the one or the other")
+
+
+def config_to_json(config: ModelConfig) -> dict[str, Any]:
+    """Everything in ``config``, sources included, as values that JSON keeps exactly."""
+    return typing.cast(dict[str, Any], _to_json(dataclasses.asdict(config)))
+
+
+def config_from_json(values: Mapping[str, Any]) -> ModelConfig:
+    """What :func:`config_to_json` was given. Raises :class:`ConfigError` where a field is missing, unknown or of another type."""
+    return typing.cast(ModelConfig, _from_json(ModelConfig, values, "config"))
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _to_json(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return [_to_json(item) for item in value]
+    return value
+
+
+def _from_json(kind: Any, value: Any, where: str) -> Any:
+    """``value`` as the annotation ``kind`` has it: a dataclass, a tuple, an optional, a literal or a scalar."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is types.UnionType:
+        (inner,) = (a for a in arguments if a is not types.NoneType)
+        return None if value is None else _from_json(inner, value, where)
+    if dataclasses.is_dataclass(kind):
+        _check(isinstance(value, Mapping), f"{where} is {value!r}; expected an object")
+        kinds = typing.get_type_hints(kind)
+        unknown, missing = sorted(value.keys() - kinds), sorted(kinds - value.keys())
+        _check(not unknown, f"{where} has the unknown fields {', '.join(unknown)}; expected {', '.join(kinds)}")
+        _check(not missing, f"{where} lacks the fields {', '.join(missing)}")
+        return kind(**{name: _from_json(kinds[name], item, f"{where}.{name}") for name, item in value.items()})
+    if origin is tuple:
+        _check(isinstance(value, list), f"{where} is {value!r}; expected a list")
+        items = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        _check(len(items) == len(value), f"{where} has {len(value)} items; expected {len(items)}")
+        return tuple(_from_json(item, v, f"{where}[{i}]") for i, (item, v) in enumerate(zip(items, value, strict=True)))
+    if origin is Literal:
+        _check(value in arguments, f"{where} is {value!r}; expected one of {', '.join(map(repr, arguments))}")
+        return value
+    if kind is float and type(value) is int:
+        return float(value)
+    _check(type(value) is kind, f"{where} is {value!r}; expected {kind.__name__}")
+    return value
+
+
+def flat_fields(config: ModelConfig) -> dict[str, Any]:
+    """Every value by its dotted name (``moe.num_experts``), ``sources`` left out; the names that ``sources`` uses."""
+
+    def walk(part: Any, prefix: str) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for field in dataclasses.fields(part):
+            value = getattr(part, field.name)
+            if dataclasses.is_dataclass(value):
+                values |= walk(value, f"{prefix}{field.name}.")
+            elif field.name != "sources":
+                values[prefix + field.name] = value
+        return values
+
+    return walk(config, "")

@@ -6,8 +6,8 @@ import dataclasses
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -110,15 +110,15 @@ class LLM:
         encoded = [self._encode(p) for p in prompts]
         return [logits for group in _groups(encoded, self.max_batch) for logits in self.runner.logits(group)]
 
-    def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None) -> list[Completion]:
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Completion]:
         """Continue each prompt (text or token ids). One ``params`` serves all prompts, or there is one for each."""
-        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
-            prompts = [prompts]
-        if isinstance(params, SamplingParams) or params is None:
-            params = [params or SamplingParams()] * len(prompts)
-        if len(params) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts but {len(params)} sampling params; give one for all, or one for each")
-        requests = [self._request(self._encode(prompt), p) for prompt, p in zip(prompts, params, strict=True)]
+        each = [prompts] if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)) else prompts
+        params_of_each = [params or SamplingParams()] * len(each) if isinstance(params, SamplingParams) or params is None else params
+        if len(params_of_each) != len(each):
+            raise ValueError(f"{len(each)} prompts but {len(params_of_each)} sampling params; give one for all, or one for each")
+        requests = [self._request(self._encode(cast(Prompt, prompt)), p) for prompt, p in zip(each, params_of_each, strict=True)]
         completions = []
         for group in _groups(requests, self.max_batch):
             run = _Run(self, group)
@@ -164,36 +164,41 @@ class LLM:
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             if self.tokenizer is None:
-                raise ValueError("the prompt is text, but this checkpoint has no tokenizer; give token ids, or convert it again with its tokenizer")
+                raise ValueError(
+                    "the prompt is text, but this checkpoint has no tokenizer; give token ids, or convert it with its tokenizer"
+                )
             if not prompt:
                 raise ValueError("the prompt is empty; expected at least one character")
-            return self.tokenizer.encode(prompt)
-        token_ids = [int(t) for t in prompt]
+            return self._checked(self.tokenizer.encode(prompt))
+        return self._checked([int(token) for token in prompt])
+
+    def _checked(self, token_ids: list[int]) -> list[int]:
+        context = self.config.max_position_embeddings
         if not token_ids:
             raise ValueError("the prompt has no tokens; expected at least one")
+        self._check_vocabulary(token_ids, "the prompt")
+        if len(token_ids) > context:
+            raise ValueError(f"the prompt has {len(token_ids)} tokens; expected at most the model's context of {context}; shorten it")
+        return token_ids
+
+    def _check_vocabulary(self, token_ids: Iterable[int], where: str) -> None:
         for token in token_ids:
             if not 0 <= token < self.config.vocab_size:
-                raise ValueError(f"token id {token} is outside the vocabulary; expected 0 to {self.config.vocab_size - 1}")
-        if len(token_ids) > self.config.max_position_embeddings:
-            raise ValueError(f"the prompt has {len(token_ids)} tokens, the model's context {self.config.max_position_embeddings}; shorten the prompt")
-        return token_ids
+                raise ValueError(f"{where} has token id {token}; expected 0 to {self.config.vocab_size - 1}, the model's vocabulary")
 
     def _encode_chat(self, messages: Sequence[Message]) -> list[int]:
         if self.chat_format is None:
             raise ValueError("this checkpoint has no chat template; use generate with a prompt in the model's own format")
-        return self.chat_format.encode(messages)
+        return self._checked(self.chat_format.encode(messages))
 
     def _request(self, token_ids: list[int], params: SamplingParams) -> Request:
         room = self.config.max_position_embeddings - len(token_ids)
         if room < 1:
-            raise ValueError(
-                f"the prompt has {len(token_ids)} tokens, which leaves no room in the model's context of {self.config.max_position_embeddings}; shorten the prompt"
-            )
+            raise ValueError(f"the prompt fills the model's context of {len(token_ids)} tokens; shorten it to leave room for an answer")
         if params.stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer, which this checkpoint does not have; use stop_token_ids")
-        outside = [t for t in (*params.logit_bias, *params.stop_token_ids) if not 0 <= t < self.config.vocab_size]
-        if outside:
-            raise ValueError(f"token id {outside[0]} in logit_bias or stop_token_ids is outside the vocabulary; expected 0 to {self.config.vocab_size - 1}")
+        self._check_vocabulary(params.logit_bias, "logit_bias")
+        self._check_vocabulary(params.stop_token_ids, "stop_token_ids")
         ends = set(params.stop_token_ids)
         if not params.ignore_eos:
             ends |= set(self.config.eos_token_ids) | set(self.chat_format.stop_token_ids if self.chat_format else ())

@@ -6,7 +6,6 @@ shapes and :class:`SamplingFeatures` is compiled once; the buckets below keep th
 
 from __future__ import annotations
 
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32

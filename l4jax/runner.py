@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from l4jax.cache import CacheShape
+from l4jax.arrays import host_array
+from l4jax.cache import CacheShape, LayerCache
 from l4jax.config import ModelConfig
 from l4jax.decoding.generate import BURST, DecodeState, DecodeTokens
 from l4jax.decoding.params import SamplingParams
@@ -64,16 +65,14 @@ class Runner:
     program shapes depend on the batch's size bucket and on nothing else once the cache has its final size.
     """
 
-    def __init__(
-        self, config: ModelConfig, weights: Mapping[str, jax.Array], *, prefill_lengths: Sequence[int] = PREFILL_LENGTHS
-    ) -> None:
+    def __init__(self, config: ModelConfig, weights: Mapping[str, jax.Array], *, prefill_lengths: Sequence[int] = PREFILL_LENGTHS) -> None:
         self.config = config
         self.programs = Programs(config)
         self._leaves = self.programs.model.leaves(weights)
         self._dtype = self._leaves[0].dtype
         self.prefill_lengths = tuple(sorted(prefill_lengths))
         self._shape = CacheShape(rows=0, capacity=0)
-        self._cache = ()
+        self._cache: tuple[LayerCache, ...] = ()
 
     @property
     def cache_shape(self) -> CacheShape:
@@ -138,9 +137,7 @@ class Runner:
                 logprobs[piece.prompts[i]] = jax.tree.map(lambda leaf, i=i: leaf[i], piece_logprobs)
         return first, logprobs
 
-    def decode(
-        self, state: DecodeState, rows: SamplingRows, steps: int, features: SamplingFeatures
-    ) -> tuple[DecodeState, DecodeTokens]:
+    def decode(self, state: DecodeState, rows: SamplingRows, steps: int, features: SamplingFeatures) -> tuple[DecodeState, DecodeTokens]:
         """One burst over the resident cache; the state comes without a cache and goes back without one."""
         tables = self._shape.identity_tables(self.config, range(len(state.token_B)))
         state = dataclasses.replace(state, cache=self._cache)
@@ -188,30 +185,31 @@ class Batch:
         prompts = [r.token_ids for r in requests]
         first, first_logprobs = runner.prefill(prompts, self._rows, counts, self._features)
         self._first: list[NewTokens] | None = [
-            NewTokens([int(token)], self._logprobs(row, [logprobs])) for row, (token, logprobs) in enumerate(zip(first, first_logprobs, strict=True))
+            NewTokens([int(token)], self._logprobs(row, [logprobs]))
+            for row, (token, logprobs) in enumerate(zip(first, first_logprobs, strict=True))
         ]
-        done = [
-            row >= len(requests) or r.params.max_tokens == 1 or int(first[row]) in r.stop_ids for row, r in enumerate(padded)
-        ]
-        token_B = np.concatenate([first, np.zeros(padding, np.int32)])
+        done = [row >= len(requests) or r.params.max_tokens == 1 or int(first[row]) in r.stop_ids for row, r in enumerate(padded)]
+        token_B = [*first.tolist(), *[0] * padding]
         if counts is not None:
-            np.add.at(counts.output_BV, (np.arange(len(padded)), token_B), 1)
-        # Host arrays throughout: an eager operation on the device would be a compilation of its own.
+            output_BV = np.zeros(counts.output_BV.shape, np.int32)
+            output_BV[np.arange(len(padded)), token_B] = 1
+            counts = dataclasses.replace(counts, output_BV=host_array(output_BV, np.int32))
         self._state = DecodeState(
             cache=(),
-            token_B=token_B,
-            length_B=np.array([len(r.token_ids) for r in padded], np.int32),
-            produced_B=np.ones(len(padded), np.int32),
-            done_B=np.array(done),
+            token_B=host_array(token_B, np.int32),
+            length_B=host_array([len(r.token_ids) for r in padded], np.int32),
+            produced_B=host_array([1] * len(padded), np.int32),
+            done_B=host_array(done, bool),
             counts=counts,
         )
         self.done = done[: len(requests)]
 
     def finish(self, row: int) -> None:
         """End a row from outside (a stop string was found)."""
+        self.done[row] = True
         done_B = np.array(self._state.done_B)
-        done_B[row] = self.done[row] = True
-        self._state = dataclasses.replace(self._state, done_B=done_B)
+        done_B[row] = True
+        self._state = dataclasses.replace(self._state, done_B=host_array(done_B, bool))
 
     def step(self, steps: int) -> list[NewTokens]:
         """The next tokens of each row: the first call gives the prefill's, each later one up to ``steps``."""
@@ -248,4 +246,4 @@ class Batch:
         in_prompt_BV = np.zeros((len(requests), V), bool)
         for row, request in zip(in_prompt_BV, requests, strict=True):
             row[np.asarray(request.token_ids)] = True
-        return TokenCounts(in_prompt_BV, np.zeros(in_prompt_BV.shape, np.int32))
+        return TokenCounts(host_array(in_prompt_BV, bool), host_array(np.zeros(in_prompt_BV.shape), np.int32))

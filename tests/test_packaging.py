@@ -49,7 +49,19 @@ def test_the_tests_run_on_the_pinned_versions() -> None:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index", "--quiet", "-w", str(directory), "."]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-build-isolation",
+        "--no-deps",
+        "--no-index",
+        "--quiet",
+        "-w",
+        str(directory),
+        ".",
+    ]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     (built,) = directory.glob("*.whl")
     return built
@@ -58,7 +70,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_all_code_and_all_configurations_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
-    code = {str(p.relative_to(ROOT)) for package in ("l4jax", "sharding", "pallas_kernels") for p in (ROOT / package).rglob("*.py")}
+    sources = [p for package in ("l4jax", "sharding", "pallas_kernels") for p in (ROOT / package).rglob("*") if p.is_file()]
+    code = {str(p.relative_to(ROOT)) for p in sources if "__pycache__" not in p.parts}
     data = {f"l4jax/{p.relative_to(ROOT)}" for p in (ROOT / "configs").rglob("*") if p.is_file()}
     assert data
     assert packed == code | data
@@ -126,7 +139,14 @@ def test_a_bug_shows_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_reader_who_leaves_ends_the_command_quietly() -> None:
-    code = "import sys, l4jax.cli, l4jax.cli.demo as d\ndef run(a):\n  while True: print('x' * 1000)\nd.run = run\nsys.exit(l4jax.cli.main(['demo']))"
+    code = """
+import sys, l4jax.cli, l4jax.cli.demo
+def run(arguments):
+    while True:
+        print("x" * 1000)
+l4jax.cli.demo.run = run
+sys.exit(l4jax.cli.main(["demo"]))
+"""
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
         assert process.stdout is not None
         assert process.stderr is not None
@@ -158,7 +178,7 @@ def prepared(tmp_path: Path) -> Path:
     "question",
     [
         "plain",
-        "it's \"quoted\" `twice`",
+        'it\'s "quoted" `twice`',
         "$5 $(HOME) $${x} $(shell touch made) $$(touch made)",
         "back\\slash; touch made && # not a comment",
         "-p",

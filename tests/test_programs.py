@@ -78,7 +78,9 @@ def test_nothing_compiles_after_warm_up():
         while served < 200:
             size = int(rng.integers(1, 7))
             params = [
-                SamplingParams(max_tokens=int(rng.integers(1, 9)), temperature=float(rng.choice([0.0, 0.8])), top_k=int(rng.integers(0, 5)), seed=1)
+                SamplingParams(
+                    max_tokens=int(rng.integers(1, 9)), temperature=float(rng.choice([0.0, 0.8])), top_k=int(rng.integers(0, 5)), seed=1
+                )
                 for _ in range(size)
             ]
             completions = llm.generate(prompts(config, tuple(rng.integers(1, 200, size)), seed=served), params)

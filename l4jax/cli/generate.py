@@ -24,7 +24,14 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--presence-penalty", type=float, default=0.0)
     parser.add_argument("--frequency-penalty", type=float, default=0.0)
     parser.add_argument("--stop", action="append", default=[], help="end before this text; may be given several times")
-    parser.add_argument("--stop-token-id", type=int, action="append", default=[], dest="stop_token_ids", help="end at this token id; may be given several times")
+    parser.add_argument(
+        "--stop-token-id",
+        type=int,
+        action="append",
+        default=[],
+        dest="stop_token_ids",
+        help="end at this token id; may be given several times",
+    )
     parser.add_argument("--ignore-eos", action="store_true", help="go on past the model's end tokens")
     parser.add_argument("--seed", type=int, help="reproduce a sampled answer")
     parser.set_defaults(run=run)

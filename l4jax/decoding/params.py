@@ -51,14 +51,32 @@ class SamplingParams:
         _require(_is_int(self.top_k) and self.top_k >= 0, "top_k", self.top_k, "0 (off) or a positive integer")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "a number above 0, at most 1 (off)")
         _require(0 <= self.min_p < 1, "min_p", self.min_p, "a number from 0 (off) to below 1")
-        _require(finite(self.repetition_penalty) and self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "a positive number (1: off)")
+        _require(
+            finite(self.repetition_penalty) and self.repetition_penalty > 0,
+            "repetition_penalty",
+            self.repetition_penalty,
+            "a positive number (1: off)",
+        )
         _require(finite(self.presence_penalty), "presence_penalty", self.presence_penalty, "a finite number")
         _require(finite(self.frequency_penalty), "frequency_penalty", self.frequency_penalty, "a finite number")
-        _require(all(not math.isnan(v) and v < math.inf for v in self.logit_bias.values()), "logit_bias", dict(self.logit_bias), "numbers, or -inf to forbid a token")
-        _require(all(isinstance(s, str) and s for s in self.stop), "stop", self.stop, "non-empty strings")
-        _require(self.seed is None or (_is_int(self.seed) and 0 <= self.seed < 2**64), "seed", self.seed, "an integer from 0 to 2**64 - 1, or None")
         _require(
-            self.logprobs is None or (_is_int(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS), "logprobs", self.logprobs, f"None or an integer from 0 to {MAX_LOGPROBS}"
+            all(not math.isnan(v) and v < math.inf for v in self.logit_bias.values()),
+            "logit_bias",
+            dict(self.logit_bias),
+            "numbers, or -inf to forbid a token",
+        )
+        _require(all(isinstance(s, str) and s for s in self.stop), "stop", self.stop, "non-empty strings")
+        _require(
+            self.seed is None or (_is_int(self.seed) and 0 <= self.seed < 2**64),
+            "seed",
+            self.seed,
+            "an integer from 0 to 2**64 - 1, or None",
+        )
+        _require(
+            self.logprobs is None or (_is_int(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS),
+            "logprobs",
+            self.logprobs,
+            f"None or an integer from 0 to {MAX_LOGPROBS}",
         )
 
     @property

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
+from l4jax.arrays import host_array
 from l4jax.decoding.params import MAX_LOGPROBS, SamplingParams
 
 _ONE_BITS = 0x3F800000  # the bit pattern of float32 1.0; patterns of non-negative floats are ordered as the floats are
@@ -78,11 +79,13 @@ def batch_features(params: Sequence[SamplingParams]) -> SamplingFeatures:
     )
 
 
-def sampling_rows(params: Sequence[SamplingParams], seeds: Sequence[int], stop_ids: Sequence[Sequence[int]], vocab_size: int) -> SamplingRows:
+def sampling_rows(
+    params: Sequence[SamplingParams], seeds: Sequence[int], stop_ids: Sequence[Sequence[int]], vocab_size: int
+) -> SamplingRows:
     """Stack the settings of a batch, as host arrays. Lists are padded to a power of two, so that few shapes are compiled."""
 
-    def stack(name: str, dtype: type) -> np.ndarray:
-        return np.array([getattr(p, name) for p in params], dtype)
+    def stack(name: str, dtype: type) -> Array:
+        return host_array([getattr(p, name) for p in params], dtype)
 
     bias_ids = [list(p.logit_bias) for p in params]
     bias_values = [list(p.logit_bias.values()) for p in params]
@@ -94,7 +97,7 @@ def sampling_rows(params: Sequence[SamplingParams], seeds: Sequence[int], stop_i
         repetition_B=stack("repetition_penalty", np.float32),
         presence_B=stack("presence_penalty", np.float32),
         frequency_B=stack("frequency_penalty", np.float32),
-        key_B2=np.array([[seed >> 32, seed & 0xFFFFFFFF] for seed in seeds], np.uint32),
+        key_B2=host_array([[seed >> 32, seed & 0xFFFFFFFF] for seed in seeds], np.uint32),
         bias_id_BN=_pad(bias_ids, vocab_size, np.int32),
         bias_BN=_pad(bias_values, 0.0, np.float32),
         stop_BN=_pad(stop_ids, -1, np.int32),
@@ -102,12 +105,10 @@ def sampling_rows(params: Sequence[SamplingParams], seeds: Sequence[int], stop_i
     )
 
 
-def _pad(lists: Sequence[Sequence[float]], fill: float, dtype: type) -> np.ndarray:
-    longest = max(len(row) for row in lists)
-    padded = np.full((len(lists), max(8, 1 << max(longest - 1, 0).bit_length())), fill, dtype)
-    for row, values in zip(padded, lists, strict=True):
-        row[: len(values)] = values
-    return padded
+def _pad(lists: Sequence[Sequence[float]], fill: float, dtype: type) -> Array:
+    longest = max(8, *(len(row) for row in lists))
+    width = 1 << (longest - 1).bit_length()
+    return host_array([[*row, *[fill] * (width - len(row))] for row in lists], dtype)
 
 
 def sample(

@@ -119,6 +119,7 @@ class Attention(nnx.Module):
         self.out = declare(WeightSpec((D, K, G, h), ("embed", "kv_heads", None, "head_dim"), fan_in=K * G * h))
 
     def __call__(self, x_BTD: Float[Array, "B T D"], step: StepInputs, cache: LayerCache) -> tuple[Float[Array, "B T D"], LayerCache]:
+        """Attention of the new tokens, projected back to the model width, and the cache with their keys and values in it."""
         B, T, D = x_BTD.shape
         K, groups, h, _ = self.qkv.shape
         qkv = jnp.einsum("btd,fd->btf", x_BTD, self.qkv[...].reshape(-1, D)).reshape(B, T, K, groups, h)

@@ -20,6 +20,7 @@ class SwiGLU(nnx.Module):
         self.down = declare(WeightSpec((hidden_size, intermediate_size), ("embed", "feed_forward"), fan_in=intermediate_size))
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The block's output, before the residual."""
         gate_up_cFD = self.gate_up[...]
         width = gate_up_cFD.shape[1]
         gate_up_BTf = jnp.einsum("btd,fd->btf", x_BTD, gate_up_cFD.reshape(2 * width, -1))
@@ -44,6 +45,7 @@ class MixtureOfExperts(nnx.Module):
         self.shared = SwiGLU(hidden_size, width)
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The block's output, before the residual."""
         with jax.named_scope("shared_expert"):
             shared_BTD = self.shared(x_BTD)
         with jax.named_scope("routed_experts"):

@@ -31,6 +31,7 @@ class DecoderLayer(nnx.Module):
             self.feed_forward = SwiGLU(config.hidden_size, config.intermediate_size)
 
     def __call__(self, x_BTD: Float[Array, "B T D"], step: StepInputs, cache: LayerCache) -> tuple[Float[Array, "B T D"], LayerCache]:
+        """The layer's output, residuals included, and its cache with the new tokens in it."""
         with jax.named_scope("attention"):
             attended_BTD, cache = self.attention(self.attention_norm(x_BTD), step, cache)
         x_BTD = x_BTD + attended_BTD

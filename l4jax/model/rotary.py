@@ -43,7 +43,9 @@ def rotary_angles(config: ModelConfig, positions_BT: Int32[Array, "B T"]) -> tup
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x_BTKGh: Float[Array, "B T K G h"], angles: tuple[Float32[Array, "B T i"], Float32[Array, "B T i"]]) -> Float[Array, "B T K G h"]:
+def rotate(
+    x_BTKGh: Float[Array, "B T K G h"], angles: tuple[Float32[Array, "B T i"], Float32[Array, "B T i"]]
+) -> Float[Array, "B T K G h"]:
     """Rotate the pairs (0, 1), (2, 3), ... of the last axis, in float32; returned in ``x``'s dtype."""
     cos, sin = (a[:, :, None, None, :] for a in angles)
     pairs = x_BTKGh.astype(jnp.float32).reshape(*x_BTKGh.shape[:-1], -1, 2)

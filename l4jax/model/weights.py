@@ -36,7 +36,7 @@ class WeightSpec:
         return math.prod(self.shape)
 
 
-class Weight(nnx.Param):
+class Weight(nnx.Param[Any]):
     """A parameter declared by a :class:`WeightSpec`; its value is abstract until weights are bound to the model."""
 
     spec: WeightSpec

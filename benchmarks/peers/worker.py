@@ -1,0 +1,101 @@
+"""Peers are timed by workers: programs that load a model once and then do one repetition whenever they are asked to.
+
+So the systems compared can take turns on the same machine, minutes apart at most, each in its own Python environment. A worker
+speaks JSON lines on standard output: first, when it is loaded and warm, a :class:`Ready`; then for every line ``run`` on its
+standard input a :class:`Repetition`. It ends when its input does.
+
+A repetition starts from an empty cache, processes ``batch`` prompts of ``prompt_tokens`` and chooses each row's first token
+(prefill), then makes ``new_tokens`` greedy steps (decode). All systems get the same token ids.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Ready:
+    """What is being timed: library versions, data types, and the bytes of all weights."""
+
+    library: str
+    weights: str
+    cache: str
+    weight_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Repetition:
+    """Seconds of the two phases, and the tokens chosen: [batch][1 + new_tokens]."""
+
+    prefill_seconds: float
+    decode_seconds: float
+    token_ids: list[list[int]]
+
+
+def argument_parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that every worker has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="the model's folder or file")
+    parser.add_argument("--prompt-tokens", type=int, default=512)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
+    return parser
+
+
+def prompts(vocab_size: int, batch: int, tokens: int) -> np.ndarray:
+    """Random token ids, int64 [batch, tokens], the same in every system; special tokens at either end are left out."""
+    return np.random.default_rng(0).integers(100, vocab_size - 100, (batch, tokens))
+
+
+def serve(ready: Ready, repeat: Callable[[], Repetition]) -> None:
+    """Warm up, then one repetition a line of standard input."""
+    repeat()
+    print(json.dumps(dataclasses.asdict(ready)), flush=True)
+    for line in sys.stdin:
+        if line.strip() != "run":
+            raise SystemExit(f"got {line.strip()!r} on standard input; expected 'run'")
+        print(json.dumps(dataclasses.asdict(repeat())), flush=True)
+
+
+class Worker:
+    """A running worker, as the benchmark that compares them sees it.
+
+    ``command``: a Python interpreter, the worker's script and its arguments. Raises RuntimeError if it dies.
+    """
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self._command = list(command)
+        self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.ready = Ready(**self._read())
+
+    def run(self) -> Repetition:
+        """One repetition; the caller sees to it that nothing else runs meanwhile."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("run\n")
+        self._process.stdin.flush()
+        return Repetition(**self._read())
+
+    def close(self) -> None:
+        """Let it end, and wait for that."""
+        self._process.communicate()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _read(self) -> dict:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{' '.join(self._command)} ended with status {self._process.wait()}; its messages are above")
+        return json.loads(line)

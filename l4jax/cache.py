@@ -12,6 +12,7 @@ boundary although the ring behind it holds one chunk only.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax
@@ -71,6 +72,10 @@ class CacheShape:
         """Shape of each layer's key pool; the value pool has the same."""
         pages = [self.rows * self.pages_per_row(config, local=is_local(config, i)) for i in range(config.num_layers)]
         return [(n, config.num_kv_heads, PAGE_SIZE, config.head_dim) for n in pages]
+
+    def nbytes(self, config: ModelConfig, dtype: jnp.dtype) -> int:
+        """Bytes of all keys and values."""
+        return sum(2 * math.prod(shape) * dtype.itemsize for shape in self.layer_shapes(config))
 
     def allocate(self, config: ModelConfig, dtype: jnp.dtype) -> tuple[LayerCache, ...]:
         """An empty cache. Zeroed, because a masked key still meets its value: 0 x NaN would be NaN."""

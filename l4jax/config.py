@@ -175,7 +175,7 @@ def _from_json(kind: Any, value: Any, where: str) -> Any:
     if origin is types.UnionType:
         (inner,) = (a for a in arguments if a is not types.NoneType)
         return None if value is None else _from_json(inner, value, where)
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         _check(isinstance(value, Mapping), f"{where} is {value!r}; expected an object")
         kinds = typing.get_type_hints(kind)
         unknown, missing = sorted(value.keys() - kinds), sorted(kinds - value.keys())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import os
 import secrets
 import time
@@ -114,7 +115,7 @@ class LLM:
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[Completion]:
         """Continue each prompt (text or token ids). One ``params`` serves all prompts, or there is one for each."""
-        each = [prompts] if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)) else prompts
+        each = [prompts] if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], numbers.Integral)) else prompts
         params_of_each = [params or SamplingParams()] * len(each) if isinstance(params, SamplingParams) or params is None else params
         if len(params_of_each) != len(each):
             raise ValueError(f"{len(each)} prompts but {len(params_of_each)} sampling params; give one for all, or one for each")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
@@ -73,6 +74,7 @@ class Runner:
         self.prefill_lengths = tuple(sorted(prefill_lengths))
         self._shape = CacheShape(rows=0, capacity=0)
         self._cache: tuple[LayerCache, ...] = ()
+        self._batch: Batch | None = None
 
     @property
     def cache_shape(self) -> CacheShape:
@@ -94,7 +96,10 @@ class Runner:
         """Make room for ``rows`` sequences of ``tokens`` tokens; what the cache held is lost if it has to grow."""
         capacity = max(_MIN_CAPACITY, 1 << (tokens - 1).bit_length())
         shape = CacheShape(max(self._shape.rows, self.row_bucket(rows)), max(self._shape.capacity, capacity))
-        if shape != self._shape:
+        # A call that was interrupted may have donated the cache and never received the new one.
+        lost = any(leaf.is_deleted() for leaf in jax.tree.leaves(self._cache))
+        if shape != self._shape or lost:
+            _check_memory(shape.nbytes(self.config, self._dtype), shape)
             self._cache = ()  # freed before the larger one is allocated
             self._shape = shape
             self._cache = shape.allocate(self.config, self._dtype)
@@ -102,6 +107,7 @@ class Runner:
     def logits(self, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Next-token logits at every position of each prompt, float32 [T, V]."""
         self.reserve(len(prompts), max(map(len, prompts)))
+        self._batch = None
         collected: list[list[np.ndarray]] = [[] for _ in prompts]
         for piece in self._pieces(prompts):
             tables = self._shape.identity_tables(self.config, self._table_rows(piece))
@@ -114,7 +120,14 @@ class Runner:
     def start(self, requests: Sequence[Request]) -> Batch:
         """Prefill a batch of requests; it holds the cache until the next call of ``start`` or ``logits``."""
         self.reserve(len(requests), max(len(r.token_ids) + r.params.max_tokens for r in requests))
-        return Batch(self, requests)
+        self._batch = None  # should the prefill fail, nobody holds the cache
+        self._batch = Batch(self, requests)
+        return self._batch
+
+    def check_holds_cache(self, batch: Batch) -> None:
+        """Raise RuntimeError if another call has used the cache since this batch was started."""
+        if batch is not self._batch:
+            raise RuntimeError("this generation was left unfinished and another call has used the cache since; start it again")
 
     def prefill(
         self, prompts: Sequence[Sequence[int]], rows: SamplingRows, counts: TokenCounts | None, features: SamplingFeatures
@@ -216,6 +229,7 @@ class Batch:
         if self._first is not None:
             first, self._first = self._first, None
             return first
+        self._runner.check_holds_cache(self)
         self._state, tokens = self._runner.decode(self._state, self._rows, steps, self._features)
         token_SB, logprobs, taken, done_B = jax.device_get((tokens.token_SB, tokens.logprobs, tokens.steps, tokens.done_B))
         self.done = [bool(done_B[row]) for row in range(len(self._requests))]
@@ -247,3 +261,16 @@ class Batch:
         for row, request in zip(in_prompt_BV, requests, strict=True):
             row[np.asarray(request.token_ids)] = True
         return TokenCounts(host_array(in_prompt_BV, bool), host_array(np.zeros(in_prompt_BV.shape), np.int32))
+
+
+def _check_memory(needed: int, shape: CacheShape) -> None:
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        available = (device.memory_stats() or {}).get("bytes_limit", needed)
+    if needed > available:
+        raise ValueError(
+            f"a KV cache for {shape.rows} sequences of {shape.capacity} tokens takes {needed / 1e9:.1f} GB, and this device has "
+            f"{available / 1e9:.1f} GB; lower max_tokens or max_batch, or shorten the prompt"
+        )

@@ -3,12 +3,13 @@
 import dataclasses
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from l4jax import LLM, SamplingParams
-from l4jax.runner import Runner
+from l4jax.runner import Request, Runner
 from tests.tiny import llama3_like, maverick_like, prompts, scout_like, weights
 
 CONFIGS = {"scout": scout_like(), "maverick": maverick_like(), "llama3": llama3_like()}
@@ -143,6 +144,28 @@ def test_pages_may_lie_anywhere(monkeypatch):
 
     monkeypatch.setattr(type(shuffled.cache_shape), "identity_tables", shuffle)
     np.testing.assert_allclose(shuffled.logits(prompt)[0], plain, atol=2e-5)
+
+
+def test_a_generation_that_lost_the_cache_says_so(scout):
+    runner = scout.runner
+    batch = runner.start([Request([1, 2], greedy(9), 0, ())])
+    batch.step(1)
+    scout.generate([[3]], greedy(2))
+    with pytest.raises(RuntimeError, match="left unfinished"):
+        batch.step(4)
+
+
+def test_an_interrupted_call_leaves_a_usable_model(scout):
+    expected = scout.generate([[1, 2, 3]], greedy(5))[0].token_ids
+    for leaf in jax.tree.leaves(scout.runner._cache):
+        leaf.delete()
+    assert scout.generate([[1, 2, 3]], greedy(5))[0].token_ids == expected
+
+
+def test_a_cache_larger_than_the_machine_is_refused():
+    config = llama3_like(max_position_embeddings=2**40)
+    with pytest.raises(ValueError, match=r"a KV cache for 1 sequences of \d+ tokens takes .* GB; lower max_tokens"):
+        LLM(config, weights(config)).generate([[1]], greedy(2**38))
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])

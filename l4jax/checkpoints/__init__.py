@@ -1,0 +1,1 @@
+"""Checkpoints: reading the published formats, converting, storing and exporting."""

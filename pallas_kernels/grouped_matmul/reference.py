@@ -14,9 +14,7 @@ from jaxtyping import Array, Float, Int32
 _MAX_BLOCK_ROWS = 128
 
 
-def grouped_matmul(
-    lhs_MK: Float[Array, "M K"], rhs_GKN: Float[Array, "G K N"], group_sizes_G: Int32[Array, "G"]
-) -> Float[Array, "M N"]:
+def grouped_matmul(lhs_MK: Float[Array, "M K"], rhs_GKN: Float[Array, "G K N"], group_sizes_G: Int32[Array, "G"]) -> Float[Array, "M N"]:
     """Row ``m`` of group ``g`` times ``rhs[g]``.
 
     Rows are sorted by group: the first ``group_sizes[0]`` rows belong to group 0, and so on; the sizes add up to M. Any

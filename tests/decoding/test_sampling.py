@@ -80,9 +80,7 @@ def test_top_k_of_one_is_greedy_whatever_the_number():
 
 def test_penalties_and_bias_follow_their_formulas():
     logits = np.array([[2.0, -2.0, 1.0, 0.5, -1.0, 3.0]], np.float32)
-    params = SamplingParams(
-        repetition_penalty=2.0, presence_penalty=0.25, frequency_penalty=0.5, logit_bias={4: 1.5, 5: -float("inf")}
-    )
+    params = SamplingParams(repetition_penalty=2.0, presence_penalty=0.25, frequency_penalty=0.5, logit_bias={4: 1.5, 5: -float("inf")})
     counts = TokenCounts(jnp.array([[True, True, False, False, False, False]]), jnp.array([[0, 0, 3, 0, 1, 0]], jnp.int32))
     # Tokens 0 and 1 only in the prompt: repetition. 2 three times in the output: all three. 4: bias first, then as 2.
     expected = [1.0, -4.0, 1.0 / 2 - 0.25 - 1.5, 0.5, 0.5 / 2 - 0.25 - 0.5, -np.inf]
@@ -109,7 +107,11 @@ def test_draws_have_the_right_frequencies():
     logits = np.log(np.array([0.5, 0.25, 0.125, 0.0625, 0.0625], np.float32))
     params = [SamplingParams(temperature=1.0)] * 20000
     token, _ = sample(
-        jnp.tile(logits, (20000, 1)), rows_of(*params, vocab=5, seeds=range(20000)), None, jnp.zeros(20000, jnp.int32), batch_features(params)
+        jnp.tile(logits, (20000, 1)),
+        rows_of(*params, vocab=5, seeds=range(20000)),
+        None,
+        jnp.zeros(20000, jnp.int32),
+        batch_features(params),
     )
     counts = collections.Counter(np.asarray(token).tolist())
     expected = 20000 * np.exp(logits.astype(np.float64))

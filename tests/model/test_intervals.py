@@ -67,7 +67,7 @@ def test_vllm_virtual_batches_example():
     queries, keys = [], []
     for row in range(3):
         lines = visible(intervals, row, (total - new)[row], 4)[: new[row]]
-        chunk_of = [(total - new)[row] // 4] + [((total - new)[row] + t) // 4 for t in range(new[row])][1:]
+        chunk_of = [((total - new)[row] + t) // 4 for t in range(new[row])]
         for chunk in dict.fromkeys(chunk_of):
             rows = [line for line, c in zip(lines, chunk_of, strict=True) if c == chunk]
             queries.append(len(rows))

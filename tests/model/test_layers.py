@@ -61,10 +61,13 @@ def test_attention_temperature_at_bucket_edges(position, scale):
     np.testing.assert_allclose(attention_temperature(config, jnp.array([[position]], jnp.int32))[0, 0], scale, rtol=1e-6)
 
 
+def silu(a):
+    return a / (1 + np.exp(-a))
+
+
 def moe_reference(weights, x):
     """Every expert on every token in float64, the chosen one picked afterwards."""
     w = {name: np.asarray(value, np.float64) for name, value in weights.items()}
-    silu = lambda a: a / (1 + np.exp(-a))
     router = x @ w["router"].T
     chosen = router.argmax(-1)
     scored = x / (1 + np.exp(-router.max(-1, keepdims=True)))

@@ -41,7 +41,7 @@ def test_attend_equals_masked_softmax(seed, shape):
 @given(st.integers(0, 2**32 - 1), st.sampled_from([(1, 1), (2, 3), (3, 5)]))
 def test_attend_pages_equals_masked_softmax_whatever_the_page_order(seed, shape):
     q, k, v, start, end = problem(seed, *shape, 24)
-    B, S, K, h = k.shape
+    B, _, K, h = k.shape
     page, pages_per_row = 8, 3
     table = np.random.default_rng(seed).permutation(B * pages_per_row + 2)[: B * pages_per_row].reshape(B, pages_per_row).astype(np.int32)
     k_pool, v_pool = np.full((2, B * pages_per_row + 2, K, page, h), 7.0, np.float32)

@@ -21,7 +21,7 @@ def test_merge_equals_attention_over_the_union(seed, sizes):
     scores = [rng.normal(scale=10, size=n) for n in sizes]
     values = [rng.normal(size=(n, 3)) for n in sizes]
     partials = [softmax_attention(s, v) for s, v in zip(scores, values, strict=True)]
-    out, lse = merge_attention([(np.float32(o)[None], np.float32(l)[None]) for o, l in partials])
+    out, lse = merge_attention([(np.float32(o)[None], np.float32(e)[None]) for o, e in partials])
     expected_out, expected_lse = softmax_attention(np.concatenate(scores), np.concatenate(values))
     # Scores of up to about 40 carry float32 rounding of 4e-6 into the exponent.
     np.testing.assert_allclose(out[0], expected_out, rtol=2e-5, atol=2e-5)

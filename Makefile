@@ -1,0 +1,54 @@
+# make demo    install, fetch SmolLM2-135M-Instruct, convert it, and stream its answer; PROMPT="..." asks something else
+# make test    install, and run the whole test suite; PYTEST="-k cache" passes options to pytest
+# make setup   only prepare .venv
+# make check   ruff and mypy
+
+.PHONY: demo test setup check clean
+.DEFAULT_GOAL := demo
+SHELL := /bin/sh
+VENV := .venv
+STAMP := $(VENV)/.installed
+
+# The question must reach the shell as it was typed: not expanded by make, not quoted by us.
+demo: export L4JAX_DEMO_PROMPT := $(value PROMPT)
+unexport PROMPT
+
+demo: $(STAMP)
+	@if [ -n "$$L4JAX_DEMO_PROMPT" ]; then \
+	  $(VENV)/bin/l4jax demo --prompt="$$L4JAX_DEMO_PROMPT"; \
+	else \
+	  $(VENV)/bin/l4jax demo; \
+	fi
+
+test: $(STAMP)
+	@$(VENV)/bin/python -m pytest $(PYTEST)
+
+setup: $(STAMP)
+
+check: $(STAMP)
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV)
+
+# A pyenv shim exists for versions that are not installed, so every candidate is run before it is believed.
+$(STAMP): pyproject.toml constraints.txt
+	@if ! $(VENV)/bin/python -m pip --version >/dev/null 2>&1; then \
+	  for python in python3.12 python3.13 python3.14 python3 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.1[2-9]*/bin/python3; do \
+	    if "$$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1; then found="$$python"; break; fi; \
+	  done; \
+	  if [ -z "$$found" ]; then \
+	    echo "l4jax needs Python 3.12 or later with its venv module, and none was found." >&2; \
+	    echo "Debian 13 and later: apt-get install python3 python3-venv" >&2; \
+	    echo "Debian 12: install pyenv, then: pyenv install 3.12" >&2; \
+	    exit 1; \
+	  fi; \
+	  echo "Making $(VENV) with $$("$$found" --version)"; \
+	  "$$found" -m venv --clear $(VENV) || exit 1; \
+	fi
+	@echo "Installing l4jax and its dependencies into $(VENV)"
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt hatchling editables
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,69 @@
+"""Text as it comes: token ids to text without broken characters, and text up to a stop string."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable, Sequence
+
+from l4jax.text.tokenizer import Tokenizer
+
+
+class StreamDecoder:
+    """Turns tokens into text piece by piece. The pieces joined are ``tokenizer.decode`` of all the tokens.
+
+    A character whose bytes are spread over several tokens is given out once it is complete.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, ids: Iterable[int]) -> str:
+        """The text that these further tokens complete."""
+        tokenizer = self._tokenizer
+        shown = [i for i in ids if not (self._skip_special and tokenizer.is_special(i))]
+        return self._utf8.decode(b"".join(map(tokenizer.token_bytes, shown)))
+
+    def finish(self) -> str:
+        """What is left at the end: U+FFFD for a character that was never completed."""
+        return self._utf8.decode(b"", final=True)
+
+
+class StopStringFilter:
+    """Passes text on up to the first stop string, which is left out; ``stopped`` is then set.
+
+    Text that may turn out to be the beginning of a stop string is held back. The first stop string is the one that is complete
+    first; of two that are complete at the same character, the longer. What is passed on does not depend on how the text was cut.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        if "" in stops:
+            raise ValueError("a stop string is empty; expected at least one character")
+        self._stops = sorted(stops, key=len, reverse=True)
+        self._held = ""
+        self.stopped = False
+
+    def push(self, text: str) -> str:
+        """The text that may be shown, now that ``text`` has come."""
+        if self.stopped:
+            return ""
+        text = self._held + text
+        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            self._held = ""
+            return text[: min(found)[1]]
+        kept = len(text) - self._partial(text)
+        self._held = text[kept:]
+        return text[:kept]
+
+    def finish(self) -> str:
+        """What was held back, now that no more text comes."""
+        held, self._held = self._held, ""
+        return held
+
+    def _partial(self, text: str) -> int:
+        """Length of the longest end of ``text`` that a stop string begins with."""
+        lengths = (n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        return max(lengths, default=0)

@@ -1,0 +1,141 @@
+"""Text to token ids and back.
+
+Two kinds of file are read: Hugging Face's ``tokenizer.json`` (byte-level BPE) and Meta's ``tokenizer.model`` (tiktoken ranks).
+
+Special tokens (``<|eot|>``) have power over a model: they end turns and open new ones. So text is encoded as text by default, and
+``"<|eot|>"`` in a prompt becomes the characters; ``parse_special=True`` makes it the token. (transformers always parses them.)
+"""
+
+from __future__ import annotations
+
+import abc
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+TEXT_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Every file that :func:`load_tokenizer` and ``l4jax.text.chat.load_chat_format`` may read."""
+
+
+class TokenizerError(ValueError):
+    """A tokenizer that is missing, damaged or of a kind that is not supported; the message is one line."""
+
+
+class Tokenizer(abc.ABC):
+    """A byte-level tokenizer: every token stands for some bytes, and text is their UTF-8.
+
+    ``vocab_size``: number of tokens, special ones included. ``special_tokens``: id of each special token. ``bos_id``: the token
+    that begins a text, or None. ``prepends_bos``: whether the model expects it before a plain prompt. ``eos_ids``: the tokens that
+    end an answer, as the tokenizer's own files name them.
+    """
+
+    def __init__(
+        self, *, vocab_size: int, special_tokens: Mapping[str, int], bos_id: int | None, eos_ids: Sequence[int], prepends_bos: bool
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.special_tokens = dict(special_tokens)
+        self.bos_id = bos_id
+        self.eos_ids = tuple(eos_ids)
+        self.prepends_bos = prepends_bos
+        self._special_ids = frozenset(self.special_tokens.values())
+        # Of two tokens that begin at the same place, the longer one is meant.
+        longest_first = sorted(self.special_tokens, key=len, reverse=True)
+        self._special_pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+    def encode(self, text: str, *, add_bos: bool = True, parse_special: bool = False) -> list[int]:
+        """Token ids of ``text``, after the BOS token where the model expects one and ``add_bos`` is set.
+
+        With ``parse_special``, special tokens spelt out in ``text`` become those tokens; a BOS token at its start is then not
+        doubled.
+        """
+        ids: list[int] = []
+        for piece in self.split_special(text) if parse_special else [text]:
+            ids += [piece] if isinstance(piece, int) else self.encode_ordinary(piece)
+        if add_bos and self.prepends_bos and self.bos_id is not None and not (parse_special and ids[:1] == [self.bos_id]):
+            ids.insert(0, self.bos_id)
+        return ids
+
+    def split_special(self, text: str) -> list[str | int]:
+        """``text`` cut at the special tokens spelt out in it: text pieces as they are, special tokens as ids."""
+        pieces: list[str | int] = []
+        end = 0
+        for match in self._special_pattern.finditer(text):
+            pieces += [text[end : match.start()], self.special_tokens[match[0]]]
+            end = match.end()
+        pieces.append(text[end:])
+        return [piece for piece in pieces if piece != ""]
+
+    def break_special(self, text: str, mark: str) -> str:
+        """``text`` with ``mark`` after the first character of each special token that is spelt out in it or begun at its end."""
+        text = self._special_pattern.sub(lambda match: match[0][0] + mark + match[0][1:], text)
+        first_characters = {token[0] for token in self.special_tokens}
+        longest = max(map(len, self.special_tokens), default=0)
+        for start in range(max(0, len(text) - longest), len(text)):
+            if text[start] in first_characters and any(token.startswith(text[start:]) for token in self.special_tokens):
+                return text[: start + 1] + mark + text[start + 1 :]
+        return text
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """The text of ``ids``. Bytes that are no UTF-8 become U+FFFD; ids that no token has are left out."""
+        return b"".join(self.token_bytes(i) for i in ids if not (skip_special and self.is_special(i))).decode("utf-8", errors="replace")
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether the token is a special one, which is no part of the text."""
+        return token_id in self._special_ids
+
+    @abc.abstractmethod
+    def encode_ordinary(self, text: str) -> list[int]:
+        """Token ids of ``text``, whatever it says taken as plain text."""
+
+    @abc.abstractmethod
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that the token stands for (a special token: its name); none for an id that no token has."""
+
+    @abc.abstractmethod
+    def token_id(self, token: str) -> int | None:
+        """Id of the special token with this name, or of the ordinary token with this text; None if there is none."""
+
+
+def load_tokenizer(directory: Path) -> Tokenizer | None:
+    """The tokenizer in ``directory``: its ``tokenizer.json``, else its ``tokenizer.model``; None if it has neither.
+
+    Raises :class:`TokenizerError` for a file that is damaged or of another kind.
+    """
+    # Imported here, because both modules build on this one.
+    from l4jax.text.hf_tokenizer import load_hf_tokenizer  # noqa: PLC0415
+    from l4jax.text.tiktoken_tokenizer import load_tiktoken_tokenizer  # noqa: PLC0415
+
+    if (directory / "tokenizer.json").exists():
+        return load_hf_tokenizer(directory)
+    if (directory / "tokenizer.model").exists():
+        return load_tiktoken_tokenizer(directory / "tokenizer.model")
+    return None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if there is no such file."""
+    if not path.exists():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise TokenizerError(f"{path} is not valid JSON ({error}); fetch the file again") from error
+    if not isinstance(values, dict):
+        raise TokenizerError(f"{path} holds a {type(values).__name__}; expected a JSON object")
+    return values
+
+
+def token_text(value: Any) -> str | None:
+    """A token as Hugging Face's files name it: its text, or an object that has it as ``content``."""
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) else None

@@ -1,0 +1,121 @@
+"""ModelConfig: what is refused, and the JSON form."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import pytest
+
+from l4jax.config import ConfigError, ModelConfig, MoEConfig, RopeScaling, VisionConfig, config_from_json, config_to_json, flat_fields
+from tests.tiny import llama3_like, scout_like
+
+VISION = VisionConfig(
+    hidden_size=16,
+    num_layers=2,
+    num_heads=2,
+    intermediate_size=64,
+    image_size=28,
+    patch_size=14,
+    num_channels=3,
+    rope_theta=10000.0,
+    norm_eps=1e-5,
+    pixel_shuffle_ratio=0.5,
+    projector_input_dim=24,
+    projector_output_dim=24,
+    vision_output_dim=24,
+    image_token_id=1,
+    begin_image_token_id=2,
+    end_image_token_id=3,
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 0}, "hidden_size is 0; expected a number above 0"),
+        ({"num_layers": -1}, "num_layers is -1"),
+        ({"rms_norm_eps": 0.0}, "rms_norm_eps is 0.0"),
+        ({"rope_theta": math.inf}, "rope_theta is inf"),
+        ({"rope_theta": math.nan}, "rope_theta is nan"),
+        ({"floor_scale": 0}, "floor_scale is 0"),
+        ({"attn_scale": math.nan}, "attn_scale is nan"),
+        ({"num_kv_heads": 3}, "num_heads is 4; expected a multiple of num_kv_heads, which is 3"),
+        ({"head_dim": 7}, "head_dim is 7; expected an even number"),
+        ({"rope_layers": (True,) * 3}, "rope_layers describes 3 layers; expected num_layers, which is 4"),
+        ({"attention_chunk_size": 0}, "attention_chunk_size is 0"),
+        ({"moe": MoEConfig(num_experts=4, intermediate_size=48, moe_layers=(True,) * 5)}, "moe.moe_layers describes 5 layers"),
+        ({"bos_token_id": 64}, "bos_token_id has token 64, which is outside the vocabulary of 64"),
+        ({"eos_token_ids": (1, -1)}, "eos_token_ids has token -1"),
+        ({"pad_token_id": 99}, "pad_token_id has token 99"),
+    ],
+)
+def test_a_model_that_cannot_be_is_refused_in_one_line(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        scout_like(**changes)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_parts_are_checked_too() -> None:
+    with pytest.raises(ConfigError, match="num_experts is 0"):
+        MoEConfig(num_experts=0, intermediate_size=1, moe_layers=())
+    with pytest.raises(ConfigError, match=r"low_freq_factor 4\.0 above high_freq_factor 1\.0"):
+        RopeScaling(factor=8.0, low_freq_factor=4.0, high_freq_factor=1.0, original_max_position_embeddings=8192)
+    with pytest.raises(ConfigError, match="image_size is 28; expected a multiple of patch_size, which is 13"):
+        dataclasses.replace(VISION, patch_size=13)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        scout_like(sources=(("vocab_size", "config.json: vocab_size"), ("rope_theta", "a default"))),
+        scout_like(vision=VISION, bos_token_id=1, eos_token_ids=(2, 3), pad_token_id=0),
+        llama3_like(rope_scaling=None),
+    ],
+)
+def test_json_keeps_everything(config: ModelConfig) -> None:
+    read = config_from_json(json.loads(json.dumps(config_to_json(config))))
+    assert read == config
+    assert read.sources == config.sources
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("vocab_size",), None, "config.vocab_size is None; expected int"),
+        (("vocab_size",), True, "config.vocab_size is True; expected int"),
+        (("architecture",), "gpt2", "config.architecture is 'gpt2'; expected one of 'llama', 'llama4'"),
+        (("rope_layers",), [1, 1, 1, 0], r"config.rope_layers\[0\] is 1; expected bool"),
+        (("moe",), 3, "config.moe is 3; expected an object"),
+        (("moe", "num_experts"), 2.5, "config.moe.num_experts is 2.5; expected int"),
+        (("moe", "capacity"), 2, "config.moe has the unknown fields capacity"),
+        (("sources",), [["a"]], r"config.sources\[0\] has 1 items; expected 2"),
+        (("head_dim",), 7, "head_dim is 7; expected an even number"),
+    ],
+)
+def test_json_that_is_no_configuration_is_refused(path: tuple[str, ...], value: Any, message: str) -> None:
+    values = config_to_json(scout_like())
+    part = values
+    for key in path[:-1]:
+        part = part[key]
+    part[path[-1]] = value
+    with pytest.raises(ConfigError, match=message):
+        config_from_json(values)
+
+
+def test_json_that_lacks_a_field_is_refused() -> None:
+    values = config_to_json(scout_like())
+    del values["rope_theta"]
+    with pytest.raises(ConfigError, match="config lacks the fields rope_theta"):
+        config_from_json(values)
+
+
+def test_flat_fields_have_dotted_names() -> None:
+    fields = flat_fields(scout_like())
+    assert fields["moe.num_experts"] == 4
+    assert fields["rope_scaling.factor"] == 16.0
+    assert fields["vision"] is None
+    assert not {"moe", "rope_scaling", "sources"} & fields.keys()

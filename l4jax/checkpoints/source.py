@@ -49,6 +49,9 @@ class Source(Protocol):
     recipes: Mapping[str, Recipe]
     """For each of our weights (``l4jax.model.weights.weight_specs``), and each vision weight kept as it is (``vision.*``)."""
 
+    fingerprint: Mapping[str, list[int]]
+    """Size and modification time (ns) of each weight file: tells whether an interrupted conversion may go on."""
+
     def read(self, key: str) -> np.ndarray:
         """One tensor's values, memory-mapped where the file allows, else read for this call only."""
         ...

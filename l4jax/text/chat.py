@@ -67,10 +67,8 @@ class ChatFormat:
         """Token ids of the prompt. Special tokens are the template's only: spelt out in a message they are plain text."""
         _check(messages)
         # The names of special tokens in messages are broken up by a mark, so that those left in the prompt are the template's.
-        spelt_out = json.dumps(messages, ensure_ascii=False, default=str)
-        mark = _MARK
-        while mark in spelt_out:
-            mark += _MARK
+        # It is longer than all the like that the messages have, however a template joins them.
+        mark = _MARK * (1 + json.dumps(messages, ensure_ascii=False, default=str).count(_MARK))
         prompt = self._render(_broken_up(messages, self._tokenizer, mark), add_generation_prompt)
         ids: list[int] = []
         for piece in self._tokenizer.split_special(prompt):

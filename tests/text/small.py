@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import functools
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,7 @@ def _trained(kind: str) -> str:
 
 
 def backend(kind: str = "bytes") -> tokenizers.Tokenizer:
-    """A byte-level BPE of 420 tokens, trained on a few lines."""
+    """A byte-level BPE of some 400 tokens, trained on a few lines."""
     return tokenizers.Tokenizer.from_str(_trained(kind))
 
 
@@ -56,15 +58,18 @@ def write(directory: Path, *, post_processed: bool = False, **tokenizer_config: 
 
 @functools.cache
 def tiktoken_ranks(count: int) -> dict[bytes, int]:
-    """``count`` tokens of up to three bytes: all single bytes, all pairs, and as many triples as there is room for."""
-    tokens = [bytes([a]) for a in range(256)]
-    tokens += [a + b for a in tokens[:256] for b in tokens[:256]]
-    missing = count - len(tokens)
-    tokens += [pair + tokens[32 + i // 256 % 224] for i, pair in enumerate(tokens[256 : 256 + 65536] * 3)][:missing]
-    unique = dict.fromkeys(tokens)
-    extra = (pair + bytes([c]) for c in range(256) for pair in tokens[256 : 256 + 65536])
-    for token in extra:
-        if len(unique) == count:
-            break
-        unique.setdefault(token)
-    return {token: rank for rank, token in enumerate(unique)}
+    """``count`` tokens: all single bytes, all pairs, and triples, those of letters and digits first."""
+    letters = b"abcdefghijklmnopqrstuvwxyz0123456789 \n'"
+    alphabets = [(range(256), 1), (range(256), 2), (letters, 3), (letters + b"ABCDEFGHIJKL", 3), (range(256), 3)]
+    ranks: dict[bytes, int] = {}
+    for alphabet, length in alphabets:
+        for token in map(bytes, itertools.product(alphabet, repeat=length)):
+            ranks.setdefault(token, len(ranks))
+            if len(ranks) == count:
+                return ranks
+    raise ValueError(f"there are no {count} tokens of up to three bytes")
+
+
+def tiktoken_file(ranks: dict[bytes, int]) -> bytes:
+    """``ranks`` as Meta's ``tokenizer.model`` has them."""
+    return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks.items())

@@ -1,0 +1,200 @@
+"""Conversion: any supported source, streamed group by group into a checkpoint folder, resumable and verified."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from l4jax.checkpoints.open import open_source
+from l4jax.checkpoints.source import CheckpointError, Recipe, Source
+from l4jax.checkpoints.store import DTYPES, StoredWeight, checksum, group_of, load_group, save_group, write_manifest
+from l4jax.config import config_to_json
+from l4jax.model.llama import Llama
+from l4jax.model.weights import weight_specs
+
+DType = Literal["float32", "bfloat16", "float16"]
+Progress = Callable[[int, int, str], None]
+"""Called with (bytes of source tensors done, bytes in all, the group just done)."""
+
+
+def convert(
+    source_path: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    dtype: DType | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Convert a Hugging Face, Meta or GGUF checkpoint into a folder that ``l4jax.load`` reads.
+
+    ``dtype`` None keeps what the source has (quantised GGUF tensors become float32). Everything is made in
+    ``DEST.partial``, verified there, and renamed to ``DEST`` at the end; an interrupted conversion goes on where it stopped
+    when the same call is made again. Raises :class:`CheckpointError` for a source that cannot be used, a destination that
+    exists or is being written, and a full disk.
+    """
+    target = Path(destination)
+    if target.exists():
+        raise CheckpointError(f"{target} exists already; choose another destination, or remove it first")
+    source = open_source(source_path)
+    check_complete(source)
+    partial = target.with_name(target.name + ".partial")
+    try:
+        with _locked(partial):
+            weights = _write_groups(source, partial, dtype, progress)
+            text_files = source.write_text_files(partial)
+            _verify(partial, weights)
+            (partial / _PROGRESS).unlink()
+            write_manifest(partial, source_format=source.format, config=source.config, weights=weights, text_files=text_files)
+            (partial / _LOCK).unlink()
+            partial.replace(target)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise CheckpointError(
+                f"the disk of {target} is full; free some space and run the same conversion again, it goes on where it stopped"
+            ) from error
+        raise
+
+
+def mapping(source: Source) -> list[tuple[str, Recipe]]:
+    """Which source tensors make which weight, in the order of conversion."""
+    return list(source.recipes.items())
+
+
+def check_complete(source: Source) -> None:
+    """Every weight has a recipe, every source tensor is used exactly once or ignored by design."""
+    wanted = set(weight_specs(Llama(source.config)))
+    missing = sorted(wanted - source.recipes.keys())
+    if missing:
+        raise CheckpointError(f"the source has no tensors for {len(missing)} weights, {missing[0]} the first; is a shard missing?")
+    used = Counter(key for recipe in source.recipes.values() for key in recipe.keys)
+    absent = sorted(used.keys() - source.tensors.keys())
+    if absent:
+        raise CheckpointError(f"the source lacks {len(absent)} tensors, {absent[0]} the first; is a shard missing?")
+    twice = sorted(key for key, times in used.items() if times > 1)
+    unused = sorted(source.tensors.keys() - used.keys() - source.ignored)
+    if twice or unused:
+        key = (twice or unused)[0]
+        raise CheckpointError(
+            f"source tensor {key} would be used {used[key]} times; expected once: this is not a checkpoint of the architecture it names"
+        )
+
+
+_PROGRESS = "progress.json"
+_LOCK = "lock"
+
+
+@contextmanager
+def _locked(partial: Path) -> Iterator[None]:
+    """Have the unfinished destination to oneself."""
+    partial.mkdir(parents=True, exist_ok=True)
+    with (partial / _LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(f"{partial} is being written by another conversion; wait for it to end") from None
+        yield
+
+
+def _write_groups(source: Source, partial: Path, dtype: DType | None, progress: Progress | None) -> dict[str, StoredWeight]:
+    """Write the groups that are not there yet; what is known of all weights."""
+    identity = _identity(source, dtype)
+    state = _read_progress(partial / _PROGRESS)
+    if state is None or state["source"] != identity:
+        # Another source or dtype, or nothing usable: start anew.
+        shutil.rmtree(partial / "weights", ignore_errors=True)
+        state = {"source": identity, "weights": {}}
+    weights = {name: StoredWeight(**{**w, "shape": tuple(w["shape"])}) for name, w in state["weights"].items()}
+    groups: dict[str, dict[str, Recipe]] = {}
+    for name, recipe in source.recipes.items():
+        groups.setdefault(group_of(name), {})[name] = recipe
+    total = sum(_bytes(source, recipe) for recipe in source.recipes.values())
+    done = 0
+    specs = weight_specs(Llama(source.config))
+    for group, recipes in groups.items():
+        directory = partial / "weights" / group
+        if not (recipes.keys() <= weights.keys() and directory.is_dir()):
+            shutil.rmtree(directory, ignore_errors=True)
+            arrays = {name: _make(source, name, recipe, dtype) for name, recipe in recipes.items()}
+            for name, array in arrays.items():
+                if name in specs and array.shape != specs[name].shape:
+                    raise CheckpointError(
+                        f"weight {name} would have shape {array.shape}; expected {specs[name].shape} by the configuration"
+                    )
+                weights[name] = StoredWeight(group, array.shape, array.dtype.name, checksum(array))
+            save_group(directory, arrays)
+            del arrays
+            state["weights"] = {name: dataclasses.asdict(weight) for name, weight in weights.items()}
+            _write_atomically(partial / _PROGRESS, json.dumps(state))
+        done += sum(_bytes(source, recipe) for recipe in recipes.values())
+        if progress is not None:
+            progress(done, total, group)
+    return weights
+
+
+def _make(source: Source, name: str, recipe: Recipe, dtype: DType | None) -> np.ndarray:
+    array = recipe.assemble([source.read(key) for key in recipe.keys])
+    if not np.isfinite(array).all():
+        raise CheckpointError(f"weight {name}, made of {', '.join(recipe.keys)}, has values that are not finite; the source is damaged")
+    if dtype is not None:
+        with np.errstate(over="ignore"):
+            cast = array.astype(DTYPES[dtype])
+        if not np.isfinite(cast).all():
+            raise CheckpointError(
+                f"weight {name} does not fit into {dtype}: its largest value is {np.abs(array).max():.3g}; choose another dtype"
+            )
+        array = cast
+    if array.dtype.name not in DTYPES:
+        raise CheckpointError(f"weight {name} is {array.dtype.name}; expected {', '.join(DTYPES)}; choose a dtype to convert to")
+    return np.ascontiguousarray(array)
+
+
+def _verify(partial: Path, weights: Mapping[str, StoredWeight]) -> None:
+    """Read every group back from disk and compare shapes, dtypes and checksums with what was written."""
+    groups: dict[str, list[str]] = {}
+    for name, weight in weights.items():
+        groups.setdefault(weight.group, []).append(name)
+    for group, names in groups.items():
+        arrays = load_group(partial / "weights" / group, names)
+        for name in names:
+            array, weight = arrays[name], weights[name]
+            if (array.shape, array.dtype.name, checksum(array)) != (weight.shape, weight.dtype, weight.crc32):
+                shutil.rmtree(partial / "weights" / group)
+                raise CheckpointError(
+                    f"weight {name} reads back from {partial} other than it was written; check the disk and run the conversion again"
+                )
+
+
+def _identity(source: Source, dtype: DType | None) -> dict[str, Any]:
+    """What a resumed conversion must have in common with the interrupted one."""
+    tensors = {key: [list(info.shape), info.dtype.name] for key, info in source.tensors.items()}
+    values: dict[str, Any] = {"format": source.format, "dtype": dtype, "config": config_to_json(source.config), "tensors": tensors}
+    return json.loads(json.dumps({**values, "files": source.fingerprint}))
+
+
+def _read_progress(path: Path) -> dict[str, Any] | None:
+    try:
+        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return state
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".new")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _bytes(source: Source, recipe: Recipe) -> int:
+    infos = [source.tensors[key] for key in recipe.keys]
+    return sum(int(np.prod(info.shape, dtype=np.int64)) * info.dtype.itemsize for info in infos)

@@ -1,0 +1,195 @@
+"""Hugging Face folders: ``config.json`` and safetensors, in one file or in shards with an index."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from l4jax.checkpoints.recipes import Wanted, stack_gate_up, fuse_qkv
+from l4jax.checkpoints.source import CheckpointError, Recipe, TensorInfo
+from l4jax.config import ModelConfig
+from l4jax.config_formats import config_from_hf
+
+_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_COPIED = ("tokenizer*", "special_tokens_map.json", "generation_config.json", "chat_template*", "LICENSE*", "USE_POLICY*", "NOTICE*")
+
+
+class HFSource:
+    """An opened Hugging Face folder (see :class:`l4jax.checkpoints.source.Source`)."""
+
+    format = "hf"
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self.config: ModelConfig = config_from_hf(_read_json(directory / "config.json"))
+        self._entries: dict[str, _Entry] = {}
+        files = _weight_files(directory)
+        for file, expected in files.items():
+            entries = _read_header(file)
+            absent = sorted(expected - entries.keys())
+            if absent:
+                raise CheckpointError(f"{file} lacks tensor {absent[0]}, which the index puts there; fetch the shard again")
+            self._entries |= entries
+        self.fingerprint: Mapping[str, list[int]] = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+        self.tensors: Mapping[str, TensorInfo] = {key: entry.info for key, entry in self._entries.items()}
+        self.ignored = frozenset(key for key in self.tensors if key.endswith("rotary_emb.inv_freq"))
+        if self.config.tie_word_embeddings:
+            # Some writers store the tied head a second time.
+            self.ignored |= {key for key in self.tensors if key.endswith("lm_head.weight")}
+        self.recipes: Mapping[str, Recipe] = hf_recipes(self.config, self.tensors)
+
+    def read(self, key: str) -> np.ndarray:
+        """The tensor, memory-mapped."""
+        return self._entries[key].map()
+
+    def write_text_files(self, directory: Path) -> list[str]:
+        """Copy tokenizer, chat template, generation defaults and licence files."""
+        found = sorted({file for pattern in _COPIED for file in self._directory.glob(pattern) if file.is_file()})
+        for file in found:
+            shutil.copyfile(file, directory / file.name)
+        return [file.name for file in found]
+
+
+class _Entry:
+    """Where a tensor's bytes lie."""
+
+    def __init__(self, file: Path, offset: int, info: TensorInfo) -> None:
+        self._file = file
+        self._offset = offset
+        self.info = info
+
+    def map(self) -> np.ndarray:
+        return np.memmap(self._file, self.info.dtype, "r", self._offset, self.info.shape or (1,)).reshape(self.info.shape)
+
+
+def hf_recipes(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> dict[str, Recipe]:
+    """How each of our weights is made of the folder's tensors.
+
+    Hugging Face stores Llama 3's query and key rows for half-split RoPE, Llama 4's for interleaved pairs as we compute it.
+    Raises :class:`CheckpointError` where a tensor's shape is not what the configuration says.
+    """
+    prefix = "language_model." if any(key.startswith("language_model.") for key in tensors) else ""
+    K, h, D, V = config.num_kv_heads, config.head_dim, config.hidden_size, config.vocab_size
+    H = config.num_heads
+    halves = config.architecture == "llama"
+    wanted = Wanted(tensors)
+    wanted.same("embed", f"{prefix}model.embed_tokens.weight", (V, D))
+    for i in range(config.num_layers):
+        ours, theirs = f"layers.{i}.", f"{prefix}model.layers.{i}."
+        wanted.same(f"{ours}attention_norm.scale", f"{theirs}input_layernorm.weight", (D,))
+        wanted.add(
+            f"{ours}attention.qkv",
+            [(f"{theirs}self_attn.{x}_proj.weight", (n * h, D)) for x, n in (("q", H), ("k", K), ("v", K))],
+            lambda parts: fuse_qkv(parts, K, h, halves=halves),
+            "q, k, v grouped by KV head" + ("; q, k rows from half-split to interleaved pairs" if halves else ""),
+        )
+        wanted.reshaped(f"{ours}attention.out", f"{theirs}self_attn.o_proj.weight", (D, H * h), (D, K, H // K, h))
+        wanted.same(f"{ours}feed_forward_norm.scale", f"{theirs}post_attention_layernorm.weight", (D,))
+        _feed_forward(wanted, config, i, f"{ours}feed_forward.", f"{theirs}{'mlp' if halves else 'feed_forward'}.")
+    wanted.same("norm.scale", f"{prefix}model.norm.weight", (D,))
+    if not config.tie_word_embeddings:
+        wanted.same("head", f"{prefix}lm_head.weight", (V, D))
+    if config.vision is not None:
+        for key, info in tensors.items():
+            if key.startswith(("vision_model.", "multi_modal_projector.")):
+                wanted.same(f"vision.{key}", key, info.shape)
+    return wanted.recipes
+
+
+def _feed_forward(wanted: Wanted, config: ModelConfig, layer: int, ours: str, theirs: str) -> None:
+    D, moe = config.hidden_size, config.moe
+    if moe is None or not moe.moe_layers[layer]:
+        _swiglu(wanted, ours, theirs, D, config.intermediate_size)
+        return
+    E, F = moe.num_experts, moe.intermediate_size
+    wanted.same(f"{ours}router", f"{theirs}router.weight", (E, D))
+    _swiglu(wanted, f"{ours}shared.", f"{theirs}shared_expert.", D, F)
+    if wanted.has(f"{theirs}experts.gate_up_proj"):
+        wanted.reshaped(f"{ours}experts_gate_up", f"{theirs}experts.gate_up_proj", (E, D, 2 * F), (E, D, 2, F))
+        wanted.same(f"{ours}experts_down", f"{theirs}experts.down_proj", (E, F, D))
+        return
+    # Packaged for offline quantisation: one matrix an expert, [out, in].
+    wanted.add(
+        f"{ours}experts_gate_up",
+        [(f"{theirs}experts.{e}.{x}_proj.weight", (F, D)) for e in range(E) for x in ("gate", "up")],
+        lambda parts: _stack_transposed(parts).reshape(E, 2, D, F).swapaxes(1, 2),
+        "experts stacked, transposed to [in, out]",
+    )
+    wanted.add(
+        f"{ours}experts_down",
+        [(f"{theirs}experts.{e}.down_proj.weight", (D, F)) for e in range(E)],
+        _stack_transposed,
+        "experts stacked, transposed to [in, out]",
+    )
+
+
+def _swiglu(wanted: Wanted, ours: str, theirs: str, D: int, F: int) -> None:
+    wanted.add(f"{ours}gate_up", [(f"{theirs}{x}_proj.weight", (F, D)) for x in ("gate", "up")], stack_gate_up, "gate, up stacked")
+    wanted.same(f"{ours}down", f"{theirs}down_proj.weight", (D, F))
+
+
+def _stack_transposed(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return np.stack([part.T for part in parts])
+
+
+def _weight_files(directory: Path) -> dict[Path, set[str]]:
+    """The safetensors files of a folder, and the tensors that the index puts in each."""
+    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    if index.exists():
+        files: dict[Path, set[str]] = {}
+        for key, name in _read_json(index).get("weight_map", {}).items():
+            files.setdefault(directory / name, set()).add(key)
+        absent = sorted(file.name for file in files if not file.exists())
+        if absent or not files:
+            raise CheckpointError(
+                f"{directory} lacks {absent[0] if absent else 'shards'}, which {index.name} names; fetch the missing shard"
+            )
+        return files
+    if single.exists():
+        return {single: set()}
+    raise CheckpointError(f"{directory} has no model.safetensors and no {index.name}; expected one of them beside config.json")
+
+
+def _read_header(file: Path) -> dict[str, _Entry]:
+    """Every tensor of a safetensors file; the values are not read."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        header = stream.read(length) if 8 + length <= size else b""
+    try:
+        described: dict[str, Any] = json.loads(header)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file} is truncated or no safetensors file: its header cannot be read; fetch it again") from error
+    entries = {}
+    for key, tensor in described.items():
+        if key == "__metadata__":
+            continue
+        dtype = _DTYPES.get(tensor["dtype"])
+        if dtype is None:
+            raise CheckpointError(f"{file.name}: tensor {key} has dtype {tensor['dtype']}; expected {', '.join(_DTYPES)}")
+        begin, end = tensor["data_offsets"]
+        info = TensorInfo(tuple(tensor["shape"]), dtype)
+        if end - begin != int(np.prod(info.shape, dtype=np.int64)) * dtype.itemsize:
+            raise CheckpointError(
+                f"{file.name}: tensor {key} has {end - begin} bytes; its shape and dtype need another number; fetch the file again"
+            )
+        if 8 + length + end > size:
+            raise CheckpointError(f"{file} is truncated: it has {size} bytes and tensor {key} ends at {8 + length + end}; fetch it again")
+        entries[key] = _Entry(file, 8 + length + begin, info)
+    return entries
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); fetch it again") from error
+    return values

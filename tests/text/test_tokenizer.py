@@ -1,0 +1,171 @@
+"""tokenizer.json: ids, bytes, special tokens and BOS."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import models, pre_tokenizers
+
+from l4jax.text.hf_tokenizer import HfTokenizer, byte_alphabet
+from l4jax.text.tokenizer import TokenizerError, load_tokenizer
+from tests.text import small
+
+TOKENIZER = HfTokenizer(small.backend(), {})
+ANY_TEXT = st.one_of(st.text(), st.lists(st.sampled_from([*small.TEXTS, *small.SPECIAL, "<|", "|>", " "])).map("".join))
+
+
+def test_no_tokenizer_is_none(tmp_path: Path) -> None:
+    assert load_tokenizer(tmp_path) is None
+
+
+def test_the_byte_alphabet_is_the_librarys() -> None:
+    assert byte_alphabet().keys() == set(pre_tokenizers.ByteLevel.alphabet())
+    assert sorted(byte_alphabet().values()) == list(range(256))
+    assert byte_alphabet()["Ġ"] == ord(" ")
+
+
+@given(ANY_TEXT)
+def test_text_survives(text: str) -> None:
+    assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
+    assert TOKENIZER.decode(TOKENIZER.encode(text, parse_special=True), skip_special=False) == text
+
+
+@given(ANY_TEXT)
+def test_ids_are_the_librarys(text: str) -> None:
+    backend = small.backend()
+    assert TOKENIZER.encode(text, parse_special=True) == backend.encode(text, add_special_tokens=False).ids
+    backend.encode_special_tokens = True
+    assert TOKENIZER.encode(text) == backend.encode(text, add_special_tokens=False).ids
+
+
+@given(st.lists(st.integers(0, 430)))
+def test_decoding_any_tokens_agrees_with_the_library(ids: list[int]) -> None:
+    assert TOKENIZER.decode(ids, skip_special=False) == small.backend().decode(ids, skip_special_tokens=False)
+    assert TOKENIZER.decode(ids) == small.backend().decode(ids, skip_special_tokens=True)
+
+
+def test_special_tokens_are_text_unless_asked() -> None:
+    text = "<|im_start|>x"
+    assert TOKENIZER.encode(text, parse_special=True)[0] == TOKENIZER.token_id("<|im_start|>") == 2
+    assert not any(TOKENIZER.is_special(i) for i in TOKENIZER.encode(text))
+    assert TOKENIZER.split_special("a<|im_start|><|im_end|>b") == ["a", 2, 3, "b"]
+
+
+def test_of_two_special_tokens_the_longer_is_meant() -> None:
+    backend = small.backend()
+    backend.add_special_tokens(["<|a|>", "<|a|><|b|>"])
+    tokenizer = HfTokenizer(backend, {})
+    assert tokenizer.split_special("<|a|><|b|><|a|>") == [tokenizer.token_id("<|a|><|b|>"), tokenizer.token_id("<|a|>")]
+
+
+def test_added_tokens_that_are_not_special_are_text() -> None:
+    backend = small.backend()
+    backend.add_tokens(["hello there"])
+    tokenizer = HfTokenizer(backend, {})
+    ids = tokenizer.encode("say hello there")
+    assert ids[-1] == small.backend().get_vocab_size()
+    assert tokenizer.decode(ids) == "say hello there"
+    assert tokenizer.vocab_size == ids[-1] + 1
+
+
+def test_token_ids_by_name() -> None:
+    assert TOKENIZER.token_id(" the") == TOKENIZER.encode(" the")[0]
+    assert TOKENIZER.token_id("no such token") is None
+    assert TOKENIZER.token_bytes(-1) == TOKENIZER.token_bytes(10**6) == b""
+
+
+@pytest.mark.parametrize(
+    ("post_processed", "config", "prepends"),
+    [
+        (False, {}, False),
+        (True, {}, True),
+        (True, {"bos_token": "<|begin_of_text|>"}, True),
+        (True, {"bos_token": "<|begin_of_text|>", "add_bos_token": False}, False),
+        (False, {"bos_token": {"content": "<|begin_of_text|>"}, "add_bos_token": True}, True),
+        (False, {"bos_token": "<|begin_of_text|>"}, False),
+    ],
+)
+def test_bos_is_put_first_where_the_model_expects_it(
+    tmp_path: Path, post_processed: bool, config: dict[str, object], prepends: bool
+) -> None:
+    tokenizer = load_tokenizer(small.write(tmp_path, post_processed=post_processed, **config))
+    assert tokenizer is not None
+    plain = TOKENIZER.encode("the dog")
+    assert tokenizer.encode("the dog") == [0] * prepends + plain
+    assert tokenizer.encode("the dog", add_bos=False) == plain
+    assert tokenizer.encode("<|begin_of_text|>the dog", parse_special=True) == [0, *plain]
+
+
+def test_bos_and_eos_are_those_of_the_tokenizers_configuration(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(small.write(tmp_path, bos_token="<|im_start|>", eos_token="<|im_end|>", add_bos_token=False))
+    assert tokenizer is not None
+    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.prepends_bos) == (2, (3,), False)
+
+
+def test_truncation_and_padding_in_the_file_have_no_effect(tmp_path: Path) -> None:
+    backend = small.backend()
+    backend.enable_truncation(2)
+    backend.enable_padding(length=50)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer is not None
+    assert tokenizer.encode("the quick brown fox jumps") == TOKENIZER.encode("the quick brown fox jumps")
+
+
+def test_a_damaged_file_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model"')
+    with pytest.raises(TokenizerError, match=r"tokenizer.json cannot be read .*; expected a tokenizer of the tokenizers library") as error:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_another_kind_of_tokenizer_is_refused(tmp_path: Path) -> None:
+    small.backend("words").save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(TokenizerError, match="a BPE model with a Metaspace decoder, which is not supported; expected byte-level BPE"):
+        load_tokenizer(tmp_path)
+    tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(TokenizerError, match="a WordLevel model with a NoneType decoder"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_special_token_that_strips_is_refused(tmp_path: Path) -> None:
+    backend = small.backend()
+    backend.add_special_tokens([tokenizers.AddedToken("<mask>", lstrip=True, special=True)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(TokenizerError, match="the special token '<mask>' changes the text around it"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "is not valid JSON"), ("[]", "holds a list; expected a JSON object")])
+def test_a_damaged_tokenizer_configuration_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (small.write(tmp_path) / "tokenizer_config.json").write_text(text)
+    with pytest.raises(TokenizerError, match=message):
+        load_tokenizer(tmp_path)
+
+
+def test_tokenizer_json_is_preferred_to_tokenizer_model(tmp_path: Path) -> None:
+    small.write(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"not looked at")
+    assert isinstance(load_tokenizer(tmp_path), HfTokenizer)
+
+
+def test_smollm2_tokens_are_those_of_transformers(smollm2_gguf: Path, tmp_path: Path) -> None:
+    from gguf import GGUFReader
+
+    from l4jax.text.gguf_tokenizer import write_gguf_tokenizer
+
+    metadata = {name: field.contents() for name, field in GGUFReader(smollm2_gguf).fields.items() if name.startswith("tokenizer.")}
+    assert write_gguf_tokenizer(metadata, tmp_path) == ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer is not None
+    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.prepends_bos, tokenizer.vocab_size) == (1, (2,), False, 49152)
+    golden = json.loads((Path(__file__).parent.parent / "golden" / "smollm2_tokens.json").read_text(encoding="utf-8"))
+    assert len(golden["texts"]) > 100
+    for entry in golden["texts"]:
+        assert tokenizer.encode(entry["text"], parse_special=True) == entry["token_ids"]
+        assert tokenizer.decode(entry["token_ids"], skip_special=False) == entry["text"]

@@ -65,11 +65,6 @@ def convert(
         raise
 
 
-def mapping(source: Source) -> list[tuple[str, Recipe]]:
-    """Which source tensors make which weight, in the order of conversion."""
-    return list(source.recipes.items())
-
-
 def check_complete(source: Source) -> None:
     """Every weight has a recipe, every source tensor is used exactly once or ignored by design."""
     wanted = set(weight_specs(Llama(source.config)))

@@ -12,8 +12,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from l4jax.checkpoints.recipes import Wanted, stack_gate_up, fuse_qkv
+from l4jax.checkpoints.recipes import Wanted, fuse_qkv, stack_gate_up
 from l4jax.checkpoints.source import CheckpointError, Recipe, TensorInfo
+from l4jax.checkpoints.store import SOURCE_CONFIG
 from l4jax.config import ModelConfig
 from l4jax.config_formats import config_from_hf
 
@@ -54,7 +55,8 @@ class HFSource:
         found = sorted({file for pattern in _COPIED for file in self._directory.glob(pattern) if file.is_file()})
         for file in found:
             shutil.copyfile(file, directory / file.name)
-        return [file.name for file in found]
+        shutil.copyfile(self._directory / "config.json", directory / SOURCE_CONFIG)
+        return [*(file.name for file in found), SOURCE_CONFIG]
 
 
 class _Entry:

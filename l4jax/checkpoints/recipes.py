@@ -58,6 +58,12 @@ def interleave(rows: np.ndarray) -> np.ndarray:
     return rows.reshape(*leading, 2, h // 2, D).swapaxes(-3, -2).reshape(rows.shape)
 
 
+def halve(rows: np.ndarray) -> np.ndarray:
+    """The inverse of :func:`interleave`."""
+    *leading, h, D = rows.shape
+    return rows.reshape(*leading, h // 2, 2, D).swapaxes(-3, -2).reshape(rows.shape)
+
+
 def stack_gate_up(parts: Sequence[np.ndarray]) -> np.ndarray:
     """[2, F, D]: the gate projection, then the up projection."""
     return np.stack(parts)

@@ -1,10 +1,11 @@
 """The checkpoint folder: what it holds, and loading it.
 
-====================  ===============================================================================
-``checkpoint.json``   the manifest: configuration and, for every weight, its group, shape, dtype and checksum
-``weights/GROUP/``    one Orbax checkpoint for each group: a decoder layer, the embedding, the head, ...
-``tokenizer.json``    (or ``tokenizer.model``), ``chat_template.jinja`` and the like, as the source had them
-====================  ===============================================================================
+======================  ===============================================================================
+``checkpoint.json``     the manifest: configuration and, for every weight, its group, shape, dtype and checksum
+``weights/GROUP/``      one Orbax checkpoint for each group: a decoder layer, the embedding, the head, ...
+``source_config.json``  a Hugging Face source's ``config.json``, as it was
+``tokenizer.json``      (or ``tokenizer.model``), ``chat_template.jinja`` and the like, as the source had them
+======================  ===============================================================================
 
 The manifest is written last and the whole folder takes its name in one step, so a folder that has a manifest is complete.
 """
@@ -17,18 +18,19 @@ import os
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 
 from l4jax.checkpoints.source import CheckpointError
 from l4jax.config import ModelConfig, config_from_json, config_to_json
 
-if TYPE_CHECKING:
-    import jax
-
 MANIFEST = "checkpoint.json"
+SOURCE_CONFIG = "source_config.json"
+"""A Hugging Face source's ``config.json``, kept as it was for the export."""
 FORMAT_VERSION = 1
 DTYPES: Mapping[str, np.dtype] = {
     "float32": np.dtype(np.float32),
@@ -65,8 +67,6 @@ def save_group(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 def load_group(directory: Path, names: Iterable[str], sharding: jax.sharding.Sharding | None = None) -> dict[str, Any]:
     """Read one group's named weights: as device arrays laid out by ``sharding``, or as numpy arrays without one."""
-    import orbax.checkpoint as ocp
-
     restore = ocp.RestoreArgs(restore_type=np.ndarray) if sharding is None else ocp.ArrayRestoreArgs(sharding=sharding)
     try:
         restored: dict[str, Any] = _checkpointer().restore(directory.absolute(), restore_args=dict.fromkeys(names, restore))
@@ -77,8 +77,6 @@ def load_group(directory: Path, names: Iterable[str], sharding: jax.sharding.Sha
 
 
 def _checkpointer() -> Any:
-    import orbax.checkpoint as ocp
-
     # Not compressed: weights hardly compress, and so they load as fast as the disk.
     return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
 
@@ -124,8 +122,6 @@ class Checkpoint:
 
         Raises :class:`CheckpointError` if a file is missing or damaged, or a shape is not the manifest's.
         """
-        import jax
-
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         restored: dict[str, Any] = {}
         for group, names in self.groups(self.decoder_weights).items():
@@ -133,7 +129,8 @@ class Checkpoint:
             for name in names:
                 if arrays[name].shape != self.weights[name].shape:
                     raise CheckpointError(
-                        f"weight {name} in {self.directory} has shape {arrays[name].shape}; expected {self.weights[name].shape}; convert it again"
+                        f"weight {name} in {self.directory} has shape {arrays[name].shape}; "
+                        f"expected {self.weights[name].shape}; the checkpoint is damaged, convert it again"
                     )
                 restored[name] = arrays[name] if dtype is None else arrays[name].astype(dtype)
         return restored
@@ -147,7 +144,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if directory.name.endswith(".partial"):
         raise CheckpointError(f"{directory} is an unfinished conversion; run the same `l4jax convert` again to finish it")
     if not (directory / MANIFEST).is_file():
-        raise CheckpointError(f"{directory} has no {MANIFEST}; expected a folder made by `l4jax convert {directory} DEST`")
+        raise CheckpointError(f"{directory} has no {MANIFEST}; expected a folder made by `l4jax convert`: convert {directory.name} first")
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         version = manifest["format_version"]

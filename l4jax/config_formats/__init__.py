@@ -7,6 +7,7 @@ quantised weights) is refused rather than ignored.
 
 from l4jax.config_formats.gguf import config_from_gguf
 from l4jax.config_formats.hf import config_from_hf
+from l4jax.config_formats.hf_write import config_to_hf
 from l4jax.config_formats.meta import config_from_meta
 
-__all__ = ["config_from_gguf", "config_from_hf", "config_from_meta"]
+__all__ = ["config_from_gguf", "config_from_hf", "config_from_meta", "config_to_hf"]

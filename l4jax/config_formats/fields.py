@@ -75,7 +75,7 @@ def plain_attention(section: Section, num_layers: int) -> dict[str, Any]:
         "vision": None,
     }
     for field in fields:
-        section.derive(field, None, "the architecture: Llama 3 has RoPE, plain causal attention and a dense feed-forward in every layer")
+        section.derive(field, None, "the architecture, Llama 3")
     return fields
 
 

@@ -155,7 +155,7 @@ def _llama(text: Section) -> ModelConfig:
 def _llama4(text: Section, vision: VisionConfig | None) -> ModelConfig:
     text.refuse_other(_HF_ONLY)
     if vision is None:
-        text.derive("vision", None, "the architecture: a text model")
+        text.derive("vision", None, "the architecture, a text model")
     common = _common(text)
     rope_layers = _rope_layers(text, common["num_layers"])
     return ModelConfig(

@@ -22,6 +22,7 @@ def byte_alphabet() -> dict[str, int]:
 
 
 _BYTES = byte_alphabet()
+_CHARACTERS = {byte: character for character, byte in _BYTES.items()}
 
 
 class HfTokenizer(Tokenizer):
@@ -67,8 +68,7 @@ class HfTokenizer(Tokenizer):
         special = self.special_tokens.get(token)
         if special is not None:
             return special
-        characters = {byte: character for character, byte in _BYTES.items()}
-        ordinary: int | None = self._backend.token_to_id("".join(characters[byte] for byte in token.encode()))
+        ordinary: int | None = self._backend.token_to_id("".join(_CHARACTERS[byte] for byte in token.encode()))
         return ordinary
 
 

@@ -15,17 +15,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-TEXT_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "generation_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-"""Every file that :func:`load_tokenizer` and ``l4jax.text.chat.load_chat_format`` may read."""
-
 
 class TokenizerError(ValueError):
     """A tokenizer that is missing, damaged or of a kind that is not supported; the message is one line."""

@@ -1,0 +1,27 @@
+"""``l4jax export``: write a checkpoint in a published format."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare the command's arguments."""
+    parser = subparsers.add_parser(
+        "export",
+        help="write a checkpoint as Hugging Face safetensors",
+        description="Write a checkpoint as a Hugging Face folder; one that came from such a folder comes out bit for bit the same.",
+    )
+    parser.add_argument("checkpoint", help="a folder made by l4jax convert")
+    parser.add_argument("destination", help="the folder to make; it must not exist")
+    parser.add_argument("--to", choices=("hf",), required=True, help="the format: hf, Hugging Face safetensors")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Export, and say where to."""
+    from l4jax.checkpoints.export import export
+
+    export(arguments.checkpoint, arguments.destination)
+    print(f"{arguments.destination} is complete")
+    return 0

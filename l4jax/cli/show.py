@@ -1,0 +1,187 @@
+"""``l4jax show``: every value of a model's configuration and where it came from, its weights, tokenizer and chat template."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from l4jax.checkpoints.source import Source
+    from l4jax.checkpoints.store import Checkpoint
+    from l4jax.config import ModelConfig
+
+Row = tuple[str, ...]
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare the command's arguments."""
+    parser = subparsers.add_parser("show", help="print a model's configuration and where each value came from", description=__doc__)
+    parser.add_argument(
+        "checkpoint",
+        help="a folder made by l4jax convert, a source that it converts, a config.json, or the name of a shipped configuration",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the tables: for a terminal as such, else as aligned text."""
+    about, config = _describe(arguments.checkpoint)
+    _print("Checkpoint", ("", ""), about)
+    _print("Configuration", ("field", "value", "source"), _configuration(config))
+    return 0
+
+
+def _describe(name: str) -> tuple[list[Row], ModelConfig]:
+    """What there is to say besides the configuration, and the configuration."""
+    from l4jax.checkpoints.open import open_source
+    from l4jax.checkpoints.store import MANIFEST, open_checkpoint
+    from l4jax.data import configs_path
+
+    path = Path(name)
+    shipped = configs_path() / "models" / f"{name}.json"
+    if not path.exists() and shipped.exists():
+        path = shipped
+    if path.is_file() and path.suffix == ".json":
+        config = _read_config(path)
+        return [("path", str(path)), ("format", "Hugging Face config.json"), *_decoder(config)], config
+    if (path / MANIFEST).exists():
+        checkpoint = open_checkpoint(path)
+        return _describe_checkpoint(checkpoint), checkpoint.config
+    source = open_source(path)
+    return _describe_source(path, source), source.config
+
+
+def _describe_checkpoint(checkpoint: Checkpoint) -> list[Row]:
+    weights = checkpoint.weights.items()
+    return [
+        ("path", str(checkpoint.directory)),
+        ("format", f"l4jax checkpoint, converted from {checkpoint.source_format}"),
+        *_decoder(checkpoint.config),
+        *_vision([weight.shape for name, weight in weights if name.startswith("vision.")]),
+        ("dtypes", _counts([weight.dtype for _, weight in weights])),
+        *_text(checkpoint.directory),
+    ]
+
+
+def _describe_source(path: Path, source: Source) -> list[Row]:
+    vision = [key for name, recipe in source.recipes.items() if name.startswith("vision.") for key in recipe.keys]
+    rows = [
+        ("path", str(path)),
+        ("format", f"{source.format}, not converted"),
+        *_decoder(source.config),
+        *_vision([source.tensors[key].shape for key in vision]),
+        ("dtypes as read", _counts([str(tensor.dtype) for tensor in source.tensors.values()])),
+    ]
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            source.write_text_files(Path(directory))
+        except ValueError as error:
+            return [*rows, ("tokenizer", f"not usable: {error}")]
+        return [*rows, *_text(Path(directory))]
+
+
+def _read_config(path: Path) -> ModelConfig:
+    from l4jax.config import ConfigError
+    from l4jax.config_formats import config_from_hf
+
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path} is not valid JSON ({error}); expected a Hugging Face config.json") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds a {type(values).__name__}; expected the object of a Hugging Face config.json")
+    return config_from_hf(values)
+
+
+def _decoder(config: ModelConfig) -> list[Row]:
+    from l4jax.model.llama import Llama
+    from l4jax.model.weights import weight_specs
+
+    return [("parameters", f"{sum(spec.size for spec in weight_specs(Llama(config)).values()):,}")]
+
+
+def _vision(shapes: Sequence[tuple[int, ...]]) -> list[Row]:
+    return [("vision parameters", f"{sum(map(math.prod, shapes)):,}")] if shapes else []
+
+
+def _counts(dtypes: Sequence[str]) -> str:
+    return ", ".join(f"{dtype} ({count} tensors)" for dtype, count in Counter(dtypes).most_common())
+
+
+def _text(directory: Path) -> list[Row]:
+    """Tokenizer and chat template in ``directory``."""
+    from l4jax.text.chat import load_chat_format
+    from l4jax.text.tokenizer import load_tokenizer
+
+    try:
+        tokenizer = load_tokenizer(directory)
+        chat_format = None if tokenizer is None else load_chat_format(directory, tokenizer)
+    except ValueError as error:
+        return [("tokenizer", f"not usable: {error}")]
+    if tokenizer is None:
+        return [("tokenizer", "none")]
+    names = {token_id: name for name, token_id in tokenizer.special_tokens.items()}
+
+    def word(token_id: int | None) -> str:
+        return "none" if token_id is None else f"{token_id} {names.get(token_id, '')}".rstrip()
+
+    before = ", put before a plain prompt" if tokenizer.prepends_bos else ""
+    rows = [
+        ("tokenizer", f"{tokenizer.vocab_size:,} tokens, {len(names):,} of them special"),
+        ("begin token", word(tokenizer.bos_id) + before),
+    ]
+    if chat_format is None:
+        return [*rows, ("chat template", "none")]
+    return [
+        *rows,
+        ("chat template", chat_format.origin.removeprefix(f"{directory}/")),
+        ("end of a turn", ", ".join(map(word, chat_format.stop_token_ids)) or "none"),
+    ]
+
+
+def _configuration(config: ModelConfig) -> list[Row]:
+    from l4jax.config import flat_fields
+
+    sources = dict(config.sources)
+    return [(name, _value(value), sources.get(name, "unknown")) for name, value in flat_fields(config).items()]
+
+
+def _value(value: Any) -> str:
+    """``value`` in few words; a pattern over the layers as what repeats."""
+    if not isinstance(value, tuple):
+        return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    for period in range(1, len(value) // 2 + 1):
+        if len(value) % period == 0 and value == value[:period] * (len(value) // period):
+            return f"({', '.join(map(_value, value[:period]))}) x {len(value) // period}"
+    return ", ".join(map(_value, value)) or "none"
+
+
+def _print(title: str, header: Row, rows: Sequence[Row]) -> None:
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(
+            title=title, title_style="bold", title_justify="left", show_header=any(header), show_edge=False, box=None, pad_edge=False
+        )
+        for column in header:
+            table.add_column(column, overflow="fold")
+        for row in rows:
+            # As Text: brackets in values are no markup.
+            table.add_row(*map(Text, row))
+        Console().print(table, "")
+        return
+    lines = [header, *rows] if any(header) else rows
+    widths = [max(len(row[i]) for row in lines) for i in range(len(header))]
+    print(title)
+    for row in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print()

@@ -1,0 +1,326 @@
+"""Conversion of real Hugging Face folders (the goldens): bit-exact there and back, resumable, and refusing what is broken."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from l4jax.checkpoints import convert as convert_module
+from l4jax.checkpoints.convert import convert
+from l4jax.checkpoints.export import export
+from l4jax.checkpoints.open import open_source
+from l4jax.checkpoints.source import CheckpointError
+from l4jax.checkpoints.store import open_checkpoint
+from l4jax.cli import main
+from l4jax.config_formats import config_from_hf, config_to_hf
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "data"
+MODELS = sorted(folder.name for folder in GOLDEN.iterdir())
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A copy of a small Llama 4 folder, to be damaged."""
+    folder = tmp_path / "source"
+    shutil.copytree(GOLDEN / "maverick", folder)
+    return folder
+
+
+def tensors_of(folder: Path) -> dict[str, np.ndarray]:
+    return {key: array for file in sorted(folder.glob("*.safetensors")) for key, array in load_file(file).items()}
+
+
+def rewrite(folder: Path, change) -> None:
+    """Apply ``change`` to the tensors of a folder with one file."""
+    tensors = tensors_of(folder)
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_hugging_face_there_and_back_is_bit_exact(model, dtype, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(GOLDEN / model, source)
+    if dtype != "float32":
+        for file in source.glob("*.safetensors"):
+            save_file({k: v.astype(np.dtype(getattr(ml_dtypes, dtype, dtype))) for k, v in load_file(file).items()}, file)
+    convert(source, tmp_path / "ours")
+    export(tmp_path / "ours", tmp_path / "back")
+    before, after = tensors_of(source), tensors_of(tmp_path / "back")
+    assert before.keys() == after.keys()
+    for key, array in before.items():
+        assert after[key].dtype == array.dtype
+        assert after[key].shape == array.shape
+        assert after[key].tobytes() == array.tobytes(), key
+    assert (tmp_path / "back" / "config.json").read_bytes() == (source / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "path", sorted(GOLDEN.glob("*/config*.json")) + sorted((GOLDEN.parents[2] / "configs" / "models").glob("*.json")), ids=str
+)
+def test_a_written_hugging_face_config_reads_back_equal(path):
+    config = config_from_hf(json.loads(path.read_text()))
+    assert config_from_hf(json.loads(json.dumps(config_to_hf(config, "bfloat16")))) == config
+
+
+def test_smollm2_gguf_exports_to_hugging_face_and_back(smollm2_checkpoint, tmp_path):
+    export(smollm2_checkpoint, tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "again")
+    first, again = open_checkpoint(smollm2_checkpoint), open_checkpoint(tmp_path / "again")
+    assert first.config == again.config
+    assert {n: (w.shape, w.crc32) for n, w in first.weights.items()} == {n: (w.shape, w.crc32) for n, w in again.weights.items()}
+
+
+def test_vision_weights_are_kept(tmp_path):
+    convert(GOLDEN / "multimodal", tmp_path / "ours")
+    kept = {name for name in open_checkpoint(tmp_path / "ours").weights if name.startswith("vision.")}
+    theirs = {key for key in tensors_of(GOLDEN / "multimodal") if not key.startswith("language_model.")}
+    assert kept == {f"vision.{key}" for key in theirs}
+    assert kept
+
+
+def test_a_dtype_casts_every_weight(source, tmp_path):
+    convert(source, tmp_path / "ours", dtype="bfloat16")
+    assert {w.dtype for w in open_checkpoint(tmp_path / "ours").weights.values()} == {"bfloat16"}
+
+
+def test_unfused_experts_give_the_same_weights(source, tmp_path):
+    convert(source, tmp_path / "fused")
+
+    def unfuse(tensors):
+        for key in [k for k in tensors if k.endswith("experts.gate_up_proj")]:
+            fused, down = tensors.pop(key), tensors.pop(key.replace("gate_up_proj", "down_proj"))
+            for e in range(len(fused)):
+                gate, up = np.split(fused[e], 2, axis=-1)
+                for name, matrix in (("gate", gate), ("up", up), ("down", down[e])):
+                    tensors[key.replace("gate_up_proj", f"{e}.{name}_proj.weight")] = np.ascontiguousarray(matrix.T)
+
+    rewrite(source, unfuse)
+    convert(source, tmp_path / "unfused")
+    assert open_checkpoint(tmp_path / "fused").weights == open_checkpoint(tmp_path / "unfused").weights
+
+
+KILLER = """
+import os, signal, sys
+from l4jax.checkpoints import convert as module
+reads = 0
+save_group = module.save_group
+def killed(directory, arrays):
+    global reads
+    reads += 1
+    if reads == int(sys.argv[3]):
+        if sys.argv[4] == "half-written":
+            directory.mkdir(parents=True)
+            (directory / "array").write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+    save_group(directory, arrays)
+module.save_group = killed
+module.convert(sys.argv[1], sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize(("group", "state"), [(1, "clean"), (3, "half-written"), (5, "clean"), (8, "half-written"), (10, "clean")])
+def test_a_killed_conversion_is_resumed_to_the_same_result(group, state, source, tmp_path, monkeypatch):
+    command = [sys.executable, "-c", KILLER, str(source), str(tmp_path / "ours"), str(group), state]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    assert not (tmp_path / "ours").exists()
+    with pytest.raises(CheckpointError, match="unfinished conversion"):
+        open_checkpoint(tmp_path / "ours.partial")
+
+    written = []
+    save_group = convert_module.save_group
+    monkeypatch.setattr(
+        convert_module, "save_group", lambda directory, arrays: (written.append(directory.name), save_group(directory, arrays))
+    )
+    convert(source, tmp_path / "ours")
+    convert(source, tmp_path / "whole")
+    resumed, whole = open_checkpoint(tmp_path / "ours"), open_checkpoint(tmp_path / "whole")
+    assert resumed == whole.__class__(**{**vars(whole), "directory": resumed.directory})
+    # What was there was not made again.
+    assert len(written) == 2 * len(whole.groups(whole.weights)) - (group - 1)
+
+
+def test_a_changed_source_is_converted_anew(source, tmp_path):
+    subprocess.run([sys.executable, "-c", KILLER, str(source), str(tmp_path / "ours"), "6", "clean"], check=False)
+    rewrite(source, lambda tensors: tensors.update({key: array * 2 for key, array in tensors.items()}))
+    convert(source, tmp_path / "ours")
+    convert(source, tmp_path / "whole")
+    assert open_checkpoint(tmp_path / "ours").weights == open_checkpoint(tmp_path / "whole").weights
+
+
+def test_a_full_disk_is_one_line_and_can_be_resumed(source, tmp_path, monkeypatch):
+    def full(directory, arrays):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert_module, "save_group", full)
+        with pytest.raises(CheckpointError, match=r"^the disk of .* is full; free some space"):
+            convert(source, tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+    convert(source, tmp_path / "ours")
+    open_checkpoint(tmp_path / "ours")
+
+
+def test_what_is_read_back_must_be_what_was_written(source, tmp_path, monkeypatch):
+    save_group = convert_module.save_group
+
+    def corrupted(directory, arrays):
+        save_group(directory, {name: array + (directory.name == "layers.2") for name, array in arrays.items()})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert_module, "save_group", corrupted)
+        with pytest.raises(CheckpointError, match=r"layers\.2.* reads back"):
+            convert(source, tmp_path / "ours")
+    convert(source, tmp_path / "ours")
+    convert(source, tmp_path / "whole")
+    assert open_checkpoint(tmp_path / "ours").weights == open_checkpoint(tmp_path / "whole").weights
+
+
+def refused(source, tmp_path) -> str:
+    """The one line that a conversion ends with; nothing is left that could be loaded."""
+    with pytest.raises(ValueError, match=r"^[^\n]+$") as error:
+        convert(source, tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+    return str(error.value)
+
+
+def test_truncated_shard(source, tmp_path):
+    with (source / "model.safetensors").open("r+b") as file:
+        file.truncate(file.seek(0, 2) - 10)
+    assert "is truncated" in refused(source, tmp_path)
+
+
+def test_truncated_header(source, tmp_path):
+    (source / "model.safetensors").write_bytes(struct.pack("<Q", 1000) + b"{")
+    assert "header cannot be read" in refused(source, tmp_path)
+
+
+def test_missing_shard(tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(GOLDEN / "llama3", source)
+    shard = sorted(source.glob("*.safetensors"))[1]
+    shard.unlink()
+    assert f"lacks {shard.name}" in refused(source, tmp_path)
+
+
+def test_missing_tensor(source, tmp_path):
+    rewrite(source, lambda tensors: tensors.pop("model.norm.weight"))
+    assert "has no tensor model.norm.weight" in refused(source, tmp_path)
+
+
+def test_unexpected_tensor(source, tmp_path):
+    rewrite(source, lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": np.zeros(3, np.float32)}))
+    assert "q_proj.bias would be used 0 times" in refused(source, tmp_path)
+
+
+def test_config_that_disagrees_with_the_tensors(source, tmp_path):
+    config = json.loads((source / "config.json").read_text())
+    config["vocab_size"] += 1
+    (source / "config.json").write_text(json.dumps(config))
+    assert "model.embed_tokens.weight has shape" in refused(source, tmp_path)
+
+
+def test_unknown_architecture(source, tmp_path):
+    (source / "config.json").write_text(json.dumps({"architectures": ["MambaForCausalLM"], "model_type": "mamba"}))
+    assert "MambaForCausalLM" in refused(source, tmp_path)
+
+
+def test_nan_weights(source, tmp_path):
+    rewrite(source, lambda tensors: tensors["model.layers.3.self_attn.o_proj.weight"].__setitem__((0, 0), np.nan))
+    assert "layers.3.attention.out" in refused(source, tmp_path)
+
+
+def test_weights_too_large_for_the_dtype(source, tmp_path):
+    rewrite(source, lambda tensors: tensors["model.norm.weight"].__setitem__(0, 1e6))
+    with pytest.raises(CheckpointError, match=r"norm\.scale does not fit into float16"):
+        convert(source, tmp_path / "ours", dtype="float16")
+
+
+def test_destination_that_exists(source, tmp_path):
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours" / "precious").write_text("mine")
+    with pytest.raises(CheckpointError, match="exists already"):
+        convert(source, tmp_path / "ours")
+    assert (tmp_path / "ours" / "precious").read_text() == "mine"
+
+
+def test_destination_in_use(source, tmp_path):
+    with convert_module._locked(tmp_path / "ours.partial"), pytest.raises(CheckpointError, match="another conversion"):
+        convert(source, tmp_path / "ours")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "does not exist"),
+        (lambda path: path.mkdir(), "has no config.json"),
+        (lambda path: path.write_bytes(b"hello"), "is no GGUF file"),
+        (lambda path: path.write_bytes(b"GGUF\x03\0\0\0"), "truncated or no GGUF file"),
+    ],
+)
+def test_what_is_no_checkpoint(make, message, tmp_path):
+    make(tmp_path / "source")
+    assert message in refused(tmp_path / "source", tmp_path)
+
+
+def test_truncated_gguf(smollm2_gguf, tmp_path):
+    data = smollm2_gguf.read_bytes()
+    (tmp_path / "cut.gguf").write_bytes(data[: len(data) // 2])
+    assert "truncated" in refused(tmp_path / "cut.gguf", tmp_path)
+
+
+def test_unknown_gguf_quantisation(smollm2_gguf, tmp_path):
+    data = bytearray(smollm2_gguf.read_bytes())
+    name = b"blk.0.attn_k.weight"
+    at = data.index(struct.pack("<Q", len(name)) + name) + 8 + len(name)
+    dimensions = struct.unpack_from("<I", data, at)[0]
+    struct.pack_into("<I", data, at + 4 + 8 * dimensions, 20)  # IQ4_NL, whose blocks are of as many values as Q4_1's
+    (tmp_path / "other.gguf").write_bytes(data)
+    assert "blk.0.attn_k.weight is quantised as IQ4_NL" in refused(tmp_path / "other.gguf", tmp_path)
+
+
+def test_loading_a_source_says_to_convert_it(source):
+    with pytest.raises(CheckpointError, match="l4jax convert"):
+        open_checkpoint(source)
+
+
+def test_loading_a_damaged_checkpoint(source, tmp_path):
+    convert(source, tmp_path / "ours")
+    shutil.rmtree(tmp_path / "ours" / "weights" / "layers.4")
+    with pytest.raises(CheckpointError, match=r"lacks weights/layers\.4"):
+        open_checkpoint(tmp_path / "ours")
+
+
+def test_loading_a_truncated_checkpoint(source, tmp_path):
+    convert(source, tmp_path / "ours")
+    for file in (tmp_path / "ours" / "weights" / "layers.4").rglob("d/*"):
+        file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"layers\.4 cannot be read .* convert it again$"):
+        open_checkpoint(tmp_path / "ours").restore()
+
+
+def test_dry_run_prints_the_mapping_and_writes_nothing(source, tmp_path, capsys):
+    assert main(["convert", str(source), str(tmp_path / "ours"), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert all(key in printed for key in open_source(source).tensors)
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_command_line_there_and_back(source, tmp_path, capsys):
+    assert main(["convert", str(source), str(tmp_path / "ours")]) == 0
+    assert main(["export", str(tmp_path / "ours"), str(tmp_path / "back"), "--to", "hf"]) == 0
+    assert main(["convert", str(source), str(tmp_path / "ours")]) == 2
+    assert capsys.readouterr().err.endswith("exists already; choose another destination, or remove it first\n")

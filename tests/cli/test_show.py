@@ -1,0 +1,99 @@
+"""``l4jax show`` on each kind of thing that it takes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from l4jax.checkpoints.convert import convert
+from l4jax.cli import show
+from l4jax.data import configs_path
+from tests.text import small
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "data"
+
+
+def output(capsys: pytest.CaptureFixture[str], checkpoint: str | Path) -> str:
+    parser = argparse.ArgumentParser()
+    show.register(parser.add_subparsers())
+    arguments = parser.parse_args(["show", str(checkpoint)])
+    assert arguments.run(arguments) == 0
+    return capsys.readouterr().out
+
+
+def cells(text: str) -> dict[str, list[str]]:
+    """Each line's columns, which two spaces part, by the first."""
+    rows = [[cell.strip() for cell in line.split("  ") if cell] for line in text.splitlines() if "  " in line]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_a_shipped_configuration_by_name_or_path(capsys: pytest.CaptureFixture[str]) -> None:
+    by_name = output(capsys, "llama-4-maverick-17b-128e")
+    assert by_name == output(capsys, configs_path() / "models" / "llama-4-maverick-17b-128e.json")
+    rows = cells(by_name)
+    assert rows["parameters"] == ["400,711,848,960"]
+    assert rows["rope_theta"] == ["500000.0", "config.json: text_config.rope_theta"]
+    assert rows["rope_layers"] == ["(true, true, true, false) x 12", "config.json: text_config.no_rope_layers"]
+    assert rows["moe.moe_layers"] == ["(false, true) x 24", "config.json: text_config.moe_layers"]
+    assert rows["eos_token_ids"] == ["200001, 200007, 200008", "config.json: text_config.eos_token_id"]
+    assert rows["rope_scaling"] == ["none", "config.json: text_config.rope_scaling"]
+
+
+def test_a_source_that_is_not_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = small.write(Path(shutil.copytree(GOLDEN / "multimodal", tmp_path / "source")), bos_token="<|im_start|>", add_bos_token=True)
+    rows = cells(output(capsys, folder))
+    assert rows["format"] == ["hf, not converted"]
+    assert rows["vision parameters"] == ["19,008"]
+    assert rows["dtypes as read"] == ["float32 (87 tensors)"]
+    assert rows["tokenizer"] == [f"{small.backend().get_vocab_size()} tokens, 4 of them special"]
+    assert rows["begin token"] == ["2 <|im_start|>, put before a plain prompt"]
+    assert rows["chat template"] == ["built-in chatml template"]
+    assert rows["end of a turn"] == ["3 <|im_end|>"]
+    assert rows["vision.image_size"] == ["28", "config.json: vision_config.image_size"]
+
+
+def test_a_converted_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    convert(GOLDEN / "scout", tmp_path / "scout")
+    capsys.readouterr()
+    rows = cells(output(capsys, tmp_path / "scout"))
+    assert rows["format"] == ["l4jax checkpoint, converted from hf"]
+    assert rows["tokenizer"] == ["none"]
+    assert "vision parameters" not in rows
+    # What was read from the source is still known.
+    assert rows["attention_chunk_size"] == ["8", "config.json: attention_chunk_size"]
+
+
+def test_a_tokenizer_that_cannot_be_used_does_not_hide_the_rest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(shutil.copytree(GOLDEN / "llama3_tied", tmp_path / "source"))
+    (folder / "tokenizer.json").write_text("{")
+    rows = cells(output(capsys, folder))
+    assert rows["tokenizer"][0].startswith("not usable: ")
+    assert rows["tie_word_embeddings"] == ["true", "config.json: tie_word_embeddings"]
+
+
+def test_on_a_terminal_it_is_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "200")
+    text = output(capsys, "smollm2-135m-instruct")
+    assert "134,515,008" in text
+    assert any("rope_theta" in line and "config.json: rope_theta" in line for line in text.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "is not valid JSON"), ("[]", "holds a list"), (json.dumps({"architectures": ["GPT2LMHeadModel"]}), "is not supported")],
+)
+def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, message: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        output(capsys, tmp_path / "config.json")
+
+
+def test_nothing_there(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="no-such-thing does not exist"):
+        output(capsys, "no-such-thing")

@@ -266,7 +266,7 @@ def test_destination_in_use(source, tmp_path):
     ("make", "message"),
     [
         (lambda path: None, "does not exist"),
-        (lambda path: path.mkdir(), "has no config.json"),
+        (lambda path: path.mkdir(), "has no config.json and no consolidated"),
         (lambda path: path.write_bytes(b"hello"), "is no GGUF file"),
         (lambda path: path.write_bytes(b"GGUF\x03\0\0\0"), "truncated or no GGUF file"),
     ],

@@ -1,0 +1,163 @@
+"""Tensors of a ``torch.save`` file, without torch and without ever running code from it.
+
+The file is an uncompressed zip archive: a pickle that describes the tensors, and an entry of raw bytes for each storage. The
+unpickler knows a short list of names and refuses all others; what it does know only notes where a tensor lies.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+
+from l4jax.checkpoints.source import CheckpointError, TensorInfo
+
+_STORAGES = {
+    "FloatStorage": np.dtype(np.float32),
+    "HalfStorage": np.dtype(np.float16),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+class _Opaque:
+    """Stands for an object that is never looked at: an ``_extra_state`` buffer."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+@dataclasses.dataclass(frozen=True)
+class _Storage:
+    key: str
+    dtype: np.dtype
+    size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchTensor:
+    """A tensor's place in the archive; offset and strides in elements of its storage."""
+
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @property
+    def info(self) -> TensorInfo:
+        """Shape and dtype."""
+        return TensorInfo(self.shape, self.storage.dtype)
+
+
+def _rebuild_tensor(storage: _Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any) -> TorchTensor:
+    return TorchTensor(storage, offset, tuple(shape), tuple(strides))
+
+
+def _rebuild_parameter(tensor: TorchTensor, *_: Any) -> TorchTensor:
+    return tensor
+
+
+_KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    ("_io", "BytesIO"): _Opaque,
+    ("_codecs", "encode"): _Opaque,  # how pickle's protocol 2 writes the bytes of such a buffer
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Looks nothing up but the names above."""
+
+    def __init__(self, stream: BinaryIO, path: Path) -> None:
+        super().__init__(stream, encoding="utf-8")
+        self._path = path
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and name in _STORAGES:
+            return _STORAGES[name]
+        if (module, name) not in _KNOWN:
+            raise CheckpointError(
+                f"{self._path}: its pickle asks for {module}.{name}; expected nothing but tensors: do not trust this file (nothing was run)"
+            )
+        return _KNOWN[module, name]
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        kind, dtype, key, _, size = pid
+        if kind != "storage" or not isinstance(dtype, np.dtype):
+            raise CheckpointError(f"{self._path}: its pickle refers to {kind!r}; expected a storage of {', '.join(_STORAGES)}")
+        return _Storage(str(key), dtype, int(size))
+
+
+class TorchFile:
+    """An opened ``torch.save`` file that holds a dictionary of tensors. Raises :class:`CheckpointError` for any other file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with zipfile.ZipFile(path) as archive:
+                self._offsets = _storage_offsets(archive, path)
+                pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+                if len(pickles) != 1:
+                    raise CheckpointError(f"{path} has {len(pickles)} entries named data.pkl; expected one, as torch.save writes")
+                with archive.open(pickles[0]) as stream:
+                    loaded = _Unpickler(stream, path).load()  # type: ignore[arg-type]  # the archive's stream reads bytes
+        except (zipfile.BadZipFile, struct.error) as error:
+            raise CheckpointError(f"{path} is truncated or was not written by torch.save since 1.6 ({error}); fetch it again") from error
+        except (pickle.UnpicklingError, EOFError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"{path}: its pickle does not describe tensors ({error!r}); expected a state dictionary") from error
+        if not isinstance(loaded, dict):
+            raise CheckpointError(f"{path} holds a {type(loaded).__name__}; expected a dictionary of tensors")
+        self.tensors = {str(key): value for key, value in loaded.items() if isinstance(value, TorchTensor)}
+        self.others = frozenset(str(key) for key, value in loaded.items() if not isinstance(value, TorchTensor))
+        for key, tensor in self.tensors.items():
+            self._check(key, tensor)
+
+    def read(self, key: str) -> np.ndarray:
+        """The tensor, memory-mapped."""
+        tensor = self.tensors[key]
+        dtype = tensor.storage.dtype
+        if 0 in tensor.shape:
+            return np.zeros(tensor.shape, dtype)
+        start, _ = self._offsets[tensor.storage.key]
+        flat = np.memmap(self.path, dtype, "r", start, (tensor.storage.size,))
+        strides = [stride * dtype.itemsize for stride in tensor.strides]
+        return np.lib.stride_tricks.as_strided(flat[tensor.offset :], tensor.shape, strides, writeable=False)
+
+    def _check(self, key: str, tensor: TorchTensor) -> None:
+        _, nbytes = self._offsets.get(tensor.storage.key, (0, -1))
+        last = tensor.offset + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True))
+        inside = tensor.offset >= 0 and min(tensor.strides, default=0) >= 0 and last < tensor.storage.size
+        if 0 not in tensor.shape and not (inside and tensor.storage.size * tensor.storage.dtype.itemsize <= nbytes):
+            raise CheckpointError(f"{self.path}: tensor {key} reaches outside its storage; the file is damaged, fetch it again")
+
+
+def _storage_offsets(archive: zipfile.ZipFile, path: Path) -> dict[str, tuple[int, int]]:
+    """(position of the bytes in the file, number of bytes) of each storage."""
+    offsets = {}
+    with path.open("rb") as file:
+        for entry in archive.infolist():
+            folder, _, key = entry.filename.rpartition("/")
+            if entry.filename.endswith("/byteorder") and archive.read(entry) != b"little":
+                raise CheckpointError(f"{path} was written big-endian; expected little-endian: save it again on a common machine")
+            if not folder.endswith("/data"):
+                continue
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise CheckpointError(f"{path} is compressed; expected an archive as torch.save writes it")
+            # The local header's name and extra field may be longer than the directory's: torch aligns the data with them.
+            file.seek(entry.header_offset + 26)
+            name_length, extra_length = struct.unpack("<HH", file.read(4))
+            offsets[key] = (entry.header_offset + 30 + name_length + extra_length, entry.file_size)
+    return offsets

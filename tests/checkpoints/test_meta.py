@@ -1,0 +1,130 @@
+"""Meta's folders give the weights that the Hugging Face folders give; a pickle cannot do anything."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from l4jax.checkpoints.convert import convert
+from l4jax.checkpoints.source import CheckpointError
+from l4jax.checkpoints.store import open_checkpoint
+from l4jax.checkpoints.torch_zip import TorchFile
+from tests.checkpoints.meta_folder import write_meta_folder, write_torch_file
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "data"
+
+
+def make_source(model: str, folder: Path, shards: int) -> Path:
+    tensors = {key: array for file in sorted((GOLDEN / model).glob("*.safetensors")) for key, array in load_file(file).items()}
+    write_meta_folder(folder, json.loads((GOLDEN / model / "config.json").read_text()), tensors, shards)
+    return folder
+
+
+@pytest.fixture
+def source(tmp_path):
+    return make_source("maverick", tmp_path / "source", 2)
+
+
+@pytest.mark.parametrize(
+    ("model", "shards"),
+    [("llama3", 1), ("llama3", 2), ("llama3", 4), ("scout", 1), ("scout", 2), ("maverick", 2), ("maverick", 4), ("multimodal", 2)],
+)
+def test_meta_and_hugging_face_give_identical_weights(model, shards, tmp_path):
+    # Four shards: more than KV heads, which are then replicated.
+    convert(make_source(model, tmp_path / "source", shards), tmp_path / "meta")
+    convert(GOLDEN / model, tmp_path / "hf")
+    meta, hf = open_checkpoint(tmp_path / "meta"), open_checkpoint(tmp_path / "hf")
+    assert dict(meta.weights) == dict(hf.weights)
+    assert meta.config.moe == hf.config.moe
+    assert meta.text_files == ("tokenizer.model",)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_tensors_read_back_as_written(dtype, tmp_path):
+    arrays = {"a": np.arange(12).reshape(3, 4).astype(dtype), "b": np.ones((0, 2), dtype), "c": np.array(5).astype(dtype)}
+    write_torch_file(tmp_path / "file.pth", arrays)
+    file = TorchFile(tmp_path / "file.pth")
+    for key, array in arrays.items():
+        read = file.read(key)
+        assert read.dtype == array.dtype
+        np.testing.assert_array_equal(read.astype(np.float32), array.astype(np.float32))
+
+
+class Attack:
+    """Runs a command when it is unpickled by an unpickler that lets it."""
+
+    def __init__(self, witness: Path) -> None:
+        self.witness = witness
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.witness}",)
+
+
+def test_a_pickle_cannot_run_code(source, tmp_path):
+    write_torch_file(source / "consolidated.01.pth", {"tok_embeddings.weight": Attack(tmp_path / "ran")})
+    with pytest.raises(CheckpointError, match=r"consolidated\.01\.pth: its pickle asks for \w+\.system") as error:
+        convert(source, tmp_path / "ours")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize("name", ["eval", "exec", "getattr", "__import__"])
+def test_builtins_are_not_looked_up(name, tmp_path):
+    with zipfile.ZipFile(tmp_path / "file.pth", "w") as archive:
+        archive.writestr("a/data.pkl", f"cbuiltins\n{name}\n.".encode())
+    with pytest.raises(CheckpointError, match=f"asks for builtins.{name}"):
+        TorchFile(tmp_path / "file.pth")
+
+
+def test_a_tensor_may_not_reach_outside_its_storage(tmp_path):
+    write_torch_file(tmp_path / "file.pth", {"a": np.arange(4, dtype=np.float32)})
+    with zipfile.ZipFile(tmp_path / "file.pth") as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    entries["archive/data/0"] = entries["archive/data/0"][:8]
+    with zipfile.ZipFile(tmp_path / "short.pth", "w") as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data)
+    with pytest.raises(CheckpointError, match="tensor a reaches outside its storage"):
+        TorchFile(tmp_path / "short.pth")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda s: (s / "consolidated.00.pth").unlink(), "has the shards 01; expected 00 to the last"),
+        (lambda s: (s / "consolidated.01.pth").write_bytes((s / "consolidated.01.pth").read_bytes()[:-200]), "is truncated"),
+        (lambda s: (s / "consolidated.01.pth").write_bytes(pickle.dumps({})), "was not written by torch.save since 1.6"),
+        (lambda s: write_torch_file(s / "consolidated.01.pth", {"a": np.zeros(3, np.float32)}), "lacks tok_embeddings.weight in a shard"),
+        (lambda s: (s / "params.json").unlink(), "has no params.json"),
+        (lambda s: (s / "params.json").write_text("{"), "is not valid JSON"),
+        (
+            lambda s: (s / "params.json").write_text((s / "params.json").read_text().replace('"n_layers": 8', '"n_layers": 9')),
+            "params.json asks for",
+        ),
+    ],
+)
+def test_a_damaged_folder_is_refused_in_one_line(damage, message, source, tmp_path):
+    damage(source)
+    with pytest.raises(ValueError, match=r"^[^\n]+$") as error:
+        convert(source, tmp_path / "ours")
+    assert message in str(error.value)
+    assert not (tmp_path / "ours").exists()
+
+
+def test_replicas_that_differ_are_refused(source, tmp_path):
+    tensors = {
+        key: np.array(TorchFile(source / "consolidated.01.pth").read(key)) for key in TorchFile(source / "consolidated.01.pth").tensors
+    }
+    tensors["norm.weight"] += 1
+    write_torch_file(source / "consolidated.01.pth", tensors)
+    with pytest.raises(CheckpointError, match=r"norm\.weight differs between shard 0 and shard 1"):
+        convert(source, tmp_path / "ours")

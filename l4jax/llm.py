@@ -33,17 +33,18 @@ DType = Literal["float32", "bfloat16", "float16"]
 
 @dataclasses.dataclass(frozen=True)
 class Stats:
-    """Wall-clock times in seconds, of the batch that a completion was part of, and token counts of its own."""
+    """Token counts of a completion, and wall-clock times of the batch that it was part of.
+
+    ``first_token_seconds``: from the start until the first token was there; ``decode_seconds``: from then until the last was.
+    ``decode_tokens_per_second``: the rate after the first burst of tokens, during which a program may have been compiled; of
+    all tokens after the first if there was but one burst, and 0 if there was none.
+    """
 
     prompt_tokens: int
     output_tokens: int
     first_token_seconds: float
     decode_seconds: float
-
-    @property
-    def decode_tokens_per_second(self) -> float:
-        """Rate of the tokens after the first; 0 if there were none."""
-        return (self.output_tokens - 1) / self.decode_seconds if self.output_tokens > 1 else 0.0
+    decode_tokens_per_second: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,7 +246,7 @@ class _Row:
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprob] = []
         self._text: list[str] = []
-        self._first_seconds = self._last_seconds = 0.0
+        self._progress: list[tuple[int, float]] = []
         self._ended = False
         self.stopped = False
 
@@ -253,9 +254,6 @@ class _Row:
         """Take in new tokens; the text that may be shown now. ``stopped`` is set once a stop string has appeared."""
         if self._ended:
             return ""
-        if not self._token_ids:
-            self._first_seconds = elapsed
-        self._last_seconds = elapsed
         text = ""
         for index, token in enumerate(new.token_ids):
             self._token_ids.append(token)
@@ -268,12 +266,15 @@ class _Row:
         if done and not self._filter.stopped and self._decoder is not None:
             text += self._filter.push(self._decoder.finish())
             text += self._filter.finish()
+        self._progress.append((len(self._token_ids), elapsed))
         self.stopped = self._filter.stopped
         self._ended = done or self.stopped
         self._text.append(text)
         return text
 
     def completion(self) -> Completion:
+        (_, first_seconds), (last, last_seconds) = self._progress[0], self._progress[-1]
+        begun, begun_seconds = self._progress[1 if len(self._progress) > 2 else 0]
         ended_by_token = bool(self._token_ids) and self._token_ids[-1] in self._request.stop_ids
         return Completion(
             prompt_token_ids=list(self._request.token_ids),
@@ -285,8 +286,9 @@ class _Row:
             stats=Stats(
                 prompt_tokens=len(self._request.token_ids),
                 output_tokens=len(self._token_ids),
-                first_token_seconds=self._first_seconds,
-                decode_seconds=self._last_seconds - self._first_seconds,
+                first_token_seconds=first_seconds,
+                decode_seconds=last_seconds - first_seconds,
+                decode_tokens_per_second=(last - begun) / (last_seconds - begun_seconds) if last > begun else 0.0,
             ),
         )
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from l4jax.checkpoints.licences import write_notice
 from l4jax.checkpoints.open import open_source
 from l4jax.checkpoints.source import CheckpointError, Recipe, Source
 from l4jax.checkpoints.store import DTYPES, StoredWeight, checksum, group_of, load_group, save_group, write_manifest
@@ -52,6 +53,7 @@ def convert(
         with _locked(partial):
             weights = _write_groups(source, partial, dtype, progress)
             text_files = source.write_text_files(partial)
+            text_files += write_notice(partial, architecture=source.config.architecture, source_format=source.format)
             _verify(partial, weights)
             (partial / _PROGRESS).unlink()
             write_manifest(partial, source_format=source.format, config=source.config, weights=weights, text_files=text_files)

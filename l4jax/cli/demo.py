@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     # Linux counts in KiB, macOS in bytes.
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     lines = [
-        f"{stats.output_tokens} tokens, {stats.decode_tokens_per_second:.1f} tokens/s after the first",
+        f"{stats.output_tokens} tokens, {stats.decode_tokens_per_second:.1f} tokens/s",
         f"first text {first_seconds or 0.0:.1f} s after the command started, {stats.first_token_seconds:.2f} s after the question was put",
         f"peak memory {peak_bytes / 1e9:.2f} GB",
     ]

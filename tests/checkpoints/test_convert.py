@@ -92,6 +92,29 @@ def test_vision_weights_are_kept(tmp_path):
     assert kept
 
 
+@pytest.mark.parametrize(
+    ("model", "licence", "notice"),
+    [
+        ("scout", None, "Llama 4 is licensed under the Llama 4 Community License, Copyright © Meta Platforms, Inc. All Rights Reserved."),
+        ("llama3", "LLAMA 3.1 COMMUNITY LICENSE AGREEMENT", "Llama 3.1 is licensed under the Llama 3.1 Community License"),
+        ("llama3", "META LLAMA 3 COMMUNITY LICENSE AGREEMENT", "Meta Llama 3 is licensed under the Meta Llama 3 Community License"),
+        ("llama3", "Apache License", None),
+    ],
+)
+def test_llama_checkpoints_carry_the_licence_notice(model, licence, notice, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(GOLDEN / model, source)
+    if licence:
+        (source / "LICENSE").write_text(licence)
+    convert(source, tmp_path / "ours")
+    assert (tmp_path / "ours" / "LICENSE").exists() == bool(licence)
+    assert (tmp_path / "ours" / "NOTICE").exists() == bool(notice)
+    if notice:
+        text = (tmp_path / "ours" / "NOTICE").read_text(encoding="utf-8")
+        assert text.startswith(notice)
+        assert "Built with Llama" in text
+
+
 def test_a_dtype_casts_every_weight(source, tmp_path):
     convert(source, tmp_path / "ours", dtype="bfloat16")
     assert {w.dtype for w in open_checkpoint(tmp_path / "ours").weights.values()} == {"bfloat16"}

@@ -87,6 +87,7 @@ def check_complete(source: Source) -> None:
 
 
 _PROGRESS = "progress.json"
+_BLOCK = 1 << 24
 _LOCK = "lock"
 
 
@@ -139,20 +140,23 @@ def _write_groups(source: Source, partial: Path, dtype: DType | None, progress: 
 
 
 def _make(source: Source, name: str, recipe: Recipe, dtype: DType | None) -> np.ndarray:
-    array = recipe.assemble([source.read(key) for key in recipe.keys])
-    if not np.isfinite(array).all():
+    array = np.ascontiguousarray(recipe.assemble([source.read(key) for key in recipe.keys]))
+    if not _all_finite(array):
         raise CheckpointError(f"weight {name}, made of {', '.join(recipe.keys)}, has values that are not finite; the source is damaged")
-    if dtype is not None:
+    if dtype is not None and array.dtype != DTYPES[dtype]:
         with np.errstate(over="ignore"):
-            cast = array.astype(DTYPES[dtype])
-        if not np.isfinite(cast).all():
-            raise CheckpointError(
-                f"weight {name} does not fit into {dtype}: its largest value is {np.abs(array).max():.3g}; choose another dtype"
-            )
-        array = cast
+            array = array.astype(DTYPES[dtype])
+        if not _all_finite(array):
+            raise CheckpointError(f"weight {name} has values too large for {dtype}; choose another dtype")
     if array.dtype.name not in DTYPES:
         raise CheckpointError(f"weight {name} is {array.dtype.name}; expected {', '.join(DTYPES)}; choose a dtype to convert to")
-    return np.ascontiguousarray(array)
+    return array
+
+
+def _all_finite(array: np.ndarray) -> bool:
+    """In blocks: a mask of a whole expert tensor would be half its size again."""
+    flat = array.reshape(-1)
+    return all(np.isfinite(flat[start : start + _BLOCK]).all() for start in range(0, flat.size, _BLOCK))
 
 
 def _verify(partial: Path, weights: Mapping[str, StoredWeight]) -> None:

@@ -268,7 +268,7 @@ def test_nan_weights(source, tmp_path):
 
 def test_weights_too_large_for_the_dtype(source, tmp_path):
     rewrite(source, lambda tensors: tensors["model.norm.weight"].__setitem__(0, 1e6))
-    with pytest.raises(CheckpointError, match=r"norm\.scale does not fit into float16"):
+    with pytest.raises(CheckpointError, match=r"norm\.scale has values too large for float16"):
         convert(source, tmp_path / "ours", dtype="float16")
 
 

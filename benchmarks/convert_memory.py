@@ -1,0 +1,108 @@
+"""Peak memory of a conversion, on a synthetic Llama checkpoint.
+
+    python benchmarks/convert_memory.py [--gigabytes 4] [--directory DIR]
+
+Writes a random bfloat16 Hugging Face folder of about that size in shards of 1 GB, converts it in a process of its own and
+prints the most anonymous memory that the process had (what it allocated), the most resident memory (with the source's
+memory-mapped pages, which the kernel can drop), and the bound: twice the largest tensor plus 1 GB. The disk needs room for
+twice the size; the folder is removed afterwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+HIDDEN, WIDTH, HEADS, VOCABULARY = 2048, 8192, 16, 128256
+CONVERT = "import sys; from l4jax.checkpoints.convert import convert; convert(sys.argv[1], sys.argv[2])"
+
+
+def write_source(folder: Path, gigabytes: float) -> int:
+    """A Llama folder of about this size; the bytes of its largest tensor."""
+    layer = {f"self_attn.{x}_proj.weight": (HIDDEN, HIDDEN) for x in "qkvo"}
+    layer |= {"mlp.gate_proj.weight": (WIDTH, HIDDEN), "mlp.up_proj.weight": (WIDTH, HIDDEN), "mlp.down_proj.weight": (HIDDEN, WIDTH)}
+    layer |= {"input_layernorm.weight": (HIDDEN,), "post_attention_layernorm.weight": (HIDDEN,)}
+    outside = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN), "model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCABULARY, HIDDEN)}
+
+    def nbytes(shapes: dict[str, tuple[int, ...]]) -> int:
+        return sum(2 * int(np.prod(shape)) for shape in shapes.values())
+
+    layers = max(1, round((gigabytes * 1e9 - nbytes(outside)) / nbytes(layer)))
+    shapes = outside | {f"model.layers.{i}.{name}": shape for i in range(layers) for name, shape in layer.items()}
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": VOCABULARY,
+        "hidden_size": HIDDEN,
+        "intermediate_size": WIDTH,
+        "num_hidden_layers": layers,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    rng = np.random.default_rng(0)
+    weight_map: dict[str, str] = {}
+    shard: dict[str, np.ndarray] = {}
+
+    def flush() -> None:
+        name = f"model-{len(set(weight_map.values())) + 1:05}.safetensors"
+        save_file(shard, folder / name)
+        weight_map.update(dict.fromkeys(shard, name))
+        shard.clear()
+
+    for key, shape in shapes.items():
+        shard[key] = rng.standard_normal(shape, np.float32).astype(ml_dtypes.bfloat16)
+        if sum(array.nbytes for array in shard.values()) > 1e9:
+            flush()
+    if shard:
+        flush()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return max(2 * int(np.prod(shape)) for shape in shapes.values())
+
+
+def peak_memory(command: list[str]) -> dict[str, float]:
+    """Run a command; its highest RssAnon and VmHWM in GB, read from /proc ten times a second, and its seconds."""
+    start = time.perf_counter()
+    process = subprocess.Popen(command)
+    peaks = {"RssAnon": 0, "VmHWM": 0}
+    while process.poll() is None:
+        for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
+            field, _, value = line.partition(":")
+            if field in peaks:
+                peaks[field] = max(peaks[field], int(value.split()[0]) * 1024)
+        time.sleep(0.1)
+    if process.returncode != 0:
+        raise SystemExit(f"the conversion ended with status {process.returncode}")
+    return {name: value / 1e9 for name, value in peaks.items()} | {"seconds": time.perf_counter() - start}
+
+
+def main() -> None:
+    """Parse the command line, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=float, default=4.0)
+    parser.add_argument("--directory", help="where to put the temporary folder (default: the system's)")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.directory) as temporary:
+        source = Path(temporary) / "source"
+        source.mkdir()
+        largest = write_source(source, arguments.gigabytes)
+        size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+        measured = peak_memory([sys.executable, "-c", CONVERT, str(source), str(Path(temporary) / "converted")])
+    print(f"source {size / 1e9:.2f} GB, largest tensor {largest / 1e9:.2f} GB, bound 2 x largest + 1 GB = {2 * largest / 1e9 + 1:.2f} GB")
+    print(f"peak anonymous {measured['RssAnon']:.2f} GB, peak resident {measured['VmHWM']:.2f} GB, {measured['seconds']:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

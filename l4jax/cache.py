@@ -77,9 +77,16 @@ class CacheShape:
         """Bytes of all keys and values."""
         return sum(2 * math.prod(shape) * dtype.itemsize for shape in self.layer_shapes(config))
 
-    def allocate(self, config: ModelConfig, dtype: jnp.dtype) -> tuple[LayerCache, ...]:
-        """An empty cache. Zeroed, because a masked key still meets its value: 0 x NaN would be NaN."""
-        return tuple(LayerCache(jnp.zeros(s, dtype), jnp.zeros(s, dtype)) for s in self.layer_shapes(config))
+    def allocate(self, config: ModelConfig, dtype: jnp.dtype, device: jax.Device | None = None) -> tuple[LayerCache, ...]:
+        """An empty cache. Zeroed, because a masked key still meets its value: 0 x NaN would be NaN.
+
+        ``device`` commits it there, as a program's results are; a program called with the one and then the other compiles twice.
+        """
+
+        def pool(shape: tuple[int, ...]) -> Array:
+            return jnp.zeros(shape, dtype, device=device)
+
+        return tuple(LayerCache(pool(s), pool(s)) for s in self.layer_shapes(config))
 
 
 def is_local(config: ModelConfig, layer: int) -> bool:

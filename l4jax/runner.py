@@ -71,6 +71,7 @@ class Runner:
         self.programs = Programs(config)
         self._leaves = self.programs.model.leaves(weights)
         self._dtype = self._leaves[0].dtype
+        self.device = jax.local_devices()[0]
         self.prefill_lengths = tuple(sorted(prefill_lengths))
         self._shape = CacheShape(rows=0, capacity=0)
         self._cache: tuple[LayerCache, ...] = ()
@@ -102,7 +103,7 @@ class Runner:
             _check_memory(shape.nbytes(self.config, self._dtype), shape)
             self._cache = ()  # freed before the larger one is allocated
             self._shape = shape
-            self._cache = shape.allocate(self.config, self._dtype)
+            self._cache = shape.allocate(self.config, self._dtype, self.device)
 
     def logits(self, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Next-token logits at every position of each prompt, float32 [T, V]."""
@@ -207,7 +208,7 @@ class Batch:
             output_BV = np.zeros(counts.output_BV.shape, np.int32)
             output_BV[np.arange(len(padded)), token_B] = 1
             counts = dataclasses.replace(counts, output_BV=host_array(output_BV, np.int32))
-        self._state = DecodeState(
+        state = DecodeState(
             cache=(),
             token_B=host_array(token_B, np.int32),
             length_B=host_array([len(r.token_ids) for r in padded], np.int32),
@@ -215,6 +216,8 @@ class Batch:
             done_B=host_array(done, bool),
             counts=counts,
         )
+        # Committed like the state that a burst returns: the two must not compile to two programs.
+        self._state = jax.device_put(state, runner.device)
         self.done = done[: len(requests)]
 
     def finish(self, row: int) -> None:
@@ -222,7 +225,7 @@ class Batch:
         self.done[row] = True
         done_B = np.array(self._state.done_B)
         done_B[row] = True
-        self._state = dataclasses.replace(self._state, done_B=host_array(done_B, bool))
+        self._state = dataclasses.replace(self._state, done_B=jax.device_put(done_B, self._runner.device))
 
     def step(self, steps: int) -> list[NewTokens]:
         """The next tokens of each row: the first call gives the prefill's, each later one up to ``steps``."""

@@ -69,7 +69,9 @@ def count_compilations():
 def test_nothing_compiles_after_warm_up():
     config = scout_like()
     with count_compilations() as compiled:
-        llm = LLM(config, weights(config), max_batch=4, prefill_lengths=(8, 32))
+        # Committed to their device, as a checkpoint's weights are: programs tell such arrays from others.
+        committed = jax.device_put(weights(config), jax.local_devices()[0])
+        llm = LLM(config, committed, max_batch=4, prefill_lengths=(8, 32))
         llm.warmup(max_length=config.max_position_embeddings)
         assert compiled  # the counter counts
         compiled.clear()

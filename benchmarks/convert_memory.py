@@ -1,4 +1,4 @@
-"""Peak memory of a conversion, on a synthetic Llama checkpoint.
+"""Peak memory of a conversion, on a synthetic Llama 4 checkpoint.
 
     python benchmarks/convert_memory.py [--gigabytes 4] [--directory DIR]
 
@@ -22,14 +22,17 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-HIDDEN, WIDTH, HEADS, VOCABULARY = 2048, 8192, 16, 128256
+HIDDEN, WIDTH, HEADS, EXPERTS, VOCABULARY = 2048, 8192, 16, 16, 128256
 CONVERT = "import sys; from l4jax.checkpoints.convert import convert; convert(sys.argv[1], sys.argv[2])"
 
 
 def write_source(folder: Path, gigabytes: float) -> int:
-    """A Llama folder of about this size; the bytes of its largest tensor."""
+    """A Llama 4 folder of about this size; the bytes of its largest tensor, one layer's fused gate and up experts."""
     layer = {f"self_attn.{x}_proj.weight": (HIDDEN, HIDDEN) for x in "qkvo"}
-    layer |= {"mlp.gate_proj.weight": (WIDTH, HIDDEN), "mlp.up_proj.weight": (WIDTH, HIDDEN), "mlp.down_proj.weight": (HIDDEN, WIDTH)}
+    layer |= {"feed_forward.experts.gate_up_proj": (EXPERTS, HIDDEN, 2 * WIDTH), "feed_forward.experts.down_proj": (EXPERTS, WIDTH, HIDDEN)}
+    layer |= {"feed_forward.router.weight": (EXPERTS, HIDDEN)}
+    layer |= {f"feed_forward.shared_expert.{x}_proj.weight": (WIDTH, HIDDEN) for x in ("gate", "up")}
+    layer |= {"feed_forward.shared_expert.down_proj.weight": (HIDDEN, WIDTH)}
     layer |= {"input_layernorm.weight": (HIDDEN,), "post_attention_layernorm.weight": (HIDDEN,)}
     outside = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN), "model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCABULARY, HIDDEN)}
 
@@ -39,14 +42,19 @@ def write_source(folder: Path, gigabytes: float) -> int:
     layers = max(1, round((gigabytes * 1e9 - nbytes(outside)) / nbytes(layer)))
     shapes = outside | {f"model.layers.{i}.{name}": shape for i in range(layers) for name, shape in layer.items()}
     config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": ["Llama4ForCausalLM"],
+        "model_type": "llama4_text",
         "vocab_size": VOCABULARY,
         "hidden_size": HIDDEN,
         "intermediate_size": WIDTH,
+        "intermediate_size_mlp": WIDTH,
         "num_hidden_layers": layers,
         "num_attention_heads": HEADS,
         "num_key_value_heads": HEADS,
+        "head_dim": HIDDEN // HEADS,
+        "num_local_experts": EXPERTS,
+        "num_experts_per_tok": 1,
+        "interleave_moe_layer_step": 1,
         "max_position_embeddings": 8192,
         "rms_norm_eps": 1e-5,
         "rope_theta": 500000.0,

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import fcntl
 import json
+import math
 import os
 import shutil
 from collections import Counter
@@ -19,14 +20,14 @@ import numpy as np
 from l4jax.checkpoints.licences import write_notice
 from l4jax.checkpoints.open import open_source
 from l4jax.checkpoints.source import CheckpointError, Recipe, Source
-from l4jax.checkpoints.store import DTYPES, StoredWeight, checksum, group_of, load_group, save_group, write_manifest
+from l4jax.checkpoints.store import DTYPES, StoredWeight, checksum, group_weights, load_group, save_group, write_manifest
 from l4jax.config import config_to_json
 from l4jax.model.llama import Llama
 from l4jax.model.weights import weight_specs
 
 DType = Literal["float32", "bfloat16", "float16"]
 Progress = Callable[[int, int, str], None]
-"""Called with (bytes of source tensors done, bytes in all, the group just done)."""
+"""Called with (bytes of weights done, bytes in all, the weight just done)."""
 
 
 def convert(
@@ -55,10 +56,11 @@ def convert(
             text_files = source.write_text_files(partial)
             text_files += write_notice(partial, architecture=source.config.architecture, source_format=source.format)
             _verify(partial, weights)
-            (partial / _PROGRESS).unlink()
             write_manifest(partial, source_format=source.format, config=source.config, weights=weights, text_files=text_files)
-            (partial / _LOCK).unlink()
             partial.replace(target)
+            # Last: a conversion killed before this line can go on, one killed after it is complete.
+            (target / _PROGRESS).unlink()
+            (target / _LOCK).unlink()
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise CheckpointError(
@@ -109,20 +111,18 @@ def _write_groups(source: Source, partial: Path, dtype: DType | None, progress: 
     state = _read_progress(partial / _PROGRESS)
     if state is None or state["source"] != identity:
         # Another source or dtype, or nothing usable: start anew.
-        shutil.rmtree(partial / "weights", ignore_errors=True)
+        _empty(partial)
         state = {"source": identity, "weights": {}}
     weights = {name: StoredWeight(**{**w, "shape": tuple(w["shape"])}) for name, w in state["weights"].items()}
-    groups: dict[str, dict[str, Recipe]] = {}
-    for name, recipe in source.recipes.items():
-        groups.setdefault(group_of(name), {})[name] = recipe
-    total = sum(_bytes(source, recipe) for recipe in source.recipes.values())
-    done = 0
+    nbytes = {name: _nbytes(source, recipe, dtype) for name, recipe in source.recipes.items()}
     specs = weight_specs(Llama(source.config))
-    for group, recipes in groups.items():
+    done, total = 0, sum(nbytes.values())
+    for group, names in group_weights(nbytes).items():
         directory = partial / "weights" / group
-        if not (recipes.keys() <= weights.keys() and directory.is_dir()):
-            shutil.rmtree(directory, ignore_errors=True)
-            arrays = {name: _make(source, name, recipe, dtype) for name, recipe in recipes.items()}
+        if not (weights.keys() >= set(names) and directory.is_dir()):
+            for unfinished in (partial / "weights").glob(f"{group}*"):
+                shutil.rmtree(unfinished)
+            arrays = {name: _make(source, name, source.recipes[name], dtype) for name in names}
             for name, array in arrays.items():
                 if name in specs and array.shape != specs[name].shape:
                     raise CheckpointError(
@@ -133,10 +133,19 @@ def _write_groups(source: Source, partial: Path, dtype: DType | None, progress: 
             del arrays
             state["weights"] = {name: dataclasses.asdict(weight) for name, weight in weights.items()}
             _write_atomically(partial / _PROGRESS, json.dumps(state))
-        done += sum(_bytes(source, recipe) for recipe in recipes.values())
+        done += sum(nbytes[name] for name in names)
         if progress is not None:
-            progress(done, total, group)
+            progress(done, total, names[-1])
     return weights
+
+
+def _empty(partial: Path) -> None:
+    """Remove what an earlier conversion left, but for the lock."""
+    for entry in partial.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry.name != _LOCK:
+            entry.unlink()
 
 
 def _make(source: Source, name: str, recipe: Recipe, dtype: DType | None) -> np.ndarray:
@@ -196,6 +205,7 @@ def _write_atomically(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def _bytes(source: Source, recipe: Recipe) -> int:
+def _nbytes(source: Source, recipe: Recipe, dtype: DType | None) -> int:
+    """Bytes of the weight that a recipe makes."""
     infos = [source.tensors[key] for key in recipe.keys]
-    return sum(int(np.prod(info.shape, dtype=np.int64)) * info.dtype.itemsize for info in infos)
+    return sum(math.prod(info.shape) * (info.dtype if dtype is None else DTYPES[dtype]).itemsize for info in infos)

@@ -16,7 +16,7 @@ import numpy as np
 
 from l4jax.checkpoints.recipes import halve
 from l4jax.checkpoints.source import CheckpointError
-from l4jax.checkpoints.store import DTYPES, SOURCE_CONFIG, Checkpoint, group_of, load_group, open_checkpoint
+from l4jax.checkpoints.store import DTYPES, SOURCE_CONFIG, Checkpoint, is_vision, load_group, open_checkpoint
 from l4jax.config import ModelConfig
 from l4jax.config_formats import config_to_hf
 
@@ -71,7 +71,7 @@ def hf_exports(checkpoint: Checkpoint) -> dict[str, Export]:
     exports[f"{prefix}model.norm.weight"] = Export("norm.scale", (D,), _same)
     if not config.tie_word_embeddings:
         exports[f"{prefix}lm_head.weight"] = Export("head", (V, D), _same)
-    vision = {name: weight for name, weight in checkpoint.weights.items() if name.startswith("vision.")}
+    vision = {name: weight for name, weight in checkpoint.weights.items() if is_vision(name)}
     return exports | {name.removeprefix("vision."): Export(name, weight.shape, _same) for name, weight in vision.items()}
 
 
@@ -164,10 +164,10 @@ class _Groups:
         self._arrays: dict[str, Any] = {}
 
     def __getitem__(self, name: str) -> np.ndarray:
-        group = group_of(name)
+        group = self._checkpoint.weights[name].group
         if group != self._group:
             self._arrays = {}
-            names = [n for n, w in self._checkpoint.weights.items() if w.group == group]
+            names = self._checkpoint.groups(self._checkpoint.weights)[group]
             self._arrays, self._group = load_group(self._checkpoint.directory / "weights" / group, names), group
         array: np.ndarray = self._arrays[name]
         return array

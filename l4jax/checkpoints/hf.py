@@ -121,13 +121,13 @@ def _feed_forward(wanted: Wanted, config: ModelConfig, layer: int, ours: str, th
     wanted.add(
         f"{ours}experts_gate_up",
         [(f"{theirs}experts.{e}.{x}_proj.weight", (F, D)) for e in range(E) for x in ("gate", "up")],
-        lambda parts: _stack_transposed(parts).reshape(E, 2, D, F).swapaxes(1, 2),
+        _stack_transposed_gate_up,
         "experts stacked, transposed to [in, out]",
     )
     wanted.add(
         f"{ours}experts_down",
         [(f"{theirs}experts.{e}.down_proj.weight", (D, F)) for e in range(E)],
-        _stack_transposed,
+        lambda parts: np.stack([part.T for part in parts]),
         "experts stacked, transposed to [in, out]",
     )
 
@@ -137,8 +137,13 @@ def _swiglu(wanted: Wanted, ours: str, theirs: str, D: int, F: int) -> None:
     wanted.same(f"{ours}down", f"{theirs}down_proj.weight", (D, F))
 
 
-def _stack_transposed(parts: Sequence[np.ndarray]) -> np.ndarray:
-    return np.stack([part.T for part in parts])
+def _stack_transposed_gate_up(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """[E, D, 2, F] of gate and up [F, D] of each expert in turn."""
+    F, D = parts[0].shape
+    stacked = np.empty((len(parts) // 2, D, 2, F), parts[0].dtype)
+    for i, part in enumerate(parts):
+        stacked[i // 2, :, i % 2] = part.T
+    return stacked
 
 
 def _weight_files(directory: Path) -> dict[Path, set[str]]:

@@ -2,7 +2,7 @@
 
 ======================  ===============================================================================
 ``checkpoint.json``     the manifest: configuration and, for every weight, its group, shape, dtype and checksum
-``weights/GROUP/``      one Orbax checkpoint for each group: a decoder layer, the embedding, the head, ...
+``weights/GROUP/``      an Orbax checkpoint of some consecutive weights, 256 MB of them or one that is larger
 ``source_config.json``  a Hugging Face source's ``config.json``, as it was
 ``tokenizer.json``      (or ``tokenizer.model``), ``chat_template.jinja`` and the like, as the source had them
 ======================  ===============================================================================
@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -49,10 +50,30 @@ class StoredWeight:
     crc32: int
 
 
-def group_of(name: str) -> str:
-    """The Orbax checkpoint that a weight belongs to: ``layers.3``, ``embed``, ``vision``."""
-    parts = name.split(".")
-    return ".".join(parts[:2]) if parts[0] == "layers" else parts[0]
+GROUP_BYTES = 1 << 28
+"""Weights are grouped up to this size: few enough files to load fast, small enough groups that memory is that of one weight."""
+
+
+def group_weights(nbytes: Mapping[str, int]) -> dict[str, list[str]]:
+    """Names of the weights that each Orbax checkpoint holds, from the bytes of each weight.
+
+    Consecutive weights go together up to :data:`GROUP_BYTES`; a larger one is alone. The image encoder's never share a group
+    with the decoder's.
+    """
+    groups: list[list[str]] = []
+    size = 0
+    for name, weight_bytes in nbytes.items():
+        if not groups or size + weight_bytes > GROUP_BYTES or is_vision(name) != is_vision(groups[-1][0]):
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += weight_bytes
+    return {f"{index:05}": names for index, names in enumerate(groups)}
+
+
+def is_vision(name: str) -> bool:
+    """True for a weight of the image encoder, False for one of the decoder."""
+    return name.startswith("vision.")
 
 
 def checksum(array: np.ndarray) -> int:
@@ -61,8 +82,15 @@ def checksum(array: np.ndarray) -> int:
 
 
 def save_group(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write one group as an Orbax checkpoint, atomically; ``directory`` must not exist."""
-    _checkpointer().save(directory.absolute(), dict(arrays))
+    """Write one group as an Orbax checkpoint, atomically; ``directory`` must not exist. Raises OSError if the disk is full."""
+    try:
+        _checkpointer().save(directory.absolute(), dict(arrays))
+    except ValueError as error:
+        # So tensorstore reports what the system told it.
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(directory)) from error
 
 
 def load_group(directory: Path, names: Iterable[str], sharding: jax.sharding.Sharding | None = None) -> dict[str, Any]:
@@ -108,7 +136,7 @@ class Checkpoint:
     @property
     def decoder_weights(self) -> list[str]:
         """Names of the weights that the decoder uses: all but the image encoder's."""
-        return [name for name in self.weights if not name.startswith("vision.")]
+        return [name for name in self.weights if not is_vision(name)]
 
     def groups(self, names: Iterable[str]) -> dict[str, list[str]]:
         """These weights by the group they lie in."""

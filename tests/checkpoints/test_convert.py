@@ -14,20 +14,31 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from l4jax.checkpoints import convert as convert_module
+from l4jax.checkpoints import store
 from l4jax.checkpoints.convert import convert
 from l4jax.checkpoints.export import export
 from l4jax.checkpoints.open import open_source
 from l4jax.checkpoints.source import CheckpointError
-from l4jax.checkpoints.store import open_checkpoint
+from l4jax.checkpoints.store import group_weights, open_checkpoint
 from l4jax.cli import main
 from l4jax.config_formats import config_from_hf, config_to_hf
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "data"
 MODELS = sorted(folder.name for folder in GOLDEN.iterdir())
+
+
+SMALL_GROUP = 1 << 16
+
+
+@pytest.fixture
+def many_groups(monkeypatch):
+    """Groups small enough that the small models have several."""
+    monkeypatch.setattr(store, "GROUP_BYTES", SMALL_GROUP)
 
 
 @pytest.fixture
@@ -115,6 +126,11 @@ def test_llama_checkpoints_carry_the_licence_notice(model, licence, notice, tmp_
         assert "Built with Llama" in text
 
 
+def test_groups_are_bounded_and_keep_the_image_encoder_apart(many_groups):
+    sizes = {"embed": 100_000, "a": 40_000, "b": 20_000, "c": 10_000, "d": 60_000, "vision.a": 1, "vision.b": 2}
+    assert list(group_weights(sizes).values()) == [["embed"], ["a", "b"], ["c"], ["d"], ["vision.a", "vision.b"]]
+
+
 def test_a_dtype_casts_every_weight(source, tmp_path):
     convert(source, tmp_path / "ours", dtype="bfloat16")
     assert {w.dtype for w in open_checkpoint(tmp_path / "ours").weights.values()} == {"bfloat16"}
@@ -136,9 +152,11 @@ def test_unfused_experts_give_the_same_weights(source, tmp_path):
     assert open_checkpoint(tmp_path / "fused").weights == open_checkpoint(tmp_path / "unfused").weights
 
 
-KILLER = """
+# Kills itself before the group of that number is written, or between the manifest and the renaming.
+KILLER = f"""
 import os, signal, sys
-from l4jax.checkpoints import convert as module
+from l4jax.checkpoints import convert as module, store
+store.GROUP_BYTES = {SMALL_GROUP}
 reads = 0
 save_group = module.save_group
 def killed(directory, arrays):
@@ -150,13 +168,19 @@ def killed(directory, arrays):
             (directory / "array").write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
     save_group(directory, arrays)
+write_manifest = module.write_manifest
+def complete_but_killed(*args, **kwargs):
+    write_manifest(*args, **kwargs)
+    os.kill(os.getpid(), signal.SIGKILL)
 module.save_group = killed
+if sys.argv[4] == "verified":
+    module.write_manifest = complete_but_killed
 module.convert(sys.argv[1], sys.argv[2])
 """
 
 
-@pytest.mark.parametrize(("group", "state"), [(1, "clean"), (3, "half-written"), (5, "clean"), (8, "half-written"), (10, "clean")])
-def test_a_killed_conversion_is_resumed_to_the_same_result(group, state, source, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("group", "state"), [(1, "clean"), (3, "half-written"), (5, "clean"), (8, "half-written"), (12, "verified")])
+def test_a_killed_conversion_is_resumed_to_the_same_result(group, state, source, tmp_path, monkeypatch, many_groups):
     command = [sys.executable, "-c", KILLER, str(source), str(tmp_path / "ours"), str(group), state]
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
     assert not (tmp_path / "ours").exists()
@@ -172,8 +196,9 @@ def test_a_killed_conversion_is_resumed_to_the_same_result(group, state, source,
     convert(source, tmp_path / "whole")
     resumed, whole = open_checkpoint(tmp_path / "ours"), open_checkpoint(tmp_path / "whole")
     assert resumed == whole.__class__(**{**vars(whole), "directory": resumed.directory})
-    # What was there was not made again.
+    # What was there was not made again, and nothing else is there.
     assert len(written) == 2 * len(whole.groups(whole.weights)) - (group - 1)
+    assert sorted(file.name for file in (tmp_path / "ours").iterdir()) == sorted(file.name for file in (tmp_path / "whole").iterdir())
 
 
 def test_a_changed_source_is_converted_anew(source, tmp_path):
@@ -184,28 +209,47 @@ def test_a_changed_source_is_converted_anew(source, tmp_path):
     assert open_checkpoint(tmp_path / "ours").weights == open_checkpoint(tmp_path / "whole").weights
 
 
-def test_a_full_disk_is_one_line_and_can_be_resumed(source, tmp_path, monkeypatch):
-    def full(directory, arrays):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        # What tensorstore raised on a full tmpfs.
+        ValueError(
+            "RESOURCE_EXHAUSTED: Failed writing: \"weights/00009.orbax-checkpoint-tmp/d/81b2\": "
+            "Failed to write 234 bytes to file 8: No space left on device [os_error_code='28']"
+        ),
+    ],
+    ids=["system", "tensorstore"],
+)
+def test_a_full_disk_is_one_line_and_can_be_resumed(error, source, tmp_path, monkeypatch, many_groups):
+    save, saved = ocp.Checkpointer.save, []
+
+    def full(self, directory, *args):
+        saved.append(directory)
+        if len(saved) == 4:
+            (directory.parent / f"{directory.name}.orbax-checkpoint-tmp").mkdir()
+            raise error
+        save(self, directory, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(convert_module, "save_group", full)
+        patch.setattr(ocp.Checkpointer, "save", full)
         with pytest.raises(CheckpointError, match=r"^the disk of .* is full; free some space"):
             convert(source, tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
     convert(source, tmp_path / "ours")
-    open_checkpoint(tmp_path / "ours")
+    checkpoint = open_checkpoint(tmp_path / "ours")
+    assert {entry.name for entry in (tmp_path / "ours" / "weights").iterdir()} == checkpoint.groups(checkpoint.weights).keys()
 
 
-def test_what_is_read_back_must_be_what_was_written(source, tmp_path, monkeypatch):
+def test_what_is_read_back_must_be_what_was_written(source, tmp_path, monkeypatch, many_groups):
     save_group = convert_module.save_group
 
     def corrupted(directory, arrays):
-        save_group(directory, {name: array + (directory.name == "layers.2") for name, array in arrays.items()})
+        save_group(directory, {name: array + (directory.name == "00002") for name, array in arrays.items()})
 
     with monkeypatch.context() as patch:
         patch.setattr(convert_module, "save_group", corrupted)
-        with pytest.raises(CheckpointError, match=r"layers\.2.* reads back"):
+        with pytest.raises(CheckpointError, match="reads back"):
             convert(source, tmp_path / "ours")
     convert(source, tmp_path / "ours")
     convert(source, tmp_path / "whole")
@@ -320,18 +364,18 @@ def test_loading_a_source_says_to_convert_it(source):
         open_checkpoint(source)
 
 
-def test_loading_a_damaged_checkpoint(source, tmp_path):
+def test_loading_a_damaged_checkpoint(source, tmp_path, many_groups):
     convert(source, tmp_path / "ours")
-    shutil.rmtree(tmp_path / "ours" / "weights" / "layers.4")
-    with pytest.raises(CheckpointError, match=r"lacks weights/layers\.4"):
+    shutil.rmtree(tmp_path / "ours" / "weights" / "00004")
+    with pytest.raises(CheckpointError, match=r"lacks weights/00004"):
         open_checkpoint(tmp_path / "ours")
 
 
-def test_loading_a_truncated_checkpoint(source, tmp_path):
+def test_loading_a_truncated_checkpoint(source, tmp_path, many_groups):
     convert(source, tmp_path / "ours")
-    for file in (tmp_path / "ours" / "weights" / "layers.4").rglob("d/*"):
+    for file in (tmp_path / "ours" / "weights" / "00004").rglob("d/*"):
         file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match=r"layers\.4 cannot be read .* convert it again$"):
+    with pytest.raises(CheckpointError, match=r"00004 cannot be read .* convert it again$"):
         open_checkpoint(tmp_path / "ours").restore()
 
 

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from l4jax.cache import CacheShape
 from l4jax.config import MoEConfig, RopeScaling
-from l4jax.model.attention import attention_temperature
+from l4jax.model.attention import Attention, attention_temperature, step_inputs
 from l4jax.model.feed_forward import MixtureOfExperts
 from l4jax.model.norm import rms_normalize
 from l4jax.model.rotary import rotary_angles, rotary_frequencies, rotate
@@ -59,6 +60,43 @@ def test_llama3_scaling_blends_between_its_bounds():
 def test_attention_temperature_at_bucket_edges(position, scale):
     config = scout_like(floor_scale=8192)
     np.testing.assert_allclose(attention_temperature(config, jnp.array([[position]], jnp.int32))[0, 0], scale, rtol=1e-6)
+
+
+def attention_reference(config, weights, x):
+    """A rotary layer with QK-norm over one chunk, in float64: rotate, normalise with the model's own epsilon, attend causally."""
+    w = {name: np.asarray(value, np.float64) for name, value in weights.items()}
+    T, h = len(x), config.head_dim
+    frequency = rotary_frequencies(h, config.rope_theta, config.rope_scaling).astype(np.float64)
+    turn = np.exp(1j * np.arange(T)[:, None] * frequency)[:, None, None, :]
+    qkv = np.einsum("td,kgfd->tkgf", x, w["qkv"])
+    qk = (np.ascontiguousarray(qkv[:, :, :-1]).view(np.complex128) * turn).view(np.float64)
+    qk = qk / np.sqrt((qk**2).mean(-1, keepdims=True) + config.rms_norm_eps)
+    scores = np.einsum("tkgf,skf->kgts", qk[:, :, :-1], qk[:, :, -1]) / np.sqrt(h)
+    scores = np.where(np.tri(T, dtype=bool), scores, -np.inf)
+    weight = np.exp(scores - scores.max(-1, keepdims=True))
+    attended = np.einsum("kgts,skf->tkgf", weight / weight.sum(-1, keepdims=True), qkv[:, :, -1])
+    return np.einsum("tkgf,dkgf->td", attended, w["out"])
+
+
+# The mean square of a head is about the square of the input's scale: at 3e-3 the epsilon of 1e-5 decides the outcome.
+@pytest.mark.parametrize("scale", [1.0, 3e-3])
+def test_qk_norm_follows_the_rotation_and_has_the_models_epsilon(scale):
+    config = scout_like()
+    module = Attention(config, 0)
+    weights = random_weights(module, jax.random.key(0), jnp.dtype(jnp.float32))
+    x = (scale * np.random.default_rng(0).normal(size=(1, config.attention_chunk_size, config.hidden_size))).astype(np.float32)
+    shape, bound = CacheShape(rows=1, capacity=128), BoundModel(module)
+    start, new = np.array([0], np.int32), np.array([x.shape[1]], np.int32)
+    cache = shape.allocate(config, jnp.dtype(jnp.float32))[0]
+
+    @jax.jit
+    def run(leaves, x, cache, tables):
+        step = step_inputs(config, start, new, x.shape[1], tables)
+        return bound.bind(leaves)(x, step, cache)[0]
+
+    out = run(bound.leaves(weights), x, cache, shape.identity_tables(config, [0]))
+    expected = attention_reference(config, weights, x[0].astype(np.float64))
+    np.testing.assert_allclose(out[0], expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 
 
 def silu(a):

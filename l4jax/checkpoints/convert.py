@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
-import fcntl
 import json
 import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,15 +16,25 @@ import numpy as np
 
 from l4jax.checkpoints.licences import write_notice
 from l4jax.checkpoints.open import open_source
+from l4jax.checkpoints.partial import LOCK, check_destination, unfinished
 from l4jax.checkpoints.source import CheckpointError, Recipe, Source
-from l4jax.checkpoints.store import DTYPES, StoredWeight, checksum, group_weights, load_group, save_group, write_manifest
+from l4jax.checkpoints.store import (
+    DTYPES,
+    StoredWeight,
+    checksum,
+    group_weights,
+    groups_of,
+    load_verified,
+    save_group,
+    write_manifest,
+)
 from l4jax.config import config_to_json
 from l4jax.model.llama import Llama
 from l4jax.model.weights import weight_specs
 
 DType = Literal["float32", "bfloat16", "float16"]
-Progress = Callable[[int, int, str], None]
-"""Called with (bytes of weights done, bytes in all, the weight just done)."""
+Progress = Callable[[Literal["converting", "verifying"], int, int], None]
+"""Called with what is being done, how much of it is done and how much there is: bytes of weights, then groups."""
 
 
 def convert(
@@ -44,29 +51,21 @@ def convert(
     when the same call is made again. Raises :class:`CheckpointError` for a source that cannot be used, a destination that
     exists or is being written, and a full disk.
     """
-    target = Path(destination)
-    if target.exists():
-        raise CheckpointError(f"{target} exists already; choose another destination, or remove it first")
+    target = check_destination(destination)
     source = open_source(source_path)
     check_complete(source)
-    partial = target.with_name(target.name + ".partial")
-    try:
-        with _locked(partial):
-            weights = _write_groups(source, partial, dtype, progress)
-            text_files = source.write_text_files(partial)
-            text_files += write_notice(partial, architecture=source.config.architecture, source_format=source.format)
-            _verify(partial, weights)
-            write_manifest(partial, source_format=source.format, config=source.config, weights=weights, text_files=text_files)
-            partial.replace(target)
-            # Last: a conversion killed before this line can go on, one killed after it is complete.
-            (target / _PROGRESS).unlink()
-            (target / _LOCK).unlink()
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise CheckpointError(
-                f"the disk of {target} is full; free some space and run the same conversion again, it goes on where it stopped"
-            ) from error
-        raise
+    with unfinished(target, "conversion") as partial:
+        state = _resume(partial, _identity(source, dtype))
+        # Before the weights: what is wrong with a tokenizer should not come out hours later.
+        text_files = source.write_text_files(partial)
+        text_files += write_notice(partial, text_files, architecture=source.config.architecture, source_format=source.format)
+        weights = _write_groups(source, partial, dtype, state, progress)
+        _verify(partial, weights, progress)
+        write_manifest(partial, source_format=source.format, config=source.config, weights=weights, text_files=text_files)
+        partial.replace(target)
+        # Last: a conversion killed before the renaming can go on, one killed after it is complete.
+        (target / _PROGRESS).unlink()
+        (target / LOCK).unlink()
 
 
 def check_complete(source: Source) -> None:
@@ -90,38 +89,35 @@ def check_complete(source: Source) -> None:
 
 _PROGRESS = "progress.json"
 _BLOCK = 1 << 24
-_LOCK = "lock"
 
 
-@contextmanager
-def _locked(partial: Path) -> Iterator[None]:
-    """Have the unfinished destination to oneself."""
-    partial.mkdir(parents=True, exist_ok=True)
-    with (partial / _LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CheckpointError(f"{partial} is being written by another conversion; wait for it to end") from None
-        yield
-
-
-def _write_groups(source: Source, partial: Path, dtype: DType | None, progress: Progress | None) -> dict[str, StoredWeight]:
-    """Write the groups that are not there yet; what is known of all weights."""
-    identity = _identity(source, dtype)
+def _resume(partial: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier conversion of the same source to the same dtype has done; all else in the folder is removed."""
     state = _read_progress(partial / _PROGRESS)
     if state is None or state["source"] != identity:
-        # Another source or dtype, or nothing usable: start anew.
-        _empty(partial)
         state = {"source": identity, "weights": {}}
+    kept = {LOCK, _PROGRESS, "weights"} if state["weights"] else {LOCK}
+    for entry in partial.iterdir():
+        if entry.name not in kept:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    return state
+
+
+def _write_groups(
+    source: Source, partial: Path, dtype: DType | None, state: dict[str, Any], progress: Progress | None
+) -> dict[str, StoredWeight]:
+    """Write the groups that are not there yet; what is known of all weights."""
     weights = {name: StoredWeight(**{**w, "shape": tuple(w["shape"])}) for name, w in state["weights"].items()}
     nbytes = {name: _nbytes(source, recipe, dtype) for name, recipe in source.recipes.items()}
     specs = weight_specs(Llama(source.config))
+    groups = group_weights(nbytes)
+    missing = [group for group, names in groups.items() if not (weights.keys() >= set(names) and (partial / "weights" / group).is_dir())]
+    _check_space(partial, sum(nbytes[name] for group in missing for name in groups[group]))
     done, total = 0, sum(nbytes.values())
-    for group, names in group_weights(nbytes).items():
-        directory = partial / "weights" / group
-        if not (weights.keys() >= set(names) and directory.is_dir()):
-            for unfinished in (partial / "weights").glob(f"{group}*"):
-                shutil.rmtree(unfinished)
+    for group, names in groups.items():
+        if group in missing:
+            for unfinished_group in (partial / "weights").glob(f"{group}*"):
+                shutil.rmtree(unfinished_group)
             arrays = {name: _make(source, name, source.recipes[name], dtype) for name in names}
             for name, array in arrays.items():
                 if name in specs and array.shape != specs[name].shape:
@@ -129,23 +125,23 @@ def _write_groups(source: Source, partial: Path, dtype: DType | None, progress: 
                         f"weight {name} would have shape {array.shape}; expected {specs[name].shape} by the configuration"
                     )
                 weights[name] = StoredWeight(group, array.shape, array.dtype.name, checksum(array))
-            save_group(directory, arrays)
-            del arrays
+            save_group(partial / "weights" / group, arrays)
+            del array, arrays
             state["weights"] = {name: dataclasses.asdict(weight) for name, weight in weights.items()}
             _write_atomically(partial / _PROGRESS, json.dumps(state))
         done += sum(nbytes[name] for name in names)
         if progress is not None:
-            progress(done, total, names[-1])
+            progress("converting", done, total)
     return weights
 
 
-def _empty(partial: Path) -> None:
-    """Remove what an earlier conversion left, but for the lock."""
-    for entry in partial.iterdir():
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        elif entry.name != _LOCK:
-            entry.unlink()
+def _check_space(partial: Path, needed: int) -> None:
+    free = shutil.disk_usage(partial).free
+    if needed > free:
+        raise CheckpointError(
+            f"{partial} needs {needed / 1e9:.2f} GB more and its disk has {free / 1e9:.2f} GB free; "
+            "free some space and run the same conversion again"
+        )
 
 
 def _make(source: Source, name: str, recipe: Recipe, dtype: DType | None) -> np.ndarray:
@@ -168,20 +164,20 @@ def _all_finite(array: np.ndarray) -> bool:
     return all(np.isfinite(flat[start : start + _BLOCK]).all() for start in range(0, flat.size, _BLOCK))
 
 
-def _verify(partial: Path, weights: Mapping[str, StoredWeight]) -> None:
+def _verify(partial: Path, weights: Mapping[str, StoredWeight], progress: Progress | None) -> None:
     """Read every group back from disk and compare shapes, dtypes and checksums with what was written."""
-    groups: dict[str, list[str]] = {}
-    for name, weight in weights.items():
-        groups.setdefault(weight.group, []).append(name)
-    for group, names in groups.items():
-        arrays = load_group(partial / "weights" / group, names)
-        for name in names:
-            array, weight = arrays[name], weights[name]
-            if (array.shape, array.dtype.name, checksum(array)) != (weight.shape, weight.dtype, weight.crc32):
-                shutil.rmtree(partial / "weights" / group)
-                raise CheckpointError(
-                    f"weight {name} reads back from {partial} other than it was written; check the disk and run the conversion again"
-                )
+    groups = groups_of(weights)
+    for done, (group, names) in enumerate(groups.items(), start=1):
+        directory = partial / "weights" / group
+        try:
+            load_verified(directory, {name: weights[name] for name in names})
+        except CheckpointError as error:
+            shutil.rmtree(directory)  # or it would stay as it is
+            raise CheckpointError(
+                f"{directory} reads back other than it was written; check the disk and run the conversion again"
+            ) from error
+        if progress is not None:
+            progress("verifying", done, len(groups))
 
 
 def _identity(source: Source, dtype: DType | None) -> dict[str, Any]:

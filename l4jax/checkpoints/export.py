@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 import os
 import shutil
@@ -14,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from l4jax.checkpoints.partial import LOCK, check_destination, unfinished
 from l4jax.checkpoints.recipes import halve
-from l4jax.checkpoints.source import CheckpointError
-from l4jax.checkpoints.store import DTYPES, SOURCE_CONFIG, Checkpoint, is_vision, load_group, open_checkpoint
+from l4jax.checkpoints.store import DTYPES, SOURCE_CONFIG, Checkpoint, is_vision, load_verified, open_checkpoint
 from l4jax.config import ModelConfig
 from l4jax.config_formats import config_to_hf
 
@@ -39,25 +38,36 @@ def export(checkpoint_path: str | os.PathLike[str], destination: str | os.PathLi
     Made in ``DEST.partial`` and renamed at the end. Raises :class:`CheckpointError` if the destination exists, the checkpoint
     is damaged or the disk is full.
     """
-    checkpoint, target = open_checkpoint(checkpoint_path), Path(destination)
-    if target.exists():
-        raise CheckpointError(f"{target} exists already; choose another destination, or remove it first")
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    checkpoint, target = open_checkpoint(checkpoint_path), check_destination(destination)
+    with unfinished(target, "export") as partial:
+        for entry in partial.iterdir():
+            if entry.name != LOCK:
+                entry.unlink()
         _write_shards(checkpoint, hf_exports(checkpoint), partial)
         for name in checkpoint.text_files:
-            shutil.copyfile(checkpoint.directory / name, partial / ("config.json" if name == SOURCE_CONFIG else name))
-        if SOURCE_CONFIG not in checkpoint.text_files:
-            dtype = next(iter(checkpoint.weights.values())).dtype
-            (partial / "config.json").write_text(json.dumps(config_to_hf(checkpoint.config, dtype), indent=2) + "\n", encoding="utf-8")
+            if name != SOURCE_CONFIG:
+                shutil.copyfile(checkpoint.directory / name, partial / name)
+        (partial / "config.json").write_bytes(_config(checkpoint))
         partial.replace(target)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise CheckpointError(f"the disk of {target} is full; free some space and export again") from error
-        raise
+        (target / LOCK).unlink()
+
+
+def _config(checkpoint: Checkpoint) -> bytes:
+    """``config.json``: a Hugging Face source's own to the byte, unless the weights have another dtype than it says."""
+    if SOURCE_CONFIG not in checkpoint.text_files:
+        return json.dumps(config_to_hf(checkpoint.config, checkpoint.dtype), indent=2).encode() + b"\n"
+    original = (checkpoint.directory / SOURCE_CONFIG).read_bytes()
+    values = json.loads(original)
+    said = [
+        (section, key)
+        for section in (values, values.get("text_config"), values.get("vision_config"))
+        if isinstance(section, dict)
+        for key in ("dtype", "torch_dtype")
+        if section.get(key) not in (None, checkpoint.dtype)
+    ]
+    for section, key in said:
+        section[key] = checkpoint.dtype
+    return json.dumps(values, indent=2).encode() + b"\n" if said else original
 
 
 def hf_exports(checkpoint: Checkpoint) -> dict[str, Export]:
@@ -167,7 +177,7 @@ class _Groups:
         group = self._checkpoint.weights[name].group
         if group != self._group:
             self._arrays = {}
-            names = self._checkpoint.groups(self._checkpoint.weights)[group]
-            self._arrays, self._group = load_group(self._checkpoint.directory / "weights" / group, names), group
+            weights = {n: w for n, w in self._checkpoint.weights.items() if w.group == group}
+            self._arrays, self._group = load_verified(self._checkpoint.directory / "weights" / group, weights), group
         array: np.ndarray = self._arrays[name]
         return array

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ _PLAIN = {
 }
 _ROPE_FREQS = "rope_freqs.weight"  # the configuration is read from it
 _QUANTIZED = {getattr(GGMLQuantizationType, name) for name in ("Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")}
+_KNOWN = "one of " + ", ".join(sorted(kind.name for kind in (*_PLAIN, *_QUANTIZED)))
 
 
 class GGUFSource:
@@ -34,13 +36,15 @@ class GGUFSource:
         try:
             reader = GGUFReader(path)
         except (ValueError, IndexError, KeyError) as error:
+            unknown = re.search(r"(\d+)\)? is not a valid GGMLQuantizationType", str(error))
+            if unknown:
+                raise CheckpointError(f"{path}: a tensor is quantised as type {unknown[1]}, which is unknown; expected {_KNOWN}") from error
             raise CheckpointError(f"{path} is truncated or no GGUF file ({error}); fetch it again") from error
         self._metadata: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         for name, tensor in self._tensors.items():
             if tensor.tensor_type not in _PLAIN and tensor.tensor_type not in _QUANTIZED:
-                known = ", ".join(sorted(t.name for t in (*_PLAIN, *_QUANTIZED)))
-                raise CheckpointError(f"{path}: tensor {name} is quantised as {tensor.tensor_type.name}; expected one of {known}")
+                raise CheckpointError(f"{path}: tensor {name} is quantised as {tensor.tensor_type.name}; expected {_KNOWN}")
         self.fingerprint: Mapping[str, list[int]] = {path.name: [path.stat().st_size, path.stat().st_mtime_ns]}
         self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(tuple(int(n) for n in reversed(tensor.shape)), _PLAIN.get(tensor.tensor_type, np.dtype(np.float32)))

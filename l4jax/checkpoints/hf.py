@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import operator
 import shutil
 import struct
 from collections.abc import Mapping, Sequence
@@ -13,13 +15,18 @@ import ml_dtypes
 import numpy as np
 
 from l4jax.checkpoints.recipes import Wanted, fuse_qkv, stack_gate_up
-from l4jax.checkpoints.source import CheckpointError, Recipe, TensorInfo
+from l4jax.checkpoints.source import CheckpointError, Recipe, TensorInfo, copy_files, read_json
 from l4jax.checkpoints.store import SOURCE_CONFIG
+from l4jax.checkpoints.vision import vision_shapes
 from l4jax.config import ModelConfig
 from l4jax.config_formats import config_from_hf
 
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
-_COPIED = ("tokenizer*", "special_tokens_map.json", "generation_config.json", "chat_template*", "LICENSE*", "USE_POLICY*", "NOTICE*")
+_COPIED = (
+    *("tokenizer*", "special_tokens_map.json", "chat_template*", "generation_config.json"),
+    *("preprocessor_config.json", "processor_config.json"),
+    *("license*", "use_policy*", "notice*"),
+)
 
 
 class HFSource:
@@ -29,14 +36,16 @@ class HFSource:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self.config: ModelConfig = config_from_hf(_read_json(directory / "config.json"))
+        self.config: ModelConfig = config_from_hf(read_json(directory / "config.json"))
         self._entries: dict[str, _Entry] = {}
         files = _weight_files(directory)
         for file, expected in files.items():
             entries = _read_header(file)
-            absent = sorted(expected - entries.keys())
-            if absent:
-                raise CheckpointError(f"{file} lacks tensor {absent[0]}, which the index puts there; fetch the shard again")
+            if expected is not None and expected != entries.keys():
+                key = min(expected ^ entries.keys())
+                said = "lacks" if key in expected else "also has"
+                where = "puts there" if key in expected else "does not put there"
+                raise CheckpointError(f"{file} {said} tensor {key}, which the index {where}; fetch the index and the shard again")
             self._entries |= entries
         self.fingerprint: Mapping[str, list[int]] = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
         self.tensors: Mapping[str, TensorInfo] = {key: entry.info for key, entry in self._entries.items()}
@@ -52,11 +61,9 @@ class HFSource:
 
     def write_text_files(self, directory: Path) -> list[str]:
         """Copy tokenizer, chat template, generation defaults and licence files."""
-        found = sorted({file for pattern in _COPIED for file in self._directory.glob(pattern) if file.is_file()})
-        for file in found:
-            shutil.copyfile(file, directory / file.name)
+        names = copy_files(self._directory, _COPIED, directory)
         shutil.copyfile(self._directory / "config.json", directory / SOURCE_CONFIG)
-        return [*(file.name for file in found), SOURCE_CONFIG]
+        return [*names, SOURCE_CONFIG]
 
 
 class _Entry:
@@ -66,6 +73,11 @@ class _Entry:
         self._file = file
         self._offset = offset
         self.info = info
+
+    @property
+    def end(self) -> int:
+        """Where the tensor's bytes end in the file."""
+        return self._offset + math.prod(self.info.shape) * self.info.dtype.itemsize
 
     def map(self) -> np.ndarray:
         return np.memmap(self._file, self.info.dtype, "r", self._offset, self.info.shape or (1,)).reshape(self.info.shape)
@@ -99,9 +111,8 @@ def hf_recipes(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> dict[s
     if not config.tie_word_embeddings:
         wanted.same("head", f"{prefix}lm_head.weight", (V, D))
     if config.vision is not None:
-        for key, info in tensors.items():
-            if key.startswith(("vision_model.", "multi_modal_projector.")):
-                wanted.same(f"vision.{key}", key, info.shape)
+        for key, shape in vision_shapes(config.vision, D).items():
+            wanted.same(f"vision.{key}", key, shape)
     return wanted.recipes
 
 
@@ -140,27 +151,30 @@ def _swiglu(wanted: Wanted, ours: str, theirs: str, D: int, F: int) -> None:
 def _stack_transposed_gate_up(parts: Sequence[np.ndarray]) -> np.ndarray:
     """[E, D, 2, F] of gate and up [F, D] of each expert in turn."""
     F, D = parts[0].shape
-    stacked = np.empty((len(parts) // 2, D, 2, F), parts[0].dtype)
+    stacked = np.empty((len(parts) // 2, D, 2, F), np.result_type(*parts))
     for i, part in enumerate(parts):
         stacked[i // 2, :, i % 2] = part.T
     return stacked
 
 
-def _weight_files(directory: Path) -> dict[Path, set[str]]:
-    """The safetensors files of a folder, and the tensors that the index puts in each."""
+def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
+    """The safetensors files of a folder, and the tensors that the index puts in each (None without an index)."""
     index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
     if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise CheckpointError(f"{index} has no weight_map from tensors to files; fetch it again")
         files: dict[Path, set[str]] = {}
-        for key, name in _read_json(index).get("weight_map", {}).items():
+        for key, name in weight_map.items():
             files.setdefault(directory / name, set()).add(key)
         absent = sorted(file.name for file in files if not file.exists())
         if absent or not files:
             raise CheckpointError(
                 f"{directory} lacks {absent[0] if absent else 'shards'}, which {index.name} names; fetch the missing shard"
             )
-        return files
+        return {**files}
     if single.exists():
-        return {single: set()}
+        return {single: None}
     raise CheckpointError(f"{directory} has no model.safetensors and no {index.name}; expected one of them beside config.json")
 
 
@@ -172,31 +186,25 @@ def _read_header(file: Path) -> dict[str, _Entry]:
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
         header = stream.read(length) if 8 + length <= size else b""
     try:
-        described: dict[str, Any] = json.loads(header)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        described: dict[str, dict[str, Any]] = json.loads(header)
+        entries = {key: _entry(file, 8 + length, key, tensor) for key, tensor in described.items() if key != "__metadata__"}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(f"{file} is truncated or no safetensors file: its header cannot be read; fetch it again") from error
-    entries = {}
-    for key, tensor in described.items():
-        if key == "__metadata__":
-            continue
-        dtype = _DTYPES.get(tensor["dtype"])
-        if dtype is None:
-            raise CheckpointError(f"{file.name}: tensor {key} has dtype {tensor['dtype']}; expected {', '.join(_DTYPES)}")
-        begin, end = tensor["data_offsets"]
-        info = TensorInfo(tuple(tensor["shape"]), dtype)
-        if end - begin != int(np.prod(info.shape, dtype=np.int64)) * dtype.itemsize:
-            raise CheckpointError(
-                f"{file.name}: tensor {key} has {end - begin} bytes; its shape and dtype need another number; fetch the file again"
-            )
-        if 8 + length + end > size:
-            raise CheckpointError(f"{file} is truncated: it has {size} bytes and tensor {key} ends at {8 + length + end}; fetch it again")
-        entries[key] = _Entry(file, 8 + length + begin, info)
+    end = max((entry.end for entry in entries.values()), default=0)
+    if end > size:
+        raise CheckpointError(f"{file} is truncated: it has {size} bytes and its tensors end at {end}; fetch it again")
     return entries
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); fetch it again") from error
-    return values
+def _entry(file: Path, data: int, key: str, tensor: Mapping[str, Any]) -> _Entry:
+    """A tensor as the header describes it; ``data`` is where the values begin."""
+    name, shape, (begin, end) = tensor["dtype"], tuple(map(operator.index, tensor["shape"])), tensor["data_offsets"]
+    if name not in _DTYPES:
+        raise CheckpointError(f"{file.name}: tensor {key} has dtype {name}; expected {', '.join(_DTYPES)}")
+    if min((begin, *shape)) < 0 or end - begin != math.prod(shape) * _DTYPES[name].itemsize:
+        raise CheckpointError(
+            f"{file.name}: tensor {key} has {end - begin} bytes; its shape and dtype need another number; fetch the file again"
+        )
+    return _Entry(file, data + begin, TensorInfo(shape, _DTYPES[name]))

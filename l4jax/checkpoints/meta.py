@@ -8,23 +8,21 @@ cut dimension in one.
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from l4jax.checkpoints.recipes import fuse_qkv
-from l4jax.checkpoints.source import CheckpointError, Recipe, TensorInfo
+from l4jax.checkpoints.source import CheckpointError, Recipe, TensorInfo, copy_files, read_json
 from l4jax.checkpoints.torch_zip import TorchFile
-from l4jax.config import ModelConfig, VisionConfig
+from l4jax.checkpoints.vision import meta_name, vision_shapes
+from l4jax.config import ModelConfig
 from l4jax.config_formats import config_from_meta
 
 _IGNORED = re.compile(r".*(_extra_state|rope\.freqs|global_gate_stats_3E|running_gate_stats_3E|expert_activation_DE)")
-_COPIED = ("tokenizer.model", "LICENSE*", "USE_POLICY*", "NOTICE*")
+_COPIED = ("tokenizer.model", "license*", "use_policy*", "notice*")
 
 
 class MetaSource:
@@ -60,19 +58,13 @@ class MetaSource:
 
     def write_text_files(self, directory: Path) -> list[str]:
         """Copy the tokenizer and licence files."""
-        found = sorted({file for pattern in _COPIED for file in self._directory.glob(pattern)})
-        for file in found:
-            shutil.copyfile(file, directory / file.name)
-        return [file.name for file in found]
+        return copy_files(self._directory, _COPIED, directory)
 
     def _read_config(self) -> ModelConfig:
         path = self._directory / "params.json"
-        try:
-            params: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise CheckpointError(f"{self._directory} has no params.json; expected it beside the consolidated.*.pth files") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{path} is not valid JSON ({error}); fetch it again") from error
+        if not path.exists():
+            raise CheckpointError(f"{self._directory} has no params.json; expected it beside the consolidated.*.pth files")
+        params = read_json(path)
         shapes = [
             self.tensors[f"{i}:tok_embeddings.weight"].shape
             for i in range(len(self._files))
@@ -101,7 +93,8 @@ class _Recipes:
         if not config.tie_word_embeddings:
             self._whole("head", "output.weight", (V, D))
         if config.vision is not None:
-            self._vision(config.vision, D)
+            for name, shape in vision_shapes(config.vision, D).items():
+                self._whole(f"vision.{name}", meta_name(name), shape)
 
     def _layer(self, config: ModelConfig, layer: int, at: str) -> None:
         D, F, h, H, K = config.hidden_size, config.intermediate_size, config.head_dim, config.num_heads, config.num_kv_heads
@@ -134,7 +127,7 @@ class _Recipes:
 
         def assemble_gate_up(parts: Sequence[np.ndarray]) -> np.ndarray:
             n = self._shards
-            joined = np.empty((E, D, 2, F), parts[0].dtype)
+            joined = np.empty((E, D, 2, F), np.result_type(*parts))
             for which in range(2):
                 np.concatenate([part.reshape(E, D, -1) for part in parts[which * n : (which + 1) * n]], axis=-1, out=joined[:, :, which])
             return joined
@@ -186,39 +179,19 @@ class _Recipes:
 
     def _gate_up(self, name: str, gate: str, up: str, F: int, D: int) -> None:
         n = self._shards
+
+        def assemble(parts: Sequence[np.ndarray]) -> np.ndarray:
+            joined = np.empty((2, F, D), np.result_type(*parts))
+            for which in range(2):
+                np.concatenate(parts[which * n : (which + 1) * n], out=joined[which])
+            return joined
+
         self._add(
             name,
             [(gate, (F // n, D)), (up, (F // n, D))],
-            lambda parts: np.stack([np.concatenate(parts[:n]), np.concatenate(parts[n:])]),
+            assemble,
             "gate, up stacked",
         )
-
-    def _vision(self, vision: VisionConfig, hidden_size: int) -> None:
-        """The image encoder under the names that the Hugging Face checkpoint has."""
-        at, to = "vision_embeddings.vision_encoder.", "vision.vision_model."
-        W, F, out = vision.hidden_size, vision.intermediate_size, vision.projector_output_dim
-        patches = (vision.image_size // vision.patch_size) ** 2
-        self._whole(f"{to}patch_embedding.linear.weight", f"{at}conv1._linear.weight", (W, vision.num_channels * vision.patch_size**2))
-        self._whole(f"{to}class_embedding", f"{at}class_embedding", (W,))
-        self._whole(f"{to}positional_embedding_vlm", f"{at}positional_embedding_vlm", (patches + 1, W))
-        for theirs, ours in (("ln_pre", "layernorm_pre"), ("ln_post", "layernorm_post")):
-            for part in ("weight", "bias"):
-                self._whole(f"{to}{ours}.{part}", f"{at}{theirs}.{part}", (W,))
-        matrices = {f"attn.w{x}": (f"self_attn.{x}_proj", W, W) for x in "qkvo"}
-        matrices |= {"mlp.c_fc": ("mlp.fc1", F, W), "mlp.c_proj": ("mlp.fc2", W, F)}
-        for i in range(vision.num_layers):
-            theirs, ours = f"{at}transformer.resblocks.{i}.", f"{to}model.layers.{i}."
-            for key, (name, rows, columns) in matrices.items():
-                self._whole(f"{ours}{name}.weight", f"{theirs}{key}.weight", (rows, columns))
-                self._whole(f"{ours}{name}.bias", f"{theirs}{key}.bias", (rows,))
-            for key, name in (("ln_1", "input_layernorm"), ("ln_2", "post_attention_layernorm")):
-                for part in ("weight", "bias"):
-                    self._whole(f"{ours}{name}.{part}", f"{theirs}{key}.{part}", (W,))
-        shuffled = round(W / vision.pixel_shuffle_ratio**2)
-        adapter, ours = "vision_embeddings.vision_adapter.mlp.", f"{to}vision_adapter.mlp."
-        self._whole(f"{ours}fc1.weight", f"{adapter}c_fc.weight", (vision.projector_input_dim, shuffled))
-        self._whole(f"{ours}fc2.weight", f"{adapter}c_proj.weight", (out, vision.projector_input_dim))
-        self._whole("vision.multi_modal_projector.linear_1.weight", "vision_projection.weight", (hidden_size, vision.vision_output_dim))
 
     def _whole(
         self,
@@ -263,8 +236,8 @@ class _Recipes:
 
 
 def _replicated(parts: Sequence[np.ndarray], key: str) -> np.ndarray:
-    for shard, part in enumerate(parts):
-        if part.tobytes() != parts[0].tobytes():
+    for shard, part in enumerate(parts[1:], start=1):
+        if not np.array_equal(part, parts[0]):
             raise CheckpointError(
                 f"tensor {key} differs between shard 0 and shard {shard}, though each has all of it; fetch the shards again"
             )

@@ -45,7 +45,7 @@ def fuse_qkv(parts: Sequence[np.ndarray], num_kv_heads: int, head_dim: int, *, h
     """[K, G + 2, h, D] of q [H h, D], k and v [K h, D]; ``halves``: q and k rows are in half-split RoPE order."""
     D = parts[0].shape[1]
     q, k, v = (part.reshape(num_kv_heads, -1, head_dim, D) for part in parts)
-    fused = np.empty((num_kv_heads, q.shape[1] + 2, head_dim, D), q.dtype)
+    fused = np.empty((num_kv_heads, q.shape[1] + 2, head_dim, D), np.result_type(*parts))
     fused[:, :-2] = interleave(q) if halves else q
     fused[:, -2:-1] = interleave(k) if halves else k
     fused[:, -1:] = v

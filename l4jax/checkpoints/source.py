@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
+import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -59,3 +62,26 @@ class Source(Protocol):
     def write_text_files(self, directory: Path) -> list[str]:
         """Copy or derive tokenizer and chat template (and licence files) into ``directory``; the names written."""
         ...
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file that holds a JSON object. Raises :class:`CheckpointError` for any other."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); fetch it again") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds a {type(values).__name__}; expected a JSON object; fetch it again")
+    return values
+
+
+def copy_files(source: Path, patterns: Sequence[str], destination: Path) -> list[str]:
+    """Copy the files of a folder whose names, in lower case, match a pattern; the names, sorted."""
+    names = sorted(
+        file.name
+        for file in source.iterdir()
+        if file.is_file() and any(fnmatch.fnmatchcase(file.name.lower(), pattern) for pattern in patterns)
+    )
+    for name in names:
+        shutil.copyfile(source / name, destination / name)
+    return names

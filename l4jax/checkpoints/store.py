@@ -1,7 +1,7 @@
 """The checkpoint folder: what it holds, and loading it.
 
 ======================  ===============================================================================
-``checkpoint.json``     the manifest: configuration and, for every weight, its group, shape, dtype and checksum
+``checkpoint.json``     the manifest: configuration; every weight's group, shape, dtype and checksum; sizes of all weight files
 ``weights/GROUP/``      an Orbax checkpoint of some consecutive weights, 256 MB of them or one that is larger
 ``source_config.json``  a Hugging Face source's ``config.json``, as it was
 ``tokenizer.json``      (or ``tokenizer.model``), ``chat_template.jinja`` and the like, as the source had them
@@ -13,11 +13,16 @@ The manifest is written last and the whole folder takes its name in one step, so
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
+import logging
+import math
 import os
 import re
 import zlib
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +31,11 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 
-from l4jax.checkpoints.source import CheckpointError
+from l4jax.checkpoints.partial import SUFFIX
+from l4jax.checkpoints.source import CheckpointError, read_json
 from l4jax.config import ModelConfig, config_from_json, config_to_json
+from l4jax.model.llama import Llama
+from l4jax.model.weights import weight_specs
 
 MANIFEST = "checkpoint.json"
 SOURCE_CONFIG = "source_config.json"
@@ -52,6 +60,10 @@ class StoredWeight:
 
 GROUP_BYTES = 1 << 28
 """Weights are grouped up to this size: few enough files to load fast, small enough groups that memory is that of one weight."""
+
+
+CHUNK_BYTES = 1 << 26
+"""Weights are stored in chunks of at most this size, so that reading a slice does not read the whole."""
 
 
 def group_weights(nbytes: Mapping[str, int]) -> dict[str, list[str]]:
@@ -83,8 +95,10 @@ def checksum(array: np.ndarray) -> int:
 
 def save_group(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write one group as an Orbax checkpoint, atomically; ``directory`` must not exist. Raises OSError if the disk is full."""
+    arguments = {name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for name in arrays}
     try:
-        _checkpointer().save(directory.absolute(), dict(arrays))
+        with _quiet_logs():
+            _checkpointer().save(directory.absolute(), dict(arrays), save_args=arguments)
     except ValueError as error:
         # So tensorstore reports what the system told it.
         code = re.search(r"os_error_code='(\d+)'", str(error))
@@ -97,16 +111,53 @@ def load_group(directory: Path, names: Iterable[str], sharding: jax.sharding.Sha
     """Read one group's named weights: as device arrays laid out by ``sharding``, or as numpy arrays without one."""
     restore = ocp.RestoreArgs(restore_type=np.ndarray) if sharding is None else ocp.ArrayRestoreArgs(sharding=sharding)
     try:
-        restored: dict[str, Any] = _checkpointer().restore(directory.absolute(), restore_args=dict.fromkeys(names, restore))
+        with _quiet_logs():
+            restored: dict[str, Any] = _checkpointer().restore(directory.absolute(), restore_args=dict.fromkeys(names, restore))
     except (ValueError, OSError, KeyError) as error:
         reason = str(error).split("\n", 1)[0][:200]
         raise CheckpointError(f"{directory} cannot be read ({reason}); the checkpoint is damaged, convert it again") from error
     return restored
 
 
+def load_verified(directory: Path, weights: Mapping[str, StoredWeight]) -> dict[str, np.ndarray]:
+    """Read the weights of one group as numpy arrays; :class:`CheckpointError` unless each is what was written."""
+    arrays = load_group(directory, weights)
+    for name, weight in weights.items():
+        array = arrays[name]
+        if (array.shape, array.dtype.name, checksum(array)) != (weight.shape, weight.dtype, weight.crc32):
+            raise CheckpointError(f"weight {name} in {directory} is not what was written; the checkpoint is damaged, convert it again")
+    return arrays
+
+
 def _checkpointer() -> Any:
-    # Not compressed: weights hardly compress, and so they load as fast as the disk.
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
+    # Not compressed: weights hardly compress, and so they load as fast as the disk. One file a chunk: tensorstore's database of
+    # files (OCDBT) holds a second copy of large arrays while it writes.
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False, use_ocdbt=False))
+
+
+@contextmanager
+def _quiet_logs() -> Iterator[None]:
+    """Without what is logged though nobody can do anything about it.
+
+    Orbax warns that there is no OCDBT database to merge; and when one of its tasks fails, which is raised, asyncio logs all those
+    that failed beside it.
+    """
+    absl_logger, asyncio_logger = logging.getLogger("absl"), logging.getLogger("asyncio")
+    level = asyncio_logger.level
+
+    def is_of_use(record: logging.LogRecord) -> bool:
+        return "Skipping merge of OCDBT checkpoints" not in str(record.msg)
+
+    absl_logger.addFilter(is_of_use)
+    try:
+        yield
+    except Exception:
+        asyncio_logger.setLevel(logging.CRITICAL)
+        gc.collect()  # they are logged when they are collected
+        raise
+    finally:
+        absl_logger.removeFilter(is_of_use)
+        asyncio_logger.setLevel(level)
 
 
 def write_manifest(
@@ -118,9 +169,16 @@ def write_manifest(
         "source_format": source_format,
         "config": config_to_json(config),
         "weights": {name: dataclasses.asdict(weight) for name, weight in weights.items()},
+        "weight_files": _file_sizes(directory),
         "text_files": text_files,
     }
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def _file_sizes(directory: Path) -> dict[str, int]:
+    """Bytes of every file below ``weights``, by its path in the checkpoint."""
+    files = sorted(path for path in (directory / "weights").rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): path.stat().st_size for path in files}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,15 +196,25 @@ class Checkpoint:
         """Names of the weights that the decoder uses: all but the image encoder's."""
         return [name for name in self.weights if not is_vision(name)]
 
+    @property
+    def dtype(self) -> str:
+        """What most bytes of the decoder's weights are stored in. (Norms in float32 beside matrices in bfloat16 are common.)"""
+        nbytes: Counter[str] = Counter()
+        for weight in map(self.weights.__getitem__, self.decoder_weights):
+            nbytes[weight.dtype] += math.prod(weight.shape) * DTYPES[weight.dtype].itemsize
+        return nbytes.most_common(1)[0][0]
+
     def groups(self, names: Iterable[str]) -> dict[str, list[str]]:
         """These weights by the group they lie in."""
-        by_group: dict[str, list[str]] = {}
-        for name in names:
-            by_group.setdefault(self.weights[name].group, []).append(name)
-        return by_group
+        return groups_of({name: self.weights[name] for name in names})
+
+    def verify(self) -> None:
+        """Read every weight; :class:`CheckpointError` if one is not what was written."""
+        for group, names in self.groups(self.weights).items():
+            load_verified(self.directory / "weights" / group, {name: self.weights[name] for name in names})
 
     def restore(self, dtype: np.dtype | None = None) -> dict[str, Any]:
-        """The decoder's weights as arrays on the default device, cast to ``dtype`` if one is given.
+        """The decoder's weights as arrays on the default device, cast to ``dtype`` (default: :attr:`dtype`).
 
         Raises :class:`CheckpointError` if a file is missing or damaged, or a shape is not the manifest's.
         """
@@ -160,8 +228,16 @@ class Checkpoint:
                         f"weight {name} in {self.directory} has shape {arrays[name].shape}; "
                         f"expected {self.weights[name].shape}; the checkpoint is damaged, convert it again"
                     )
-                restored[name] = arrays[name] if dtype is None else arrays[name].astype(dtype)
+                restored[name] = arrays[name].astype(DTYPES[self.dtype] if dtype is None else dtype)
         return restored
+
+
+def groups_of(weights: Mapping[str, StoredWeight]) -> dict[str, list[str]]:
+    """Names of weights by the group they lie in."""
+    by_group: dict[str, list[str]] = {}
+    for name, weight in weights.items():
+        by_group.setdefault(weight.group, []).append(name)
+    return by_group
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -169,22 +245,28 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     directory = Path(path)
     if not directory.exists():
         raise CheckpointError(f"{directory} does not exist; expected a folder made by `l4jax convert`")
-    if directory.name.endswith(".partial"):
+    if directory.resolve().name.endswith(SUFFIX):
         raise CheckpointError(f"{directory} is an unfinished conversion; run the same `l4jax convert` again to finish it")
     if not (directory / MANIFEST).is_file():
         raise CheckpointError(f"{directory} has no {MANIFEST}; expected a folder made by `l4jax convert`: convert {directory.name} first")
+    manifest = read_json(directory / MANIFEST)
+    if manifest.get("format_version") != FORMAT_VERSION:
+        version = manifest.get("format_version")
+        raise CheckpointError(f"{directory} has format version {version}; expected {FORMAT_VERSION}; convert it again")
     try:
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        version = manifest["format_version"]
-        if version != FORMAT_VERSION:
-            raise CheckpointError(f"{directory} has format version {version}; expected {FORMAT_VERSION}; convert it again")
         weights = {name: StoredWeight(**{**w, "shape": tuple(w["shape"])}) for name, w in manifest["weights"].items()}
+        sizes: dict[str, int] = dict(manifest["weight_files"])
         checkpoint = Checkpoint(
             directory, manifest["source_format"], config_from_json(manifest["config"]), weights, tuple(manifest["text_files"])
         )
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{directory / MANIFEST} is damaged ({error!r}); convert the checkpoint again") from error
-    for group in checkpoint.groups(weights):
-        if not (directory / "weights" / group).is_dir():
-            raise CheckpointError(f"{directory} lacks weights/{group}; the checkpoint is damaged, convert it again")
+    for name, spec in weight_specs(Llama(checkpoint.config)).items():
+        if name not in weights or weights[name].shape != spec.shape or weights[name].dtype not in DTYPES:
+            raise CheckpointError(f"{directory / MANIFEST} has no entry that fits weight {name}; it is damaged, convert again")
+    for file, size in sizes.items():
+        found = (directory / file).stat().st_size if (directory / file).is_file() else None
+        if found != size:
+            state = "is missing" if found is None else f"has {found} bytes; expected {size}"
+            raise CheckpointError(f"{directory / file} {state}; the checkpoint is damaged, convert it again")
     return checkpoint

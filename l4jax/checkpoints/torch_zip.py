@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import operator
 import pickle
 import struct
 import zipfile
@@ -24,28 +25,68 @@ _STORAGES = {
     "FloatStorage": np.dtype(np.float32),
     "HalfStorage": np.dtype(np.float16),
     "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    # Not weights of ours, but statistics and the like that may lie beside them.
+    "DoubleStorage": np.dtype(np.float64),
+    "LongStorage": np.dtype(np.int64),
+    "IntStorage": np.dtype(np.int32),
+    "ShortStorage": np.dtype(np.int16),
+    "CharStorage": np.dtype(np.int8),
+    "ByteStorage": np.dtype(np.uint8),
+    "BoolStorage": np.dtype(np.bool_),
 }
 
 
-class _Opaque:
-    """Stands for an object that is never looked at: an ``_extra_state`` buffer."""
+class _Sealed:
+    """A pickle may set the state of any object that it gets hold of; not of one of these."""
 
-    def __init__(self, *_: Any) -> None:
-        pass
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("it sets the state of an object that has none")
+
+
+class _Known(_Sealed):
+    """What a name in the pickle stands for: something to call. A function or class itself would have a state."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._function(*arguments)
+
+
+class _StorageType(_Sealed):
+    """The name of a storage class."""
+
+    __slots__ = ("name",)
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+class _Opaque:
+    """Stands for an object that is never looked at: an ``_extra_state`` buffer. The one class handed out: pickles make it by NEWOBJ."""
+
+    __slots__ = ()
+
+    def __new__(cls, *_: Any) -> _Opaque:
+        return super().__new__(cls)
 
     def __setstate__(self, _: Any) -> None:
         pass
 
 
 @dataclasses.dataclass(frozen=True)
-class _Storage:
+class _Storage(_Sealed):
     key: str
     dtype: np.dtype
     size: int
 
 
 @dataclasses.dataclass(frozen=True)
-class TorchTensor:
+class TorchTensor(_Sealed):
     """A tensor's place in the archive; offset and strides in elements of its storage."""
 
     storage: _Storage
@@ -59,11 +100,14 @@ class TorchTensor:
         return TensorInfo(self.shape, self.storage.dtype)
 
 
-def _rebuild_tensor(storage: _Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any) -> TorchTensor:
-    return TorchTensor(storage, offset, tuple(shape), tuple(strides))
+def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> TorchTensor:
+    tensor = TorchTensor(storage, operator.index(offset), tuple(map(operator.index, shape)), tuple(map(operator.index, strides)))
+    if not isinstance(storage, _Storage) or len(tensor.shape) != len(tensor.strides) or min((0, *tensor.shape)) < 0:
+        raise pickle.UnpicklingError("a tensor has no storage, or a shape that does not fit its strides")
+    return tensor
 
 
-def _rebuild_parameter(tensor: TorchTensor, *_: Any) -> TorchTensor:
+def _rebuild_parameter(tensor: Any, *_: Any) -> Any:
     return tensor
 
 
@@ -85,18 +129,26 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in _STORAGES:
-            return _STORAGES[name]
+            return _StorageType(name)
         if (module, name) not in _KNOWN:
             raise CheckpointError(
                 f"{self._path}: its pickle asks for {module}.{name}; expected nothing but tensors: do not trust this file (nothing was run)"
             )
-        return _KNOWN[module, name]
+        known = _KNOWN[module, name]
+        return known if known is _Opaque else _Known(known)
 
     def persistent_load(self, pid: Any) -> _Storage:
-        kind, dtype, key, _, size = pid
-        if kind != "storage" or not isinstance(dtype, np.dtype):
+        kind, storage_type, key, _, size = pid
+        if kind != "storage" or not isinstance(storage_type, _StorageType):
             raise CheckpointError(f"{self._path}: its pickle refers to {kind!r}; expected a storage of {', '.join(_STORAGES)}")
-        return _Storage(str(key), dtype, int(size))
+        return _Storage(str(key), _STORAGES[storage_type.name], operator.index(size))
+
+
+_BROKEN = (
+    *(pickle.UnpicklingError, EOFError, AttributeError, LookupError, TypeError, ValueError),
+    *(MemoryError, OverflowError, RecursionError),
+)
+"""What unpickling can end with, for a stream of bytes that means nothing."""
 
 
 class TorchFile:
@@ -114,7 +166,7 @@ class TorchFile:
                     loaded = _Unpickler(stream, path).load()  # type: ignore[arg-type]  # the archive's stream reads bytes
         except (zipfile.BadZipFile, struct.error) as error:
             raise CheckpointError(f"{path} is truncated or was not written by torch.save since 1.6 ({error}); fetch it again") from error
-        except (pickle.UnpicklingError, EOFError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+        except _BROKEN as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"{path}: its pickle does not describe tensors ({error!r}); expected a state dictionary") from error

@@ -23,7 +23,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(arguments: argparse.Namespace) -> int:
     """Convert, with a progress bar on stderr; or print the mapping."""
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     from l4jax.checkpoints.convert import check_complete, convert
     from l4jax.checkpoints.open import open_source
@@ -37,14 +37,14 @@ def run(arguments: argparse.Namespace) -> int:
         for key in sorted(source.ignored):
             print(f"(not used) {key}")
         return 0
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("converting", total=None)
         convert(
             arguments.source,
             arguments.destination,
             dtype=arguments.dtype,
-            progress=lambda done, total, group: bar.update(task, completed=done, total=total, description=group),
+            progress=lambda stage, done, total: bar.update(task, completed=done, total=total, description=stage),
         )
     print(f"{arguments.destination} is complete and verified")
     return 0

@@ -27,6 +27,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "checkpoint",
         help="a folder made by l4jax convert, a source that it converts, a config.json, or the name of a shipped configuration",
     )
+    parser.add_argument("--verify", action="store_true", help="of a converted checkpoint: read all weights and compare their checksums")
     parser.set_defaults(run=run)
 
 
@@ -35,6 +36,11 @@ def run(arguments: argparse.Namespace) -> int:
     about, config = _describe(arguments.checkpoint)
     _print("Checkpoint", ("", ""), about)
     _print("Configuration", ("field", "value", "source"), _configuration(config))
+    if arguments.verify:
+        from l4jax.checkpoints.store import open_checkpoint
+
+        open_checkpoint(arguments.checkpoint).verify()
+        print("every weight is what was written")
     return 0
 
 
@@ -59,19 +65,23 @@ def _describe(name: str) -> tuple[list[Row], ModelConfig]:
 
 
 def _describe_checkpoint(checkpoint: Checkpoint) -> list[Row]:
+    from l4jax.checkpoints.store import is_vision
+
     weights = checkpoint.weights.items()
     return [
         ("path", str(checkpoint.directory)),
         ("format", f"l4jax checkpoint, converted from {checkpoint.source_format}"),
         *_decoder(checkpoint.config),
-        *_vision([weight.shape for name, weight in weights if name.startswith("vision.")]),
+        *_vision([weight.shape for name, weight in weights if is_vision(name)]),
         ("dtypes", _counts([weight.dtype for _, weight in weights])),
         *_text(checkpoint.directory),
     ]
 
 
 def _describe_source(path: Path, source: Source) -> list[Row]:
-    vision = [key for name, recipe in source.recipes.items() if name.startswith("vision.") for key in recipe.keys]
+    from l4jax.checkpoints.store import is_vision
+
+    vision = [key for name, recipe in source.recipes.items() if is_vision(name) for key in recipe.keys]
     rows = [
         ("path", str(path)),
         ("format", f"{source.format}, not converted"),

@@ -23,6 +23,7 @@ from l4jax.checkpoints import store
 from l4jax.checkpoints.convert import convert
 from l4jax.checkpoints.export import export
 from l4jax.checkpoints.open import open_source
+from l4jax.checkpoints.partial import unfinished
 from l4jax.checkpoints.source import CheckpointError
 from l4jax.checkpoints.store import group_weights, open_checkpoint
 from l4jax.cli import main
@@ -68,6 +69,7 @@ def test_hugging_face_there_and_back_is_bit_exact(model, dtype, tmp_path):
     if dtype != "float32":
         for file in source.glob("*.safetensors"):
             save_file({k: v.astype(np.dtype(getattr(ml_dtypes, dtype, dtype))) for k, v in load_file(file).items()}, file)
+        (source / "config.json").write_text((source / "config.json").read_text().replace('"float32"', f'"{dtype}"'))
     convert(source, tmp_path / "ours")
     export(tmp_path / "ours", tmp_path / "back")
     before, after = tensors_of(source), tensors_of(tmp_path / "back")
@@ -164,8 +166,9 @@ def killed(directory, arrays):
     reads += 1
     if reads == int(sys.argv[3]):
         if sys.argv[4] == "half-written":
-            directory.mkdir(parents=True)
-            (directory / "array").write_bytes(b"half")
+            temporary = directory.with_name(directory.name + ".orbax-checkpoint-tmp")  # as Orbax names them
+            temporary.mkdir(parents=True)
+            (temporary / "array").write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
     save_group(directory, arrays)
 write_manifest = module.write_manifest
@@ -179,11 +182,12 @@ module.convert(sys.argv[1], sys.argv[2])
 """
 
 
-@pytest.mark.parametrize(("group", "state"), [(1, "clean"), (3, "half-written"), (5, "clean"), (8, "half-written"), (12, "verified")])
+@pytest.mark.parametrize(("group", "state"), [(1, "clean"), (3, "half-written"), (5, "clean"), (8, "half-written"), (99, "verified")])
 def test_a_killed_conversion_is_resumed_to_the_same_result(group, state, source, tmp_path, monkeypatch, many_groups):
     command = [sys.executable, "-c", KILLER, str(source), str(tmp_path / "ours"), str(group), state]
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
     assert not (tmp_path / "ours").exists()
+    assert (tmp_path / "ours.partial" / "checkpoint.json").exists() == (state == "verified")
     with pytest.raises(CheckpointError, match="unfinished conversion"):
         open_checkpoint(tmp_path / "ours.partial")
 
@@ -197,7 +201,9 @@ def test_a_killed_conversion_is_resumed_to_the_same_result(group, state, source,
     resumed, whole = open_checkpoint(tmp_path / "ours"), open_checkpoint(tmp_path / "whole")
     assert resumed == whole.__class__(**{**vars(whole), "directory": resumed.directory})
     # What was there was not made again, and nothing else is there.
-    assert len(written) == 2 * len(whole.groups(whole.weights)) - (group - 1)
+    groups = len(whole.groups(whole.weights))
+    assert groups > 10
+    assert len(written) == 2 * groups - min(group - 1, groups)
     assert sorted(file.name for file in (tmp_path / "ours").iterdir()) == sorted(file.name for file in (tmp_path / "whole").iterdir())
 
 
@@ -215,7 +221,7 @@ def test_a_changed_source_is_converted_anew(source, tmp_path):
         OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
         # What tensorstore raised on a full tmpfs.
         ValueError(
-            "RESOURCE_EXHAUSTED: Failed writing: \"weights/00009.orbax-checkpoint-tmp/d/81b2\": "
+            'RESOURCE_EXHAUSTED: Failed writing: "weights/00009.orbax-checkpoint-tmp/d/81b2": '
             "Failed to write 234 bytes to file 8: No space left on device [os_error_code='28']"
         ),
     ],
@@ -224,12 +230,12 @@ def test_a_changed_source_is_converted_anew(source, tmp_path):
 def test_a_full_disk_is_one_line_and_can_be_resumed(error, source, tmp_path, monkeypatch, many_groups):
     save, saved = ocp.Checkpointer.save, []
 
-    def full(self, directory, *args):
+    def full(self, directory, *args, **kwargs):
         saved.append(directory)
         if len(saved) == 4:
             (directory.parent / f"{directory.name}.orbax-checkpoint-tmp").mkdir()
             raise error
-        save(self, directory, *args)
+        save(self, directory, *args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(ocp.Checkpointer, "save", full)
@@ -283,6 +289,67 @@ def test_missing_shard(tmp_path):
     assert f"lacks {shard.name}" in refused(source, tmp_path)
 
 
+def test_a_tensor_in_two_shards(tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(GOLDEN / "llama3", source)
+    first, second = sorted(source.glob("*.safetensors"))
+    save_file({**load_file(first), "model.norm.weight": np.zeros_like(load_file(second)["model.norm.weight"])}, first)
+    assert "also has tensor model.norm.weight, which the index does not put there" in refused(source, tmp_path)
+
+
+def test_missing_vision_tensor(tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(GOLDEN / "multimodal", source)
+    rewrite(source, lambda tensors: tensors.pop("vision_model.class_embedding"))
+    assert "has no tensor vision_model.class_embedding" in refused(source, tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "3", '"x"'])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_json_that_is_no_object(text, name, source, tmp_path):
+    (source / name).write_text(text)
+    assert "expected a JSON object" in refused(source, tmp_path)
+
+
+@pytest.mark.parametrize("weight_map", ["{}", "[]", '{"a": 1}'])
+def test_a_broken_index(weight_map, source, tmp_path):
+    (source / "model.safetensors.index.json").write_text(f'{{"weight_map": {weight_map}}}')
+    assert "model.safetensors.index.json" in refused(source, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        [],
+        {"a": []},
+        {"a": {"shape": [1], "data_offsets": [0, 4]}},
+        {"a": {"dtype": [], "shape": [1], "data_offsets": [0, 4]}},
+        {"a": {"dtype": "F32", "shape": "1", "data_offsets": [0, 4]}},
+        {"a": {"dtype": "F32", "shape": [1.5], "data_offsets": [0, 4]}},
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}},
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}},
+        {"a": {"dtype": "F32", "shape": [-1], "data_offsets": [4, 0]}},
+    ],
+)
+def test_a_broken_header(header, source, tmp_path):
+    text = json.dumps(header).encode()
+    (source / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(8))
+    assert "model.safetensors" in refused(source, tmp_path)
+
+
+def test_parts_of_several_dtypes_keep_every_bit(source, tmp_path):
+    def narrow(tensors):
+        key = "model.layers.0.self_attn.q_proj.weight"
+        tensors[key] = tensors[key].astype(ml_dtypes.bfloat16)
+
+    rewrite(source, narrow)
+    convert(source, tmp_path / "ours")
+    assert open_checkpoint(tmp_path / "ours").weights["layers.0.attention.qkv"].dtype == "float32"
+    export(tmp_path / "ours", tmp_path / "back")
+    for key, array in tensors_of(source).items():
+        np.testing.assert_array_equal(tensors_of(tmp_path / "back")[key], array.astype(np.float32))
+
+
 def test_missing_tensor(source, tmp_path):
     rewrite(source, lambda tensors: tensors.pop("model.norm.weight"))
     assert "has no tensor model.norm.weight" in refused(source, tmp_path)
@@ -325,8 +392,28 @@ def test_destination_that_exists(source, tmp_path):
 
 
 def test_destination_in_use(source, tmp_path):
-    with convert_module._locked(tmp_path / "ours.partial"), pytest.raises(CheckpointError, match="another conversion"):
+    with unfinished(tmp_path / "ours", "conversion"), pytest.raises(CheckpointError, match="being written by another process"):
         convert(source, tmp_path / "ours")
+
+
+def test_what_is_not_ours_is_left_alone(source, tmp_path):
+    convert(source, tmp_path / "ours")
+    mine = tmp_path / "new.partial" / "mine"
+    mine.parent.mkdir()
+    mine.write_text("precious")
+    for make in (lambda: convert(source, tmp_path / "new"), lambda: export(tmp_path / "ours", tmp_path / "new")):
+        with pytest.raises(CheckpointError, match="is in the way"):
+            make()
+    assert mine.read_text() == "precious"
+    with unfinished(tmp_path / "other", "conversion"):
+        pass
+    with pytest.raises(CheckpointError, match="is an unfinished conversion; finish or remove it"):
+        export(tmp_path / "ours", tmp_path / "other")
+    with pytest.raises(CheckpointError, match="choose another name"):
+        convert(source, tmp_path / "my.partial")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="exists already"):
+        convert(source, tmp_path / "dangling")
 
 
 @pytest.mark.parametrize(
@@ -343,6 +430,21 @@ def test_what_is_no_checkpoint(make, message, tmp_path):
     assert message in refused(tmp_path / "source", tmp_path)
 
 
+def test_a_gguf_type_that_nobody_knows(smollm2_gguf, tmp_path):
+    gguf_with_type(smollm2_gguf, 99, tmp_path / "other.gguf")
+    assert "quantised as type 99, which is unknown; expected one of BF16, " in refused(tmp_path / "other.gguf", tmp_path)
+
+
+def gguf_with_type(gguf: Path, number: int, path: Path) -> None:
+    """A GGUF file with the type of one tensor changed."""
+    data = bytearray(gguf.read_bytes())
+    name = b"blk.0.attn_k.weight"
+    at = data.index(struct.pack("<Q", len(name)) + name) + 8 + len(name)
+    dimensions = struct.unpack_from("<I", data, at)[0]
+    struct.pack_into("<I", data, at + 4 + 8 * dimensions, number)
+    path.write_bytes(data)
+
+
 def test_truncated_gguf(smollm2_gguf, tmp_path):
     data = smollm2_gguf.read_bytes()
     (tmp_path / "cut.gguf").write_bytes(data[: len(data) // 2])
@@ -350,12 +452,8 @@ def test_truncated_gguf(smollm2_gguf, tmp_path):
 
 
 def test_unknown_gguf_quantisation(smollm2_gguf, tmp_path):
-    data = bytearray(smollm2_gguf.read_bytes())
-    name = b"blk.0.attn_k.weight"
-    at = data.index(struct.pack("<Q", len(name)) + name) + 8 + len(name)
-    dimensions = struct.unpack_from("<I", data, at)[0]
-    struct.pack_into("<I", data, at + 4 + 8 * dimensions, 20)  # IQ4_NL, whose blocks are of as many values as Q4_1's
-    (tmp_path / "other.gguf").write_bytes(data)
+    # IQ4_NL, whose blocks are of as many values as Q4_1's
+    gguf_with_type(smollm2_gguf, 20, tmp_path / "other.gguf")
     assert "blk.0.attn_k.weight is quantised as IQ4_NL" in refused(tmp_path / "other.gguf", tmp_path)
 
 
@@ -367,16 +465,51 @@ def test_loading_a_source_says_to_convert_it(source):
 def test_loading_a_damaged_checkpoint(source, tmp_path, many_groups):
     convert(source, tmp_path / "ours")
     shutil.rmtree(tmp_path / "ours" / "weights" / "00004")
-    with pytest.raises(CheckpointError, match=r"lacks weights/00004"):
+    with pytest.raises(CheckpointError, match=r"weights/00004/.* is missing; .* convert it again$"):
         open_checkpoint(tmp_path / "ours")
 
 
-def test_loading_a_truncated_checkpoint(source, tmp_path, many_groups):
+def test_loading_a_truncated_checkpoint(source, tmp_path):
     convert(source, tmp_path / "ours")
-    for file in (tmp_path / "ours" / "weights" / "00004").rglob("d/*"):
-        file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match=r"00004 cannot be read .* convert it again$"):
-        open_checkpoint(tmp_path / "ours").restore()
+    largest(tmp_path / "ours").write_bytes(largest(tmp_path / "ours").read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r" bytes; expected \d+; the checkpoint is damaged, convert it again$"):
+        open_checkpoint(tmp_path / "ours")
+
+
+def largest(checkpoint: Path) -> Path:
+    return max((file for file in (checkpoint / "weights").rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+
+
+def test_a_changed_byte_is_found(source, tmp_path, capsys):
+    convert(source, tmp_path / "ours")
+    assert main(["show", str(tmp_path / "ours"), "--verify"]) == 0
+    assert capsys.readouterr().out.endswith("every weight is what was written\n")
+    data = bytearray(largest(tmp_path / "ours").read_bytes())
+    data[1000] ^= 1
+    largest(tmp_path / "ours").write_bytes(data)
+    assert main(["show", str(tmp_path / "ours"), "--verify"]) == 2
+    assert "is not what was written" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match="is not what was written"):
+        export(tmp_path / "ours", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda manifest: manifest["weights"].pop("norm.scale"), "no entry that fits weight norm.scale"),
+        (lambda manifest: manifest.update(weights=[]), "is damaged"),
+        (lambda manifest: manifest.pop("config"), "is damaged"),
+        (lambda manifest: manifest.update(format_version=0), "has format version 0"),
+    ],
+)
+def test_a_damaged_manifest(change, message, source, tmp_path):
+    convert(source, tmp_path / "ours")
+    manifest = json.loads((tmp_path / "ours" / "checkpoint.json").read_text())
+    change(manifest)
+    (tmp_path / "ours" / "checkpoint.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tmp_path / "ours")
 
 
 def test_dry_run_prints_the_mapping_and_writes_nothing(source, tmp_path, capsys):

@@ -1,0 +1,61 @@
+"""``DEST.partial``: where a destination is made until it is complete."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from l4jax.checkpoints.source import CheckpointError
+
+SUFFIX = ".partial"
+LOCK = "lock"
+"""File in an unfinished destination: locked while it is being written, and says by what."""
+
+Work = Literal["conversion", "export"]
+
+
+def check_destination(destination: str | os.PathLike[str]) -> Path:
+    """A destination that may be made. Raises :class:`CheckpointError` if it exists or has the name of an unfinished one."""
+    target = Path(destination)
+    if os.path.lexists(target):
+        raise CheckpointError(f"{target} exists already; choose another destination, or remove it first")
+    if target.name.endswith(SUFFIX):
+        raise CheckpointError(f"{target} ends in {SUFFIX}, as unfinished destinations do; choose another name")
+    return target
+
+
+@contextmanager
+def unfinished(target: Path, work: Work) -> Iterator[Path]:
+    """``TARGET.partial``, made or taken over from an earlier run of the same work, to oneself while the context lasts.
+
+    Raises :class:`CheckpointError` if it is in use or is not ours to write in, and for a disk that is full.
+    """
+    partial = target.with_name(target.name + SUFFIX)
+    try:
+        if partial.exists() and not (partial / LOCK).is_file() and (not partial.is_dir() or any(partial.iterdir())):
+            raise CheckpointError(f"{partial} is in the way: it is no unfinished {work}; move it or choose another destination")
+        partial.mkdir(parents=True, exist_ok=True)
+        with (partial / LOCK).open("a+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise CheckpointError(f"{partial} is being written by another process; wait for it to end") from None
+            file.seek(0)
+            earlier = file.read()
+            if earlier not in ("", work):
+                raise CheckpointError(f"{partial} is an unfinished {earlier}; finish or remove it, or choose another destination")
+            if not earlier:
+                file.write(work)
+                file.flush()
+            yield partial
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise CheckpointError(
+                f"the disk of {target} is full; free some space and run the same {work} again, what is written is kept in {partial}"
+            ) from error
+        raise

@@ -1,11 +1,11 @@
 """Peak memory of a conversion, on a synthetic Llama 4 checkpoint.
 
-    python benchmarks/convert_memory.py [--gigabytes 4] [--directory DIR]
+    python benchmarks/convert_memory.py [--gigabytes 5] [--dtype float32] [--directory DIR]
 
 Writes a random bfloat16 Hugging Face folder of about that size in shards of 1 GB, converts it in a process of its own and
 prints the most anonymous memory that the process had (what it allocated), the most resident memory (with the source's
-memory-mapped pages, which the kernel can drop), and the bound: twice the largest tensor plus 1 GB. The disk needs room for
-twice the size; the folder is removed afterwards.
+memory-mapped pages, which the kernel can drop), and the bound: twice the largest tensor, of the source or the result, plus 1 GB.
+Ends with status 1 if the resident memory went over it. The disk needs room for twice the size; the folder is removed afterwards.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-HIDDEN, WIDTH, HEADS, EXPERTS, VOCABULARY = 2048, 8192, 16, 16, 128256
-CONVERT = "import sys; from l4jax.checkpoints.convert import convert; convert(sys.argv[1], sys.argv[2])"
+HIDDEN, WIDTH, HEADS, EXPERTS, VOCABULARY = 4096, 8192, 32, 20, 65536
+CONVERT = "import sys; from l4jax.checkpoints.convert import convert; convert(sys.argv[1], sys.argv[2], dtype=sys.argv[3] or None)"
 
 
 def write_source(folder: Path, gigabytes: float) -> int:
@@ -99,7 +99,8 @@ def peak_memory(command: list[str]) -> dict[str, float]:
 def main() -> None:
     """Parse the command line, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, default=4.0)
+    parser.add_argument("--gigabytes", type=float, default=5.0)
+    parser.add_argument("--dtype", choices=["float32"], help="convert to this")
     parser.add_argument("--directory", help="where to put the temporary folder (default: the system's)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.directory) as temporary:
@@ -107,9 +108,14 @@ def main() -> None:
         source.mkdir()
         largest = write_source(source, arguments.gigabytes)
         size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
-        measured = peak_memory([sys.executable, "-c", CONVERT, str(source), str(Path(temporary) / "converted")])
-    print(f"source {size / 1e9:.2f} GB, largest tensor {largest / 1e9:.2f} GB, bound 2 x largest + 1 GB = {2 * largest / 1e9 + 1:.2f} GB")
+        measured = peak_memory([sys.executable, "-c", CONVERT, str(source), str(Path(temporary) / "converted"), arguments.dtype or ""])
+    if arguments.dtype == "float32":
+        largest *= 2
+    bound = 2 * largest / 1e9 + 1
+    print(f"source {size / 1e9:.2f} GB, largest tensor {largest / 1e9:.2f} GB, bound 2 x largest + 1 GB = {bound:.2f} GB")
     print(f"peak anonymous {measured['RssAnon']:.2f} GB, peak resident {measured['VmHWM']:.2f} GB, {measured['seconds']:.0f} s")
+    if measured["VmHWM"] > bound:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import logging
 import math
 import os
 import re
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -97,7 +98,7 @@ def save_group(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write one group as an Orbax checkpoint, atomically; ``directory`` must not exist. Raises OSError if the disk is full."""
     arguments = {name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for name in arrays}
     try:
-        with _quiet_logs():
+        with _only_the_error():
             _checkpointer().save(directory.absolute(), dict(arrays), save_args=arguments)
     except ValueError as error:
         # So tensorstore reports what the system told it.
@@ -111,7 +112,7 @@ def load_group(directory: Path, names: Iterable[str], sharding: jax.sharding.Sha
     """Read one group's named weights: as device arrays laid out by ``sharding``, or as numpy arrays without one."""
     restore = ocp.RestoreArgs(restore_type=np.ndarray) if sharding is None else ocp.ArrayRestoreArgs(sharding=sharding)
     try:
-        with _quiet_logs():
+        with _only_the_error():
             restored: dict[str, Any] = _checkpointer().restore(directory.absolute(), restore_args=dict.fromkeys(names, restore))
     except (ValueError, OSError, KeyError) as error:
         reason = str(error).split("\n", 1)[0][:200]
@@ -136,27 +137,34 @@ def _checkpointer() -> Any:
 
 
 @contextmanager
-def _quiet_logs() -> Iterator[None]:
-    """Without what is logged though nobody can do anything about it.
+def _only_the_error() -> Iterator[None]:
+    """Orbax without all that it says beside the error that it raises.
 
-    Orbax warns that there is no OCDBT database to merge; and when one of its tasks fails, which is raised, asyncio logs all those
-    that failed beside it.
+    It warns that there is no OCDBT database to merge. When one of its tasks fails it logs that with a traceback; asyncio logs the
+    others that failed; and tensorstore's threads report to an event loop that is closed, for which Python prints a traceback each.
     """
     absl_logger, asyncio_logger = logging.getLogger("absl"), logging.getLogger("asyncio")
-    level = asyncio_logger.level
+    level, hook = asyncio_logger.level, sys.unraisablehook
 
-    def is_of_use(record: logging.LogRecord) -> bool:
-        return "Skipping merge of OCDBT checkpoints" not in str(record.msg)
+    def drop(record: logging.LogRecord) -> bool:
+        return False
 
-    absl_logger.addFilter(is_of_use)
+    def print_others(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    absl_logger.addFilter(drop)
+    sys.unraisablehook = print_others
     try:
         yield
     except Exception:
         asyncio_logger.setLevel(logging.CRITICAL)
         gc.collect()  # they are logged when they are collected
-        raise
+        raise  # the hook stays: threads may report at any time
+    else:
+        sys.unraisablehook = hook
     finally:
-        absl_logger.removeFilter(is_of_use)
+        absl_logger.removeFilter(drop)
         asyncio_logger.setLevel(level)
 
 

@@ -14,7 +14,7 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
-from l4jax.text.tokenizer import Tokenizer, TokenizerError, read_json, token_text
+from l4jax.text.tokenizer import Tokenizer, TokenizerError, check_unicode, read_json, token_text
 
 ROLES = ("system", "user", "assistant", "tool", "ipython")
 
@@ -28,6 +28,7 @@ _END_OF_TURN = ("<|eot|>", "<|eom|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>")
 
 # A Unicode noncharacter, which no text contains that was meant to be exchanged.
 _MARK = "\ufdd0"
+_EXHAUSTED = (RecursionError, MemoryError)
 
 
 class ChatError(ValueError):
@@ -53,6 +54,8 @@ class ChatFormat:
             self._template = _environment().from_string(template)
         except jinja2.TemplateSyntaxError as error:
             raise ChatError(f"{origin}: line {error.lineno} of the chat template is not valid Jinja: {error.message}") from error
+        except RecursionError as error:
+            raise ChatError(f"{origin}: the chat template is nested too deep") from error
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
         """The prompt for ``messages``, each with a ``role`` and a ``content`` (a text, or a list of ``{"type": "text", "text": ...}``).
@@ -70,6 +73,7 @@ class ChatFormat:
         # It is longer than all the like that the messages have, however a template joins them.
         mark = _MARK * (1 + json.dumps(messages, ensure_ascii=False, default=str).count(_MARK))
         prompt = self._render(_broken_up(messages, self._tokenizer, mark), add_generation_prompt)
+        check_unicode(prompt)
         ids: list[int] = []
         for piece in self._tokenizer.split_special(prompt):
             ids += [piece] if isinstance(piece, int) else self._tokenizer.encode_ordinary(piece.replace(mark, ""))
@@ -81,7 +85,7 @@ class ChatFormat:
                 messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **self._variables
             )
         # A template may do anything with the messages; whatever fails in it, it is the conversation that it cannot format.
-        except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError, *_EXHAUSTED) as error:
             raise ChatError(f"{self.origin}: the chat template cannot format these messages: {error}") from error
 
 

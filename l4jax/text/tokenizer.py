@@ -45,8 +45,9 @@ class Tokenizer(abc.ABC):
         """Token ids of ``text``, after the BOS token where the model expects one and ``add_bos`` is set.
 
         With ``parse_special``, special tokens spelt out in ``text`` become those tokens; a BOS token at its start is then not
-        doubled.
+        doubled. Raises ValueError for text that is not Unicode (half of a surrogate pair).
         """
+        check_unicode(text)
         ids: list[int] = []
         for piece in self.split_special(text) if parse_special else [text]:
             ids += [piece] if isinstance(piece, int) else self.encode_ordinary(piece)
@@ -93,6 +94,16 @@ class Tokenizer(abc.ABC):
     @abc.abstractmethod
     def token_id(self, token: str) -> int | None:
         """Id of the special token with this name, or of the ordinary token with this text; None if there is none."""
+
+
+def check_unicode(text: str) -> None:
+    """Raise ValueError for text with a lone surrogate, which is what Python makes of bytes that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the text has {text[error.start]!r} at position {error.start}, which is no Unicode character; expected UTF-8 text"
+        ) from None
 
 
 def load_tokenizer(directory: Path) -> Tokenizer | None:

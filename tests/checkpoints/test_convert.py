@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -128,6 +129,15 @@ def test_llama_checkpoints_carry_the_licence_notice(model, licence, notice, tmp_
         assert "Built with Llama" in text
 
 
+def test_the_sources_own_notice_is_kept_whatever_its_case(source, tmp_path):
+    (source / "Notice").write_text("theirs")
+    (source / "License.txt").write_text("LLAMA 4 COMMUNITY LICENSE AGREEMENT")
+    convert(source, tmp_path / "ours")
+    assert {"License.txt", "Notice"} <= set(open_checkpoint(tmp_path / "ours").text_files)
+    assert (tmp_path / "ours" / "Notice").read_text() == "theirs"
+    assert not (tmp_path / "ours" / "NOTICE").exists()
+
+
 def test_groups_are_bounded_and_keep_the_image_encoder_apart(many_groups):
     sizes = {"embed": 100_000, "a": 40_000, "b": 20_000, "c": 10_000, "d": 60_000, "vision.a": 1, "vision.b": 2}
     assert list(group_weights(sizes).values()) == [["embed"], ["a", "b"], ["c"], ["d"], ["vision.a", "vision.b"]]
@@ -135,6 +145,8 @@ def test_groups_are_bounded_and_keep_the_image_encoder_apart(many_groups):
 
 def test_a_dtype_casts_every_weight(source, tmp_path):
     convert(source, tmp_path / "ours", dtype="bfloat16")
+    export(tmp_path / "ours", tmp_path / "back")
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
     assert {w.dtype for w in open_checkpoint(tmp_path / "ours").weights.values()} == {"bfloat16"}
 
 
@@ -245,6 +257,32 @@ def test_a_full_disk_is_one_line_and_can_be_resumed(error, source, tmp_path, mon
     convert(source, tmp_path / "ours")
     checkpoint = open_checkpoint(tmp_path / "ours")
     assert {entry.name for entry in (tmp_path / "ours" / "weights").iterdir()} == checkpoint.groups(checkpoint.weights).keys()
+
+
+def test_too_little_space_is_said_before_anything_is_written(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(CheckpointError, match=r"ours\.partial needs 0\.00 GB more and its disk has 0\.00 GB free; free some space"):
+        convert(source, tmp_path / "ours")
+    assert not (tmp_path / "ours.partial" / "weights").exists()
+
+
+# The system's own limit on the size of a file stands in for a disk that fills up.
+LIMITED = """
+import resource, signal, sys
+from l4jax.cli import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+sys.exit(main(["convert", sys.argv[1], sys.argv[2]]))
+"""
+
+
+def test_a_write_that_fails_says_so_in_one_line(source, tmp_path):
+    done = subprocess.run([sys.executable, "-c", LIMITED, str(source), str(tmp_path / "ours")], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    said = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("converting ")]
+    assert len(said) == 1, done.stderr
+    assert "File too large" in said[0]
+    assert not (tmp_path / "ours").exists()
 
 
 def test_what_is_read_back_must_be_what_was_written(source, tmp_path, monkeypatch, many_groups):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from l4jax.checkpoints import torch_zip
 from l4jax.checkpoints.convert import convert
 from l4jax.checkpoints.source import CheckpointError
 from l4jax.checkpoints.store import open_checkpoint
@@ -83,6 +84,78 @@ def test_builtins_are_not_looked_up(name, tmp_path):
         archive.writestr("a/data.pkl", f"cbuiltins\n{name}\n.".encode())
     with pytest.raises(CheckpointError, match=f"asks for builtins.{name}"):
         TorchFile(tmp_path / "file.pth")
+
+
+def write_pickle(path: Path, data: bytes) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02" + data + b".")
+        archive.writestr("archive/data/0", bytes(64))
+
+
+STORAGE = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\x10tQ"
+STATE = b"}X\x01\0\0\0qK\x07s"
+
+
+@pytest.mark.parametrize(
+    "thing",
+    [
+        *(
+            b"ctorch\nBFloat16Storage\n",
+            b"ctorch._utils\n_rebuild_tensor_v2\n",
+            b"ccollections\nOrderedDict\n",
+            b"c_io\nBytesIO\n",
+            STORAGE,
+        ),
+        b"ctorch._utils\n_rebuild_tensor_v2\n(" + STORAGE + b"K\x00(K\x04t(K\x01ttR",
+    ],
+    ids=["dtype", "function", "class", "opaque", "storage", "tensor"],
+)
+@pytest.mark.parametrize(
+    "state", [STATE, b"N" + STATE + b"\x86", b"(K\x03X\x01\0\0\0>NNNJ\xff\xff\xff\xffK\x00K\x00t"], ids=["dict", "slots", "dtype"]
+)
+def test_a_pickle_cannot_change_what_it_is_given(thing, state, tmp_path):
+    before = [vars(torch_zip._rebuild_parameter).copy(), dict(vars(torch_zip._Opaque)), np.dtype(ml_dtypes.bfloat16).itemsize]
+    write_pickle(tmp_path / "file.pth", thing + state + b"b")
+    with pytest.raises(CheckpointError, match="its pickle does not describe tensors"):
+        TorchFile(tmp_path / "file.pth")
+    assert [vars(torch_zip._rebuild_parameter), dict(vars(torch_zip._Opaque)), np.dtype(ml_dtypes.bfloat16).itemsize] == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        b"(NK\x00(K\x04t(K\x01tt",
+        b"(" + STORAGE + b"N(K\x04t(K\x01tt",
+        b"(" + STORAGE + b"K\x00(K\x04t(K\x01K\x01tt",
+        b"(" + STORAGE + b"K\x00(X\x01\0\0\x004t(K\x01tt",
+        b"(" + STORAGE + b"K\x00(J\xff\xff\xff\xfft(K\x01tt",
+    ],
+    ids=["no storage", "no offset", "another rank", "text", "negative"],
+)
+def test_a_tensor_of_nonsense_is_refused(arguments, tmp_path):
+    write_pickle(tmp_path / "file.pth", b"ctorch._utils\n_rebuild_tensor_v2\n" + arguments + b"R")
+    with pytest.raises(CheckpointError, match="its pickle does not describe tensors"):
+        TorchFile(tmp_path / "file.pth")
+
+
+def test_a_pickle_cannot_take_all_memory(tmp_path):
+    write_pickle(tmp_path / "file.pth", b"Nr\xff\xff\xff\x7f")
+    with pytest.raises(CheckpointError):
+        TorchFile(tmp_path / "file.pth")
+
+
+def test_statistics_beside_the_weights_are_no_reason_to_refuse(source, tmp_path):
+    file = TorchFile(source / "consolidated.00.pth")
+    tensors = {key: np.array(file.read(key)) for key in file.tensors}
+    write_torch_file(source / "consolidated.00.pth", tensors | {"layers.1.feed_forward.running_gate_stats_3E": np.arange(9)})
+    convert(source, tmp_path / "ours")
+
+
+def test_without_its_licence_a_folder_gets_a_notice_that_names_no_version(tmp_path):
+    convert(make_source("llama3", tmp_path / "source", 1), tmp_path / "ours")
+    notice = (tmp_path / "ours" / "NOTICE").read_text()
+    assert notice.startswith("The source came without its licence")
+    assert "Built with Llama" in notice
 
 
 def test_a_tensor_may_not_reach_outside_its_storage(tmp_path):

@@ -38,6 +38,23 @@ def built_in(directory: Path, tokenizer: Tokenizer) -> ChatFormat:
     return found
 
 
+@pytest.mark.parametrize(
+    "template",
+    ["{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "{{ 'a' * 10 ** 17 }}"],
+    ids=["recursive", "nested", "endless"],
+)
+def test_a_template_that_asks_too_much_is_refused(template: str) -> None:
+    with pytest.raises(ChatError, match=r"^test: the chat template"):
+        chat_format(template).render(CONVERSATION)
+
+
+def test_half_a_surrogate_pair_is_refused() -> None:
+    with pytest.raises(ValueError, match="which is no Unicode character"):
+        chat_format("{{ messages[0].content }}").encode([{"role": "user", "content": "a\udcff"}])
+    with pytest.raises(ValueError, match="at position 1, which is no Unicode character"):
+        TOKENIZER.encode("a\udcff")
+
+
 def test_built_in_llama_3(tmp_path: Path) -> None:
     chat = built_in(tmp_path, LLAMA3)
     assert chat.render([*CONVERSATION[:2], {"role": "tool", "content": "42"}]) == (

@@ -9,7 +9,11 @@ import sys
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command and its options."""
-    parser = subparsers.add_parser("generate", help="continue a prompt, or answer it with --chat", description=__doc__)
+    parser = subparsers.add_parser(
+        "generate",
+        help="continue a prompt, or answer it with --chat",
+        description="Continue a prompt, or answer it in the model's chat format.",
+    )
     parser.add_argument("checkpoint", help="a folder made by l4jax convert")
     parser.add_argument("-p", "--prompt", required=True, help="text to continue; - reads it from standard input")
     parser.add_argument("--chat", action="store_true", help="put the prompt in the model's chat format, as a user's message")

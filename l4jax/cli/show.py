@@ -22,7 +22,11 @@ Row = tuple[str, ...]
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Declare the command's arguments."""
-    parser = subparsers.add_parser("show", help="print a model's configuration and where each value came from", description=__doc__)
+    parser = subparsers.add_parser(
+        "show",
+        help="print a model's configuration and where each value came from",
+        description="Print every value of a model's configuration and where it came from, its weights, tokenizer and chat template.",
+    )
     parser.add_argument(
         "checkpoint",
         help="a folder made by l4jax convert, a source that it converts, a config.json, or the name of a shipped configuration",

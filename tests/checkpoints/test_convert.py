@@ -150,6 +150,17 @@ def test_a_dtype_casts_every_weight(source, tmp_path):
     assert {w.dtype for w in open_checkpoint(tmp_path / "ours").weights.values()} == {"bfloat16"}
 
 
+def test_norms_in_float32_beside_matrices_in_bfloat16_load_as_bfloat16(source, tmp_path):
+    def narrow(tensors):
+        tensors.update({key: array.astype(ml_dtypes.bfloat16) for key, array in tensors.items() if array.ndim > 1})
+
+    rewrite(source, narrow)
+    convert(source, tmp_path / "ours")
+    checkpoint = open_checkpoint(tmp_path / "ours")
+    assert {weight.dtype for weight in checkpoint.weights.values()} == {"bfloat16", "float32"}
+    assert {array.dtype for array in checkpoint.restore().values()} == {np.dtype(ml_dtypes.bfloat16)}
+
+
 def test_unfused_experts_give_the_same_weights(source, tmp_path):
     convert(source, tmp_path / "fused")
 

@@ -302,7 +302,8 @@ def load(
     """Load a checkpoint made by ``l4jax convert``.
 
     ``dtype``: what weights and cache are held in; None takes what most of the checkpoint's bytes are stored in. At most
-    ``max_batch`` prompts are decoded together. Compiled programs are kept on disk between processes, unless JAX's own setting says where or not.
+    ``max_batch`` prompts are decoded together. Compiled programs are kept on disk between processes, unless JAX's own setting
+    says where or not.
     """
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype is {dtype!r}; expected float32, bfloat16, float16 or None (as stored)")

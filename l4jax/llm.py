@@ -22,8 +22,9 @@ from l4jax.paths import cache_root
 from l4jax.programs import PREFILL_LENGTHS
 from l4jax.runner import NewTokens, Request, Runner, TokenLogprob
 from l4jax.text.chat import ChatFormat, load_chat_format
+from l4jax.text.load import load_tokenizer
 from l4jax.text.stream import StopStringFilter, StreamDecoder
-from l4jax.text.tokenizer import Tokenizer, load_tokenizer
+from l4jax.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, object]

@@ -132,7 +132,7 @@ def _counts(dtypes: Sequence[str]) -> str:
 def _text(directory: Path) -> list[Row]:
     """Tokenizer and chat template in ``directory``."""
     from l4jax.text.chat import load_chat_format
-    from l4jax.text.tokenizer import load_tokenizer
+    from l4jax.text.load import load_tokenizer
 
     try:
         tokenizer = load_tokenizer(directory)

@@ -190,7 +190,7 @@ def _environment() -> jinja2.Environment:
 class _GenerationTag(jinja2.ext.Extension):
     """``{% generation %}``, which marks the assistant's words for training, writes what is in it."""
 
-    tags = {"generation"}  # noqa: RUF012
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         next(parser.stream)

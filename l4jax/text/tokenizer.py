@@ -106,22 +106,6 @@ def check_unicode(text: str) -> None:
         ) from None
 
 
-def load_tokenizer(directory: Path) -> Tokenizer | None:
-    """The tokenizer in ``directory``: its ``tokenizer.json``, else its ``tokenizer.model``; None if it has neither.
-
-    Raises :class:`TokenizerError` for a file that is damaged or of another kind.
-    """
-    # Imported here, because both modules build on this one.
-    from l4jax.text.hf_tokenizer import load_hf_tokenizer  # noqa: PLC0415
-    from l4jax.text.tiktoken_tokenizer import load_tiktoken_tokenizer  # noqa: PLC0415
-
-    if (directory / "tokenizer.json").exists():
-        return load_hf_tokenizer(directory)
-    if (directory / "tokenizer.model").exists():
-        return load_tiktoken_tokenizer(directory / "tokenizer.model")
-    return None
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty if there is no such file."""
     if not path.exists():

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from l4jax.text.chat import ChatError, ChatFormat, load_chat_format
 from l4jax.text.hf_tokenizer import HfTokenizer
+from l4jax.text.load import load_tokenizer
 from l4jax.text.tiktoken_tokenizer import LLAMA3_RANKS, LLAMA4_RANKS, TiktokenTokenizer
-from l4jax.text.tokenizer import Tokenizer, TokenizerError, load_tokenizer
+from l4jax.text.tokenizer import Tokenizer, TokenizerError
 from tests.text import small
 
 TOKENIZER = HfTokenizer(small.backend(), {})

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from l4jax.text.gguf_tokenizer import write_gguf_tokenizer
+from l4jax.text.load import load_tokenizer
 from l4jax.text.tiktoken_tokenizer import LLAMA3_RANKS, LLAMA4_RANKS, TiktokenTokenizer
-from l4jax.text.tokenizer import Tokenizer, TokenizerError, load_tokenizer
+from l4jax.text.tokenizer import Tokenizer, TokenizerError
 from tests.text import small
 
 CONTROL, USER_DEFINED, NORMAL = 3, 4, 1

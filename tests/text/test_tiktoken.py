@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from l4jax.text.load import load_tokenizer
 from l4jax.text.tiktoken_tokenizer import LLAMA3_RANKS, LLAMA4_RANKS, TiktokenTokenizer, llama3_special_tokens, llama4_special_tokens
-from l4jax.text.tokenizer import TokenizerError, load_tokenizer
+from l4jax.text.tokenizer import TokenizerError
 from tests.text import small
 
 LLAMA3 = TiktokenTokenizer(small.tiktoken_ranks(LLAMA3_RANKS))

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
 
 from l4jax.text.hf_tokenizer import HfTokenizer, byte_alphabet
-from l4jax.text.tokenizer import TokenizerError, load_tokenizer
+from l4jax.text.load import load_tokenizer
+from l4jax.text.tokenizer import TokenizerError
 from tests.text import small
 
 TOKENIZER = HfTokenizer(small.backend(), {})

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
+import operator
 import os
+import reprlib
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -108,20 +110,20 @@ class LLM:
         """Bytes of all weights on the device."""
         return self.runner.weight_bytes
 
-    def logits(self, prompts: Sequence[Prompt]) -> list[np.ndarray]:
+    def logits(self, prompts: Prompt | Sequence[Prompt]) -> list[np.ndarray]:
         """Next-token logits at every position of each prompt: float32 [T, vocab_size] each."""
-        encoded = [self._encode(p) for p in prompts]
+        encoded = [self._encode(p) for p in _as_list(prompts)]
         return [logits for group in _groups(encoded, self.max_batch) for logits in self.runner.logits(group)]
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[Completion]:
         """Continue each prompt (text or token ids). One ``params`` serves all prompts, or there is one for each."""
-        each = [prompts] if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], numbers.Integral)) else prompts
+        each = _as_list(prompts)
         params_of_each = [params or SamplingParams()] * len(each) if isinstance(params, SamplingParams) or params is None else params
         if len(params_of_each) != len(each):
             raise ValueError(f"{len(each)} prompts but {len(params_of_each)} sampling params; give one for all, or one for each")
-        requests = [self._request(self._encode(cast(Prompt, prompt)), p) for prompt, p in zip(each, params_of_each, strict=True)]
+        requests = [self._request(self._encode(prompt), p) for prompt, p in zip(each, params_of_each, strict=True)]
         completions = []
         for group in _groups(requests, self.max_batch):
             run = _Run(self, group)
@@ -173,7 +175,10 @@ class LLM:
             if not prompt:
                 raise ValueError("the prompt is empty; expected at least one character")
             return self._checked(self.tokenizer.encode(prompt))
-        return self._checked([int(token) for token in prompt])
+        try:
+            return self._checked([operator.index(token) for token in prompt])
+        except TypeError as error:
+            raise ValueError(f"a prompt is {reprlib.repr(prompt)}; expected text or a list of token ids") from error
 
     def _checked(self, token_ids: list[int]) -> list[int]:
         context = self.config.max_position_embeddings
@@ -195,6 +200,8 @@ class LLM:
         return self._checked(self.chat_format.encode(messages))
 
     def _request(self, token_ids: list[int], params: SamplingParams) -> Request:
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"the sampling params are {reprlib.repr(params)}; expected l4jax.SamplingParams")
         room = self.config.max_position_embeddings - len(token_ids)
         if room < 1:
             raise ValueError(f"the prompt fills the model's context of {len(token_ids)} tokens; shorten it to leave room for an answer")
@@ -205,7 +212,7 @@ class LLM:
         ends = set(params.stop_token_ids)
         if not params.ignore_eos:
             ends |= set(self.config.eos_token_ids) | set(self.chat_format.stop_token_ids if self.chat_format else ())
-        seed = secrets.randbits(64) if params.seed is None else params.seed
+        seed = secrets.randbits(64) if params.seed is None else int(params.seed)
         return Request(token_ids, dataclasses.replace(params, max_tokens=min(params.max_tokens, room)), seed, sorted(ends))
 
 
@@ -326,6 +333,13 @@ def _enable_compilation_cache() -> None:
         # JAX's defaults leave out programs that compile within a second, which on a CPU are most of ours.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
+    """One prompt, given without a list around it, as a list of one."""
+    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], numbers.Integral)):
+        return [cast(Prompt, prompts)]
+    return cast(Sequence[Prompt], prompts)
 
 
 def _groups[Item](items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:

@@ -195,6 +195,10 @@ def test_half_precision_stays_close_to_float32(dtype):
         (lambda llm: llm.generate([[1]], SamplingParams(stop=["x"])), "stop strings need a tokenizer"),
         (lambda llm: llm.generate([[1]], SamplingParams(stop_token_ids=[64])), "stop_token_ids has token id 64"),
         (lambda llm: llm.generate([[1]], SamplingParams(logit_bias={-3: 1.0})), "logit_bias has token id -3"),
+        (lambda llm: llm.generate([[1.5, 2.0]]), "a prompt is [1.5, 2.0]; expected text or a list of token ids"),
+        (lambda llm: llm.generate([None]), "a prompt is None; expected text or a list of token ids"),
+        (lambda llm: llm.logits("hello"), "the prompt is text, but this checkpoint has no tokenizer"),
+        (lambda llm: llm.generate([[1]], [{"max_tokens": 3}]), "the sampling params are {'max_tokens': 3}; expected l4jax.SamplingParams"),
         (lambda llm: LLM(llm.config, {}, max_batch=0), "max_batch is 0"),
     ],
 )

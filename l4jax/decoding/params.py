@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 MAX_LOGPROBS = 20
 """Most alternatives that can be reported beside each token."""
+_LARGEST = 1e30  # of numbers that logits are multiplied with or added to: float32 holds the results
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,39 +48,33 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        finite = math.isfinite
-        _require(_is_int(self.max_tokens) and self.max_tokens >= 1, "max_tokens", self.max_tokens, "an integer of at least 1")
-        _require(finite(self.temperature) and self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or a positive number")
-        _require(_is_int(self.top_k) and self.top_k >= 0, "top_k", self.top_k, "0 (off) or a positive integer")
-        _require(0 < self.top_p <= 1, "top_p", self.top_p, "a number above 0, at most 1 (off)")
-        _require(0 <= self.min_p < 1, "min_p", self.min_p, "a number from 0 (off) to below 1")
-        _require(
-            finite(self.repetition_penalty) and self.repetition_penalty > 0,
-            "repetition_penalty",
-            self.repetition_penalty,
-            "a positive number (1: off)",
-        )
-        _require(finite(self.presence_penalty), "presence_penalty", self.presence_penalty, "a finite number")
-        _require(finite(self.frequency_penalty), "frequency_penalty", self.frequency_penalty, "a finite number")
-        _require(
-            all(not math.isnan(v) and v < math.inf for v in self.logit_bias.values()),
+
+        def check(name: str, valid: Callable[[Any], bool], expected: str) -> None:
+            value = getattr(self, name)
+            try:
+                good = valid(value)
+            except (AttributeError, TypeError):
+                good = False
+            if not good:
+                raise ValueError(f"{name} is {value!r}; expected {expected}")
+
+        check("max_tokens", lambda n: _is_int(n) and n >= 1, "an integer of at least 1")
+        check("temperature", lambda x: 0 <= x <= _LARGEST, "0 (greedy) or a positive number")
+        check("top_k", lambda n: _is_int(n) and 0 <= n < 2**31, "0 (off) or a positive integer")
+        check("top_p", lambda x: 0 < x <= 1, "a number above 0, at most 1 (off)")
+        check("min_p", lambda x: 0 <= x < 1, "a number from 0 (off) to below 1")
+        check("repetition_penalty", lambda x: 1 / _LARGEST <= x <= _LARGEST, "a positive number (1: off)")
+        check("presence_penalty", lambda x: abs(x) <= _LARGEST, "a finite number")
+        check("frequency_penalty", lambda x: abs(x) <= _LARGEST, "a finite number")
+        check(
             "logit_bias",
-            dict(self.logit_bias),
-            "numbers, or -inf to forbid a token",
+            lambda bias: all(_is_int(token) and (x == -math.inf or abs(x) <= _LARGEST) for token, x in bias.items()),
+            "token ids with numbers, or -inf to forbid a token",
         )
-        _require(all(isinstance(s, str) and s for s in self.stop), "stop", self.stop, "non-empty strings")
-        _require(
-            self.seed is None or (_is_int(self.seed) and 0 <= self.seed < 2**64),
-            "seed",
-            self.seed,
-            "an integer from 0 to 2**64 - 1, or None",
-        )
-        _require(
-            self.logprobs is None or (_is_int(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS),
-            "logprobs",
-            self.logprobs,
-            f"None or an integer from 0 to {MAX_LOGPROBS}",
-        )
+        check("stop", lambda texts: all(isinstance(s, str) and s for s in texts), "non-empty strings")
+        check("stop_token_ids", lambda ids: all(map(_is_int, ids)), "token ids")
+        check("seed", lambda n: n is None or (_is_int(n) and 0 <= n < 2**64), "an integer from 0 to 2**64 - 1, or None")
+        check("logprobs", lambda n: n is None or (_is_int(n) and 0 <= n <= MAX_LOGPROBS), f"None or an integer from 0 to {MAX_LOGPROBS}")
 
     @property
     def adjusts_logits(self) -> bool:
@@ -86,9 +83,4 @@ class SamplingParams:
 
 
 def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _require(condition: bool, name: str, value: object, expected: str) -> None:
-    if not condition:
-        raise ValueError(f"{name} is {value!r}; expected {expected}")
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

@@ -158,8 +158,29 @@ def test_logprobs_are_of_the_model_before_any_processor():
         ("seed", -1),
         ("seed", 2**64),
         ("logprobs", 21),
+        ("max_tokens", None),
+        ("max_tokens", True),
+        ("temperature", "hot"),
+        ("temperature", 1e300),
+        ("top_k", 2**40),
+        ("top_p", None),
+        ("repetition_penalty", 1e-50),
+        ("frequency_penalty", "much"),
+        ("logit_bias", [(1, 2.0)]),
+        ("logit_bias", {1: float("inf")}),
+        ("logit_bias", {"a": 1.0}),
+        ("stop", 3),
+        ("stop_token_ids", 3),
+        ("stop_token_ids", ["a"]),
     ],
 )
 def test_a_bad_value_is_named_in_one_line(field, value):
     with pytest.raises(ValueError, match=rf"^{field} is .*; expected .*$"):
         SamplingParams(**{field: value})
+
+
+def test_numbers_may_be_numpys():
+    params = SamplingParams(
+        max_tokens=np.int64(3), temperature=np.float32(0.5), top_k=np.int32(2), seed=np.uint64(2**63), stop_token_ids=np.array([1, 2])
+    )
+    assert params.max_tokens == 3

@@ -16,6 +16,8 @@ import pytest
 from l4jax.paths import cache_root
 from l4jax.smollm2 import ensure_checkpoint, fetch
 
+# For tests of meshes; all others run on the first of them.
+jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

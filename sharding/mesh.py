@@ -1,0 +1,99 @@
+"""The device mesh: how many devices along each of the four axes.
+
+``data``: rows of the batch. ``sequence``: positions of a sequence (context parallelism). ``expert``: routed experts. ``tensor``: heads,
+feed-forward width and vocabulary. Neighbours along ``tensor`` talk most, so it is the innermost axis: the devices of one host.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+AXES = ("data", "sequence", "expert", "tensor")
+"""Names of the mesh axes, outermost first."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshSpec:
+    """Devices along each axis."""
+
+    data: int = 1
+    sequence: int = 1
+    expert: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        for axis in AXES:
+            size = getattr(self, axis)
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise ValueError(f"mesh axis {axis} is {size!r}; expected a whole number of at least 1")
+
+    @classmethod
+    def parse(cls, text: str) -> MeshSpec:
+        """Read ``"sequence=4,tensor=2"`` (axes left out are 1), or a ``.json`` file that holds ``{"sequence": 4, "tensor": 2}``."""
+        if text.endswith(".json"):
+            return cls._from_file(Path(text))
+        sizes: dict[str, int] = {}
+        for part in filter(None, (part.strip() for part in text.split(","))):
+            axis, _, size = (word.strip() for word in part.partition("="))
+            _check_axis(axis, text)
+            if axis in sizes:
+                raise ValueError(f"mesh {text!r} names {axis} twice; expected each axis once")
+            if not size.isascii() or not size.isdigit():
+                raise ValueError(f"mesh {text!r} has {part!r}; expected {axis}= and a whole number, as in {axis}=8")
+            sizes[axis] = int(size)
+        return cls(**sizes)
+
+    @classmethod
+    def _from_file(cls, path: Path) -> MeshSpec:
+        if not path.is_file():
+            raise ValueError(f'mesh file {path} does not exist; expected JSON such as {{"sequence": 4, "tensor": 2}}')
+        try:
+            sizes = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"mesh file {path} is not valid JSON ({error})") from error
+        if not isinstance(sizes, dict):
+            raise ValueError(f"mesh file {path} holds a {type(sizes).__name__}; expected an object from axes to sizes")
+        for axis in sizes:
+            _check_axis(axis, str(path))
+        return cls(**sizes)
+
+    def __str__(self) -> str:
+        return ",".join(f"{axis}={getattr(self, axis)}" for axis in AXES if getattr(self, axis) > 1) or "tensor=1"
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Devices along each of :data:`AXES`."""
+        return tuple(getattr(self, axis) for axis in AXES)
+
+    @property
+    def size(self) -> int:
+        """Devices in all."""
+        return math.prod(self.sizes)
+
+    def build(self, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+        """The mesh over ``devices`` (default: all of every process), in their order.
+
+        A smaller mesh takes the first devices; over several processes it must take them all, or some would have no part in it.
+        Raises ValueError if there are too few devices.
+        """
+        present = list(jax.devices() if devices is None else devices)
+        processes = {device.process_index for device in present}
+        if self.size > len(present) or (len(processes) > 1 and self.size < len(present)):
+            advice = f"; on a CPU, JAX_NUM_CPU_DEVICES={self.size} makes as many" if present[0].platform == "cpu" else ""
+            raise ValueError(f"mesh {self} has {self.size} devices, and {len(present)} {present[0].platform} devices are present{advice}")
+        return jax.sharding.Mesh(np.array(present[: self.size], dtype=object).reshape(self.sizes), AXES)
+
+
+def _check_axis(axis: str, text: str) -> None:
+    if axis not in AXES:
+        close = difflib.get_close_matches(axis, AXES, n=1)
+        meant = f" (did you mean {close[0]}?)" if close else ""
+        raise ValueError(f"mesh {text!r} has the axis {axis!r}{meant}; expected {', '.join(AXES)}")

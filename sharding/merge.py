@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float32
+from jaxtyping import Array, Float
 
-Partial = tuple[Float32[Array, "*B h"], Float32[Array, "*B"]]
+Partial = tuple[Float[Array, "*B h"], Float[Array, "*B"]]
 
 
 def merge_attention(partials: Sequence[Partial]) -> Partial:
     """Attention over the union of disjoint key sets, from the attention over each.
 
-    Each partial is ``(out, lse)``, float32: the softmax-weighted values over its keys and the log of its softmax
+    Each partial is ``(out, lse)``, float32 or float64: the softmax-weighted values over its keys and the log of its softmax
     denominator. ``out = Σ out_i exp(lse_i - lse)`` with ``lse = log Σ exp(lse_i)`` (arXiv 2411.01783, appendix). A
     partial over no keys has ``lse = -inf`` and any finite ``out``: it takes no part.
     """

@@ -1,17 +1,17 @@
 """Interval attention in plain JAX: over new keys in one piece, over a paged KV cache page by page.
 
 A query attends the keys with index in [start, end): causal, chunk-local, prefix and padding masks are all intervals.
-Both functions return the attention output and the log of the softmax denominator in float32; a query whose interval is
-empty gets zeros and -inf, which :func:`sharding.merge.merge_attention` takes as nothing.
+Both functions return the attention output and the log of the softmax denominator in float32 (float64 for float64 inputs); a query
+whose interval is empty gets zeros and -inf, which :func:`sharding.merge.merge_attention` takes as nothing.
 """
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Int32
 
-Partial = tuple[Float32[Array, "B T K G h"], Float32[Array, "B T K G"]]
+Partial = tuple[Float[Array, "B T K G h"], Float[Array, "B T K G"]]
 
 
 def attend(
@@ -49,18 +49,19 @@ def attend_pages(
         scores_BKTGp = _scores(q_BTKGh, k_BKph, start_BT, end_BT, first_key=(index * page_size).astype(jnp.int32))
         return _merge_block(carry, _softmax_block(scores_BKTGp, v_BKph))
 
+    accumulator = _accumulator(q_BTKGh)
     nothing = (
-        jnp.zeros((B, K, T, G, h), jnp.float32),
-        jnp.full((B, K, T, G), -jnp.inf, jnp.float32),
-        jnp.zeros((B, K, T, G), jnp.float32),
+        jnp.zeros((B, K, T, G, h), accumulator),
+        jnp.full((B, K, T, G), -jnp.inf, accumulator),
+        jnp.zeros((B, K, T, G), accumulator),
     )
     pages_in_use = (jnp.max(end_BT) + page_size - 1) // page_size
     return _normalize(jax.lax.fori_loop(0, pages_in_use, step, nothing))
 
 
 def _scores(q_BTKGh: Array, k_BKSh: Array, start_BT: Array, end_BT: Array, first_key: Array) -> Array:
-    """Masked scores [B, K, T, G, S], float32."""
-    scores_BKTGS = jnp.einsum("btkgh,bksh->bktgs", q_BTKGh, k_BKSh, preferred_element_type=jnp.float32)
+    """Masked scores [B, K, T, G, S]."""
+    scores_BKTGS = jnp.einsum("btkgh,bksh->bktgs", q_BTKGh, k_BKSh, preferred_element_type=_accumulator(q_BTKGh))
     key_11S = (first_key + jnp.arange(k_BKSh.shape[2], dtype=jnp.int32))[None, None, :]
     visible_BTS = (key_11S >= start_BT[:, :, None]) & (key_11S < end_BT[:, :, None])
     return jnp.where(visible_BTS[:, None, :, None, :], scores_BKTGS, -jnp.inf)
@@ -71,7 +72,7 @@ def _softmax_block(scores_BKTGS: Array, v_BKSh: Array) -> tuple[Array, Array, Ar
     highest = jnp.max(scores_BKTGS, axis=-1)
     # A block that hides every key from a query has highest = -inf; exp(-inf - 0) = 0 keeps it out, where -inf + inf is NaN.
     exponentials = jnp.exp(scores_BKTGS - _finite(highest)[..., None])
-    out_BKTGh = jnp.einsum("bktgs,bksh->bktgh", exponentials.astype(v_BKSh.dtype), v_BKSh, preferred_element_type=jnp.float32)
+    out_BKTGh = jnp.einsum("bktgs,bksh->bktgh", exponentials.astype(v_BKSh.dtype), v_BKSh, preferred_element_type=exponentials.dtype)
     return out_BKTGh, highest, jnp.sum(exponentials, axis=-1)
 
 
@@ -91,3 +92,7 @@ def _normalize(block: tuple[Array, Array, Array]) -> Partial:
 
 def _finite(highest: Array) -> Array:
     return jnp.where(jnp.isneginf(highest), 0.0, highest)
+
+
+def _accumulator(array: Array) -> jnp.dtype:
+    return jnp.dtype(jnp.float64 if array.dtype == jnp.float64 else jnp.float32)

@@ -1,0 +1,58 @@
+"""Which positions of a sequence lie on which rank of the ``sequence`` axis.
+
+A layout is an int32 array [ranks, slots] of positions, ascending in each rank, with :data:`EMPTY` behind the last. Causal attention
+makes late tokens dearer than early ones: cut into 2N parts, rank i takes parts i and 2N-1-i, and all ranks do the same work (arXiv
+2411.01783, section 3.4).
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+
+EMPTY = -1
+"""The position of a slot that holds no token."""
+
+
+def balanced(length: int, ranks: int, *, first: int = 0, block: int = 1) -> np.ndarray:
+    """Positions ``first`` to ``first + length - 1`` in balanced parts; [ranks, most that a rank holds].
+
+    Parts end at multiples of ``block``, an absolute position: with Llama 4's attention chunk as the block, no chunk lies on two
+    ranks. Nothing needs to divide anything; a rank may get no tokens at all. With ``block`` 1 no rank has more than
+    ceil(length / ranks).
+    """
+    if length < 0 or ranks < 1 or first < 0 or block < 1:
+        raise ValueError(
+            f"length {length}, ranks {ranks}, first {first}, block {block}; expected no negative number, and no zero but length"
+        )
+    first_block, end_block = first // block, -(-(first + length) // block)
+    blocks = np.array([(end_block - first_block + ranks - 1 - rank) // ranks for rank in range(ranks)])
+    early, late = blocks // 2, blocks - blocks // 2
+    cuts = first_block + np.cumsum([0, *early, *late[::-1]])
+    edges = np.clip(cuts * block, first, first + length)
+    parts = [np.arange(low, high) for low, high in itertools.pairwise(edges)]
+    return padded([np.concatenate([parts[rank], parts[2 * ranks - 1 - rank]]) for rank in range(ranks)])
+
+
+def round_robin(length: int, ranks: int, *, first: int = 0) -> np.ndarray:
+    """Position p on rank p mod ranks: decoded tokens, so that no rank's cache fills up before the others'."""
+    positions = np.arange(first, first + length)
+    return padded([positions[positions % ranks == rank] for rank in range(ranks)])
+
+
+def padded(rows: list[np.ndarray], slots: int = 0) -> np.ndarray:
+    """Rows of positions as one array, filled up with :data:`EMPTY` to the longest or to ``slots``."""
+    slots = max([slots, *(len(row) for row in rows)])
+    return np.stack([np.pad(row, (0, slots - len(row)), constant_values=EMPTY) for row in rows]).astype(np.int32)
+
+
+def append(layout: np.ndarray, later: np.ndarray) -> np.ndarray:
+    """Each rank's positions followed by its later ones, with no empty slot between: a cache with new tokens written behind."""
+    return padded([np.concatenate([row[row != EMPTY], more[more != EMPTY]]) for row, more in zip(layout, later, strict=True)])
+
+
+def batch(layouts: list[np.ndarray], slots: int = 0) -> np.ndarray:
+    """The layouts of several sequences, each cut for itself, as [ranks, sequences, slots]; of at least that many slots."""
+    slots = max([slots, *(layout.shape[1] for layout in layouts)])
+    return np.stack([padded(list(layout), slots) for layout in layouts], axis=1)

@@ -1,0 +1,94 @@
+"""Exact attention over a sequence that is spread over the ranks of a mesh axis: pass-KV and pass-Q.
+
+Both are from "Context Parallelism for Scalable Million-Token Inference" (arXiv 2411.01783, algorithms 2 and 3) and run inside
+``jax.shard_map``. Keys are those of new tokens and those cached before, in one array; which position each slot of each rank holds is
+said by a layout (``sharding.layout``), known to every rank, so positions are never sent. Partial results meet in float32 (float64 for
+float64 inputs), merged by their log-sum-exp.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.flash_attention import attend
+from sharding.layout import EMPTY
+from sharding.merge import Partial, merge_attention
+
+
+def pass_kv(
+    q_BTKGh: Float[Array, "B T K G h"],
+    k_BSKh: Float[Array, "B S K h"],
+    v_BSKh: Float[Array, "B S K h"],
+    query_position_NBT: Int32[Array, "N B T"],
+    key_position_NBS: Int32[Array, "N B S"],
+    *,
+    axis_name: str,
+    chunk: int | Int32[Array, ""] | None = None,
+) -> Partial:
+    """Attention of this rank's queries over all ranks' keys, the keys and values going round: N - 1 transfers of both in one message.
+
+    Positions of slot ``[rank, row, slot]`` are the same on every rank; those of keys ascend, with empty slots behind them only. A
+    query at position p sees keys at positions up to p; with ``chunk``, only those of its own attention chunk. Queries come
+    scaled. Returns this rank's output and log-sum-exp.
+    """
+    ranks, rank = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
+    query_position_BT = query_position_NBT[rank]
+    kv_2BSKh = jnp.stack([k_BSKh, v_BSKh])
+    merged: Partial | None = None
+    for hop in range(ranks):
+        # Issued before the attention that it hides behind; after the last hop nobody needs the keys again.
+        arriving = _to_next(kv_2BSKh, axis_name) if hop < ranks - 1 else kv_2BSKh
+        with jax.named_scope(f"ring_hop_{hop}"):
+            key_position_BS = key_position_NBS[(rank - hop) % ranks]
+            partial = _attend(q_BTKGh, kv_2BSKh, query_position_BT, key_position_BS, chunk)
+            merged = partial if merged is None else merge_attention([merged, partial])
+        kv_2BSKh = arriving
+    assert merged is not None
+    return merged
+
+
+def pass_q(
+    q_BTKGh: Float[Array, "B T K G h"],
+    k_BSKh: Float[Array, "B S K h"],
+    v_BSKh: Float[Array, "B S K h"],
+    query_position_NBT: Int32[Array, "N B T"],
+    key_position_NBS: Int32[Array, "N B S"],
+    *,
+    axis_name: str,
+    chunk: int | Int32[Array, ""] | None = None,
+) -> Partial:
+    """As :func:`pass_kv`, the queries going round: N - 1 transfers of them, then each rank's results go back in one all-to-all."""
+    ranks, rank = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
+    kv_2BSKh, key_position_BS = jnp.stack([k_BSKh, v_BSKh]), key_position_NBS[rank]
+    results = []
+    for hop in range(ranks):
+        arriving = _to_next(q_BTKGh, axis_name) if hop < ranks - 1 else q_BTKGh
+        with jax.named_scope(f"ring_hop_{hop}"):
+            query_position_BT = query_position_NBT[(rank - hop) % ranks]
+            out_BTKGh, lse_BTKG = _attend(q_BTKGh, kv_2BSKh, query_position_BT, key_position_BS, chunk)
+            results.append(jnp.concatenate([out_BTKGh, lse_BTKG[..., None]], axis=-1))
+        q_BTKGh = arriving
+    # What was computed at hop j belongs to the rank j places back; the all-to-all wants the results in the order of their owners.
+    by_owner = jnp.stack(results)[(rank - jnp.arange(ranks, dtype=jnp.int32)) % ranks]
+    mine = jax.lax.all_to_all(by_owner, axis_name, split_axis=0, concat_axis=0)
+    return merge_attention([(part[..., :-1], part[..., -1]) for part in mine])
+
+
+def _to_next(array: Array, axis_name: str) -> Array:
+    ranks = jax.lax.axis_size(axis_name)
+    return jax.lax.ppermute(array, axis_name, [(i, (i + 1) % ranks) for i in range(ranks)])
+
+
+def _attend(q_BTKGh: Array, kv_2BSKh: Array, query_position_BT: Array, key_position_BS: Array, chunk: int | Array | None) -> Partial:
+    """Keys lie in ascending order, so those that a query sees are an interval of slots."""
+    sorted_BS = jnp.where(key_position_BS == EMPTY, jnp.int32(2**31 - 1), key_position_BS)
+
+    def slots_below(position_BT: Array) -> Array:
+        return jax.vmap(lambda keys_S, bounds_T: jnp.searchsorted(keys_S, bounds_T).astype(jnp.int32))(sorted_BS, position_BT)
+
+    # An empty query slot is at position -1 and sees nothing.
+    end_BT = slots_below(query_position_BT + 1)
+    start_BT = jnp.zeros_like(end_BT) if chunk is None else slots_below(query_position_BT // chunk * chunk)
+    return attend(q_BTKGh, kv_2BSKh[0], kv_2BSKh[1], start_BT, end_BT)

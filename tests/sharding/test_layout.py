@@ -1,0 +1,65 @@
+"""Layouts: every position once, balanced, and chunks whole where they are to be."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sharding.layout import EMPTY, append, balanced, batch, round_robin
+
+RANKS = st.sampled_from([1, 2, 3, 4, 8])
+
+
+def held(layout):
+    return [row[row != EMPTY] for row in layout]
+
+
+@given(st.integers(0, 300), RANKS, st.integers(0, 50), st.sampled_from([1, 7, 32]))
+def test_every_position_lies_on_one_rank_in_ascending_order(length, ranks, first, block):
+    for layout in (balanced(length, ranks, first=first, block=block), round_robin(length, ranks, first=first)):
+        assert layout.shape[0] == ranks
+        assert layout.dtype == np.int32
+        assert sorted(np.concatenate(held(layout))) == list(range(first, first + length))
+        for row in held(layout):
+            assert (np.diff(row) > 0).all()
+
+
+@given(st.integers(0, 300), RANKS)
+def test_no_rank_has_more_than_its_part(length, ranks):
+    for layout in (balanced(length, ranks), round_robin(length, ranks)):
+        assert layout.shape[1] <= -(-length // ranks)
+
+
+@given(st.integers(0, 300), RANKS, st.integers(0, 50), st.sampled_from([2, 7, 32]))
+def test_no_block_lies_on_two_ranks(length, ranks, first, block):
+    blocks = [set(row // block) for row in held(balanced(length, ranks, first=first, block=block))]
+    assert sum(map(len, blocks)) == len(set().union(*blocks))
+
+
+def test_the_papers_layout():
+    assert balanced(8, 2).tolist() == [[0, 1, 6, 7], [2, 3, 4, 5]]
+
+
+def test_causal_work_is_balanced():
+    work = [(row + 1).sum() for row in held(balanced(4096, 8))]
+    assert max(work) / min(work) < 1.001
+
+
+def test_a_million_tokens_of_llama_4_leave_every_chunk_whole():
+    layout = balanced(2**20, 8, block=8192)
+    assert layout.shape == (8, 2**17)
+    assert (layout.reshape(8, -1, 8192) // 8192 == layout.reshape(8, -1, 8192)[:, :, :1] // 8192).all()
+
+
+def test_new_tokens_follow_cached_ones():
+    assert append(balanced(3, 2), balanced(2, 2, first=3)).tolist() == [[0, 2, 4], [1, 3, EMPTY]]
+
+
+def test_sequences_are_cut_each_for_itself():
+    layouts = batch([balanced(4, 2), balanced(0, 2), balanced(1, 2)])
+    assert layouts.tolist() == [[[0, 3], [EMPTY, EMPTY], [0, EMPTY]], [[1, 2], [EMPTY, EMPTY], [EMPTY, EMPTY]]]
+
+
+def test_bad_numbers_are_refused():
+    with pytest.raises(ValueError, match="ranks 0"):
+        balanced(3, 0)

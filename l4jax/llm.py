@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import numbers
 import operator
 import os
@@ -208,6 +209,8 @@ class LLM:
         if params.stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer, which this checkpoint does not have; use stop_token_ids")
         self._check_vocabulary(params.logit_bias, "logit_bias")
+        if sum(bias == -math.inf for bias in params.logit_bias.values()) == self.config.vocab_size:
+            raise ValueError(f"logit_bias forbids all {self.config.vocab_size} tokens; leave at least one")
         self._check_vocabulary(params.stop_token_ids, "stop_token_ids")
         ends = set(params.stop_token_ids)
         if not params.ignore_eos:
@@ -337,6 +340,8 @@ def _enable_compilation_cache() -> None:
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
     """One prompt, given without a list around it, as a list of one."""
+    if not isinstance(prompts, Sequence | np.ndarray):
+        raise ValueError(f"the prompts are {reprlib.repr(prompts)}; expected text, a list of token ids, or a list of such")
     if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], numbers.Integral)):
         return [cast(Prompt, prompts)]
     return cast(Sequence[Prompt], prompts)

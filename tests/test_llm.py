@@ -199,6 +199,12 @@ def test_half_precision_stays_close_to_float32(dtype):
         (lambda llm: llm.generate([None]), "a prompt is None; expected text or a list of token ids"),
         (lambda llm: llm.logits("hello"), "the prompt is text, but this checkpoint has no tokenizer"),
         (lambda llm: llm.generate([[1]], [{"max_tokens": 3}]), "the sampling params are {'max_tokens': 3}; expected l4jax.SamplingParams"),
+        (lambda llm: llm.generate(5), "the prompts are 5; expected text, a list of token ids, or a list of such"),
+        (lambda llm: llm.logits(None), "the prompts are None; expected text"),
+        (
+            lambda llm: llm.generate([[1]], SamplingParams(logit_bias=dict.fromkeys(range(64), -np.inf))),
+            "logit_bias forbids all 64 tokens; leave at least one",
+        ),
         (lambda llm: LLM(llm.config, {}, max_batch=0), "max_batch is 0"),
     ],
 )

@@ -27,6 +27,10 @@ PAGE_SIZE = 128
 """Tokens in a page."""
 
 
+CACHE_AXES = ("pages", "kv_heads", None, "head_dim")
+"""The logical axes of a layer's keys, and of its values."""
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
@@ -47,7 +51,7 @@ class PageTables:
 
 @dataclasses.dataclass(frozen=True)
 class CacheShape:
-    """Room for ``rows`` sequences of up to ``capacity`` tokens each."""
+    """Room for ``rows`` sequences of up to ``capacity`` tokens each; on a mesh, spread evenly over the ``data`` axis."""
 
     rows: int
     capacity: int
@@ -60,7 +64,7 @@ class CacheShape:
         return -(-slots // PAGE_SIZE)
 
     def identity_tables(self, config: ModelConfig, rows: Sequence[int]) -> PageTables:
-        """Page tables (host arrays) in which row ``rows[i]`` owns its own run of pages, in order."""
+        """Page tables (host arrays) in which row ``rows[i]``, counted on its own rank, owns its own run of pages, in order."""
 
         def table(local: bool) -> Array:
             width = self.pages_per_row(config, local=local)
@@ -77,14 +81,18 @@ class CacheShape:
         """Bytes of all keys and values."""
         return sum(2 * math.prod(shape) * dtype.itemsize for shape in self.layer_shapes(config))
 
-    def allocate(self, config: ModelConfig, dtype: jnp.dtype, device: jax.Device | None = None) -> tuple[LayerCache, ...]:
+    def device_nbytes(self, config: ModelConfig, dtype: jnp.dtype, sharding: jax.sharding.Sharding) -> int:
+        """Bytes of what one device holds of them."""
+        return sum(2 * math.prod(sharding.shard_shape(shape)) * dtype.itemsize for shape in self.layer_shapes(config))
+
+    def allocate(self, config: ModelConfig, dtype: jnp.dtype, sharding: jax.sharding.Sharding) -> tuple[LayerCache, ...]:
         """An empty cache. Zeroed, because a masked key still meets its value: 0 x NaN would be NaN.
 
-        ``device`` commits it there, as a program's results are; a program called with the one and then the other compiles twice.
+        It is committed to its sharding, as a program's results are; a program called with both kinds compiles twice.
         """
 
         def pool(shape: tuple[int, ...]) -> Array:
-            return jnp.zeros(shape, dtype, device=device)
+            return jnp.zeros(shape, dtype, device=sharding)
 
         return tuple(LayerCache(pool(s), pool(s)) for s in self.layer_shapes(config))
 

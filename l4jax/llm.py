@@ -22,12 +22,14 @@ from l4jax.config import ModelConfig
 from l4jax.decoding.generate import BURST
 from l4jax.decoding.params import SamplingParams
 from l4jax.paths import cache_root
+from l4jax.placement import Placement
 from l4jax.programs import PREFILL_LENGTHS
 from l4jax.runner import NewTokens, Request, Runner, TokenLogprob
 from l4jax.text.chat import ChatFormat, load_chat_format
 from l4jax.text.load import load_tokenizer
 from l4jax.text.stream import StopStringFilter, StreamDecoder
 from l4jax.text.tokenizer import Tokenizer
+from sharding.mesh import ONE_DEVICE, MeshSpec
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, object]
@@ -92,23 +94,27 @@ class LLM:
         config: ModelConfig,
         weights: Mapping[str, jax.Array],
         *,
+        mesh: str | MeshSpec = ONE_DEVICE,
         tokenizer: Tokenizer | None = None,
         chat_format: ChatFormat | None = None,
         max_batch: int = 8,
         prefill_lengths: Sequence[int] = PREFILL_LENGTHS,
     ) -> None:
-        """``weights`` by the names of ``l4jax.model.weights.weight_specs``; at most ``max_batch`` prompts run together."""
+        """``weights`` by the names of ``l4jax.model.weights.weight_specs``; at most ``max_batch`` prompts run together.
+
+        ``mesh``: the devices to run on, as in "tensor=4,expert=2" (see ``sharding.mesh.MeshSpec``); the first one by default.
+        """
         if max_batch < 1:
             raise ValueError(f"max_batch is {max_batch}; expected at least 1")
         self.config = config
         self.tokenizer = tokenizer
         self.chat_format = chat_format
         self.max_batch = max_batch
-        self.runner = Runner(config, weights, prefill_lengths=prefill_lengths)
+        self.runner = Runner(Placement.on(config, mesh), weights, prefill_lengths=prefill_lengths)
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all weights on the device."""
+        """Bytes of all weights, each counted once."""
         return self.runner.weight_bytes
 
     def logits(self, prompts: Prompt | Sequence[Prompt]) -> list[np.ndarray]:
@@ -307,12 +313,14 @@ class _Row:
 def load(
     path: str | os.PathLike[str],
     *,
+    mesh: str | MeshSpec = ONE_DEVICE,
     dtype: DType | None = None,
     max_batch: int = 8,
 ) -> LLM:
     """Load a checkpoint made by ``l4jax convert``.
 
-    ``dtype``: what weights and cache are held in; None takes what most of the checkpoint's bytes are stored in. At most
+    ``mesh``: the devices to run on, such as "tensor=4,expert=2" or a file of ``configs/meshes``; one device by default. Every
+    device reads only its part of the weights. ``dtype``: what weights and cache are held in; None takes what most of the checkpoint's bytes are stored in. At most
     ``max_batch`` prompts are decoded together. Compiled programs are kept on disk between processes, unless JAX's own setting
     says where or not.
     """
@@ -320,10 +328,12 @@ def load(
         raise ValueError(f"dtype is {dtype!r}; expected float32, bfloat16, float16 or None (as stored)")
     _enable_compilation_cache()
     checkpoint = open_checkpoint(path)
+    placement = Placement.on(checkpoint.config, mesh)
     tokenizer = load_tokenizer(checkpoint.directory)
     return LLM(
         checkpoint.config,
-        checkpoint.restore(None if dtype is None else jnp.dtype(dtype)),
+        checkpoint.restore(placement, None if dtype is None else jnp.dtype(dtype)),
+        mesh=mesh,
         tokenizer=tokenizer,
         chat_format=None if tokenizer is None else load_chat_format(checkpoint.directory, tokenizer),
         max_batch=max_batch,

@@ -2,20 +2,29 @@
 
 A program is a pure function of the flat weights, small inputs and a donated state. Every distinct combination of input
 shapes and :class:`SamplingFeatures` is compiled once; the buckets below keep those few.
+
+Programs run inside ``jax.shard_map``: every device computes on its own share of weights, rows, cache and vocabulary, and
+what crosses between devices is written where it happens. A single device is a mesh of one.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float32, Int32
 
-from l4jax.cache import LayerCache, PageTables
-from l4jax.config import ModelConfig
+from l4jax.cache import CACHE_AXES, LayerCache, PageTables
 from l4jax.decoding.generate import DecodeState, DecodeTokens, decode_tokens
 from l4jax.decoding.sampling import Logprobs, SamplingFeatures, SamplingRows, TokenCounts, sample
 from l4jax.model.llama import Llama
-from l4jax.model.weights import BoundModel
+from l4jax.model.weights import BoundModel, weight_specs
+from l4jax.placement import Placement
+from sharding.rules import partition
 
 PREFILL_LENGTHS = (32, 128, 512)
 """Lengths that a prefill piece is padded to; longer prompts are prefilled in several pieces."""
@@ -25,13 +34,31 @@ Leaves = tuple[Array, ...]
 
 
 class Programs:
-    """The programs of one model, compiled on first use for each set of shapes."""
+    """The programs of one model on one mesh, compiled on first use for each set of shapes."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        self.model = BoundModel(Llama(config))
-        self.prefill = jax.jit(self._prefill, donate_argnames="cache", static_argnames="features")
-        self.decode = jax.jit(self._decode, donate_argnames="state", static_argnames="features")
-        self.logits = jax.jit(self._logits, donate_argnames="cache")
+    def __init__(self, placement: Placement) -> None:
+        model = Llama(placement.config, placement.spec)
+        self.model = BoundModel(model)
+        self._mesh = placement.mesh
+        self._data, self._vocab = placement.spec.along("data"), placement.spec.along("tensor")
+        spec = functools.partial(partition, placement.spec)
+        row, cache, everywhere = spec("batch"), spec(*CACHE_AXES), PartitionSpec()
+        leaves = tuple(spec(*weight.axes) for weight in weight_specs(model).values())
+        counts = spec("batch", "vocab")
+        state = DecodeState(cache=cache, token_B=row, length_B=row, produced_B=row, done_B=row, counts=counts)
+        piece = (leaves, cache, row, row, row, row)
+        self.prefill = self._program(self._prefill, (*piece, row, counts), (cache, everywhere, everywhere), donated=1)
+        self.decode = self._program(self._decode, (leaves, state, row, row, everywhere), (state, everywhere), donated=1)
+        self.logits = self._program(self._logits, piece, (cache, spec("batch", None, "vocab")), donated=1)
+
+    def _program(self, body: Callable[..., Any], in_specs: Any, out_specs: Any, *, donated: int) -> jax.stages.Wrapped:
+        def program(*arguments: Any, **static: Any) -> Any:
+            on_device = functools.partial(body, **static)
+            # Unchecked: that results said to be equal everywhere are so is tested, not inferred.
+            mapped = jax.shard_map(on_device, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+            return mapped(*arguments)
+
+        return jax.jit(program, donate_argnums=donated, static_argnames="features")
 
     def _prefill(
         self,
@@ -50,7 +77,8 @@ class Programs:
         model: Llama = self.model.bind(leaves)
         x_BTD, cache = model(token_BT, start_B, new_B, cache, tables)
         last_BD = jnp.take_along_axis(x_BTD, jnp.maximum(new_B - 1, 0)[:, None, None], axis=1)[:, 0]
-        token_B, logprobs = sample(model.logits(last_BD), rows, counts, jnp.zeros_like(new_B), features)
+        token_B, logprobs = sample(model.logits(last_BD), rows, counts, jnp.zeros_like(new_B), features, self._vocab)
+        token_B, logprobs = jax.tree.map(lambda rows: self._data.concatenate(rows, axis=0), (token_B, logprobs))
         return cache, token_B, logprobs
 
     def _decode(
@@ -64,7 +92,10 @@ class Programs:
         features: SamplingFeatures,
     ) -> tuple[DecodeState, DecodeTokens]:
         """Up to ``steps`` tokens for every unfinished row, in one dispatch."""
-        return decode_tokens(self.model.bind(leaves), state, tables, rows, steps, features)
+        state, out = decode_tokens(self.model.bind(leaves), state, tables, rows, steps, features)
+        # Every host gives out every row's tokens.
+        token_SB, logprobs = jax.tree.map(lambda rows: self._data.concatenate(rows, axis=1), (out.token_SB, out.logprobs))
+        return state, DecodeTokens(token_SB, logprobs, out.steps, self._data.concatenate(out.done_B, axis=0))
 
     def _logits(
         self,

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from l4jax.arrays import host_array
-from l4jax.cache import CacheShape, LayerCache
+from l4jax.cache import CACHE_AXES, CacheShape, LayerCache
 from l4jax.config import ModelConfig
 from l4jax.decoding.generate import BURST, DecodeState, DecodeTokens
 from l4jax.decoding.params import SamplingParams
 from l4jax.decoding.sampling import Logprobs, SamplingFeatures, SamplingRows, TokenCounts, batch_features, sampling_rows
+from l4jax.placement import Placement
 from l4jax.programs import PREFILL_LENGTHS, Programs
 
 _MIN_CAPACITY = 1024
@@ -51,9 +52,12 @@ class NewTokens:
 
 @dataclasses.dataclass(frozen=True)
 class _Piece:
-    """A stretch of some rows' prompts, padded: ``prompts[i]`` is the prompt in program row i, ``new_B[i]`` tokens of it."""
+    """A stretch of some rows' prompts, padded: ``prompt_B[i]`` is the prompt in program row i, ``new_B[i]`` tokens of it.
 
-    prompts: list[int]
+    Padding rows have -1 for a prompt, and no tokens.
+    """
+
+    prompt_B: np.ndarray
     token_BT: np.ndarray
     start_B: np.ndarray
     new_B: np.ndarray
@@ -64,14 +68,18 @@ class Runner:
 
     The cache grows to the largest batch and length seen and stays; page tables pick the rows that a program works on. So
     program shapes depend on the batch's size bucket and on nothing else once the cache has its final size.
+
+    On a mesh with a ``data`` axis its ranks share out the rows of a batch evenly and in order, and each has the cache of its own.
     """
 
-    def __init__(self, config: ModelConfig, weights: Mapping[str, jax.Array], *, prefill_lengths: Sequence[int] = PREFILL_LENGTHS) -> None:
-        self.config = config
-        self.programs = Programs(config)
-        self._leaves = self.programs.model.leaves(weights)
+    def __init__(self, placement: Placement, weights: Mapping[str, jax.Array], *, prefill_lengths: Sequence[int] = PREFILL_LENGTHS) -> None:
+        """``weights`` as they are stored, or as ``placement`` has placed them."""
+        self.config = placement.config
+        self.programs = Programs(placement)
+        self._placement = placement
+        self._leaves = self.programs.model.leaves(placement.place_all(weights))
         self._dtype = self._leaves[0].dtype
-        self.device = jax.local_devices()[0]
+        self._data = placement.spec.data
         self.prefill_lengths = tuple(sorted(prefill_lengths))
         self._shape = CacheShape(rows=0, capacity=0)
         self._cache: tuple[LayerCache, ...] = ()
@@ -84,14 +92,14 @@ class Runner:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all weights on the device."""
+        """Bytes of all weights, each counted once."""
         return sum(leaf.nbytes for leaf in self._leaves)
 
     def row_bucket(self, rows: int) -> int:
-        """Rows that a program for this many sequences is compiled with: the next power of two."""
+        """Rows that a program for this many sequences is compiled with: the next power of two, on each rank along ``data``."""
         # XLA's CPU backend widens a whole bfloat16 matrix to multiply one row, and uses native kernels from two rows on.
         fewest = 2 if jax.default_backend() == "cpu" and self._dtype == jnp.bfloat16 else 1
-        return max(fewest, 1 << (rows - 1).bit_length())
+        return self._data * max(fewest, 1 << (-(-rows // self._data) - 1).bit_length())
 
     def reserve(self, rows: int, tokens: int) -> None:
         """Make room for ``rows`` sequences of ``tokens`` tokens; what the cache held is lost if it has to grow."""
@@ -100,22 +108,25 @@ class Runner:
         # A call that was interrupted may have donated the cache and never received the new one.
         lost = any(leaf.is_deleted() for leaf in jax.tree.leaves(self._cache))
         if shape != self._shape or lost:
-            _check_memory(shape.nbytes(self.config, self._dtype), shape)
+            sharding = self._placement.array_sharding(*CACHE_AXES)
+            _check_memory(shape, self.config, self._dtype, sharding)
             self._cache = ()  # freed before the larger one is allocated
             self._shape = shape
-            self._cache = shape.allocate(self.config, self._dtype, self.device)
+            self._cache = shape.allocate(self.config, self._dtype, sharding)
 
     def logits(self, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Next-token logits at every position of each prompt, float32 [T, V]."""
         self.reserve(len(prompts), max(map(len, prompts)))
         self._batch = None
         collected: list[list[np.ndarray]] = [[] for _ in prompts]
-        for piece in self._pieces(prompts):
-            tables = self._shape.identity_tables(self.config, self._table_rows(piece))
+        per_rank = self.row_bucket(len(prompts)) // self._data
+        for piece in self._pieces(prompts, per_rank):
+            tables = self._shape.identity_tables(self.config, piece.prompt_B % per_rank)
             self._cache, logits_BTV = self.programs.logits(self._leaves, self._cache, piece.token_BT, piece.start_B, piece.new_B, tables)
             host = np.asarray(logits_BTV)
-            for row, prompt in enumerate(piece.prompts):
-                collected[prompt].append(host[row, : piece.new_B[row]])
+            for row, prompt in enumerate(piece.prompt_B):
+                if prompt >= 0:
+                    collected[prompt].append(host[row, : piece.new_B[row]])
         return [np.concatenate(parts) for parts in collected]
 
     def start(self, requests: Sequence[Request]) -> Batch:
@@ -133,51 +144,67 @@ class Runner:
     def prefill(
         self, prompts: Sequence[Sequence[int]], rows: SamplingRows, counts: TokenCounts | None, features: SamplingFeatures
     ) -> tuple[np.ndarray, list[Logprobs | None]]:
-        """Put the prompts in the cache; the first token of each, and its log-probabilities (of one row)."""
+        """Put the prompts in the cache; the first token of each, and its log-probabilities (of one row).
+
+        ``rows`` and ``counts`` are those of the batch that will be decoded: of its bucket's size.
+        """
         first = np.zeros(len(prompts), np.int32)
         logprobs: list[Logprobs | None] = [None] * len(prompts)
-        for piece in self._pieces(prompts):
-            table_rows = self._table_rows(piece)
-            tables = self._shape.identity_tables(self.config, table_rows)
-            piece_rows, piece_counts = jax.tree.map(lambda leaf, table_rows=table_rows: leaf[table_rows], (rows, counts))
+        per_rank = len(rows.temperature_B) // self._data
+        for piece in self._pieces(prompts, per_rank):
+            tables = self._shape.identity_tables(self.config, piece.prompt_B % per_rank)
+            piece_rows, piece_counts = jax.tree.map(lambda leaf, prompt_B=piece.prompt_B: leaf[prompt_B], (rows, counts))
             self._cache, token_B, piece_logprobs = self.programs.prefill(
                 self._leaves, self._cache, piece.token_BT, piece.start_B, piece.new_B, tables, piece_rows, piece_counts, features=features
             )
-            ends = [i for i, p in enumerate(piece.prompts) if piece.start_B[i] + piece.new_B[i] == len(prompts[p])]
+            ends = [i for i, p in enumerate(piece.prompt_B) if p >= 0 and piece.start_B[i] + piece.new_B[i] == len(prompts[p])]
             if ends:
                 token_B, piece_logprobs = jax.device_get((token_B, piece_logprobs))
             for i in ends:
-                first[piece.prompts[i]] = token_B[i]
-                logprobs[piece.prompts[i]] = jax.tree.map(lambda leaf, i=i: leaf[i], piece_logprobs)
+                first[piece.prompt_B[i]] = token_B[i]
+                logprobs[piece.prompt_B[i]] = jax.tree.map(lambda leaf, i=i: leaf[i], piece_logprobs)
         return first, logprobs
+
+    def commit(self, state: DecodeState) -> DecodeState:
+        """The state on the devices, as a burst returns it: a program called with both kinds would compile twice."""
+        row, counts = self._placement.array_sharding("batch"), self._placement.array_sharding("batch", "vocab")
+        committed = {name: jax.device_put(getattr(state, name), row) for name in ("token_B", "length_B", "produced_B", "done_B")}
+        return dataclasses.replace(state, **committed, counts=jax.device_put(state.counts, counts))
 
     def decode(self, state: DecodeState, rows: SamplingRows, steps: int, features: SamplingFeatures) -> tuple[DecodeState, DecodeTokens]:
         """One burst over the resident cache; the state comes without a cache and goes back without one."""
-        tables = self._shape.identity_tables(self.config, range(len(state.token_B)))
+        B = len(state.token_B)
+        tables = self._shape.identity_tables(self.config, np.arange(B) % (B // self._data))
         state = dataclasses.replace(state, cache=self._cache)
         state, tokens = self.programs.decode(self._leaves, state, tables, rows, np.int32(steps), features=features)
         self._cache = state.cache
         return dataclasses.replace(state, cache=()), tokens
 
-    def _table_rows(self, piece: _Piece) -> list[int]:
-        # Padding rows write nothing and their results are dropped: any row's pages will do.
-        return piece.prompts + [piece.prompts[0]] * (len(piece.new_B) - len(piece.prompts))
+    def _pieces(self, prompts: Sequence[Sequence[int]], per_rank: int) -> Iterator[_Piece]:
+        """Cut prompts into padded pieces; prompts whose next pieces are of one length go together.
 
-    def _pieces(self, prompts: Sequence[Sequence[int]]) -> Iterator[_Piece]:
-        """Cut prompts into padded pieces; prompts whose next pieces are of one length go together."""
+        Each rank along ``data`` has ``per_rank`` of the prompts. One that has none of a piece's length takes shorter ones.
+        """
         position = [0] * len(prompts)
         while unfinished := [i for i, p in enumerate(prompts) if position[i] < len(p)]:
             bucket = {i: self._length_bucket(len(prompts[i]) - position[i]) for i in unfinished}
             T = max(bucket.values())
-            taken = [i for i in unfinished if bucket[i] == T][: max(1, _PREFILL_TOKENS // T)]
-            B = self.row_bucket(len(taken))
+            most = max(1, _PREFILL_TOKENS // T)
+            taken: list[list[int]] = []
+            for rank in range(self._data):
+                own = [i for i in unfinished if i // per_rank == rank]
+                taken.append(([i for i in own if bucket[i] == T] or own)[:most])
+            rows = self.row_bucket(self._data * max(map(len, taken))) // self._data
+            prompt_B = np.array([i for own in taken for i in [*own, *[-1] * (rows - len(own))]])
+            B = len(prompt_B)
             token_BT, start_B, new_B = np.zeros((B, T), np.int32), np.zeros(B, np.int32), np.zeros(B, np.int32)
-            for row, i in enumerate(taken):
-                tokens = prompts[i][position[i] : position[i] + T]
-                token_BT[row, : len(tokens)] = tokens
-                start_B[row], new_B[row] = position[i], len(tokens)
-                position[i] += len(tokens)
-            yield _Piece(taken, token_BT, start_B, new_B)
+            for row, i in enumerate(prompt_B):
+                if i >= 0:
+                    tokens = prompts[i][position[i] : position[i] + T]
+                    token_BT[row, : len(tokens)] = tokens
+                    start_B[row], new_B[row] = position[i], len(tokens)
+                    position[i] += len(tokens)
+            yield _Piece(prompt_B, token_BT, start_B, new_B)
 
     def _length_bucket(self, tokens: int) -> int:
         return next((n for n in self.prefill_lengths if n >= tokens), self.prefill_lengths[-1])
@@ -216,16 +243,14 @@ class Batch:
             done_B=host_array(done, bool),
             counts=counts,
         )
-        # Committed like the state that a burst returns: the two must not compile to two programs.
-        self._state = jax.device_put(state, runner.device)
+        self._state = runner.commit(state)
         self.done = done[: len(requests)]
 
     def finish(self, row: int) -> None:
         """End a row from outside (a stop string was found)."""
         self.done[row] = True
-        done_B = np.array(self._state.done_B)
-        done_B[row] = True
-        self._state = dataclasses.replace(self._state, done_B=jax.device_put(done_B, self._runner.device))
+        done_B = [*self.done, *[True] * (len(self._state.done_B) - len(self.done))]
+        self._state = self._runner.commit(dataclasses.replace(self._state, done_B=host_array(done_B, bool)))
 
     def step(self, steps: int) -> list[NewTokens]:
         """The next tokens of each row: the first call gives the prefill's, each later one up to ``steps``."""
@@ -266,11 +291,13 @@ class Batch:
         return TokenCounts(host_array(in_prompt_BV, bool), host_array(np.zeros(in_prompt_BV.shape), np.int32))
 
 
-def _check_memory(needed: int, shape: CacheShape) -> None:
+def _check_memory(shape: CacheShape, config: ModelConfig, dtype: jnp.dtype, sharding: jax.sharding.Sharding) -> None:
     device = jax.local_devices()[0]
-    if device.platform == "cpu":
+    if device.platform == "cpu":  # its devices share the machine's memory
+        needed = shape.nbytes(config, dtype)
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     else:
+        needed = shape.device_nbytes(config, dtype, sharding)
         available = (device.memory_stats() or {}).get("bytes_limit", needed)
     if needed > available:
         raise ValueError(

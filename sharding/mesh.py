@@ -16,6 +16,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from sharding.ranks import Ranks
+
 AXES = ("data", "sequence", "expert", "tensor")
 """Names of the mesh axes, outermost first."""
 
@@ -78,6 +80,16 @@ class MeshSpec:
         """Devices in all."""
         return math.prod(self.sizes)
 
+    @classmethod
+    def of(cls, mesh: jax.sharding.Mesh) -> MeshSpec:
+        """The sizes of a mesh that :meth:`build` made."""
+        return cls(**mesh.shape)
+
+    def along(self, *axes: str) -> Ranks:
+        """The devices along these axes, those of one device left out."""
+        several = tuple(axis for axis in axes if getattr(self, axis) > 1)
+        return Ranks(several, math.prod(getattr(self, axis) for axis in several))
+
     def build(self, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
         """The mesh over ``devices`` (default: all of every process), in their order.
 
@@ -90,6 +102,10 @@ class MeshSpec:
             advice = f"; on a CPU, JAX_NUM_CPU_DEVICES={self.size} makes as many" if present[0].platform == "cpu" else ""
             raise ValueError(f"mesh {self} has {self.size} devices, and {len(present)} {present[0].platform} devices are present{advice}")
         return jax.sharding.Mesh(np.array(present[: self.size], dtype=object).reshape(self.sizes), AXES)
+
+
+ONE_DEVICE = MeshSpec()
+"""The mesh of a single device."""
 
 
 def _check_axis(axis: str, text: str) -> None:

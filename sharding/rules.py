@@ -6,38 +6,49 @@ from collections.abc import Mapping, Sequence
 
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-RULES: Mapping[str, str | None] = {
-    "batch": "data",
-    "sequence": "sequence",
-    "vocab": "tensor",
-    "kv_heads": "tensor",
-    "feed_forward": "tensor",
-    "expert": "expert",
-    "embed": None,
-    "head_dim": None,
+from sharding.mesh import MeshSpec
+
+RULES: Mapping[str, tuple[str, ...]] = {
+    "batch": ("data",),
+    "pages": ("data",),
+    "vocab": ("tensor",),
+    "kv_heads": ("tensor",),
+    "feed_forward": ("tensor",),
+    "expert": ("expert",),
+    "embed": (),
+    "head_dim": (),
 }
-"""The mesh axis that each logical axis is cut along; None: every device has all of it."""
+"""The mesh axes that each logical axis is cut along, the outermost first; without any, every device has all of it."""
 
 
-def sharding(name: str, shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh) -> NamedSharding:
-    """How the array ``name`` of this shape and these logical axes lies on a mesh.
+def partition(mesh: MeshSpec, *axes: str | None) -> PartitionSpec:
+    """The mesh axes that an array with these logical axes is cut along."""
+    # An axis of one device cuts nothing: left out, shardings compare equal however they came about.
+    cuts = [() if axis is None else mesh.along(*RULES[axis]).axes for axis in axes]
+    entries = [None if not cut else cut[0] if len(cut) == 1 else cut for cut in cuts]
+    while entries and entries[-1] is None:
+        entries.pop()
+    return PartitionSpec(*entries)
 
-    Raises ValueError, naming the array and the sizes that would work, where a dimension cannot be cut evenly.
-    """
+
+def check_divides(name: str, shape: Sequence[int], axes: Sequence[str | None], mesh: MeshSpec) -> None:
+    """Raise ValueError, naming the array and the sizes that would work, if a dimension cannot be cut evenly."""
     if len(shape) != len(axes):
         raise ValueError(f"{name} has {len(shape)} dimensions and {len(axes)} logical axes; expected as many")
-    spec: list[str | None] = []
+    taken: list[str] = []
     for size, axis in zip(shape, axes, strict=True):
-        mesh_axis = None if axis is None else RULES[axis]
-        devices = 1 if mesh_axis is None else mesh.shape[mesh_axis]
-        if size % devices:
+        cut = mesh.along(*RULES[axis]) if axis is not None else mesh.along()
+        if size % cut.count:
+            along = " x ".join(f"{mesh_axis}={getattr(mesh, mesh_axis)}" for mesh_axis in cut.axes)
             fitting = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
             raise ValueError(
-                f"{name} has {size} along {axis}, which mesh axis {mesh_axis}={devices} does not divide; {mesh_axis} may be {fitting}"
+                f"{name} has {size} along {axis}, which mesh axis {along} does not divide; {' x '.join(cut.axes)} may be {fitting}"
             )
-        # An axis of one device cuts nothing: left out, shardings compare equal however they came about.
-        spec.append(mesh_axis if devices > 1 else None)
-    taken = [axis for axis in spec if axis is not None]
+        taken += cut.axes
     if len(set(taken)) < len(taken):
-        raise ValueError(f"{name} with the logical axes {tuple(axes)} would be cut twice along one mesh axis: {tuple(spec)}")
-    return NamedSharding(mesh, PartitionSpec(*spec))
+        raise ValueError(f"{name} with the logical axes {tuple(axes)} would be cut twice along one mesh axis: {tuple(taken)}")
+
+
+def sharding(mesh: Mesh, *axes: str | None) -> NamedSharding:
+    """How an array with these logical axes lies on a mesh."""
+    return NamedSharding(mesh, partition(MeshSpec.of(mesh), *axes))

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from l4jax import LLM, SamplingParams
+from l4jax.placement import Placement
 from l4jax.runner import Request, Runner
+from sharding.mesh import ONE_DEVICE
 from tests.tiny import llama3_like, maverick_like, prompts, scout_like, weights
 
 CONFIGS = {"scout": scout_like(), "maverick": maverick_like(), "llama3": llama3_like()}
@@ -131,8 +133,8 @@ def test_pages_may_lie_anywhere(monkeypatch):
     """Shuffled page tables give the same logits: nothing relies on pages being in order."""
     config = scout_like(attention_chunk_size=256, max_position_embeddings=1024)
     prompt = prompts(config, (600,))
-    plain = Runner(config, weights(config), prefill_lengths=(128,)).logits(prompt)[0]
-    shuffled = Runner(config, weights(config), prefill_lengths=(128,))
+    plain = Runner(Placement.on(config, ONE_DEVICE), weights(config), prefill_lengths=(128,)).logits(prompt)[0]
+    shuffled = Runner(Placement.on(config, ONE_DEVICE), weights(config), prefill_lengths=(128,))
     shuffled.reserve(4, 1000)
     identity = type(shuffled.cache_shape).identity_tables
 

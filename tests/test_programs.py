@@ -13,17 +13,19 @@ from l4jax.decoding.generate import DecodeState
 from l4jax.decoding.sampling import batch_features, sampling_rows
 from l4jax.model.llama import Llama
 from l4jax.model.weights import weight_specs
+from l4jax.placement import Placement
 from l4jax.programs import Programs
+from sharding.mesh import ONE_DEVICE
 from tests.tiny import llama3_like, maverick_like, prompts, scout_like, weights
 
 
 def decode_memory(config, pages_per_row):
     """(bytes of the cache, XLA's memory analysis of the decode program) for four rows of this many pages."""
     B, shape = 4, CacheShape(rows=4, capacity=pages_per_row * PAGE_SIZE)
-    programs = Programs(config)
+    programs = Programs(Placement.on(config, ONE_DEVICE))
     leaves = tuple(jax.ShapeDtypeStruct(spec.shape, jnp.float32) for spec in weight_specs(Llama(config)).values())
     params = [SamplingParams()] * B
-    cache = jax.eval_shape(lambda: shape.allocate(config, jnp.dtype(jnp.float32)))
+    cache = jax.eval_shape(lambda: shape.allocate(config, jnp.dtype(jnp.float32), None))
     ints = jax.ShapeDtypeStruct((B,), jnp.int32)
     state = DecodeState(cache, ints, ints, ints, jax.ShapeDtypeStruct((B,), jnp.bool_), None)
     rows = sampling_rows(params, [0] * B, [[]] * B, config.vocab_size)

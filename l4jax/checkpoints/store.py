@@ -27,7 +27,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import jax
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
@@ -37,6 +36,7 @@ from l4jax.checkpoints.source import CheckpointError, read_json
 from l4jax.config import ModelConfig, config_from_json, config_to_json
 from l4jax.model.llama import Llama
 from l4jax.model.weights import weight_specs
+from l4jax.placement import Placement
 
 MANIFEST = "checkpoint.json"
 SOURCE_CONFIG = "source_config.json"
@@ -108,12 +108,17 @@ def save_group(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(directory)) from error
 
 
-def load_group(directory: Path, names: Iterable[str], sharding: jax.sharding.Sharding | None = None) -> dict[str, Any]:
-    """Read one group's named weights: as device arrays laid out by ``sharding``, or as numpy arrays without one."""
-    restore = ocp.RestoreArgs(restore_type=np.ndarray) if sharding is None else ocp.ArrayRestoreArgs(sharding=sharding)
+def load_group(directory: Path, names: Iterable[str], placement: Placement | None = None) -> dict[str, Any]:
+    """Read one group's named weights: each device's part of them straight to it, or as numpy arrays without a placement."""
+    arguments: dict[str, ocp.RestoreArgs] = {}
+    for name in names:
+        if placement is None:
+            arguments[name] = ocp.RestoreArgs(restore_type=np.ndarray)
+        else:
+            arguments[name] = ocp.ArrayRestoreArgs(sharding=placement.read_sharding(name))
     try:
         with _only_the_error():
-            restored: dict[str, Any] = _checkpointer().restore(directory.absolute(), restore_args=dict.fromkeys(names, restore))
+            restored: dict[str, Any] = _checkpointer().restore(directory.absolute(), restore_args=arguments)
     except (ValueError, OSError, KeyError) as error:
         reason = str(error).split("\n", 1)[0][:200]
         raise CheckpointError(f"{directory} cannot be read ({reason}); the checkpoint is damaged, convert it again") from error
@@ -221,22 +226,22 @@ class Checkpoint:
         for group, names in self.groups(self.weights).items():
             load_verified(self.directory / "weights" / group, {name: self.weights[name] for name in names})
 
-    def restore(self, dtype: np.dtype | None = None) -> dict[str, Any]:
-        """The decoder's weights as arrays on the default device, cast to ``dtype`` (default: :attr:`dtype`).
+    def restore(self, placement: Placement, dtype: np.dtype | None = None) -> dict[str, Any]:
+        """The decoder's weights on the devices, cast to ``dtype`` (default: :attr:`dtype`).
 
         Raises :class:`CheckpointError` if a file is missing or damaged, or a shape is not the manifest's.
         """
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         restored: dict[str, Any] = {}
         for group, names in self.groups(self.decoder_weights).items():
-            arrays = load_group(self.directory / "weights" / group, names, device)
+            arrays = load_group(self.directory / "weights" / group, names, placement)
             for name in names:
                 if arrays[name].shape != self.weights[name].shape:
                     raise CheckpointError(
                         f"weight {name} in {self.directory} has shape {arrays[name].shape}; "
                         f"expected {self.weights[name].shape}; the checkpoint is damaged, convert it again"
                     )
-                restored[name] = arrays[name].astype(DTYPES[self.dtype] if dtype is None else dtype)
+                cast = arrays.pop(name).astype(DTYPES[self.dtype] if dtype is None else dtype)
+                restored[name] = placement.place(name, cast)
         return restored
 
 

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32
 
 from l4jax.cache import LayerCache, PageTables
-from l4jax.decoding.sampling import Logprobs, SamplingFeatures, SamplingRows, TokenCounts, empty_logprobs, sample
+from l4jax.decoding.sampling import Logprobs, SamplingFeatures, SamplingRows, TokenCounts, empty_logprobs, local_index, sample
 from l4jax.model.llama import Llama
+from sharding.ranks import Ranks
 
 BURST = 32
 """Most tokens of a row that one dispatch produces, and so the most that wait to be streamed."""
@@ -48,27 +49,32 @@ def is_final(token_B: Int32[Array, "B"], produced_B: Int32[Array, "B"], rows: Sa
     return jnp.any(token_B[:, None] == rows.stop_BN, axis=-1) | (produced_B >= rows.max_tokens_B)
 
 
-def count_token(counts: TokenCounts, token_B: Int32[Array, "B"], active_B: Bool[Array, "B"]) -> TokenCounts:
+def count_token(counts: TokenCounts, token_B: Int32[Array, "B"], active_B: Bool[Array, "B"], vocab: Ranks) -> TokenCounts:
     """The counts with one more output token in the active rows."""
     row_B = jnp.arange(token_B.shape[0], dtype=jnp.int32)
-    return dataclasses.replace(counts, output_BV=counts.output_BV.at[row_B, token_B].add(active_B.astype(jnp.int32)))
+    index_B = local_index(token_B, counts.output_BV.shape[1], vocab)
+    return dataclasses.replace(counts, output_BV=counts.output_BV.at[row_B, index_B].add(active_B.astype(jnp.int32), mode="drop"))
 
 
 def decode_tokens(
     model: Llama, state: DecodeState, tables: PageTables, rows: SamplingRows, steps: Int32[Array, ""], features: SamplingFeatures
 ) -> tuple[DecodeState, DecodeTokens]:
-    """Decode until ``steps`` tokens (at most BURST) are out or every row has finished."""
+    """Decode until ``steps`` tokens (at most BURST) are out or every row has finished.
+
+    On a mesh each rank along ``data`` has its own rows; they take as many steps as the longest needs.
+    """
+    data, vocab = model.mesh.along("data"), model.mesh.along("tensor")
 
     def unfinished(carry: tuple[DecodeState, DecodeTokens]) -> Array:
         state, out = carry
-        return (out.steps < jnp.minimum(steps, BURST)) & ~jnp.all(state.done_B)
+        return (out.steps < jnp.minimum(steps, BURST)) & data.any(jnp.any(~state.done_B))
 
     def step(carry: tuple[DecodeState, DecodeTokens]) -> tuple[DecodeState, DecodeTokens]:
         state, out = carry
         active_B = ~state.done_B
         active_1B = active_B.astype(jnp.int32)
         x_BTD, cache = model(state.token_B[:, None], state.length_B, active_1B, state.cache, tables)
-        token_B, logprobs = sample(model.logits(x_BTD[:, 0]), rows, state.counts, state.produced_B, features)
+        token_B, logprobs = sample(model.logits(x_BTD[:, 0]), rows, state.counts, state.produced_B, features, vocab)
         token_B = jnp.where(active_B, token_B, state.token_B)
         produced_B = state.produced_B + active_1B
 
@@ -81,7 +87,7 @@ def decode_tokens(
             steps=out.steps + 1,
             done_B=state.done_B | is_final(token_B, produced_B, rows),
         )
-        counts = None if state.counts is None else count_token(state.counts, token_B, active_B)
+        counts = None if state.counts is None else count_token(state.counts, token_B, active_B, vocab)
         return DecodeState(cache, token_B, state.length_B + active_1B, produced_B, out.done_B, counts), out
 
     return jax.lax.while_loop(unfinished, step, (state, _no_tokens(state, model.config.vocab_size, features)))

@@ -2,6 +2,9 @@
 
 Nothing here sorts the vocabulary or draws a number per token: cuts are thresholds found by bisection and the draw inverts
 the cumulative distribution with one uniform number a row, keyed by (request seed, output position).
+
+On a mesh each rank of ``vocab`` has a part of the vocabulary, in order, and the logits are never gathered: ranks exchange maxima,
+sums and candidates, a few numbers a row.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
 from l4jax.arrays import host_array
 from l4jax.decoding.params import MAX_LOGPROBS, SamplingParams
+from sharding.ranks import ONE, Ranks
 
 _ONE_BITS = 0x3F800000  # the bit pattern of float32 1.0; patterns of non-negative floats are ordered as the floats are
 
@@ -117,24 +121,45 @@ def sample(
     counts: TokenCounts | None,
     position_B: Int32[Array, "B"],
     features: SamplingFeatures,
+    vocab: Ranks = ONE,
 ) -> tuple[Int32[Array, "B"], Logprobs | None]:
-    """The next token of each row, ``position_B[b]`` tokens into its output; ``counts`` is needed if ``adjusted``."""
+    """The next token of each row, ``position_B[b]`` tokens into its output; ``counts`` is needed if ``adjusted``.
+
+    The result is the same on every rank of ``vocab``.
+    """
     with jax.named_scope("sample"):
         adjusted_BV = logits_BV
         if features.adjusted:
             assert counts is not None
-            adjusted_BV = adjust_logits(logits_BV, rows, counts)
-        token_B = jnp.argmax(adjusted_BV, axis=-1).astype(jnp.int32)
+            adjusted_BV = adjust_logits(logits_BV, rows, counts, vocab)
+        token_B = _argmax(adjusted_BV, vocab)
         if features.random:
-            weights_BV = truncated_weights(adjusted_BV, rows)
-            token_B = jnp.where(rows.temperature_B > 0, draw(weights_BV, uniform(rows.key_B2, position_B)), token_B)
-        return token_B, _logprobs(logits_BV, token_B) if features.logprobs else None
+            weights_BV = truncated_weights(adjusted_BV, rows, vocab)
+            drawn_B = draw(weights_BV, uniform(rows.key_B2, position_B), vocab)
+            token_B = jnp.where(rows.temperature_B > 0, drawn_B, token_B)
+        return token_B, _logprobs(logits_BV, token_B, vocab) if features.logprobs else None
 
 
-def adjust_logits(logits_BV: Float32[Array, "B V"], rows: SamplingRows, counts: TokenCounts) -> Float32[Array, "B V"]:
+def local_index(token: Int32[Array, "*B"], size: int, vocab: Ranks) -> Int32[Array, "*B"]:
+    """Where these tokens are among the ``size`` that this rank has; ``size`` for one that it has not."""
+    index = token - vocab.index() * size
+    return jnp.where((index >= 0) & (index < size), index, size)
+
+
+def _argmax(x_BV: Array, vocab: Ranks) -> Array:
+    """The token with the highest value, the first of several."""
+    token_B = jnp.argmax(x_BV, axis=-1).astype(jnp.int32) + vocab.index() * x_BV.shape[1]
+    if vocab.count == 1:
+        return token_B
+    best_B = jnp.argmax(vocab.gather(jnp.max(x_BV, axis=-1)), axis=0)
+    return jnp.take_along_axis(vocab.gather(token_B), best_B[None], axis=0)[0]
+
+
+def adjust_logits(logits_BV: Float32[Array, "B V"], rows: SamplingRows, counts: TokenCounts, vocab: Ranks = ONE) -> Float32[Array, "B V"]:
     """Bias, then repetition (CTRL, arXiv 1909.05858), presence and frequency penalties."""
     row_B1 = jnp.arange(logits_BV.shape[0], dtype=jnp.int32)[:, None]
-    logits_BV = logits_BV.at[row_B1, rows.bias_id_BN].add(rows.bias_BN, mode="drop")
+    bias_id_BN = local_index(rows.bias_id_BN, logits_BV.shape[1], vocab)
+    logits_BV = logits_BV.at[row_B1, bias_id_BN].add(rows.bias_BN, mode="drop")
     in_output_BV = counts.output_BV > 0
     repetition_BV = jnp.where(counts.in_prompt_BV | in_output_BV, rows.repetition_B[:, None], 1.0)
     logits_BV = jnp.where(logits_BV > 0, logits_BV / repetition_BV, logits_BV * repetition_BV)
@@ -142,23 +167,24 @@ def adjust_logits(logits_BV: Float32[Array, "B V"], rows: SamplingRows, counts: 
     return logits_BV - once_BV - rows.frequency_B[:, None] * counts.output_BV.astype(jnp.float32)
 
 
-def truncated_weights(logits_BV: Float32[Array, "B V"], rows: SamplingRows) -> Float32[Array, "B V"]:
+def truncated_weights(logits_BV: Float32[Array, "B V"], rows: SamplingRows, vocab: Ranks = ONE) -> Float32[Array, "B V"]:
     """Unnormalised probabilities after temperature, min-p, top-k and top-p; the likeliest token has weight 1."""
     temperature_B = jnp.where(rows.temperature_B > 0, rows.temperature_B, 1.0)
-    highest_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
+    highest_B1 = vocab.max(jnp.max(logits_BV, axis=-1, keepdims=True))
     weights_BV = jnp.exp((logits_BV - highest_B1) / temperature_B[:, None])
     weights_BV = jnp.where(weights_BV >= rows.min_p_B[:, None], weights_BV, 0.0)
 
-    wanted_B = jnp.where(rows.top_k_B > 0, rows.top_k_B, logits_BV.shape[1])
-    weights_BV = _cut(weights_BV, lambda count_B, _: count_B >= wanted_B, unlimited_B=rows.top_k_B <= 0)
-    mass_B = rows.top_p_B * jnp.sum(weights_BV, axis=-1)
-    return _cut(weights_BV, lambda _, sum_B: sum_B >= mass_B, unlimited_B=rows.top_p_B >= 1)
+    wanted_B = rows.top_k_B.astype(jnp.float32)
+    weights_BV = _cut(weights_BV, lambda count_B, _: count_B >= wanted_B, rows.top_k_B <= 0, vocab)
+    mass_B = rows.top_p_B * vocab.sum(jnp.sum(weights_BV, axis=-1))
+    return _cut(weights_BV, lambda _, sum_B: sum_B >= mass_B, rows.top_p_B >= 1, vocab)
 
 
-def _cut(weights_BV: Array, enough: Callable[[Array, Array], Array], unlimited_B: Array) -> Array:
+def _cut(weights_BV: Array, enough: Callable[[Array, Array], Array], unlimited_B: Array, vocab: Ranks) -> Array:
     """Zero the weights below the highest threshold that still keeps ``enough(count, sum)`` of them.
 
-    Bisects over the bit patterns of float32 in [0, 1]; a row is settled once at most one weight lies between its bounds.
+    Bisects over the bit patterns of float32 in [0, 1]; a row is settled once at most one weight lies between its bounds. Counts
+    are float32 to be summed over the ranks together with the sums: exact up to 2**24 tokens.
     """
     bits_BV = jax.lax.bitcast_convert_type(weights_BV, jnp.int32)
 
@@ -170,8 +196,9 @@ def _cut(weights_BV: Array, enough: Callable[[Array, Array], Array], unlimited_B
         low_B, high_B, count_low_B, count_high_B = state
         middle_B = low_B + (high_B - low_B) // 2
         kept_BV = bits_BV >= middle_B[:, None]
-        count_B = jnp.sum(kept_BV, axis=-1, dtype=jnp.int32)
-        ok_B = enough(count_B, jnp.sum(jnp.where(kept_BV, weights_BV, 0.0), axis=-1))
+        kept_B2 = [jnp.sum(kept_BV, axis=-1, dtype=jnp.float32), jnp.sum(jnp.where(kept_BV, weights_BV, 0.0), axis=-1)]
+        count_B, sum_B = vocab.sum(jnp.stack(kept_B2))
+        ok_B = enough(count_B, sum_B)
         return (
             jnp.where(ok_B, middle_B, low_B),
             jnp.where(ok_B, high_B, middle_B),
@@ -180,8 +207,8 @@ def _cut(weights_BV: Array, enough: Callable[[Array, Array], Array], unlimited_B
         )
 
     shape = weights_BV.shape[:1]
-    everything = jnp.full(shape, weights_BV.shape[1], jnp.int32)
-    start = (jnp.zeros(shape, jnp.int32), jnp.full(shape, _ONE_BITS + 1, jnp.int32), everything, jnp.zeros(shape, jnp.int32))
+    everything = jnp.full(shape, weights_BV.shape[1] * vocab.count, jnp.float32)
+    start = (jnp.zeros(shape, jnp.int32), jnp.full(shape, _ONE_BITS + 1, jnp.int32), everything, jnp.zeros(shape, jnp.float32))
     low_B = jnp.where(unlimited_B, 0, jax.lax.while_loop(unsettled, halve, start)[0])
     return jnp.where(bits_BV >= low_B[:, None], weights_BV, 0.0)
 
@@ -196,8 +223,8 @@ def uniform(key_B2: UInt32[Array, "B 2"], position_B: Int32[Array, "B"]) -> Floa
     return jax.vmap(one)(key_B2, position_B)
 
 
-def draw(weights_BV: Float32[Array, "B V"], uniform_B: Float32[Array, "B"]) -> Int32[Array, "B"]:
-    """Invert the cumulative distribution, in vocabulary order and two levels: find the block, then the token in it.
+def draw(weights_BV: Float32[Array, "B V"], uniform_B: Float32[Array, "B"], vocab: Ranks = ONE) -> Int32[Array, "B"]:
+    """Invert the cumulative distribution, in vocabulary order and by levels: find the rank, the block, then the token in it.
 
     The result always has a positive weight, whatever rounding does to the sums.
     """
@@ -205,9 +232,12 @@ def draw(weights_BV: Float32[Array, "B V"], uniform_B: Float32[Array, "B"]) -> I
     width = 128
     blocks_BnW = jnp.pad(weights_BV, ((0, 0), (0, -V % width))).reshape(B, -1, width)
     sums_Bn = jnp.sum(blocks_BnW, axis=-1)
-    block_B, left_B = _locate(sums_Bn, uniform_B * jnp.sum(sums_Bn, axis=-1))
+    sums_BR = vocab.gather(jnp.sum(sums_Bn, axis=-1)).T
+    rank_B, left_B = _locate(sums_BR, uniform_B * jnp.sum(sums_BR, axis=-1))
+    block_B, left_B = _locate(sums_Bn, left_B)
     within_B, _ = _locate(jnp.take_along_axis(blocks_BnW, block_B[:, None, None], axis=1)[:, 0], left_B)
-    return block_B * width + within_B
+    token_B = rank_B * V + block_B * width + within_B
+    return vocab.sum(jnp.where(rank_B == vocab.index(), token_B, 0))
 
 
 def _locate(weights_Bn: Array, target_B: Array) -> tuple[Array, Array]:
@@ -233,7 +263,15 @@ def empty_logprobs(leading: tuple[int, ...], vocab_size: int) -> Logprobs:
     return Logprobs(jnp.zeros(leading, jnp.float32), jnp.zeros(top, jnp.float32), jnp.zeros(top, jnp.int32))
 
 
-def _logprobs(logits_BV: Array, token_B: Array) -> Logprobs:
-    logprobs_BV = jax.nn.log_softmax(logits_BV, axis=-1)
-    top_BN, top_id_BN = jax.lax.top_k(logprobs_BV, min(MAX_LOGPROBS, logits_BV.shape[1]))
-    return Logprobs(_pick(logprobs_BV, token_B), top_BN, top_id_BN.astype(jnp.int32))
+def _logprobs(logits_BV: Array, token_B: Array, vocab: Ranks) -> Logprobs:
+    V = logits_BV.shape[1]
+    shifted_BV = logits_BV - vocab.max(jnp.max(logits_BV, axis=-1, keepdims=True))
+    logprobs_BV = shifted_BV - jnp.log(vocab.sum(jnp.sum(jnp.exp(shifted_BV), axis=-1, keepdims=True)))
+    index_B = local_index(token_B, V, vocab)
+    chosen_B = vocab.sum(jnp.where(index_B < V, _pick(logprobs_BV, jnp.minimum(index_B, V - 1)), 0.0))
+    # The likeliest of all are among the likeliest of each rank.
+    top_BN, top_id_BN = jax.lax.top_k(logprobs_BV, min(MAX_LOGPROBS, V))
+    top_BN = vocab.concatenate(top_BN, axis=1)
+    top_id_BN = vocab.concatenate(top_id_BN.astype(jnp.int32) + vocab.index() * V, axis=1)
+    top_BN, place_BN = jax.lax.top_k(top_BN, min(MAX_LOGPROBS, V * vocab.count))
+    return Logprobs(chosen_B, top_BN, jnp.take_along_axis(top_id_BN, place_BN, axis=1))

@@ -16,6 +16,7 @@ from l4jax.model.rotary import rotary_angles, rotate
 from l4jax.model.weights import WeightSpec, declare
 from pallas_kernels.flash_attention import attend, attend_pages
 from sharding.merge import merge_attention
+from sharding.mesh import MeshSpec
 
 
 @jax.tree_util.register_dataclass
@@ -106,13 +107,15 @@ class Attention(nnx.Module):
     NoPE layer does neither; with attention temperature it scales its queries by position. Softmax scale is
     ``head_dim ** -0.5`` in every case.
 
-    The query, key and value projections are one matrix, grouped by KV head: its G query heads, its key, its value.
+    The query, key and value projections are one matrix, grouped by KV head: its G query heads, its key, its value. On a mesh,
+    each device along ``tensor`` has some of the groups.
     """
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, mesh: MeshSpec) -> None:
         K, h, D = config.num_kv_heads, config.head_dim, config.hidden_size
         G = config.num_heads // K
         self.config = config
+        self.heads = mesh.along("tensor")
         self.uses_rope = config.rope_layers[layer]
         self.is_local = is_local(config, layer)
         self.qkv = declare(WeightSpec((K, G + 2, h, D), ("kv_heads", None, "head_dim", "embed"), fan_in=D))
@@ -145,4 +148,4 @@ class Attention(nnx.Module):
         attended_BTKGh, k_BTKh, v_BTKh = jax.lax.optimization_barrier((attended_BTKGh, k_BTKh, v_BTKh))
         cache = write(cache, k_BTKh, v_BTKh, pages_BW, keys.slot_BT)
         attended_BTf = attended_BTKGh.astype(x_BTD.dtype).reshape(B, T, -1)
-        return jnp.einsum("btf,df->btd", attended_BTf, self.out[...].reshape(D, -1)), cache
+        return self.heads.sum(jnp.einsum("btf,df->btd", attended_BTf, self.out[...].reshape(D, -1))), cache

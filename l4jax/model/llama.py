@@ -15,20 +15,21 @@ from l4jax.model.attention import Attention, StepInputs, step_inputs
 from l4jax.model.feed_forward import MixtureOfExperts, SwiGLU
 from l4jax.model.norm import RMSNorm
 from l4jax.model.weights import WeightSpec, declare
+from sharding.mesh import ONE_DEVICE, MeshSpec
 
 
 class DecoderLayer(nnx.Module):
     """Pre-norm residual block: attention, then a dense or mixture-of-experts feed-forward."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, mesh: MeshSpec) -> None:
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(config, layer)
+        self.attention = Attention(config, layer, mesh)
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         has_experts = config.moe is not None and config.moe.moe_layers[layer]
         if config.moe is not None and has_experts:
-            self.feed_forward: nnx.Module = MixtureOfExperts(config.hidden_size, config.moe)
+            self.feed_forward: nnx.Module = MixtureOfExperts(config.hidden_size, config.moe, mesh)
         else:
-            self.feed_forward = SwiGLU(config.hidden_size, config.intermediate_size)
+            self.feed_forward = SwiGLU(config.hidden_size, config.intermediate_size, mesh)
 
     def __call__(self, x_BTD: Float[Array, "B T D"], step: StepInputs, cache: LayerCache) -> tuple[Float[Array, "B T D"], LayerCache]:
         """The layer's output, residuals included, and its cache with the new tokens in it."""
@@ -40,13 +41,18 @@ class DecoderLayer(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """A Llama 3 or Llama 4 text decoder. Its weights are abstract until bound (see ``l4jax.programs``)."""
+    """A Llama 3 or Llama 4 text decoder. Its weights are abstract until bound (see ``l4jax.programs``).
 
-    def __init__(self, config: ModelConfig) -> None:
+    On a mesh it is called inside ``jax.shard_map``, with each device's share of weights, rows and cache.
+    """
+
+    def __init__(self, config: ModelConfig, mesh: MeshSpec = ONE_DEVICE) -> None:
         V, D = config.vocab_size, config.hidden_size
         self.config = config
+        self.mesh = mesh
+        self.vocab = mesh.along("tensor")
         self.embed = declare(WeightSpec((V, D), ("vocab", "embed")))
-        self.layers = nnx.List([DecoderLayer(config, i) for i in range(config.num_layers)])
+        self.layers = nnx.List([DecoderLayer(config, i, mesh) for i in range(config.num_layers)])
         self.norm = RMSNorm(D, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.head = declare(WeightSpec((V, D), ("vocab", "embed"), fan_in=D))
@@ -66,7 +72,7 @@ class Llama(nnx.Module):
         """
         step = step_inputs(self.config, start_B, new_B, token_BT.shape[1], tables)
         with jax.named_scope("embed"):
-            x_BTD = self.embed[...][token_BT]
+            x_BTD = self._embed(token_BT)
         written = []
         for index, (layer, layer_cache) in enumerate(zip(self.layers, cache, strict=True)):
             with jax.named_scope(f"layer_{index}"):
@@ -74,8 +80,18 @@ class Llama(nnx.Module):
                 written.append(layer_cache)
         return self.norm(x_BTD), tuple(written)
 
+    def _embed(self, token_BT: Int32[Array, "B T"]) -> Float[Array, "B T D"]:
+        table_VD = self.embed[...]
+        if self.vocab.count == 1:
+            return table_VD[token_BT]
+        # Each rank looks up its own tokens; to index a table that is cut would have it gathered whole.
+        local_BT = token_BT - self.vocab.index() * table_VD.shape[0]
+        inside_BT = (local_BT >= 0) & (local_BT < table_VD.shape[0])
+        x_BTD = table_VD[jnp.where(inside_BT, local_BT, 0)]
+        return self.vocab.sum(jnp.where(inside_BT[:, :, None], x_BTD, jnp.zeros((), x_BTD.dtype)))
+
     def logits(self, x_BTD: Float[Array, "*B D"]) -> Float32[Array, "*B V"]:
-        """Next-token logits of final hidden states, in float32."""
+        """Next-token logits of final hidden states, in float32; on a mesh, those of this rank's part of the vocabulary."""
         with jax.named_scope("head"):
             table_VD = self.embed[...] if self.config.tie_word_embeddings else self.head[...]
             return jnp.einsum("...d,vd->...v", x_BTD, table_VD, preferred_element_type=jnp.float32)

@@ -17,8 +17,8 @@ _MAX_BLOCK_ROWS = 128
 def grouped_matmul(lhs_MK: Float[Array, "M K"], rhs_GKN: Float[Array, "G K N"], group_sizes_G: Int32[Array, "G"]) -> Float[Array, "M N"]:
     """Row ``m`` of group ``g`` times ``rhs[g]``.
 
-    Rows are sorted by group: the first ``group_sizes[0]`` rows belong to group 0, and so on; the sizes add up to M. Any
-    imbalance is exact, one group holding every row included. Groups with no rows cost nothing.
+    Rows are sorted by group: the first ``group_sizes[0]`` rows belong to group 0, and so on; those behind the last group's
+    cost nothing and give zeros. Any imbalance is exact, one group holding every row included. Groups with no rows cost nothing.
     Accumulates in float32 and returns ``lhs``'s dtype.
     """
     rows, groups = lhs_MK.shape[0], rhs_GKN.shape[0]
@@ -38,7 +38,9 @@ def grouped_matmul(lhs_MK: Float[Array, "M K"], rhs_GKN: Float[Array, "G K N"], 
 
     padded_MK = jnp.pad(lhs_MK, ((0, block), (0, 0)))
     out_MN = jnp.zeros((rows + block, rhs_GKN.shape[2]), lhs_MK.dtype)
-    return jax.lax.fori_loop(0, blocks_end_G[-1], multiply_block, out_MN)[:rows]
+    out_MN = jax.lax.fori_loop(0, blocks_end_G[-1], multiply_block, out_MN)[:rows]
+    # The last group's last block may have run past it.
+    return jnp.where(jnp.arange(rows, dtype=jnp.int32)[:, None] < ends_G[-1], out_MN, jnp.zeros((), out_MN.dtype))
 
 
 def _next_power_of_two(n: int) -> int:

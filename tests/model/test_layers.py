@@ -12,6 +12,7 @@ from l4jax.model.feed_forward import MixtureOfExperts
 from l4jax.model.norm import rms_normalize
 from l4jax.model.rotary import rotary_angles, rotary_frequencies, rotate
 from l4jax.model.weights import BoundModel, random_weights
+from sharding.mesh import ONE_DEVICE
 from tests.tiny import scout_like
 
 
@@ -82,12 +83,12 @@ def attention_reference(config, weights, x):
 @pytest.mark.parametrize("scale", [1.0, 3e-3])
 def test_qk_norm_follows_the_rotation_and_has_the_models_epsilon(scale):
     config = scout_like()
-    module = Attention(config, 0)
+    module = Attention(config, 0, ONE_DEVICE)
     weights = random_weights(module, jax.random.key(0), jnp.dtype(jnp.float32))
     x = (scale * np.random.default_rng(0).normal(size=(1, config.attention_chunk_size, config.hidden_size))).astype(np.float32)
     shape, bound = CacheShape(rows=1, capacity=128), BoundModel(module)
     start, new = np.array([0], np.int32), np.array([x.shape[1]], np.int32)
-    cache = shape.allocate(config, jnp.dtype(jnp.float32))[0]
+    cache = shape.allocate(config, jnp.dtype(jnp.float32), jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))[0]
 
     @jax.jit
     def run(leaves, x, cache, tables):
@@ -118,7 +119,7 @@ def moe_reference(weights, x):
 @pytest.mark.parametrize("one_expert", [False, True])
 @pytest.mark.parametrize("tokens", [1, 7, 300])
 def test_experts_equal_the_dense_formula(tokens, one_expert):
-    module = MixtureOfExperts(16, MoEConfig(num_experts=4, intermediate_size=24, moe_layers=(True,)))
+    module = MixtureOfExperts(16, MoEConfig(num_experts=4, intermediate_size=24, moe_layers=(True,)), ONE_DEVICE)
     weights = random_weights(module, jax.random.key(3), jnp.dtype(jnp.float32))
     x = np.random.default_rng(1).normal(size=(1, tokens, 16)).astype(np.float32)
     if one_expert:

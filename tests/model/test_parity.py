@@ -13,6 +13,8 @@ import pytest
 import l4jax
 from l4jax.checkpoints.convert import convert
 from l4jax.checkpoints.store import open_checkpoint
+from l4jax.placement import Placement
+from sharding.mesh import ONE_DEVICE
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 MODELS = [
@@ -44,7 +46,7 @@ class Parity:
     def llm(self, prefill_lengths: Sequence[int]) -> l4jax.LLM:
         """The model, putting prompts in its cache in pieces of these lengths."""
         opened = open_checkpoint(self.checkpoint)
-        return l4jax.LLM(opened.config, opened.restore(None), prefill_lengths=prefill_lengths)
+        return l4jax.LLM(opened.config, opened.restore(Placement.on(opened.config, ONE_DEVICE)), prefill_lengths=prefill_lengths)
 
 
 @pytest.fixture(scope="module", params=MODELS, ids="".join)

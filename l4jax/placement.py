@@ -1,0 +1,110 @@
+"""Weights on a mesh: how each is cut, and KV heads repeated where the tensor axis has more devices than there are of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from l4jax.config import ModelConfig
+from l4jax.model.llama import Llama
+from l4jax.model.weights import weight_specs
+from sharding.mesh import MeshSpec
+from sharding.rules import check_divides, sharding
+
+
+def repeat_kv_heads(config: ModelConfig, tensor: int) -> ModelConfig:
+    """The same model with as many KV heads as the tensor axis has devices, if it has fewer: each head that many times.
+
+    Its query heads are shared out among the copies, so nothing is computed twice but keys and values.
+    """
+    heads, kv_heads = config.num_heads, config.num_kv_heads
+    fitting = [n for n in range(1, heads + 1) if kv_heads % n == 0 or (n % kv_heads == 0 and heads % n == 0)]
+    if tensor not in fitting:
+        raise ValueError(
+            f"layers.0.attention.qkv has {heads} query heads in {kv_heads} groups of one KV head, which mesh axis tensor={tensor} "
+            f"does not divide; tensor may be {', '.join(map(str, fitting))}"
+        )
+    return dataclasses.replace(config, num_kv_heads=max(kv_heads, tensor))
+
+
+class Placement:
+    """Where a model's weights go on a mesh; ``config`` is the model as the mesh computes it (see :func:`repeat_kv_heads`).
+
+    Raises ValueError, naming the weight and the sizes that would work, if the mesh does not divide one.
+    """
+
+    def __init__(self, config: ModelConfig, mesh: Mesh) -> None:
+        self.mesh = mesh
+        self.spec = MeshSpec.of(mesh)
+        self.config = repeat_kv_heads(config, self.spec.tensor)
+        self._copies = self.config.num_kv_heads // config.num_kv_heads
+        self._stored = weight_specs(Llama(config))
+        self._specs = weight_specs(Llama(self.config))
+        for name, spec in self._specs.items():
+            check_divides(name, spec.shape, spec.axes, self.spec)
+
+    @classmethod
+    def on(cls, config: ModelConfig, mesh: str | MeshSpec) -> Placement:
+        """On this machine's devices (every process's, if there are several)."""
+        spec = MeshSpec.parse(mesh) if isinstance(mesh, str) else mesh
+        return cls(config, spec.build())
+
+    def weight_sharding(self, name: str) -> NamedSharding:
+        """How the weight lies on the mesh."""
+        return sharding(self.mesh, *self._specs[name].axes)
+
+    def array_sharding(self, *axes: str | None) -> NamedSharding:
+        """How an array with these logical axes lies on the mesh."""
+        return sharding(self.mesh, *axes)
+
+    def read_sharding(self, name: str) -> NamedSharding:
+        """How the weight, of the shape it is stored in, is best read: every device gets no more than what it needs a part of."""
+        if self._stored[name].shape == self._specs[name].shape:
+            return self.weight_sharding(name)
+        # Each device reads a whole KV head's group; the output projection is just another view of the same numbers.
+        entries = {"qkv": ("kv_head",), "out": (None, "kv_head", "copy")}[name.rsplit(".", 1)[-1]]
+        return NamedSharding(self._kv_mesh, PartitionSpec(*entries))
+
+    def place(self, name: str, weight: Array) -> Array:
+        """The weight on the mesh, given as it is stored or as an earlier call returned it."""
+        target = self._specs[name].shape
+        if weight.shape == target:
+            return jax.device_put(weight, self.weight_sharding(name))
+        if weight.shape != self._stored[name].shape:
+            raise ValueError(f"weight {name} has shape {weight.shape}; expected {self._stored[name].shape}")
+        weight = jax.device_put(weight, self.read_sharding(name))
+        if name.endswith(".qkv"):
+            weight = self._split_groups(weight)
+        shards = [shard.data for shard in weight.addressable_shards]
+        return jax.make_array_from_single_device_arrays(target, self.weight_sharding(name), shards)
+
+    def place_all(self, weights: Mapping[str, Array]) -> dict[str, Array]:
+        """Every weight of the decoder on the mesh."""
+        return {name: self.place(name, weights[name]) for name in self._specs}
+
+    @functools.cached_property
+    def _kv_mesh(self) -> Mesh:
+        """The same devices in the same order, the tensor axis split into KV heads and their copies."""
+        *outer, tensor = self.mesh.devices.shape
+        devices = self.mesh.devices.reshape(*outer, tensor // self._copies, self._copies)
+        return Mesh(devices, (*self.mesh.axis_names[:-1], "kv_head", "copy"))
+
+    @functools.cached_property
+    def _split_groups(self) -> jax.stages.Wrapped:
+        """From a group of query heads, key and value on all of its devices to each one's share of the query heads."""
+        copies = self._copies
+
+        def share(qkv_KgHD: Float[Array, "1 g h D"]) -> Float[Array, "1 f h D"]:
+            queries = (qkv_KgHD.shape[1] - 2) // copies
+            first = jax.lax.axis_index("copy") * queries
+            mine = jax.lax.dynamic_slice_in_dim(qkv_KgHD, first, queries, axis=1)
+            return jnp.concatenate([mine, qkv_KgHD[:, -2:]], axis=1)
+
+        specs = {"in_specs": PartitionSpec("kv_head"), "out_specs": PartitionSpec(("kv_head", "copy"))}
+        return jax.jit(jax.shard_map(share, mesh=self._kv_mesh, check_vma=False, **specs))

@@ -1,0 +1,48 @@
+"""Collectives over the devices along some mesh axes; nothing at all where there is only one."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int32, Shaped
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """The devices along some mesh axes, numbered with the first axis outermost; for use inside ``jax.shard_map``.
+
+    Of one device every method is the identity, so code written with them runs outside ``shard_map`` too.
+    """
+
+    axes: tuple[str, ...] = ()
+    count: int = 1
+
+    def index(self) -> Int32[Array, ""]:
+        """Which of them this device is."""
+        return jax.lax.axis_index(self.axes).astype(jnp.int32) if self.axes else jnp.int32(0)
+
+    def sum(self, x: Shaped[Array, "*B"]) -> Shaped[Array, "*B"]:
+        """The sum of every rank's array, on all of them."""
+        return jax.lax.psum(x, self.axes) if self.axes else x
+
+    def max(self, x: Shaped[Array, "*B"]) -> Shaped[Array, "*B"]:
+        """The highest of every rank's values, on all of them."""
+        return jax.lax.pmax(x, self.axes) if self.axes else x
+
+    def any(self, x: Bool[Array, "*B"]) -> Bool[Array, "*B"]:
+        """True where it is on at least one rank."""
+        return self.max(x.astype(jnp.int32)) > 0
+
+    def gather(self, x: Shaped[Array, "*B"]) -> Shaped[Array, "R *B"]:
+        """Every rank's array along a new leading axis, on all of them."""
+        return jax.lax.all_gather(x, self.axes) if self.axes else x[None]
+
+    def concatenate(self, x: Shaped[Array, "*B"], axis: int) -> Shaped[Array, "*C"]:
+        """Every rank's array one after the other along an axis they have, on all of them."""
+        return jax.lax.all_gather(x, self.axes, axis=axis, tiled=True) if self.axes else x
+
+
+ONE = Ranks()
+"""A single device."""

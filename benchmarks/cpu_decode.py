@@ -9,19 +9,22 @@ llama.cpp is faster so). Every system is loaded once in a process of its own, wa
 ``--repetitions`` rounds, so that a slow minute of a shared machine hits all of them.
 
 Printed for each: the median, lowest and highest tokens/s of prefill and decode, and GB/s of weights read while decoding
-(weight bytes times steps per second: what a memory-bound decode is limited by).
+(weight bytes times steps per second: what a memory-bound decode is limited by); and how many tokens are those that the first
+system chose, up to where a row first differs.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import platform
 import statistics
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
-from worker import Repetition, Worker
+from worker import Ready, Repetition, Worker
 
 PEERS = Path(__file__).parent / "peers"
 
@@ -57,21 +60,30 @@ def row(name: str, rates: list[float]) -> str:
     return f"{name:>9} {statistics.median(rates):8.1f} ({min(rates):.1f} to {max(rates):.1f})"
 
 
+def same_tokens(one: Repetition, other: Repetition) -> int:
+    """Tokens before the first that differs, over all rows: of one precision, near ties alone part the systems."""
+    pairs = [zip(a, b, strict=True) for a, b in zip(one.token_ids, other.token_ids, strict=True)]
+    return sum(len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], row))) for row in pairs)
+
+
 def measure(arguments: argparse.Namespace, batch: int) -> None:
     """Print the table of one batch size."""
-    workers = {name: Worker(command) for name, command in commands(arguments, batch).items()}
-    results: dict[str, list[Repetition]] = {name: [] for name in workers}
-    for _ in range(arguments.repetitions):
-        for name, worker in workers.items():
-            results[name].append(worker.run())
+    results: dict[str, list[Repetition]] = {}
+    ready: dict[str, Ready] = {}
+    with contextlib.ExitStack() as stack:
+        workers = {name: stack.enter_context(Worker(command)) for name, command in commands(arguments, batch).items()}
+        for _ in range(arguments.repetitions):
+            for name, worker in workers.items():
+                results.setdefault(name, []).append(worker.run())
+                ready[name] = worker.ready
     print(f"\nbatch {batch}, prompt {arguments.prompt_tokens}, {arguments.new_tokens} new tokens, {arguments.threads} threads")
+    first = next(iter(results.values()))[0]
     for name, repetitions in results.items():
-        ready = workers[name].ready
         prefill = [batch * arguments.prompt_tokens / r.prefill_seconds for r in repetitions]
         decode = [batch * arguments.new_tokens / r.decode_seconds for r in repetitions]
-        bandwidth = ready.weight_bytes * statistics.median(decode) / batch / 1e9
-        print(f"{name:28} {row('prefill', prefill)}  {row('decode', decode)}  {bandwidth:6.1f} GB/s  [{ready.library}]")
-        workers[name].close()
+        bandwidth = ready[name].weight_bytes * statistics.median(decode) / batch / 1e9
+        rates = f"{row('prefill', prefill)}  {row('decode', decode)}  {bandwidth:6.1f} GB/s"
+        print(f"{name:28} {rates}  {same_tokens(repetitions[0], first):4d} same  [{ready[name].library}]")
 
 
 def main() -> None:

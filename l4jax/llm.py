@@ -71,19 +71,24 @@ class Completion:
     stats: Stats
 
 
-class Stream:
+class Stream(Iterator[str]):
     """Text as it is generated: an iterator of strings, empty ones left out. ``completion`` is set once it has ended."""
 
-    def __init__(self, pieces: Iterator[list[str]], finish: Callable[[], Completion]) -> None:
-        self._pieces = pieces
-        self._finish = finish
+    def __init__(self, run: _Run) -> None:
+        self._run = run
+        # Short bursts first: the reader sees text soon, and throughput loses little.
+        self._pieces = run.bursts(lambda burst: min(BURST, 4 << burst))
         self.completion: Completion | None = None
 
-    def __iter__(self) -> Iterator[str]:
+    def __next__(self) -> str:
+        """The next piece. Raises RuntimeError if the generation failed earlier."""
         for (text,) in self._pieces:
             if text:
-                yield text
-        self.completion = self._finish()
+                return text
+        if not self._run.finished:
+            raise RuntimeError("this stream failed before it had ended; start it again")
+        self.completion = self._run.completions()[0]
+        raise StopIteration
 
 
 class LLM:
@@ -104,8 +109,9 @@ class LLM:
 
         ``mesh``: the devices to run on, as in "tensor=4,expert=2" (see ``sharding.mesh.MeshSpec``); the first one by default.
         """
-        if max_batch < 1:
-            raise ValueError(f"max_batch is {max_batch}; expected at least 1")
+        _check_max_batch(max_batch)
+        if not prefill_lengths or min(prefill_lengths) < 1:
+            raise ValueError(f"prefill_lengths is {prefill_lengths!r}; expected at least one length, of 1 or more")
         self.config = config
         self.tokenizer = tokenizer
         self.chat_format = chat_format
@@ -156,22 +162,26 @@ class LLM:
 
         Covers greedy and sampled requests; penalties, biases and logprobs compile on first use.
         """
-        max_batch = max_batch or self.max_batch
+        max_batch = self.max_batch if max_batch is None else max_batch
+        _check_max_batch(max_batch)
+        context = self.config.max_position_embeddings
+        if not 2 <= max_length <= context:
+            raise ValueError(f"max_length is {max_length}; expected 2 (a prompt and a token) to {context}, the model's context")
         self.runner.reserve(max_batch, max_length)
         sizes = sorted({self.runner.row_bucket(n) for n in range(1, max_batch + 1)})
+        prompts = [[0] * min(length, max_length - 1) for length in self.runner.prefill_lengths]
         for temperature in (0.0, 1.0):
             params = SamplingParams(max_tokens=2, temperature=temperature, seed=0, ignore_eos=True)
             for rows in sizes:
-                for length in self.runner.prefill_lengths:
-                    prompt = [0] * min(length, max_length - 2)
-                    self.runner.start([Request(prompt, params, 0, ())] * min(rows, max_batch)).run_to_end()
+                for prompt in [*prompts, [0]]:
+                    # A prompt of the greatest length leaves room for the prefill's token alone.
+                    room = dataclasses.replace(params, max_tokens=min(2, max_length - len(prompt)))
+                    self.runner.start([Request(prompt, room, 0, ())] * min(rows, max_batch)).run_to_end()
 
     def _stream(self, token_ids: list[int], params: SamplingParams | None) -> Stream:
         if self.tokenizer is None:
             raise ValueError("streaming gives out text, but this checkpoint has no tokenizer; use generate, which returns token ids")
-        run = _Run(self, [self._request(token_ids, params or SamplingParams())])
-        # Short bursts first: the reader sees text soon, and throughput loses little.
-        return Stream(run.bursts(lambda burst: min(BURST, 4 << burst)), lambda: run.completions()[0])
+        return Stream(_Run(self, [self._request(token_ids, params or SamplingParams())]))
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -203,7 +213,10 @@ class LLM:
 
     def _encode_chat(self, messages: Sequence[Message]) -> list[int]:
         if self.chat_format is None:
-            raise ValueError("this checkpoint has no chat template; use generate with a prompt in the model's own format")
+            raise ValueError(
+                "this checkpoint has no chat template; use generate with token ids in the model's own format, as "
+                "llm.tokenizer.encode(text, parse_special=True) makes them"
+            )
         return self._checked(self.chat_format.encode(messages))
 
     def _request(self, token_ids: list[int], params: SamplingParams) -> Request:
@@ -232,6 +245,7 @@ class _Run:
         self._llm = llm
         self._requests = requests
         self._rows = [_Row(llm.tokenizer, r) for r in requests]
+        self.finished = False
 
     def bursts(self, steps: Callable[[int], int]) -> Iterator[list[str]]:
         """Run to the end; after each burst, the new text of every row. ``steps(i)``: tokens in the i-th burst at most."""
@@ -246,6 +260,7 @@ class _Run:
                 if row.stopped and not batch.done[i]:
                     batch.finish(i)
             if all(batch.done):
+                self.finished = True
                 return
             burst += 1
 
@@ -320,12 +335,14 @@ def load(
     """Load a checkpoint made by ``l4jax convert``.
 
     ``mesh``: the devices to run on, such as "tensor=4,expert=2" or a file of ``configs/meshes``; one device by default. Every
-    device reads only its part of the weights. ``dtype``: what weights and cache are held in; None takes what most of the checkpoint's bytes are stored in. At most
+    device reads only its part of the weights. ``dtype``: what weights and cache are held in; None takes what most of the
+    checkpoint's bytes are stored in. At most
     ``max_batch`` prompts are decoded together. Compiled programs are kept on disk between processes, unless JAX's own setting
     says where or not.
     """
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype is {dtype!r}; expected float32, bfloat16, float16 or None (as stored)")
+    _check_max_batch(max_batch)
     _enable_compilation_cache()
     checkpoint = open_checkpoint(path)
     placement = Placement.on(checkpoint.config, mesh)
@@ -346,6 +363,11 @@ def _enable_compilation_cache() -> None:
         # JAX's defaults leave out programs that compile within a second, which on a CPU are most of ours.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _check_max_batch(max_batch: int) -> None:
+    if max_batch < 1:
+        raise ValueError(f"max_batch is {max_batch}; expected at least 1")
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:

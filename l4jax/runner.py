@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -11,14 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from l4jax.arrays import host_array
-from l4jax.cache import CACHE_AXES, CacheShape, LayerCache
-from l4jax.config import ModelConfig
+from l4jax.cache import CACHE_AXES, PAGE_SIZE, CacheShape, LayerCache
 from l4jax.decoding.generate import BURST, DecodeState, DecodeTokens
 from l4jax.decoding.params import SamplingParams
-from l4jax.decoding.sampling import Logprobs, SamplingFeatures, SamplingRows, TokenCounts, batch_features, sampling_rows
+from l4jax.decoding.sampling import NOT_FINITE, Logprobs, SamplingFeatures, SamplingRows, TokenCounts, batch_features, sampling_rows
 from l4jax.placement import Placement
 from l4jax.programs import PREFILL_LENGTHS, Programs
 
+NOT_FINITE_ADVICE = (
+    "the model's logits are not finite; expected numbers, not NaN or infinity: its values overflow (float16 does first: load with "
+    'dtype="float32" or "bfloat16"), or its weights are damaged (`l4jax show --verify` checks them)'
+)
 _MIN_CAPACITY = 1024
 # A prefill program takes several rows only up to this many tokens: past it the matmuls gain nothing from more rows.
 _PREFILL_TOKENS = 2048
@@ -80,6 +84,7 @@ class Runner:
         self._leaves = self.programs.model.leaves(placement.place_all(weights))
         self._dtype = self._leaves[0].dtype
         self._data = placement.spec.data
+        self._device = placement.mesh.devices.flat[0]
         self.prefill_lengths = tuple(sorted(prefill_lengths))
         self._shape = CacheShape(rows=0, capacity=0)
         self._cache: tuple[LayerCache, ...] = ()
@@ -98,21 +103,55 @@ class Runner:
     def row_bucket(self, rows: int) -> int:
         """Rows that a program for this many sequences is compiled with: the next power of two, on each rank along ``data``."""
         # XLA's CPU backend widens a whole bfloat16 matrix to multiply one row, and uses native kernels from two rows on.
-        fewest = 2 if jax.default_backend() == "cpu" and self._dtype == jnp.bfloat16 else 1
+        fewest = 2 if self._device.platform == "cpu" and self._dtype == jnp.bfloat16 else 1
         return self._data * max(fewest, 1 << (-(-rows // self._data) - 1).bit_length())
 
     def reserve(self, rows: int, tokens: int) -> None:
         """Make room for ``rows`` sequences of ``tokens`` tokens; what the cache held is lost if it has to grow."""
-        capacity = max(_MIN_CAPACITY, 1 << (tokens - 1).bit_length())
-        shape = CacheShape(max(self._shape.rows, self.row_bucket(rows)), max(self._shape.capacity, capacity))
+        rows = self.row_bucket(rows)
+        context = -(-self.config.max_position_embeddings // PAGE_SIZE) * PAGE_SIZE
+        capacity = max(tokens, min(context, max(_MIN_CAPACITY, 1 << (tokens - 1).bit_length())))
+        shape = CacheShape(max(self._shape.rows, rows), max(self._shape.capacity, capacity))
         # A call that was interrupted may have donated the cache and never received the new one.
-        lost = any(leaf.is_deleted() for leaf in jax.tree.leaves(self._cache))
-        if shape != self._shape or lost:
-            sharding = self._placement.array_sharding(*CACHE_AXES)
-            _check_memory(shape, self.config, self._dtype, sharding)
-            self._cache = ()  # freed before the larger one is allocated
-            self._shape = shape
-            self._cache = shape.allocate(self.config, self._dtype, sharding)
+        lost = not self._cache or any(leaf.is_deleted() for leaf in jax.tree.leaves(self._cache))
+        if shape == self._shape and not lost:
+            return
+        available = self._available_bytes()
+        if self._needed_bytes(shape) > available:  # give up what earlier calls needed before refusing this one
+            shape = CacheShape(rows, capacity)
+        needed = self._needed_bytes(shape)
+        refused = (
+            f"a KV cache for {shape.rows} sequences of {shape.capacity} tokens takes {needed / 1e9:.1f} GB, and beside the weights "
+            f"this device has {available / 1e9:.1f} GB; lower max_tokens or the number of prompts, or shorten the prompt"
+        )
+        if needed > available:
+            raise ValueError(refused)
+        self.discard_cache()  # freed before the new one is allocated
+        try:
+            self._cache = shape.allocate(self.config, self._dtype, self._placement.array_sharding(*CACHE_AXES))
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise ValueError(refused) from error
+        self._shape = shape
+
+    def discard_cache(self) -> None:
+        """Free the cache; the next call has a new one, and generations that used it are lost."""
+        self._batch = None
+        self._cache = ()
+        self._shape = CacheShape(rows=0, capacity=0)
+
+    def _needed_bytes(self, shape: CacheShape) -> int:
+        if self._device.platform == "cpu":  # all of its devices share the machine's memory
+            return shape.nbytes(self.config, self._dtype)
+        return shape.device_nbytes(self.config, self._dtype, self._placement.array_sharding(*CACHE_AXES))
+
+    def _available_bytes(self) -> float:
+        """What a device has beside the weights."""
+        if self._device.platform == "cpu":
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") - self.weight_bytes
+        held = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in self._leaves)
+        return (self._device.memory_stats() or {}).get("bytes_limit", math.inf) - held
 
     def logits(self, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Next-token logits at every position of each prompt, float32 [T, V]."""
@@ -124,6 +163,9 @@ class Runner:
             tables = self._shape.identity_tables(self.config, piece.prompt_B % per_rank)
             self._cache, logits_BTV = self.programs.logits(self._leaves, self._cache, piece.token_BT, piece.start_B, piece.new_B, tables)
             host = np.asarray(logits_BTV)
+            if not np.isfinite(host).all():
+                self.discard_cache()
+                raise ValueError(NOT_FINITE_ADVICE)
             for row, prompt in enumerate(piece.prompt_B):
                 if prompt >= 0:
                     collected[prompt].append(host[row, : piece.new_B[row]])
@@ -160,10 +202,17 @@ class Runner:
             ends = [i for i, p in enumerate(piece.prompt_B) if p >= 0 and piece.start_B[i] + piece.new_B[i] == len(prompts[p])]
             if ends:
                 token_B, piece_logprobs = jax.device_get((token_B, piece_logprobs))
+                self.check_tokens(token_B[ends])
             for i in ends:
                 first[piece.prompt_B[i]] = token_B[i]
                 logprobs[piece.prompt_B[i]] = jax.tree.map(lambda leaf, i=i: leaf[i], piece_logprobs)
         return first, logprobs
+
+    def check_tokens(self, tokens: np.ndarray) -> None:
+        """Raise ValueError where the logits were not finite. The cache is discarded: it has NaNs, which do not stay in their row."""
+        if (tokens == NOT_FINITE).any():
+            self.discard_cache()
+            raise ValueError(NOT_FINITE_ADVICE)
 
     def commit(self, state: DecodeState) -> DecodeState:
         """The state on the devices, as a burst returns it: a program called with both kinds would compile twice."""
@@ -260,6 +309,7 @@ class Batch:
         self._runner.check_holds_cache(self)
         self._state, tokens = self._runner.decode(self._state, self._rows, steps, self._features)
         token_SB, logprobs, taken, done_B = jax.device_get((tokens.token_SB, tokens.logprobs, tokens.steps, tokens.done_B))
+        self._runner.check_tokens(token_SB[:taken])
         self.done = [bool(done_B[row]) for row in range(len(self._requests))]
         result = []
         for row in range(len(self._requests)):
@@ -289,18 +339,3 @@ class Batch:
         for row, request in zip(in_prompt_BV, requests, strict=True):
             row[np.asarray(request.token_ids)] = True
         return TokenCounts(host_array(in_prompt_BV, bool), host_array(np.zeros(in_prompt_BV.shape), np.int32))
-
-
-def _check_memory(shape: CacheShape, config: ModelConfig, dtype: jnp.dtype, sharding: jax.sharding.Sharding) -> None:
-    device = jax.local_devices()[0]
-    if device.platform == "cpu":  # its devices share the machine's memory
-        needed = shape.nbytes(config, dtype)
-        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    else:
-        needed = shape.device_nbytes(config, dtype, sharding)
-        available = (device.memory_stats() or {}).get("bytes_limit", needed)
-    if needed > available:
-        raise ValueError(
-            f"a KV cache for {shape.rows} sequences of {shape.capacity} tokens takes {needed / 1e9:.1f} GB, and this device has "
-            f"{available / 1e9:.1f} GB; lower max_tokens or max_batch, or shorten the prompt"
-        )

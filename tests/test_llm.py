@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from l4jax import LLM, SamplingParams
+from l4jax.cache import CacheShape
 from l4jax.placement import Placement
 from l4jax.runner import Request, Runner
 from sharding.mesh import ONE_DEVICE
@@ -170,6 +171,48 @@ def test_a_cache_larger_than_the_machine_is_refused():
         LLM(config, weights(config)).generate([[1]], greedy(2**38))
 
 
+def test_a_failed_allocation_leaves_a_usable_model(monkeypatch):
+    config = llama3_like(max_position_embeddings=8192)
+    fresh = LLM(config, weights(config))
+    expected = fresh.generate([[1, 2, 3]], greedy(5))[0].token_ids
+
+    def out_of_memory(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CacheShape, "allocate", out_of_memory)
+        with pytest.raises(ValueError, match="a KV cache for 1 sequences of 8192 tokens takes") as refused:
+            fresh.generate([[1]], greedy(5000))
+    assert "\n" not in str(refused.value)
+    assert fresh.generate([[1, 2, 3]], greedy(5))[0].token_ids == expected
+
+
+def test_what_earlier_calls_needed_refuses_nothing(monkeypatch):
+    """Eight short rows, then one long one: the cache holds either, not eight long rows."""
+    config = llama3_like(max_position_embeddings=8192)
+    fresh = LLM(config, weights(config))
+    most = CacheShape(rows=2, capacity=8192).nbytes(config, jnp.dtype(jnp.float32))
+    monkeypatch.setattr(Runner, "_available_bytes", lambda self: most)
+    fresh.generate([[1]] * 8, greedy(2))
+    fresh.generate([[1]], greedy(5000))
+    assert fresh.runner.cache_shape == CacheShape(rows=1, capacity=8192)
+
+
+def test_the_cache_is_no_longer_than_the_context():
+    config = llama3_like(max_position_embeddings=5000)
+    llm = LLM(config, weights(config))
+    llm.generate([[1]], greedy(4998))
+    assert llm.runner.cache_shape.capacity == 5120
+
+
+def test_warm_up_covers_the_longest_prompt_and_refuses_what_cannot_be(scout):
+    for length in (0, 1, 257):
+        with pytest.raises(ValueError, match=rf"max_length is {length}; expected 2 .* to 256"):
+            scout.warmup(max_length=length)
+    with pytest.raises(ValueError, match="max_batch is 0"):
+        scout.warmup(max_length=10, max_batch=0)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_stays_close_to_float32(dtype):
     config = maverick_like()
@@ -208,6 +251,7 @@ def test_half_precision_stays_close_to_float32(dtype):
             "logit_bias forbids all 64 tokens; leave at least one",
         ),
         (lambda llm: LLM(llm.config, {}, max_batch=0), "max_batch is 0"),
+        (lambda llm: LLM(llm.config, {}, prefill_lengths=()), "prefill_lengths is (); expected at least one length"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(scout, call, message):

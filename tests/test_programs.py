@@ -77,6 +77,8 @@ def test_nothing_compiles_after_warm_up():
         llm.warmup(max_length=config.max_position_embeddings)
         assert compiled  # the counter counts
         compiled.clear()
+        # The longest prompt there may be, and a token.
+        llm.generate(prompts(config, (config.max_position_embeddings - 1,)), SamplingParams(max_tokens=1, temperature=0.0))
         rng = np.random.default_rng(0)
         served = 0
         while served < 200:

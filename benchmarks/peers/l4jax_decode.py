@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import time
 
@@ -33,7 +34,8 @@ def main() -> None:
                 row += new.token_ids
         return Repetition(prefilled - start, time.perf_counter() - prefilled, rows)
 
-    serve(Ready(f"l4jax 0.1.0, jax {jax.__version__}", arguments.dtype, arguments.dtype, llm.weight_bytes), repeat)
+    library = f"l4jax {importlib.metadata.version('l4jax')}, jax {jax.__version__}"
+    serve(Ready(library, arguments.dtype, arguments.dtype, llm.weight_bytes), repeat)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32
 
 from l4jax.cache import LayerCache, PageTables
-from l4jax.decoding.sampling import Logprobs, SamplingFeatures, SamplingRows, TokenCounts, empty_logprobs, local_index, sample
+from l4jax.decoding.sampling import NOT_FINITE, Logprobs, SamplingFeatures, SamplingRows, TokenCounts, empty_logprobs, local_index, sample
 from l4jax.model.llama import Llama
 from sharding.ranks import Ranks
 
@@ -45,8 +45,8 @@ class DecodeTokens:
 
 
 def is_final(token_B: Int32[Array, "B"], produced_B: Int32[Array, "B"], rows: SamplingRows) -> Bool[Array, "B"]:
-    """True where this token, the ``produced_B``-th of its row, is the row's last."""
-    return jnp.any(token_B[:, None] == rows.stop_BN, axis=-1) | (produced_B >= rows.max_tokens_B)
+    """True where this token, the ``produced_B``-th of its row, is the row's last; so is one that could not be chosen."""
+    return (token_B == NOT_FINITE) | jnp.any(token_B[:, None] == rows.stop_BN, axis=-1) | (produced_B >= rows.max_tokens_B)
 
 
 def count_token(counts: TokenCounts, token_B: Int32[Array, "B"], active_B: Bool[Array, "B"], vocab: Ranks) -> TokenCounts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import numbers
@@ -10,7 +11,7 @@ from typing import Any
 
 MAX_LOGPROBS = 20
 """Most alternatives that can be reported beside each token."""
-_LARGEST = 1e30  # of numbers that logits are multiplied with or added to: float32 holds the results
+_LARGEST = 1e12  # of numbers that logits are multiplied with or added to, one after the other: float32 holds the result
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,12 +49,18 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
+        # Copies: the caller's may change, or be iterators that can be read but once.
+        for name in ("stop", "stop_token_ids"):
+            with contextlib.suppress(TypeError):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        if isinstance(self.logit_bias, Mapping):
+            object.__setattr__(self, "logit_bias", dict(self.logit_bias))
 
         def check(name: str, valid: Callable[[Any], bool], expected: str) -> None:
             value = getattr(self, name)
             try:
                 good = valid(value)
-            except (AttributeError, TypeError):
+            except (AttributeError, TypeError, ValueError):
                 good = False
             if not good:
                 raise ValueError(f"{name} is {value!r}; expected {expected}")

@@ -21,6 +21,8 @@ from l4jax.arrays import host_array
 from l4jax.decoding.params import MAX_LOGPROBS, SamplingParams
 from sharding.ranks import ONE, Ranks
 
+NOT_FINITE = -2
+"""In the place of a token: the logits had a NaN or an infinity, or no token at all was left."""
 _ONE_BITS = 0x3F800000  # the bit pattern of float32 1.0; patterns of non-negative floats are ordered as the floats are
 
 
@@ -125,18 +127,20 @@ def sample(
 ) -> tuple[Int32[Array, "B"], Logprobs | None]:
     """The next token of each row, ``position_B[b]`` tokens into its output; ``counts`` is needed if ``adjusted``.
 
-    The result is the same on every rank of ``vocab``.
+    A row whose logits are not finite gets :data:`NOT_FINITE`. The result is the same on every rank of ``vocab``.
     """
     with jax.named_scope("sample"):
         adjusted_BV = logits_BV
         if features.adjusted:
             assert counts is not None
             adjusted_BV = adjust_logits(logits_BV, rows, counts, vocab)
-        token_B = _argmax(adjusted_BV, vocab)
+        highest_B = _highest(adjusted_BV, vocab)
+        token_B = _find(adjusted_BV, highest_B, vocab)
         if features.random:
-            weights_BV = truncated_weights(adjusted_BV, rows, vocab)
+            weights_BV = truncated_weights(adjusted_BV, rows, highest_B, vocab)
             drawn_B = draw(weights_BV, uniform(rows.key_B2, position_B), vocab)
             token_B = jnp.where(rows.temperature_B > 0, drawn_B, token_B)
+        token_B = jnp.where(jnp.isfinite(highest_B), token_B, NOT_FINITE)
         return token_B, _logprobs(logits_BV, token_B, vocab) if features.logprobs else None
 
 
@@ -146,13 +150,19 @@ def local_index(token: Int32[Array, "*B"], size: int, vocab: Ranks) -> Int32[Arr
     return jnp.where((index >= 0) & (index < size), index, size)
 
 
-def _argmax(x_BV: Array, vocab: Ranks) -> Array:
-    """The token with the highest value, the first of several."""
-    token_B = jnp.argmax(x_BV, axis=-1).astype(jnp.int32) + vocab.index() * x_BV.shape[1]
-    if vocab.count == 1:
-        return token_B
-    best_B = jnp.argmax(vocab.gather(jnp.max(x_BV, axis=-1)), axis=0)
-    return jnp.take_along_axis(vocab.gather(token_B), best_B[None], axis=0)[0]
+def _highest(logits_BV: Array, vocab: Ranks) -> Array:
+    """The highest logit of each row; infinity where there is a NaN, which a maximum over ranks might lose."""
+    highest_B = jnp.max(logits_BV, axis=-1)
+    return vocab.max(jnp.where(jnp.isnan(highest_B), jnp.inf, highest_B))
+
+
+def _find(logits_BV: Array, highest_B: Array, vocab: Ranks) -> Array:
+    """The first token with this logit."""
+    V = logits_BV.shape[1]
+    token_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    has_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0] == highest_B
+    # The lowest of the ranks' tokens, as the highest of their negatives.
+    return -vocab.max(-jnp.where(has_B, token_B + vocab.index() * V, V * vocab.count))
 
 
 def adjust_logits(logits_BV: Float32[Array, "B V"], rows: SamplingRows, counts: TokenCounts, vocab: Ranks = ONE) -> Float32[Array, "B V"]:
@@ -167,11 +177,12 @@ def adjust_logits(logits_BV: Float32[Array, "B V"], rows: SamplingRows, counts: 
     return logits_BV - once_BV - rows.frequency_B[:, None] * counts.output_BV.astype(jnp.float32)
 
 
-def truncated_weights(logits_BV: Float32[Array, "B V"], rows: SamplingRows, vocab: Ranks = ONE) -> Float32[Array, "B V"]:
-    """Unnormalised probabilities after temperature, min-p, top-k and top-p; the likeliest token has weight 1."""
+def truncated_weights(
+    logits_BV: Float32[Array, "B V"], rows: SamplingRows, highest_B: Float32[Array, "B"], vocab: Ranks = ONE
+) -> Float32[Array, "B V"]:
+    """Unnormalised probabilities after temperature, min-p, top-k and top-p; the likeliest token, of logit ``highest_B``, has weight 1."""
     temperature_B = jnp.where(rows.temperature_B > 0, rows.temperature_B, 1.0)
-    highest_B1 = vocab.max(jnp.max(logits_BV, axis=-1, keepdims=True))
-    weights_BV = jnp.exp((logits_BV - highest_B1) / temperature_B[:, None])
+    weights_BV = jnp.exp((logits_BV - highest_B[:, None]) / temperature_B[:, None])
     weights_BV = jnp.where(weights_BV >= rows.min_p_B[:, None], weights_BV, 0.0)
 
     wanted_B = rows.top_k_B.astype(jnp.float32)
@@ -265,7 +276,7 @@ def empty_logprobs(leading: tuple[int, ...], vocab_size: int) -> Logprobs:
 
 def _logprobs(logits_BV: Array, token_B: Array, vocab: Ranks) -> Logprobs:
     V = logits_BV.shape[1]
-    shifted_BV = logits_BV - vocab.max(jnp.max(logits_BV, axis=-1, keepdims=True))
+    shifted_BV = logits_BV - _highest(logits_BV, vocab)[:, None]
     logprobs_BV = shifted_BV - jnp.log(vocab.sum(jnp.sum(jnp.exp(shifted_BV), axis=-1, keepdims=True)))
     index_B = local_index(token_B, V, vocab)
     chosen_B = vocab.sum(jnp.where(index_B < V, _pick(logprobs_BV, jnp.minimum(index_B, V - 1)), 0.0))

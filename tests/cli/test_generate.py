@@ -1,0 +1,60 @@
+"""``l4jax generate`` on the real model."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+import pytest
+
+from l4jax import cli
+
+PROMPT = "The capital of France is"
+
+
+def test_continues_a_prompt_and_says_how_fast(smollm2_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", str(smollm2_checkpoint), "-p", PROMPT, "--max-tokens", "6"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith(" Paris.")
+    assert re.fullmatch(r"5 prompt tokens, first token after \d+\.\d\d s; 6 tokens, \d+\.\d tokens/s; finished by length, seed \d+\n", err)
+
+
+def test_answers_a_question_from_standard_input_up_to_a_stop_string(
+    smollm2_checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is the capital of France?"))
+    command = [
+        "generate",
+        str(smollm2_checkpoint),
+        "-p",
+        "-",
+        "--chat",
+        "--system",
+        "You are a helpful AI assistant.",
+        "--stop",
+        "Paris",
+        "--seed",
+        "1",
+    ]
+    assert cli.main(command) == 0
+    out, err = capsys.readouterr()
+    assert out.strip().endswith("is") and "Paris" not in out
+    assert "finished by stop, seed 1" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["-p", "x", "--system", "y"], "--system needs --chat"),
+        (["-p", ""], "the prompt is empty"),
+        (["-p", "x", "--temperature", "-1"], "temperature is -1.0; expected 0 (greedy) or a positive number"),
+        (["-p", "x", "--max-tokens", "0"], "max_tokens is 0; expected an integer of at least 1"),
+    ],
+)
+def test_bad_options_are_refused_in_one_line(
+    smollm2_checkpoint: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert cli.main(["generate", str(smollm2_checkpoint), *options]) != 0
+    out, err = capsys.readouterr()
+    assert out == "" and message in err and err.count("\n") == 1

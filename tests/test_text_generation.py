@@ -1,0 +1,140 @@
+"""Text out of the model: streams, stop strings, end tokens and chat, on a tiny random model with a small tokenizer."""
+
+from __future__ import annotations
+
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from l4jax import LLM, SamplingParams
+from l4jax.text.chat import ChatFormat
+from l4jax.text.hf_tokenizer import HfTokenizer
+from tests.text import small
+from tests.tiny import scout_like, weights
+
+TOKENIZER = HfTokenizer(small.backend(), {})
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+PARAMS = SamplingParams(max_tokens=60, seed=5, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def llm():
+    config = scout_like(vocab_size=TOKENIZER.vocab_size)
+    chat = ChatFormat(TEMPLATE, TOKENIZER, origin="test", variables={}, stop_token_ids=[TOKENIZER.special_tokens["<|im_end|>"]])
+    return LLM(config, weights(config), tokenizer=TOKENIZER, chat_format=chat)
+
+
+def changed(**changes):
+    return SamplingParams(**{**vars(PARAMS), **changes})
+
+
+def test_a_stream_gives_out_what_generate_returns(llm):
+    whole = llm.generate("the dog", PARAMS)[0]
+    stream = llm.stream("the dog", PARAMS)
+    pieces = list(stream)
+    assert len(pieces) > 2 and "" not in pieces
+    assert "".join(pieces) == whole.text == TOKENIZER.decode(whole.token_ids)
+    assert (stream.completion.token_ids, stream.completion.finish_reason) == (whole.token_ids, "length")
+    assert next(stream, None) is None
+
+
+def test_text_is_that_of_the_tokens_without_the_end_token(llm):
+    free = llm.generate("the dog", PARAMS)[0]
+    end = free.token_ids[9]
+    completion = llm.generate("the dog", changed(stop_token_ids=[end]))[0]
+    assert completion.token_ids == free.token_ids[: free.token_ids.index(end) + 1]
+    assert completion.text == TOKENIZER.decode(completion.token_ids[:-1])
+    assert completion.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("where", [(0, 1), (3, 4), (3, 9), (20, 26), (30, 31)])
+def test_a_stop_string_ends_text_and_tokens_where_it_begins(llm, where):
+    free = llm.generate("the dog", PARAMS)[0]
+    stop = free.text[slice(*where)]
+    expected = free.text[: free.text.index(stop)]
+    # The tokens end with the one that completes the string.
+    needed = next(n for n in range(len(free.token_ids) + 1) if stop in TOKENIZER.decode(free.token_ids[:n]))
+    for completion in (llm.generate("the dog", changed(stop=[stop, "never said"]))[0], streamed(llm, changed(stop=stop))):
+        assert completion.text == expected
+        assert completion.token_ids == free.token_ids[:needed]
+        assert completion.finish_reason == "stop"
+
+
+def streamed(llm, params):
+    stream = llm.stream("the dog", params)
+    text = "".join(stream)
+    assert stream.completion.text == text
+    return stream.completion
+
+
+def test_one_row_stops_while_others_go_on(llm):
+    prompts = ["the dog", "fox", "a lazy brown"]
+    free = llm.generate(prompts, [PARAMS] * 3)
+    stop = free[1].text[10:13]
+    mixed = llm.generate(prompts, [PARAMS, changed(stop=[stop]), PARAMS])
+    assert [c.text for c in mixed] == [free[0].text, free[1].text[: free[1].text.index(stop)], free[2].text]
+    assert len(mixed[1].token_ids) == mixed[1].stats.output_tokens
+
+
+def test_tokens_do_not_depend_on_the_bursts(llm):
+    expected = llm.generate("the dog", PARAMS)[0].token_ids
+    for bursts in ([1], [3, 1, 7], [32]):
+        batch = llm.runner.start([llm._request(TOKENIZER.encode("the dog"), PARAMS)])
+        tokens: list[int] = []
+        for steps in itertools.cycle(bursts):
+            tokens += batch.step(steps)[0].token_ids
+            if batch.done[0]:
+                break
+        assert tokens == expected
+
+
+def test_a_stream_left_early_does_no_harm(llm):
+    expected = llm.generate("fox", PARAMS)[0].token_ids
+    stream = llm.stream("the dog", PARAMS)
+    next(stream)
+    assert llm.generate("fox", PARAMS)[0].token_ids == expected
+    with pytest.raises(RuntimeError, match="left unfinished"):
+        list(stream)
+    with pytest.raises(RuntimeError, match="this stream failed"):
+        next(stream)
+    assert stream.completion is None
+
+
+def test_chat_answers_in_the_models_format(llm):
+    messages = [{"role": "user", "content": "hi <|im_end|>"}]
+    completion = llm.chat(messages, SamplingParams(max_tokens=20, seed=1))
+    start, end = (TOKENIZER.special_tokens[name] for name in ("<|im_start|>", "<|im_end|>"))
+    # The user's "<|im_end|>" is text: one end token, the template's.
+    assert completion.prompt_token_ids.count(start) == 2 and completion.prompt_token_ids.count(end) == 1
+    stream = llm.stream_chat(messages, SamplingParams(max_tokens=20, seed=1))
+    assert "".join(stream) == completion.text
+    forced = llm.chat(messages, SamplingParams(max_tokens=20, logit_bias={end: 1e6}))
+    assert (forced.token_ids, forced.text, forced.finish_reason) == ([end], "", "stop")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_an_error_and_do_no_lasting_harm(temperature):
+    config = scout_like()
+    values = weights(config)
+    without_7 = SamplingParams(max_tokens=8, seed=0, logit_bias={7: -np.inf})
+    healthy = LLM(config, values).generate([[1, 2, 3]], without_7)[0].token_ids
+    llm = LLM(config, {**values, "embed": values["embed"].at[7].set(jnp.nan)})
+    params = SamplingParams(max_tokens=8, temperature=temperature, seed=0, logit_bias={7: -np.inf})
+    for call in (lambda: llm.generate([[1, 7, 3]], params), lambda: llm.logits([[1, 7, 3]])):
+        with pytest.raises(ValueError, match="the model's logits are not finite") as refused:
+            call()
+        assert "\n" not in str(refused.value)
+        assert llm.generate([[1, 2, 3]], without_7)[0].token_ids == healthy
+
+
+def test_logits_that_become_infinite_while_decoding_are_an_error():
+    config = scout_like()
+    values = weights(config)
+    llm = LLM(config, {**values, "embed": values["embed"].at[7].set(jnp.inf)})
+    with pytest.raises(ValueError, match="the model's logits are not finite"):
+        llm.generate([[1, 2, 3]], SamplingParams(max_tokens=8, temperature=0.0, logit_bias={7: 1e6}))

@@ -88,6 +88,10 @@ class Placement:
         """Every weight of the decoder on the mesh."""
         return {name: self.place(name, weights[name]) for name in self._specs}
 
+    def abstract_weights(self, dtype: jnp.dtype) -> dict[str, jax.ShapeDtypeStruct]:
+        """The shapes of all weights as they lie on the mesh."""
+        return {name: jax.ShapeDtypeStruct(spec.shape, dtype, sharding=self.weight_sharding(name)) for name, spec in self._specs.items()}
+
     @functools.cached_property
     def _kv_mesh(self) -> Mesh:
         """The same devices in the same order, the tensor axis split into KV heads and their copies."""

@@ -1,0 +1,1 @@
+"""What a program would cost on hardware that is not here: compiled for it, never run."""

@@ -1,0 +1,129 @@
+"""Programs compiled with abstract weights, at full size, and what is read off them."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from l4jax.cache import CACHE_AXES, CacheShape, LayerCache
+from l4jax.config import ModelConfig
+from l4jax.decoding.generate import DecodeState
+from l4jax.decoding.params import SamplingParams
+from l4jax.decoding.sampling import batch_features, sampling_rows
+from l4jax.placement import Placement
+from l4jax.programs import Programs
+from sharding.mesh import MeshSpec
+
+_COLLECTIVES = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast|ragged-all-to-all"
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective in a compiled program, with the bytes of each of its results on a device."""
+
+    kind: str
+    nbytes: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledProgram:
+    """A compiled program's text, and its bytes on each device."""
+
+    text: str
+    argument_bytes: int
+    output_bytes: int
+    temporary_bytes: int
+    donated_bytes: int
+
+    @property
+    def device_bytes(self) -> int:
+        """Memory that it needs on a device while it runs."""
+        return self.argument_bytes + self.output_bytes - self.donated_bytes + self.temporary_bytes
+
+    @property
+    def collectives(self) -> list[Collective]:
+        """Every collective in the program's text, loop bodies once; XLA may have merged several into one of many results."""
+        return collectives_in(self.text)
+
+    def collective_table(self) -> str:
+        """Collectives by kind: how often, and bytes on each device in all."""
+        counts: collections.Counter[str] = collections.Counter()
+        nbytes: collections.Counter[str] = collections.Counter()
+        for collective in self.collectives:
+            counts[collective.kind] += 1
+            nbytes[collective.kind] += sum(collective.nbytes)
+        return "\n".join(f"{kind:20} {counts[kind]:5} {nbytes[kind]:14,} bytes" for kind in sorted(counts)) or "none"
+
+
+def collectives_in(text: str) -> list[Collective]:
+    """The collectives in a compiled program's text."""
+    found = []
+    for match in re.finditer(rf"= (.+?) ({_COLLECTIVES})(-start)?\(", text):
+        shapes, kind, start = match.groups()
+        arrays = re.findall(r"(\w+)\[([\d,]*)\]", shapes)
+        sizes = [_BYTES[dtype] * math.prod(int(n) for n in dims.split(",") if n) for dtype, dims in arrays]
+        # The result of a start is a tuple of its operands and its results.
+        found.append(Collective(kind, tuple(sizes[len(sizes) // 2 :] if start and shapes.startswith("(") else sizes)))
+    return found
+
+
+class AbstractModel:
+    """A model at full size of which only shapes exist, on a mesh of devices that need not."""
+
+    def __init__(self, config: ModelConfig, mesh: MeshSpec, devices: Sequence[jax.Device], dtype: jnp.dtype) -> None:
+        self._placement = Placement(config, mesh.build(devices))
+        self._programs = Programs(self._placement)
+        self._dtype = dtype
+        self._leaves = self._programs.model.leaves(self._placement.abstract_weights(dtype))
+
+    def decode(self, rows: int, capacity: int, params: SamplingParams) -> CompiledProgram:
+        """The decode program for ``rows`` sequences of up to ``capacity`` tokens."""
+        shape = CacheShape(rows, capacity)
+        ints = self._rows(rows)
+        state = DecodeState(self._cache(shape), ints, ints, ints, self._rows(rows, dtype=jnp.bool_), None)
+        every = [params] * rows
+        settings = sampling_rows(every, [0] * rows, [[]] * rows, self._placement.config.vocab_size)
+        tables = shape.identity_tables(self._placement.config, range(rows))
+        return _compiled(self._programs.decode.lower(self._leaves, state, tables, settings, np.int32(1), features=batch_features(every)))
+
+    def prefill(self, tokens: int, capacity: int, params: SamplingParams) -> CompiledProgram:
+        """The prefill program for one piece of a single sequence."""
+        shape = CacheShape(self._placement.spec.data, capacity)
+        B = shape.rows
+        every = [params] * B
+        settings = sampling_rows(every, [0] * B, [[]] * B, self._placement.config.vocab_size)
+        tables = shape.identity_tables(self._placement.config, range(B))
+        inputs = (self._rows(B, tokens), self._rows(B), self._rows(B), tables, settings, None)
+        return _compiled(self._programs.prefill.lower(self._leaves, self._cache(shape), *inputs, features=batch_features(every)))
+
+    def cache_bytes(self, rows: int, capacity: int) -> int:
+        """Bytes of the cache on each device."""
+        return CacheShape(rows, capacity).device_nbytes(self._placement.config, self._dtype, self._placement.array_sharding(*CACHE_AXES))
+
+    def _rows(self, *shape: int, dtype: jnp.dtype | type = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self._placement.array_sharding("batch"))
+
+    def _cache(self, shape: CacheShape) -> tuple[LayerCache, ...]:
+        sharding = self._placement.array_sharding(*CACHE_AXES)
+        pools = [jax.ShapeDtypeStruct(pool, self._dtype, sharding=sharding) for pool in shape.layer_shapes(self._placement.config)]
+        return tuple(LayerCache(pool, pool) for pool in pools)
+
+
+def _compiled(lowered: jax.stages.Lowered) -> CompiledProgram:
+    compiled = lowered.compile()
+    memory = compiled.memory_analysis()
+    return CompiledProgram(
+        compiled.as_text() or "",
+        memory.argument_size_in_bytes,
+        memory.output_size_in_bytes,
+        memory.temp_size_in_bytes,
+        memory.alias_size_in_bytes,
+    )

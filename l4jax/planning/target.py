@@ -1,0 +1,32 @@
+"""Devices to compile for that need not be present."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import jax
+from jax.experimental import topologies
+
+from l4jax.data import configs_path
+
+H100_MEMORY_BYTES = 80_000_000_000
+"""What a program may use of an H100's memory: 80 GB, of 84.9 physical ones."""
+GPUS_PER_HOST = 8
+
+
+def h100_devices(count: int) -> list[jax.Device]:
+    """Descriptions of ``count`` H100s, eight to a host, that programs are compiled for.
+
+    Needs XLA's CUDA compiler (``pip install 'l4jax[plan]'``), and neither a GPU nor a driver. Raises ValueError without the
+    compiler, or for several hosts that are not full.
+    """
+    if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+        raise ValueError("compiling for H100s needs XLA's CUDA compiler; install it with: pip install 'l4jax[plan]'")
+    if count > GPUS_PER_HOST and count % GPUS_PER_HOST:
+        raise ValueError(f"{count} H100s; expected up to {GPUS_PER_HOST}, or full hosts of {GPUS_PER_HOST}")
+    hosts, gpus = max(1, count // GPUS_PER_HOST), min(count, GPUS_PER_HOST)
+    # The plugin asks for libraries that only running programs needs.
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    target = (configs_path() / "hardware" / "h100-sxm.textproto").read_text(encoding="utf-8")
+    return list(topologies.get_topology_desc(platform="cuda", target_config=target, topology=f"1x{hosts}x{gpus}").devices)

@@ -1,0 +1,114 @@
+"""Real models at full size, compiled for H100s that are not here: memory, donation, collectives, and no expansion of experts.
+
+Run by ``make test-h100``, which fetches XLA's CUDA compiler.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import math
+import re
+
+import jax.numpy as jnp
+import pytest
+
+from l4jax import SamplingParams
+from l4jax.config_formats import config_from_hf
+from l4jax.data import configs_path
+from l4jax.planning.compile import AbstractModel
+from l4jax.planning.target import H100_MEMORY_BYTES, h100_devices
+from sharding.mesh import MeshSpec
+
+pytestmark = [
+    pytest.mark.h100,
+    pytest.mark.skipif(importlib.util.find_spec("jax_plugins.xla_cuda13") is None, reason="no CUDA compiler; make test-h100 fetches it"),
+]
+
+BF16 = jnp.dtype(jnp.bfloat16)
+CASES = [
+    ("llama-4-scout-17b-16e-instruct", "tensor=8"),
+    ("llama-4-scout-17b-16e-instruct", "expert=8"),
+    ("llama-3.1-405b", "tensor=16"),
+]
+ROWS, CAPACITY, PIECE = 8, 16384, 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    config: object
+    mesh: MeshSpec
+    model: AbstractModel
+
+
+@functools.cache
+def case(name, mesh):
+    config = config_from_hf(json.loads((configs_path() / "models" / f"{name}.json").read_text()))
+    spec = MeshSpec.parse(mesh)
+    return Case(config, spec, AbstractModel(config, spec, h100_devices(spec.size), BF16))
+
+
+@functools.cache
+def decode(name, mesh):
+    return case(name, mesh).model.decode(ROWS, CAPACITY, SamplingParams(temperature=0.0))
+
+
+@functools.cache
+def prefill(name, mesh):
+    return case(name, mesh).model.prefill(PIECE, CAPACITY, SamplingParams(temperature=0.0))
+
+
+def largest_computed(text, scope):
+    """Elements of the largest array that an instruction of this scope makes, parameters and views left out."""
+    sizes = [1]
+    for line in text.splitlines():
+        match = re.search(r"= \(?\w+\[([\d,]*)\]\S* (?!parameter|get-tuple-element|bitcast|while|tuple|optimization-barrier)[\w-]+\(", line)
+        if match and f"/{scope}/" in line:
+            sizes.append(math.prod(int(n) for n in match[1].split(",") if n))
+    return max(sizes)
+
+
+@pytest.mark.parametrize(("name", "mesh"), CASES)
+def test_decode_fits_donates_its_cache_and_moves_activations_only(name, mesh, capsys):
+    program, config = decode(name, mesh), case(name, mesh).config
+    cache = case(name, mesh).model.cache_bytes(ROWS, CAPACITY)
+    assert program.device_bytes < H100_MEMORY_BYTES
+    assert program.donated_bytes >= cache
+    assert program.temporary_bytes < 1e9
+    # Not copied: the smallest of a layer's two pools would be that much.
+    assert program.temporary_bytes < cache / config.num_layers
+    activation = ROWS * config.hidden_size * BF16.itemsize
+    assert max(max(collective.nbytes) for collective in program.collectives) <= activation
+    with capsys.disabled():
+        print(f"\n{name} on {mesh}, one decode step of {ROWS} rows:\n{program.collective_table()}")
+
+
+@pytest.mark.parametrize(("name", "mesh"), CASES)
+def test_prefill_fits_and_moves_activations_only(name, mesh):
+    program, config = prefill(name, mesh), case(name, mesh).config
+    assert program.device_bytes < H100_MEMORY_BYTES
+    assert program.donated_bytes >= case(name, mesh).model.cache_bytes(1, CAPACITY)
+    assert max(max(collective.nbytes) for collective in program.collectives) <= PIECE * config.hidden_size * BF16.itemsize
+
+
+@pytest.mark.parametrize(("name", "mesh"), CASES)
+def test_one_sum_for_attention_and_one_for_the_feed_forward(name, mesh):
+    """In each layer, beside the embedding's and the few numbers of sampling."""
+    config, spec = case(name, mesh).config, case(name, mesh).mesh
+    wide = ROWS * config.hidden_size * BF16.itemsize
+    sums = sum(nbytes == wide for collective in decode(name, mesh).collectives for nbytes in collective.nbytes)
+    assert sums == (2 * config.num_layers + 1 if spec.tensor > 1 else config.num_layers)
+
+
+@pytest.mark.parametrize("mesh", ["tensor=8", "expert=8"])
+@pytest.mark.parametrize(("program", "tokens"), [(decode, ROWS), (prefill, PIECE)], ids=["decode", "prefill"])
+def test_routed_experts_do_the_work_of_the_chosen_ones_only(program, tokens, mesh):
+    """Computed densely, every token meets every expert: an array of tokens x experts x width."""
+    name = "llama-4-scout-17b-16e-instruct"
+    config, spec = case(name, mesh).config, case(name, mesh).mesh
+    gate_up = 2 * config.moe.intermediate_size // spec.tensor
+    one_expert = config.hidden_size * gate_up
+    largest = largest_computed(program(name, mesh).text, "routed_experts")
+    assert largest <= max(2 * tokens * max(config.hidden_size, gate_up), one_expert)

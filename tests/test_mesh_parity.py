@@ -1,0 +1,135 @@
+"""One model over many meshes: the logits and tokens of a single device."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from l4jax import LLM, SamplingParams
+from l4jax.config import MoEConfig
+from l4jax.model.llama import Llama
+from l4jax.model.weights import weight_specs
+from l4jax.placement import Placement
+from sharding.mesh import MeshSpec
+from tests.tiny import llama3_like, maverick_like, prompts, scout_like, weights
+
+HEADS = {"num_heads": 8, "num_kv_heads": 2}
+CONFIGS = {"scout": scout_like(**HEADS), "maverick": maverick_like(**HEADS), "llama3": llama3_like(**HEADS)}
+MESHES = ["tensor=8", "tensor=2,expert=4", "data=2,tensor=2", "data=4,expert=2"]
+LENGTHS = (40, 3, 17, 1, 33)
+PARAMS = [
+    SamplingParams(max_tokens=12, temperature=0.0),
+    SamplingParams(max_tokens=12, seed=3),
+    SamplingParams(max_tokens=9, seed=4, top_k=20, top_p=0.9, logprobs=3),
+    SamplingParams(max_tokens=12, seed=5, repetition_penalty=1.3, frequency_penalty=0.2, logit_bias={7: 2.0, 60: -1.0}),
+    SamplingParams(max_tokens=10, seed=6, min_p=0.02),
+]
+
+
+@functools.cache
+def on_one_device(name):
+    llm = LLM(CONFIGS[name], weights(CONFIGS[name]))
+    ragged = prompts(llm.config, LENGTHS)
+    return llm.logits(ragged), llm.generate(ragged, PARAMS)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_mesh_gives_the_logits_and_tokens_of_one_device(name, mesh):
+    config = CONFIGS[name]
+    logits, completions = on_one_device(name)
+    llm = LLM(config, weights(config), mesh=mesh)
+    ragged = prompts(config, LENGTHS)
+    for got, expected in zip(llm.logits(ragged), logits, strict=True):
+        assert np.abs(got - expected).max() < 1e-5 * np.abs(expected).max()
+    for got, expected in zip(llm.generate(ragged, PARAMS), completions, strict=True):
+        assert got.token_ids == expected.token_ids
+        for a, b in zip(got.logprobs or [], expected.logprobs or [], strict=True):
+            assert [token for token, _ in a.top] == [token for token, _ in b.top]
+            np.testing.assert_allclose([a.logprob, *(p for _, p in a.top)], [b.logprob, *(p for _, p in b.top)], atol=1e-5)
+
+
+def test_every_token_may_choose_one_expert():
+    """All on one rank, none on the others."""
+    config = CONFIGS["maverick"]
+    values = weights(config)
+    for name in values:
+        if name.endswith(".router"):
+            values[name] = jnp.zeros_like(values[name]).at[5].set(1.0) * jnp.sign(jnp.ones(config.hidden_size))
+    ragged = prompts(config, LENGTHS)
+    expected = LLM(config, values).logits(ragged)
+    for got, one in zip(LLM(config, values, mesh="expert=4,tensor=2").logits(ragged), expected, strict=True):
+        assert np.abs(got - one).max() < 1e-5 * np.abs(one).max()
+
+
+@pytest.mark.parametrize("mesh", ["tensor=8", "tensor=4", "expert=2,tensor=4", "tensor=2"])
+def test_weights_are_cut_and_kv_heads_repeated(mesh):
+    config, spec = CONFIGS["scout"], MeshSpec.parse(mesh)
+    placement = Placement.on(config, spec)
+    values = weights(config)
+    placed = placement.place_all(values)
+    copies = max(1, spec.tensor // config.num_kv_heads)
+    for name, spec_of in weight_specs(Llama(placement.config, spec)).items():
+        assert placed[name].shape == spec_of.shape
+        assert placed[name].sharding == placement.weight_sharding(name)
+        again = placement.place(name, placed[name])
+        assert again.sharding == placed[name].sharding
+    G = config.num_heads // config.num_kv_heads // copies
+    stored, ours = np.asarray(values["layers.0.attention.qkv"]), np.asarray(placed["layers.0.attention.qkv"])
+    for head, group in enumerate(ours):
+        source, copy = divmod(head, copies)
+        np.testing.assert_array_equal(group[:G], stored[source, copy * G : (copy + 1) * G])
+        np.testing.assert_array_equal(group[G:], stored[source, -2:])
+
+
+@pytest.mark.parametrize(
+    ("config", "mesh", "message"),
+    [
+        (
+            CONFIGS["scout"],
+            "tensor=3",
+            "has 8 query heads in 2 groups of one KV head, .* tensor=3 does not divide; tensor may be 1, 2, 4, 8$",
+        ),
+        (CONFIGS["maverick"], "expert=3", r"layers\.1\.feed_forward\.experts_gate_up has 8 along expert, .* expert may be 1, 2, 4, 8$"),
+        (
+            dataclasses.replace(CONFIGS["llama3"], vocab_size=63),
+            "tensor=2",
+            r"embed has 63 along vocab, .* tensor may be 1, 3, 7, 9, 21, 63$",
+        ),
+        (CONFIGS["llama3"], "tensor=16", "mesh tensor=16 has 16 devices, and 8 cpu devices are present"),
+        (CONFIGS["llama3"], "tensr=2", "did you mean tensor"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused_in_one_line(config, mesh, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        LLM(config, weights(config), mesh=mesh)
+    assert "\n" not in str(refused.value)
+
+
+def test_results_said_to_be_equal_on_every_device_are():
+    """Nothing checks it at run time: every device's copy of a replicated result, bit for bit."""
+    config = CONFIGS["scout"]
+    llm = LLM(config, weights(config), mesh="data=2,expert=2,tensor=2")
+    batch = llm.runner.start([llm._request(p, SamplingParams(max_tokens=9, seed=1)) for p in prompts(config, LENGTHS)])
+    batch.step(1)
+    batch.step(4)
+    state = dataclasses.replace(batch._state, cache=llm.runner._cache)
+    for leaf in jax.tree.leaves(state):
+        copies: dict[str, list[np.ndarray]] = {}
+        for shard in leaf.addressable_shards:
+            copies.setdefault(str(shard.index), []).append(np.asarray(shard.data))
+        for first, *others in copies.values():
+            for other in others:
+                np.testing.assert_array_equal(first, other)
+
+
+def test_a_config_without_experts_has_nothing_to_cut_along_that_axis():
+    config = CONFIGS["llama3"]
+    assert config.moe is None and isinstance(CONFIGS["scout"].moe, MoEConfig)
+    got = LLM(config, weights(config), mesh="expert=2").generate([[1, 2, 3]], SamplingParams(max_tokens=5, temperature=0.0))
+    assert (
+        got[0].token_ids == LLM(config, weights(config)).generate([[1, 2, 3]], SamplingParams(max_tokens=5, temperature=0.0))[0].token_ids
+    )

@@ -63,7 +63,7 @@ class CacheShape:
             slots = min(slots, config.attention_chunk_size)
         return -(-slots // PAGE_SIZE)
 
-    def identity_tables(self, config: ModelConfig, rows: Sequence[int]) -> PageTables:
+    def identity_tables(self, config: ModelConfig, rows: Sequence[int] | np.ndarray) -> PageTables:
         """Page tables (host arrays) in which row ``rows[i]``, counted on its own rank, owns its own run of pages, in order."""
 
         def table(local: bool) -> Array:

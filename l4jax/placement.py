@@ -110,5 +110,5 @@ class Placement:
             mine = jax.lax.dynamic_slice_in_dim(qkv_KgHD, first, queries, axis=1)
             return jnp.concatenate([mine, qkv_KgHD[:, -2:]], axis=1)
 
-        specs = {"in_specs": PartitionSpec("kv_head"), "out_specs": PartitionSpec(("kv_head", "copy"))}
-        return jax.jit(jax.shard_map(share, mesh=self._kv_mesh, check_vma=False, **specs))
+        group, copy = PartitionSpec("kv_head"), PartitionSpec(("kv_head", "copy"))
+        return jax.jit(jax.shard_map(share, mesh=self._kv_mesh, in_specs=group, out_specs=copy, check_vma=False))

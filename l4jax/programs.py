@@ -42,9 +42,11 @@ class Programs:
         self._mesh = placement.mesh
         self._data, self._vocab = placement.spec.along("data"), placement.spec.along("tensor")
         spec = functools.partial(partition, placement.spec)
-        row, cache, everywhere = spec("batch"), spec(*CACHE_AXES), PartitionSpec()
+        row: Any = spec("batch")
+        cache: Any = spec(*CACHE_AXES)
+        counts: Any = spec("batch", "vocab")
+        everywhere = PartitionSpec()
         leaves = tuple(spec(*weight.axes) for weight in weight_specs(model).values())
-        counts = spec("batch", "vocab")
         state = DecodeState(cache=cache, token_B=row, length_B=row, produced_B=row, done_B=row, counts=counts)
         piece = (leaves, cache, row, row, row, row)
         self.prefill = self._program(self._prefill, (*piece, row, counts), (cache, everywhere, everywhere), donated=1)

@@ -7,6 +7,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -108,18 +109,21 @@ class AbstractModel:
         """Bytes of the cache on each device."""
         return CacheShape(rows, capacity).device_nbytes(self._placement.config, self._dtype, self._placement.array_sharding(*CACHE_AXES))
 
-    def _rows(self, *shape: int, dtype: jnp.dtype | type = jnp.int32) -> jax.ShapeDtypeStruct:
+    def _rows(self, *shape: int, dtype: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self._placement.array_sharding("batch"))
 
     def _cache(self, shape: CacheShape) -> tuple[LayerCache, ...]:
         sharding = self._placement.array_sharding(*CACHE_AXES)
-        pools = [jax.ShapeDtypeStruct(pool, self._dtype, sharding=sharding) for pool in shape.layer_shapes(self._placement.config)]
+        pools: list[Any] = [
+            jax.ShapeDtypeStruct(pool, self._dtype, sharding=sharding) for pool in shape.layer_shapes(self._placement.config)
+        ]
         return tuple(LayerCache(pool, pool) for pool in pools)
 
 
 def _compiled(lowered: jax.stages.Lowered) -> CompiledProgram:
     compiled = lowered.compile()
     memory = compiled.memory_analysis()
+    assert memory is not None
     return CompiledProgram(
         compiled.as_text() or "",
         memory.argument_size_in_bytes,

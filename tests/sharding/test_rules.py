@@ -13,7 +13,7 @@ from l4jax.config_formats import config_from_hf
 from l4jax.model.llama import Llama
 from l4jax.model.weights import weight_specs
 from sharding.mesh import AXES, MeshSpec
-from sharding.rules import RULES, sharding
+from sharding.rules import RULES, check_divides, sharding
 
 MODELS = Path(__file__).parents[2] / "configs" / "models"
 
@@ -39,7 +39,7 @@ def abstract(text):
 def test_each_device_has_its_share_of_a_real_model(model, mesh, share):
     mesh = abstract(mesh)
     specs = weights_of(model)
-    held = sum(math.prod(sharding(name, spec.shape, spec.axes, mesh).shard_shape(spec.shape)) for name, spec in specs.items())
+    held = sum(math.prod(sharding(mesh, *spec.axes).shard_shape(spec.shape)) for name, spec in specs.items())
     assert held <= share * sum(spec.size for spec in specs.values())
 
 
@@ -49,12 +49,13 @@ def test_every_logical_axis_of_the_model_has_a_rule():
 
 
 def test_an_axis_of_one_device_cuts_nothing():
-    assert sharding("w", (8, 4), ("vocab", "embed"), abstract("sequence=4")).spec == PartitionSpec(None, None)
+    assert sharding(abstract("sequence=4"), "vocab", "embed").spec == PartitionSpec()
+    assert sharding(abstract("tensor=4"), "expert", "feed_forward", "embed").spec == PartitionSpec(None, "tensor")
 
 
 def test_arrays_lie_as_said():
     mesh = MeshSpec(expert=2, tensor=4).build()
-    array = jax.device_put(np.arange(64).reshape(2, 8, 4), sharding("w", (2, 8, 4), ("expert", "feed_forward", "embed"), mesh))
+    array = jax.device_put(np.arange(64).reshape(2, 8, 4), sharding(mesh, "expert", "feed_forward", "embed"))
     assert {shard.data.shape for shard in array.addressable_shards} == {(1, 2, 4)}
 
 
@@ -72,4 +73,4 @@ def test_arrays_lie_as_said():
 )
 def test_what_cannot_be_cut_is_refused_in_one_line(shape, axes, message):
     with pytest.raises(ValueError, match=message):
-        sharding("w", shape, axes, abstract("tensor=2"))
+        check_divides("w", shape, axes, MeshSpec(tensor=2))

@@ -9,13 +9,15 @@ if TYPE_CHECKING:
     from l4jax.config import ModelConfig
     from l4jax.decoding.params import SamplingParams
     from l4jax.llm import LLM, Completion, load
+    from sharding.mesh import MeshSpec
 
-__all__ = ["LLM", "Completion", "ModelConfig", "SamplingParams", "load"]
+__all__ = ["LLM", "Completion", "MeshSpec", "ModelConfig", "SamplingParams", "load"]
 
 # Imported on first use: the command line answers --help without loading JAX.
 _HOMES = {
     "LLM": "l4jax.llm",
     "Completion": "l4jax.llm",
+    "MeshSpec": "sharding.mesh",
     "ModelConfig": "l4jax.config",
     "SamplingParams": "l4jax.decoding.params",
     "load": "l4jax.llm",

@@ -100,6 +100,7 @@ def test_weights_are_cut_and_kv_heads_repeated(mesh):
         ),
         (CONFIGS["llama3"], "tensor=16", "mesh tensor=16 has 16 devices, and 8 cpu devices are present"),
         (CONFIGS["llama3"], "tensr=2", "did you mean tensor"),
+        (CONFIGS["llama3"], "sequence=2", "mesh sequence=2 has sequence=2; the model does not run over that axis yet"),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused_in_one_line(config, mesh, message):

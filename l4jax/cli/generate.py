@@ -18,6 +18,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("-p", "--prompt", required=True, help="text to continue; - reads it from standard input")
     parser.add_argument("--chat", action="store_true", help="put the prompt in the model's chat format, as a user's message")
     parser.add_argument("--system", help="with --chat: a system message before it")
+    parser.add_argument("--mesh", default="tensor=1", help="devices to run on, such as tensor=4,expert=2, or a .json file (default: one)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="hold weights and cache in this (default: as stored)")
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--system needs --chat; without it the prompt is continued as it is")
     names = {field.name for field in dataclasses.fields(l4jax.SamplingParams)}
     params = l4jax.SamplingParams(**{name: value for name, value in vars(args).items() if name in names})
-    llm = l4jax.load(args.checkpoint, dtype=args.dtype, max_batch=1)
+    llm = l4jax.load(args.checkpoint, mesh=args.mesh, dtype=args.dtype, max_batch=1)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     if args.chat:
         system = [] if args.system is None else [{"role": "system", "content": args.system}]

@@ -58,3 +58,9 @@ def test_bad_options_are_refused_in_one_line(
     assert cli.main(["generate", str(smollm2_checkpoint), *options]) != 0
     out, err = capsys.readouterr()
     assert out == "" and message in err and err.count("\n") == 1
+
+
+def test_runs_on_a_mesh(smollm2_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["generate", str(smollm2_checkpoint), "-p", PROMPT, "--max-tokens", "6", "--mesh", "tensor=3"]
+    assert cli.main(command) == 0
+    assert capsys.readouterr().out.startswith(" Paris.")

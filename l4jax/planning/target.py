@@ -21,7 +21,7 @@ def h100_devices(count: int) -> list[jax.Device]:
     Needs XLA's CUDA compiler (``pip install 'l4jax[plan]'``), and neither a GPU nor a driver. Raises ValueError without the
     compiler, or for several hosts that are not full.
     """
-    if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
         raise ValueError("compiling for H100s needs XLA's CUDA compiler; install it with: pip install 'l4jax[plan]'")
     if count > GPUS_PER_HOST and count % GPUS_PER_HOST:
         raise ValueError(f"{count} H100s; expected up to {GPUS_PER_HOST}, or full hosts of {GPUS_PER_HOST}")

@@ -24,7 +24,7 @@ from sharding.mesh import MeshSpec
 
 pytestmark = [
     pytest.mark.h100,
-    pytest.mark.skipif(importlib.util.find_spec("jax_plugins.xla_cuda13") is None, reason="no CUDA compiler; make test-h100 fetches it"),
+    pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="no CUDA compiler; make test-h100 fetches it"),
 ]
 
 BF16 = jnp.dtype(jnp.bfloat16)

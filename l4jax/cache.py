@@ -51,17 +51,22 @@ class PageTables:
 
 @dataclasses.dataclass(frozen=True)
 class CacheShape:
-    """Room for ``rows`` sequences of up to ``capacity`` tokens each; on a mesh, spread evenly over the ``data`` axis."""
+    """Room for ``rows`` sequences of up to ``capacity`` tokens each.
+
+    On a mesh the rows are spread evenly over the ``data`` axis, and each row's positions over the ``ranks`` of the ``sequence``
+    axis (see :func:`rank_of`).
+    """
 
     rows: int
     capacity: int
+    ranks: int = 1
 
     def pages_per_row(self, config: ModelConfig, *, local: bool) -> int:
-        """Pages that one row needs in a chunk-local layer, or in one that keeps everything."""
-        slots = self.capacity
+        """Pages that one row needs on each rank, in a chunk-local layer or in one that keeps everything."""
         if local and config.attention_chunk_size is not None:
-            slots = min(slots, config.attention_chunk_size)
-        return -(-slots // PAGE_SIZE)
+            # Whole chunks go from rank to rank: each must have room for one.
+            return -(-min(self.capacity, config.attention_chunk_size) // PAGE_SIZE)
+        return -(-self.capacity // (PAGE_SIZE * self.ranks))
 
     def identity_tables(self, config: ModelConfig, rows: Sequence[int] | np.ndarray) -> PageTables:
         """Page tables (host arrays) in which row ``rows[i]``, counted on its own rank, owns its own run of pages, in order."""
@@ -74,7 +79,7 @@ class CacheShape:
 
     def layer_shapes(self, config: ModelConfig) -> list[tuple[int, int, int, int]]:
         """Shape of each layer's key pool; the value pool has the same."""
-        pages = [self.rows * self.pages_per_row(config, local=is_local(config, i)) for i in range(config.num_layers)]
+        pages = [self.rows * self.ranks * self.pages_per_row(config, local=is_local(config, i)) for i in range(config.num_layers)]
         return [(n, config.num_kv_heads, PAGE_SIZE, config.head_dim) for n in pages]
 
     def nbytes(self, config: ModelConfig, dtype: jnp.dtype) -> int:
@@ -100,6 +105,38 @@ class CacheShape:
 def is_local(config: ModelConfig, layer: int) -> bool:
     """True where the layer's attention is confined to chunks."""
     return config.attention_chunk_size is not None and config.rope_layers[layer]
+
+
+def rank_of(position: Int32[Array, "*B"], ranks: int, chunk: int | None) -> Int32[Array, "*B"]:
+    """The rank along ``sequence`` whose cache has this position: attention chunks go round, or pages where everything is kept.
+
+    So no rank's cache fills up before the others', and a chunk-local layer finds its whole chunk on one of them.
+    """
+    return position // (chunk or PAGE_SIZE) % ranks
+
+
+def slot_of(position: Int32[Array, "*B"], ranks: int, chunk: int | None) -> Int32[Array, "*B"]:
+    """The slot of this position on the rank that has it."""
+    if chunk is not None:
+        return position % chunk
+    return position // (PAGE_SIZE * ranks) * PAGE_SIZE + position % PAGE_SIZE
+
+
+def slots_before(position: Int32[Array, "*B"], rank: Int32[Array, ""], ranks: int) -> Int32[Array, "*B"]:
+    """How many of a rank's slots are of earlier positions, in a layer that keeps everything."""
+    page = position // PAGE_SIZE
+    whole = (page - rank + ranks - 1) // ranks * PAGE_SIZE
+    return whole + jnp.where(page % ranks == rank, position % PAGE_SIZE, 0)
+
+
+def read(cache: LayerCache, pages_BW: Int32[Array, "B W"]) -> tuple[Float[Array, "B S K h"], Float[Array, "B S K h"]]:
+    """Keys and values of whole pages, one after the other."""
+
+    def gather(pool_PKph: Array) -> Array:
+        pages_BWpKh = jnp.swapaxes(pool_PKph[pages_BW], 2, 3)
+        return pages_BWpKh.reshape(pages_BW.shape[0], -1, *pages_BWpKh.shape[3:])
+
+    return gather(cache.k_PKph), gather(cache.v_PKph)
 
 
 def write(

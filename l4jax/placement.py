@@ -53,8 +53,6 @@ class Placement:
     def on(cls, config: ModelConfig, mesh: str | MeshSpec) -> Placement:
         """On this machine's devices (every process's, if there are several)."""
         spec = MeshSpec.parse(mesh) if isinstance(mesh, str) else mesh
-        if spec.sequence > 1:
-            raise ValueError(f"mesh {spec} has sequence={spec.sequence}; the model does not run over that axis yet, use the others")
         return cls(config, spec.build())
 
     def weight_sharding(self, name: str) -> NamedSharding:

@@ -22,6 +22,7 @@ from l4jax.cache import CACHE_AXES, LayerCache, PageTables
 from l4jax.decoding.generate import DecodeState, DecodeTokens, decode_tokens
 from l4jax.decoding.sampling import Logprobs, SamplingFeatures, SamplingRows, TokenCounts, sample
 from l4jax.model.llama import Llama
+from l4jax.model.step import PieceLayout, Spread, last_state
 from l4jax.model.weights import BoundModel, weight_specs
 from l4jax.placement import Placement
 from sharding.rules import partition
@@ -40,7 +41,7 @@ class Programs:
         model = Llama(placement.config, placement.spec)
         self.model = BoundModel(model)
         self._mesh = placement.mesh
-        self._data, self._vocab = placement.spec.along("data"), placement.spec.along("tensor")
+        self._data, self._ranks, self._vocab = (placement.spec.along(axis) for axis in ("data", "sequence", "tensor"))
         spec = functools.partial(partition, placement.spec)
         row: Any = spec("batch")
         cache: Any = spec(*CACHE_AXES)
@@ -48,10 +49,13 @@ class Programs:
         everywhere = PartitionSpec()
         leaves = tuple(spec(*weight.axes) for weight in weight_specs(model).values())
         state = DecodeState(cache=cache, token_B=row, length_B=row, produced_B=row, done_B=row, counts=counts)
-        piece = (leaves, cache, row, row, row, row)
+        positions: Any = PartitionSpec(None, *row)
+        layout: Any = PieceLayout(positions, row) if self._ranks.count > 1 else everywhere
+        piece = (leaves, cache, row, row, row, row, layout)
         self.prefill = self._program(self._prefill, (*piece, row, counts), (cache, everywhere, everywhere), donated=1)
         self.decode = self._program(self._decode, (leaves, state, row, row, everywhere), (state, everywhere), donated=1)
-        self.logits = self._program(self._logits, piece, (cache, spec("batch", None, "vocab")), donated=1)
+        logits = PartitionSpec(self._data.axes or None, self._ranks.axes or None, self._vocab.axes or None)
+        self.logits = self._program(self._logits, piece, (cache, logits), donated=1)
 
     def _program(self, body: Callable[..., Any], in_specs: Any, out_specs: Any, *, donated: int) -> jax.stages.Wrapped:
         def program(*arguments: Any, **static: Any) -> Any:
@@ -60,7 +64,7 @@ class Programs:
             mapped = jax.shard_map(on_device, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
             return mapped(*arguments)
 
-        return jax.jit(program, donate_argnums=donated, static_argnames="features")
+        return jax.jit(program, donate_argnums=donated, static_argnames=("features", "spread"))
 
     def _prefill(
         self,
@@ -70,15 +74,20 @@ class Programs:
         start_B: Int32[Array, "B"],
         new_B: Int32[Array, "B"],
         tables: PageTables,
+        layout: PieceLayout | None,
         rows: SamplingRows,
         counts: TokenCounts | None,
         *,
         features: SamplingFeatures,
+        spread: Spread | None,
     ) -> tuple[Cache, Int32[Array, "B"], Logprobs | None]:
         """Put a piece of each row's prompt in the cache; the first token of the output, for rows whose prompt it ends."""
         model: Llama = self.model.bind(leaves)
-        x_BTD, cache = model(token_BT, start_B, new_B, cache, tables)
-        last_BD = jnp.take_along_axis(x_BTD, jnp.maximum(new_B - 1, 0)[:, None, None], axis=1)[:, 0]
+        x_BTD, cache = model(token_BT, start_B, new_B, cache, tables, layout, spread)
+        if layout is None:
+            last_BD = jnp.take_along_axis(x_BTD, jnp.maximum(new_B - 1, 0)[:, None, None], axis=1)[:, 0]
+        else:
+            last_BD = last_state(x_BTD, layout.position_NBT[self._ranks.index()], start_B + new_B - 1, self._ranks)
         token_B, logprobs = sample(model.logits(last_BD), rows, counts, jnp.zeros_like(new_B), features, self._vocab)
         token_B, logprobs = jax.tree.map(lambda rows: self._data.concatenate(rows, axis=0), (token_B, logprobs))
         return cache, token_B, logprobs
@@ -107,8 +116,11 @@ class Programs:
         start_B: Int32[Array, "B"],
         new_B: Int32[Array, "B"],
         tables: PageTables,
+        layout: PieceLayout | None,
+        *,
+        spread: Spread | None,
     ) -> tuple[Cache, Float32[Array, "B T V"]]:
-        """Next-token logits at every position of a piece."""
+        """Next-token logits at every position of a piece; with a layout, in its order, one rank's after the other's."""
         model: Llama = self.model.bind(leaves)
-        x_BTD, cache = model(token_BT, start_B, new_B, cache, tables)
+        x_BTD, cache = model(token_BT, start_B, new_B, cache, tables, layout, spread)
         return cache, model.logits(x_BTD)

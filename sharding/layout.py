@@ -15,12 +15,12 @@ EMPTY = -1
 """The position of a slot that holds no token."""
 
 
-def balanced(length: int, ranks: int, *, first: int = 0, block: int = 1) -> np.ndarray:
+def balanced(length: int, ranks: int, *, first: int = 0, block: int = 1, last_on: int | None = None) -> np.ndarray:
     """Positions ``first`` to ``first + length - 1`` in balanced parts; [ranks, most that a rank holds].
 
     Parts end at multiples of ``block``, an absolute position: with Llama 4's attention chunk as the block, no chunk lies on two
     ranks. Nothing needs to divide anything; a rank may get no tokens at all. With ``block`` 1 no rank has more than
-    ceil(length / ranks).
+    ceil(length / ranks). The last position lies on rank ``last_on``, if it is given.
     """
     if length < 0 or ranks < 1 or first < 0 or block < 1:
         raise ValueError(
@@ -32,7 +32,11 @@ def balanced(length: int, ranks: int, *, first: int = 0, block: int = 1) -> np.n
     cuts = first_block + np.cumsum([0, *early, *late[::-1]])
     edges = np.clip(cuts * block, first, first + length)
     parts = [np.arange(low, high) for low, high in itertools.pairwise(edges)]
-    return padded([np.concatenate([parts[rank], parts[2 * ranks - 1 - rank]]) for rank in range(ranks)])
+    rows = [np.concatenate([parts[rank], parts[2 * ranks - 1 - rank]]) for rank in range(ranks)]
+    if last_on is not None and length > 0:
+        holder = next(rank for rank, row in enumerate(rows) if len(row) and row[-1] == first + length - 1)
+        rows = [rows[(rank + holder - last_on) % ranks] for rank in range(ranks)]
+    return padded(rows)
 
 
 def round_robin(length: int, ranks: int, *, first: int = 0) -> np.ndarray:

@@ -8,6 +8,8 @@ float64 inputs), merged by their log-sum-exp.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
@@ -24,14 +26,16 @@ def pass_kv(
     query_position_NBT: Int32[Array, "N B T"],
     key_position_NBS: Int32[Array, "N B S"],
     *,
-    axis_name: str,
+    axis_name: str | tuple[str, ...],
     chunk: int | Int32[Array, ""] | None = None,
+    segments: Sequence[int] | None = None,
 ) -> Partial:
     """Attention of this rank's queries over all ranks' keys, the keys and values going round: N - 1 transfers of both in one message.
 
-    Positions of slot ``[rank, row, slot]`` are the same on every rank; those of keys ascend, with empty slots behind them only. A
-    query at position p sees keys at positions up to p; with ``chunk``, only those of its own attention chunk. Queries come
-    scaled. Returns this rank's output and log-sum-exp.
+    Positions of slot ``[rank, row, slot]`` are the same on every rank; those of keys ascend, with empty slots behind them only, in
+    each of the ``segments``: the sizes of runs of slots that make up S, one run by default (cached and new keys, say). A query at
+    position p sees keys at positions up to p; with ``chunk``, only those of its own attention chunk. Queries come scaled. Returns
+    this rank's output and log-sum-exp.
     """
     ranks, rank = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
     query_position_BT = query_position_NBT[rank]
@@ -42,7 +46,7 @@ def pass_kv(
         arriving = _to_next(kv_2BSKh, axis_name) if hop < ranks - 1 else kv_2BSKh
         with jax.named_scope(f"ring_hop_{hop}"):
             key_position_BS = key_position_NBS[(rank - hop) % ranks]
-            partial = _attend(q_BTKGh, kv_2BSKh, query_position_BT, key_position_BS, chunk)
+            partial = attend_positions(q_BTKGh, kv_2BSKh, query_position_BT, key_position_BS, chunk, segments)
             merged = partial if merged is None else merge_attention([merged, partial])
         kv_2BSKh = arriving
     assert merged is not None
@@ -56,8 +60,9 @@ def pass_q(
     query_position_NBT: Int32[Array, "N B T"],
     key_position_NBS: Int32[Array, "N B S"],
     *,
-    axis_name: str,
+    axis_name: str | tuple[str, ...],
     chunk: int | Int32[Array, ""] | None = None,
+    segments: Sequence[int] | None = None,
 ) -> Partial:
     """As :func:`pass_kv`, the queries going round: N - 1 transfers of them, then each rank's results go back in one all-to-all."""
     ranks, rank = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
@@ -67,7 +72,7 @@ def pass_q(
         arriving = _to_next(q_BTKGh, axis_name) if hop < ranks - 1 else q_BTKGh
         with jax.named_scope(f"ring_hop_{hop}"):
             query_position_BT = query_position_NBT[(rank - hop) % ranks]
-            out_BTKGh, lse_BTKG = _attend(q_BTKGh, kv_2BSKh, query_position_BT, key_position_BS, chunk)
+            out_BTKGh, lse_BTKG = attend_positions(q_BTKGh, kv_2BSKh, query_position_BT, key_position_BS, chunk, segments)
             results.append(jnp.concatenate([out_BTKGh, lse_BTKG[..., None]], axis=-1))
         q_BTKGh = arriving
     # What was computed at hop j belongs to the rank j places back; the all-to-all wants the results in the order of their owners.
@@ -76,12 +81,29 @@ def pass_q(
     return merge_attention([(part[..., :-1], part[..., -1]) for part in mine])
 
 
-def _to_next(array: Array, axis_name: str) -> Array:
+def _to_next(array: Array, axis_name: str | tuple[str, ...]) -> Array:
     ranks = jax.lax.axis_size(axis_name)
     return jax.lax.ppermute(array, axis_name, [(i, (i + 1) % ranks) for i in range(ranks)])
 
 
-def _attend(q_BTKGh: Array, kv_2BSKh: Array, query_position_BT: Array, key_position_BS: Array, chunk: int | Array | None) -> Partial:
+def attend_positions(
+    q_BTKGh: Float[Array, "B T K G h"],
+    kv_2BSKh: Float[Array, "2 B S K h"],
+    query_position_BT: Int32[Array, "B T"],
+    key_position_BS: Int32[Array, "B S"],
+    chunk: int | Int32[Array, ""] | None = None,
+    segments: Sequence[int] | None = None,
+) -> Partial:
+    """Attention of queries over keys that are both on this rank, as in :func:`pass_kv`."""
+    partials, first = [], 0
+    for size in segments or (kv_2BSKh.shape[2],):
+        run = slice(first, first + size)
+        partials.append(_attend_run(q_BTKGh, kv_2BSKh[:, :, run], query_position_BT, key_position_BS[:, run], chunk))
+        first += size
+    return partials[0] if len(partials) == 1 else merge_attention(partials)
+
+
+def _attend_run(q_BTKGh: Array, kv_2BSKh: Array, query_position_BT: Array, key_position_BS: Array, chunk: int | Array | None) -> Partial:
     """Keys lie in ascending order, so those that a query sees are an interval of slots."""
     sorted_BS = jnp.where(key_position_BS == EMPTY, jnp.int32(2**31 - 1), key_position_BS)
 

@@ -11,9 +11,10 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from l4jax.cache import LayerCache, PageTables
 from l4jax.config import ModelConfig
-from l4jax.model.attention import Attention, StepInputs, step_inputs
+from l4jax.model.attention import Attention
 from l4jax.model.feed_forward import MixtureOfExperts, SwiGLU
 from l4jax.model.norm import RMSNorm
+from l4jax.model.step import PieceLayout, Spread, StepInputs, spread_step_inputs, step_inputs, tokens_at
 from l4jax.model.weights import WeightSpec, declare
 from sharding.mesh import ONE_DEVICE, MeshSpec
 
@@ -31,10 +32,12 @@ class DecoderLayer(nnx.Module):
         else:
             self.feed_forward = SwiGLU(config.hidden_size, config.intermediate_size, mesh)
 
-    def __call__(self, x_BTD: Float[Array, "B T D"], step: StepInputs, cache: LayerCache) -> tuple[Float[Array, "B T D"], LayerCache]:
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], step: StepInputs, cache: LayerCache, spread: Spread | None
+    ) -> tuple[Float[Array, "B T D"], LayerCache]:
         """The layer's output, residuals included, and its cache with the new tokens in it."""
         with jax.named_scope("attention"):
-            attended_BTD, cache = self.attention(self.attention_norm(x_BTD), step, cache)
+            attended_BTD, cache = self.attention(self.attention_norm(x_BTD), step, cache, spread)
         x_BTD = x_BTD + attended_BTD
         with jax.named_scope("feed_forward"):
             return x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD)), cache
@@ -50,7 +53,7 @@ class Llama(nnx.Module):
         V, D = config.vocab_size, config.hidden_size
         self.config = config
         self.mesh = mesh
-        self.vocab = mesh.along("tensor")
+        self.vocab, self.ranks = mesh.along("tensor"), mesh.along("sequence")
         self.embed = declare(WeightSpec((V, D), ("vocab", "embed")))
         self.layers = nnx.List([DecoderLayer(config, i, mesh) for i in range(config.num_layers)])
         self.norm = RMSNorm(D, config.rms_norm_eps)
@@ -64,19 +67,27 @@ class Llama(nnx.Module):
         new_B: Int32[Array, "B"],
         cache: Sequence[LayerCache],
         tables: PageTables,
+        layout: PieceLayout | None = None,
+        spread: Spread | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[LayerCache, ...]]:
         """Hidden states after the final norm, and the cache with the new tokens' keys and values in it.
 
         Row ``b`` has ``start_B[b]`` tokens in the cache and gets ``new_B[b]`` more, the first ones of ``token_BT[b]``;
-        the states of the padding after them mean nothing.
+        the states of the padding after them mean nothing. With a ``layout``, each rank along ``sequence`` takes the tokens
+        that it says, and the states are those.
         """
-        step = step_inputs(self.config, start_B, new_B, token_BT.shape[1], tables)
+        if layout is None:
+            step = step_inputs(self.config, start_B, new_B, token_BT.shape[1], tables, self.ranks)
+        else:
+            assert spread is not None
+            step = spread_step_inputs(self.config, layout, start_B, tables, self.ranks, aligned=spread.aligned)
+            token_BT = tokens_at(token_BT, layout.position_NBT[self.ranks.index()], start_B)
         with jax.named_scope("embed"):
             x_BTD = self._embed(token_BT)
         written = []
         for index, (layer, layer_cache) in enumerate(zip(self.layers, cache, strict=True)):
             with jax.named_scope(f"layer_{index}"):
-                x_BTD, layer_cache = layer(x_BTD, step, layer_cache)
+                x_BTD, layer_cache = layer(x_BTD, step, layer_cache, spread)
                 written.append(layer_cache)
         return self.norm(x_BTD), tuple(written)
 

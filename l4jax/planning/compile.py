@@ -102,8 +102,10 @@ class AbstractModel:
         every = [params] * B
         settings = sampling_rows(every, [0] * B, [[]] * B, self._placement.config.vocab_size)
         tables = shape.identity_tables(self._placement.config, range(B))
-        inputs = (self._rows(B, tokens), self._rows(B), self._rows(B), tables, settings, None)
-        return _compiled(self._programs.prefill.lower(self._leaves, self._cache(shape), *inputs, features=batch_features(every)))
+        inputs = (self._rows(B, tokens), self._rows(B), self._rows(B), tables, None, settings, None)
+        return _compiled(
+            self._programs.prefill.lower(self._leaves, self._cache(shape), *inputs, features=batch_features(every), spread=None)
+        )
 
     def cache_bytes(self, rows: int, capacity: int) -> int:
         """Bytes of the cache on each device."""

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from l4jax.model.attention import full_intervals, local_intervals
+from l4jax.model.step import full_intervals, local_intervals
 
 
 def visible(intervals, row, start, chunk_slots=None):

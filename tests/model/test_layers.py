@@ -7,10 +7,11 @@ import pytest
 
 from l4jax.cache import CacheShape
 from l4jax.config import MoEConfig, RopeScaling
-from l4jax.model.attention import Attention, attention_temperature, step_inputs
+from l4jax.model.attention import Attention
 from l4jax.model.feed_forward import MixtureOfExperts
 from l4jax.model.norm import rms_normalize
 from l4jax.model.rotary import rotary_angles, rotary_frequencies, rotate
+from l4jax.model.step import attention_temperature, step_inputs
 from l4jax.model.weights import BoundModel, random_weights
 from sharding.mesh import ONE_DEVICE
 from tests.tiny import scout_like

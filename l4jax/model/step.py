@@ -1,0 +1,218 @@
+"""What every layer of one step shares: positions, and which keys each new token attends and where its own is kept.
+
+New tokens are either *replicated*, every rank of the ``sequence`` axis computing all of them (decoding; one device), or
+*spread*, each rank having some of them (prefill over several ranks). In both, each rank has its part of the KV cache:
+``cache.rank_of`` says which.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32
+
+from l4jax.cache import PAGE_SIZE, PageTables, rank_of, slot_of, slots_before
+from l4jax.config import ModelConfig
+from l4jax.model.rotary import rotary_angles
+from sharding.layout import EMPTY
+from sharding.ranks import ONE, Ranks
+from sharding.select import Variant
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KeyIntervals:
+    """Replicated tokens: what each attends in one kind of layer, and where that layer keeps it.
+
+    ``cached_end_BT``: this rank's cache slots [0, end). ``new_start_BT``, ``new_end_BT``: the step's own tokens [start, end).
+    ``slot_BT``: the slot that the token's key is written to, -1 where this rank does not keep it.
+    """
+
+    cached_end_BT: Int32[Array, "B T"]
+    new_start_BT: Int32[Array, "B T"]
+    new_end_BT: Int32[Array, "B T"]
+    slot_BT: Int32[Array, "B T"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """How a piece of a prompt is spread over the ranks.
+
+    ``variant``: what goes round the ring. ``aligned``: no attention chunk has tokens on two ranks or in the cache, so chunk-local
+    layers pass nothing.
+    """
+
+    variant: Variant
+    aligned: bool
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PieceLayout:
+    """Where a piece's tokens are: the position in each slot of each rank (``sharding.layout``), ascending.
+
+    ``cached_BW``: the pages, on each rank, that hold what the rows have cached in the layers that keep everything.
+    """
+
+    position_NBT: Int32[Array, "N B T"]
+    cached_BW: Int32[Array, "B W"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RingKeys:
+    """Spread tokens: the keys that go round in one kind of layer, cached ones before new ones, and where new ones are kept.
+
+    ``cached_BW``: pages of cached keys that each rank brings. ``key_position_NBS``: position of every key of every rank.
+    ``send_NBC``: which of its tokens a rank sends to each rank to be cached there; None if each keeps its own. ``slot_BM``: the
+    slots of those it keeps, -1 where there is none.
+    """
+
+    cached_BW: Int32[Array, "B W"]
+    key_position_NBS: Int32[Array, "N B S"]
+    send_NBC: Int32[Array, "N B C"] | None
+    slot_BM: Int32[Array, "B M"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepInputs:
+    """Rotation angles and query temperature of this rank's tokens, page tables, and what is attended in each kind of layer.
+
+    ``position_NBT`` is None for replicated tokens; ``full`` and ``local`` are then :class:`KeyIntervals`, else :class:`RingKeys`.
+    """
+
+    angles: tuple[Float32[Array, "B T i"], Float32[Array, "B T i"]]
+    temperature_BT: Float32[Array, "B T"]
+    full: KeyIntervals | RingKeys
+    local: KeyIntervals | RingKeys
+    tables: PageTables
+    position_NBT: Int32[Array, "N B T"] | None
+
+
+def full_intervals(start_B: Int32[Array, "B"], new_B: Int32[Array, "B"], T: int, ranks: Ranks = ONE) -> KeyIntervals:
+    """Plain causal attention: everything cached, and the new tokens up to oneself."""
+    index_1T = jnp.arange(T, dtype=jnp.int32)[None, :]
+    start_B1 = start_B[:, None]
+    position_BT = start_B1 + index_1T
+    rank = ranks.index()
+    kept_BT = (index_1T < new_B[:, None]) & (rank_of(position_BT, ranks.count, None) == rank)
+    return KeyIntervals(
+        cached_end_BT=jnp.broadcast_to(slots_before(start_B1, rank, ranks.count), position_BT.shape),
+        new_start_BT=jnp.zeros(position_BT.shape, jnp.int32),
+        new_end_BT=jnp.broadcast_to(index_1T + 1, position_BT.shape),
+        slot_BT=jnp.where(kept_BT, slot_of(position_BT, ranks.count, None), -1),
+    )
+
+
+def local_intervals(start_B: Int32[Array, "B"], new_B: Int32[Array, "B"], T: int, chunk: int, ranks: Ranks = ONE) -> KeyIntervals:
+    """Chunk-local causal attention: position q sees k when ``k <= q`` and ``k // chunk == q // chunk``."""
+    index_1T = jnp.arange(T, dtype=jnp.int32)[None, :]
+    start_B1 = start_B[:, None]
+    position_BT = start_B1 + index_1T
+    chunk_BT = position_BT // chunk
+    mine_BT = rank_of(position_BT, ranks.count, chunk) == ranks.index()
+    # Of the tokens written now, only those of the last one's chunk are kept: an earlier chunk is never looked at again,
+    # and its slots are the later chunk's.
+    last_B1 = start_B1 + new_B[:, None] - 1
+    kept_BT = (index_1T < new_B[:, None]) & (chunk_BT >= last_B1 // chunk) & mine_BT
+    return KeyIntervals(
+        cached_end_BT=jnp.where(mine_BT, jnp.maximum(start_B1 - chunk_BT * chunk, 0), 0),
+        new_start_BT=jnp.maximum(chunk_BT * chunk - start_B1, 0),
+        new_end_BT=jnp.broadcast_to(index_1T + 1, position_BT.shape),
+        slot_BT=jnp.where(kept_BT, slot_of(position_BT, ranks.count, chunk), -1),
+    )
+
+
+def ring_keys(
+    layout: PieceLayout, start_B: Int32[Array, "B"], tables: PageTables, ranks: Ranks, chunk: int | None, *, aligned: bool
+) -> RingKeys:
+    """Keys of the layers that keep everything, or with ``chunk`` of those whose attention is confined to chunks."""
+    position_NBT = layout.position_NBT
+    N, B, T = position_NBT.shape
+    every_rank_N11 = jnp.arange(N, dtype=jnp.int32)[:, None, None]
+    if chunk is None:
+        cached_BW = layout.cached_BW
+        slot_11S = jnp.arange(cached_BW.shape[1] * PAGE_SIZE, dtype=jnp.int32)[None, None]
+        cached_NBS = (slot_11S // PAGE_SIZE * N + every_rank_N11) * PAGE_SIZE + slot_11S % PAGE_SIZE
+        cached_NBS = jnp.where(cached_NBS < start_B[None, :, None], cached_NBS, EMPTY)
+        kept_NBT = position_NBT != EMPTY
+        # A rank's tokens are two runs; what of each goes to one rank is every N-th of the pages it touches.
+        capacity = min(T, (-(-T // PAGE_SIZE) + 3 + 2 * (N - 1)) // N * PAGE_SIZE)
+    else:
+        # Without cached tokens there is no begun chunk either.
+        cached_BW = tables.local_BW if layout.cached_BW.shape[1] > 0 and not aligned else tables.local_BW[:, :0]
+        slot_11S = jnp.arange(cached_BW.shape[1] * PAGE_SIZE, dtype=jnp.int32)[None, None]
+        begun_1B1 = (start_B // chunk * chunk)[None, :, None]
+        present = (begun_1B1 + slot_11S < start_B[None, :, None]) & (begun_1B1 // chunk % N == every_rank_N11)
+        cached_NBS = jnp.where(present, begun_1B1 + slot_11S, EMPTY)
+        last_1B1 = jnp.max(position_NBT, axis=(0, 2))[None, :, None]
+        kept_NBT = (position_NBT != EMPTY) & (position_NBT // chunk == last_1B1 // chunk)
+        capacity = min(T, chunk)
+    key_position_NBS = jnp.concatenate([jnp.broadcast_to(cached_NBS, (N, B, cached_NBS.shape[2])), position_NBT], axis=2)
+    rank = ranks.index()
+    if chunk is not None and aligned:  # the layout puts the last chunk on the rank that keeps it
+        slot_BT = jnp.where(kept_NBT[rank], slot_of(position_NBT[rank], N, chunk), -1)
+        return RingKeys(cached_BW, key_position_NBS, None, slot_BT)
+    owner_NBT = jnp.where(kept_NBT, rank_of(position_NBT, N, chunk), -1)
+    send_NBC, _ = _first(owner_NBT[rank][None] == every_rank_N11, capacity)
+    index_NBC, present_NBC = _first(owner_NBT == rank, capacity)
+    arriving_NBC = jnp.where(present_NBC, jnp.take_along_axis(position_NBT, index_NBC, axis=2), EMPTY)
+    arriving_BM = jnp.swapaxes(arriving_NBC, 0, 1).reshape(B, -1)
+    slot_BM = jnp.where(arriving_BM != EMPTY, slot_of(arriving_BM, N, chunk), -1)
+    return RingKeys(cached_BW, key_position_NBS, send_NBC, slot_BM)
+
+
+def _first(mask_NBT: Array, count: int) -> tuple[Array, Array]:
+    """Indices of the first ``count`` true entries along the last axis, and which of them are."""
+    index_NBC = jnp.argsort(~mask_NBT, axis=-1, stable=True)[..., :count].astype(jnp.int32)
+    return index_NBC, jnp.take_along_axis(mask_NBT, index_NBC, axis=-1)
+
+
+def attention_temperature(config: ModelConfig, position_BT: Int32[Array, "B T"]) -> Float32[Array, "B T"]:
+    """Query scale of the NoPE layers: ``1 + attn_scale * ln(floor((position + 1) / floor_scale) + 1)``.
+
+    The bucket is an integer division: in bfloat16 it is wrong from position 8176 on. (Scalable-Softmax, arXiv 2501.19399.)
+    """
+    bucket = (position_BT + 1) // config.floor_scale
+    return 1.0 + config.attn_scale * jnp.log(bucket.astype(jnp.float32) + 1.0)
+
+
+def step_inputs(
+    config: ModelConfig, start_B: Int32[Array, "B"], new_B: Int32[Array, "B"], T: int, tables: PageTables, ranks: Ranks = ONE
+) -> StepInputs:
+    """For ``new_B[b]`` replicated tokens (padded to T) that follow the ``start_B[b]`` cached ones in row ``b``."""
+    position_BT = start_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
+    full = full_intervals(start_B, new_B, T, ranks)
+    chunk = config.attention_chunk_size
+    local = full if chunk is None else local_intervals(start_B, new_B, T, chunk, ranks)
+    return StepInputs(rotary_angles(config, position_BT), attention_temperature(config, position_BT), full, local, tables, None)
+
+
+def spread_step_inputs(
+    config: ModelConfig, layout: PieceLayout, start_B: Int32[Array, "B"], tables: PageTables, ranks: Ranks, *, aligned: bool
+) -> StepInputs:
+    """For tokens that are spread over ranks, behind the ``start_B[b]`` cached ones in row ``b``."""
+    position_BT = layout.position_NBT[ranks.index()]
+    full = ring_keys(layout, start_B, tables, ranks, None, aligned=aligned)
+    chunk = config.attention_chunk_size
+    local = full if chunk is None else ring_keys(layout, start_B, tables, ranks, chunk, aligned=aligned)
+    angles, temperature_BT = rotary_angles(config, position_BT), attention_temperature(config, position_BT)
+    return StepInputs(angles, temperature_BT, full, local, tables, layout.position_NBT)
+
+
+def tokens_at(token_BT: Int32[Array, "B T"], position_BT: Int32[Array, "B t"], start_B: Int32[Array, "B"]) -> Int32[Array, "B t"]:
+    """A rank's tokens among those of the whole piece."""
+    return jnp.take_along_axis(token_BT, jnp.clip(position_BT - start_B[:, None], 0, token_BT.shape[1] - 1), axis=1)
+
+
+def last_state(
+    x_BTD: Float[Array, "B T D"], position_BT: Int32[Array, "B T"], last_B: Int32[Array, "B"], ranks: Ranks
+) -> Float[Array, "B D"]:
+    """The state at position ``last_B[b]`` of each row, on every rank; zeros where no rank has it."""
+    here_BT = position_BT == last_B[:, None]
+    index_B = jnp.argmax(here_BT, axis=1)
+    x_BD = jnp.take_along_axis(x_BTD, index_B[:, None, None], axis=1)[:, 0]
+    return ranks.sum(jnp.where(jnp.any(here_BT, axis=1)[:, None], x_BD, jnp.zeros((), x_BD.dtype)))

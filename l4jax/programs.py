@@ -41,7 +41,8 @@ class Programs:
         model = Llama(placement.config, placement.spec)
         self.model = BoundModel(model)
         self._mesh = placement.mesh
-        self._data, self._ranks, self._vocab = (placement.spec.along(axis) for axis in ("data", "sequence", "tensor"))
+        self._data, self._vocab = placement.spec.along("data"), placement.spec.along("tensor")
+        self._ranks = placement.spec.token_ranks
         spec = functools.partial(partition, placement.spec)
         row: Any = spec("batch")
         cache: Any = spec(*CACHE_AXES)

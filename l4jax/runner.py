@@ -13,18 +13,15 @@ import numpy as np
 from jaxtyping import Array
 
 from l4jax.arrays import host_array
-from l4jax.cache import CACHE_AXES, PAGE_SIZE, CacheShape, LayerCache, PageTables
+from l4jax.cache import CACHE_AXES, PAGE_SIZE, CacheShape, LayerCache
 from l4jax.decoding.generate import BURST, DecodeState, DecodeTokens
 from l4jax.decoding.params import SamplingParams
 from l4jax.decoding.sampling import NOT_FINITE, Logprobs, SamplingFeatures, SamplingRows, TokenCounts, batch_features, sampling_rows
-from l4jax.model.step import PieceLayout, Spread
 from l4jax.placement import Placement
 from l4jax.programs import PREFILL_LENGTHS, Programs
-from sharding.layout import EMPTY, balanced, batch
-from sharding.select import RingHardware, RingStep, choose_ring
+from l4jax.spread import H100_RING, Spreader, in_order
+from sharding.select import RingHardware
 
-H100_RING = RingHardware(attention_flops=515e12, ring_bandwidth=25e9)
-"""An H100's attention and its link to the next host as the context-parallelism paper measured them (arXiv 2411.01783, table 5)."""
 NOT_FINITE_ADVICE = (
     "the model's logits are not finite; expected numbers, not NaN or infinity: its values overflow (float16 does first: load with "
     'dtype="float32" or "bfloat16"), or its weights are damaged (`l4jax show --verify` checks them)'
@@ -101,8 +98,8 @@ class Runner:
         self._leaves = self.programs.model.leaves(placement.place_all(weights))
         self._dtype = self._leaves[0].dtype
         self._data = placement.spec.data
-        self._ranks = placement.spec.sequence
-        self._ring_hardware = ring_hardware
+        self._ranks = placement.spec.token_ranks.count
+        self._spreader = Spreader(placement, self._dtype, ring_hardware)
         self._device = placement.mesh.devices.flat[0]
         self.prefill_lengths = tuple(sorted(prefill_lengths))
         self._shape = CacheShape(rows=0, capacity=0)
@@ -180,7 +177,7 @@ class Runner:
         per_rank = self.row_bucket(len(prompts)) // self._data
         for piece in self._pieces(prompts, per_rank):
             tables = self._shape.identity_tables(self.config, piece.prompt_B % per_rank)
-            layout, spread = self._spread(piece, tables)
+            layout, spread = self._spreader.spread(piece.start_B, piece.new_B, piece.token_BT.shape[1], tables)
             self._cache, logits_BTV = self.programs.logits(self._leaves, self._cache, *piece.inputs(), tables, layout, spread=spread)
             host = np.asarray(logits_BTV)
             if layout is not None:
@@ -218,7 +215,7 @@ class Runner:
         for piece in self._pieces(prompts, per_rank):
             tables = self._shape.identity_tables(self.config, piece.prompt_B % per_rank)
             piece_rows, piece_counts = jax.tree.map(lambda leaf, prompt_B=piece.prompt_B: leaf[prompt_B], (rows, counts))
-            layout, spread = self._spread(piece, tables)
+            layout, spread = self._spreader.spread(piece.start_B, piece.new_B, piece.token_BT.shape[1], tables)
             inputs = (*piece.inputs(), tables, layout, piece_rows, piece_counts)
             self._cache, token_B, piece_logprobs = self.programs.prefill(
                 self._leaves, self._cache, *inputs, features=features, spread=spread
@@ -278,30 +275,6 @@ class Runner:
                     start_B[row], new_B[row] = position[i], len(tokens)
                     position[i] += len(tokens)
             yield _Piece(prompt_B, token_BT, start_B, new_B)
-
-    def _spread(self, piece: _Piece, tables: PageTables) -> tuple[PieceLayout | None, Spread | None]:
-        """How the piece's tokens lie on the ranks along ``sequence``; (None, None) if there is but one."""
-        ranks, chunk = self._ranks, self.config.attention_chunk_size
-        if ranks == 1:
-            return None, None
-        slots = -(-piece.token_BT.shape[1] // ranks)
-        rows = list(zip(piece.start_B.tolist(), piece.new_B.tolist(), strict=True))
-        layouts = [] if chunk is None else aligned_layouts(rows, ranks, chunk, slots)
-        aligned = bool(layouts)
-        if not aligned:
-            layouts = [balanced(new, ranks, first=start) for start, new in rows]
-        cached = -(-max(start for start, _ in rows) // (PAGE_SIZE * ranks))
-        width = min(1 << (cached - 1).bit_length(), tables.full_BW.shape[1]) if cached else 0
-        step = RingStep(
-            new_tokens=max(1, sum(new for _, new in rows)),
-            cached_tokens=sum(start for start, _ in rows),
-            ranks=ranks,
-            num_heads=self.config.num_heads,
-            num_kv_heads=self.config.num_kv_heads,
-            bytes_per_element=self._dtype.itemsize,
-        )
-        layout = PieceLayout(host_array(batch(layouts, slots), np.int32), tables.full_BW[:, :width])
-        return layout, Spread(choose_ring(step, self._ring_hardware).variant, aligned)
 
     def _length_bucket(self, tokens: int) -> int:
         return next((n for n in self.prefill_lengths if n >= tokens), self.prefill_lengths[-1])
@@ -387,32 +360,3 @@ class Batch:
         for row, request in zip(in_prompt_BV, requests, strict=True):
             row[np.asarray(request.token_ids)] = True
         return TokenCounts(host_array(in_prompt_BV, bool), host_array(np.zeros(in_prompt_BV.shape), np.int32))
-
-
-def aligned_layouts(rows: Sequence[tuple[int, int]], ranks: int, chunk: int, slots: int) -> list[np.ndarray]:
-    """Layouts of rows (cached tokens, new tokens) in which no attention chunk lies on two ranks; none if there are not such.
-
-    They need rows that begin at a chunk, have one for each rank at least, and fit in the ``slots`` of a rank. The last chunk is put
-    on the rank that caches it.
-    """
-    layouts = []
-    for start, new in rows:
-        if new == 0:
-            layouts.append(balanced(0, ranks))
-            continue
-        last_on = (start + new - 1) // chunk % ranks
-        layout = balanced(new, ranks, first=start, block=chunk, last_on=last_on)
-        if start % chunk or new < chunk * ranks or layout.shape[1] > slots:
-            return []
-        layouts.append(layout)
-    return layouts
-
-
-def in_order(values_BSX: np.ndarray, position_NBT: np.ndarray, start_B: np.ndarray) -> np.ndarray:
-    """What the ranks computed, one after the other along S, in the order of positions."""
-    positions_BS = np.swapaxes(position_NBT, 0, 1).reshape(len(start_B), -1)
-    ordered_BSX = np.zeros_like(values_BSX)
-    for row, positions_S in enumerate(positions_BS):
-        present_S = positions_S != EMPTY
-        ordered_BSX[row, positions_S[present_S] - start_B[row]] = values_BSX[row, present_S]
-    return ordered_BSX

@@ -90,6 +90,14 @@ class MeshSpec:
         several = tuple(axis for axis in axes if getattr(self, axis) > 1)
         return Ranks(several, math.prod(getattr(self, axis) for axis in several))
 
+    @property
+    def token_ranks(self) -> Ranks:
+        """The devices that a sequence's positions are spread over: those along ``sequence`` and ``expert``.
+
+        Ranks along ``expert`` differ in their experts only; with tokens and cached keys of their own, none does another's work.
+        """
+        return self.along("sequence", "expert")
+
     def build(self, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
         """The mesh over ``devices`` (default: all of every process), in their order.
 

@@ -10,7 +10,7 @@ from sharding.mesh import MeshSpec
 
 RULES: Mapping[str, tuple[str, ...]] = {
     "batch": ("data",),
-    "pages": ("data", "sequence"),
+    "pages": ("data", "sequence", "expert"),
     "vocab": ("tensor",),
     "kv_heads": ("tensor",),
     "feed_forward": ("tensor",),

@@ -27,14 +27,14 @@ class Attention(nnx.Module):
     ``head_dim ** -0.5`` in every case.
 
     The query, key and value projections are one matrix, grouped by KV head: its G query heads, its key, its value. On a mesh,
-    each device along ``tensor`` has some of the groups, and each along ``sequence`` some of the keys.
+    each device along ``tensor`` has some of the groups, and each of the token ranks some of the keys.
     """
 
     def __init__(self, config: ModelConfig, layer: int, mesh: MeshSpec) -> None:
         K, h, D = config.num_kv_heads, config.head_dim, config.hidden_size
         G = config.num_heads // K
         self.config = config
-        self.heads, self.ranks = mesh.along("tensor"), mesh.along("sequence")
+        self.heads, self.ranks = mesh.along("tensor"), mesh.token_ranks
         self.uses_rope = config.rope_layers[layer]
         self.is_local = is_local(config, layer)
         self.qkv = declare(WeightSpec((K, G + 2, h, D), ("kv_heads", None, "head_dim", "embed"), fan_in=D))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from l4jax.config import MoEConfig
 from l4jax.model.weights import WeightSpec, declare
 from pallas_kernels.grouped_matmul import grouped_matmul
+from sharding.exchange import RowExchange
 from sharding.mesh import MeshSpec
 
 
@@ -43,14 +44,15 @@ class MixtureOfExperts(nnx.Module):
     ``y = shared(x) + expert_i(sigmoid(r_i) * x)`` with ``i = argmax(r)``, ``r = router(x)``. The score multiplies the
     expert's *input*: SwiGLU is not linear, so scaling its output instead would be another function.
 
-    On a mesh, each rank along ``expert`` has some of the routed experts, and each along ``tensor`` part of their width.
-    Every rank has every token and computes what its own experts do; one sum over all of them, the shared expert's part
-    included, makes the output.
+    On a mesh, each rank along ``expert`` has some of the routed experts, and each along ``tensor`` part of their width. Where
+    every rank has every token (decoding), each computes what its own experts do, and one sum over all ranks, the shared
+    expert's part included, makes the output. Where each has tokens of its own (prefill), they are sent to their experts and back
+    while the shared expert computes, and the sum is over ``tensor``.
     """
 
     def __init__(self, hidden_size: int, moe: MoEConfig, mesh: MeshSpec) -> None:
         experts, width = moe.num_experts, moe.intermediate_size
-        self.expert_ranks = mesh.along("expert")
+        self.expert_ranks, self.width_ranks = mesh.along("expert"), mesh.along("tensor")
         self.all_ranks = mesh.along("expert", "tensor")
         self.router = declare(WeightSpec((experts, hidden_size), (None, "embed"), fan_in=hidden_size))
         self.experts_gate_up = declare(
@@ -59,30 +61,54 @@ class MixtureOfExperts(nnx.Module):
         self.experts_down = declare(WeightSpec((experts, width, hidden_size), ("expert", "feed_forward", "embed"), fan_in=width))
         self.shared = SwiGLU(hidden_size, width, mesh)
 
-    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """The block's output, before the residual."""
+    def __call__(self, x_BTD: Float[Array, "B T D"], *, spread: bool = False) -> Float[Array, "B T D"]:
+        """The block's output, before the residual; ``spread``: each rank along ``expert`` has tokens of its own."""
+        exchanged = spread and self.expert_ranks.count > 1
         with jax.named_scope("shared_expert"):
             shared_BTD = self.shared.partial(x_BTD)
-            if self.expert_ranks.count > 1:  # all of them have computed it: it must count once
+            if self.expert_ranks.count > 1 and not exchanged:  # all of them have computed it: it must count once
                 shared_BTD = jnp.where(self.expert_ranks.index() == 0, shared_BTD, jnp.zeros_like(shared_BTD))
         with jax.named_scope("routed_experts"):
-            routed_MD = self._routed(x_BTD.reshape(-1, x_BTD.shape[-1]))
-        return self.all_ranks.sum(shared_BTD + routed_MD.reshape(x_BTD.shape))
+            x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
+            routed_MD = self._sent_to_experts(x_MD) if exchanged else self._here(x_MD)
+        ranks = self.width_ranks if exchanged else self.all_ranks
+        return ranks.sum(shared_BTD + routed_MD.reshape(x_BTD.shape))
 
-    def _routed(self, x_MD: Float[Array, "M D"]) -> Float[Array, "M D"]:
+    def _route(self, x_MD: Float[Array, "M D"]) -> tuple[Int32[Array, "M"], Float[Array, "M D"]]:
+        """Each token's expert, and the expert's input: the token times its score."""
         scores_ME = jnp.einsum("md,ed->me", x_MD, self.router[...], preferred_element_type=jnp.float32)
-        expert_M = jnp.argmax(scores_ME, axis=-1)
         gate_M1 = jax.nn.sigmoid(jnp.max(scores_ME, axis=-1, keepdims=True))
-        # Counted from this rank's first expert: its own come first, and tokens for the others are sorted behind theirs.
-        experts, own = scores_ME.shape[-1], self.experts_down.shape[0]
-        expert_M = (expert_M - self.expert_ranks.index() * own) % experts
-        order_M = jnp.argsort(expert_M)
-        group_sizes_E = jnp.bincount(expert_M, length=experts)[:own].astype(jnp.int32)
+        return jnp.argmax(scores_ME, axis=-1).astype(jnp.int32), (x_MD.astype(jnp.float32) * gate_M1).astype(x_MD.dtype)
 
-        gated_MD = (x_MD.astype(jnp.float32) * gate_M1).astype(x_MD.dtype)[order_M]
+    def _here(self, x_MD: Float[Array, "M D"]) -> Float[Array, "M D"]:
+        """What this rank's experts make of the tokens that chose them; zeros for the others."""
+        expert_M, gated_MD = self._route(x_MD)
+        # Counted from this rank's first expert: its own come first, and tokens for the others are sorted behind theirs.
+        experts, own = self.router.shape[0], self.experts_down.shape[0]
+        expert_M = (expert_M - self.expert_ranks.index() * own) % experts
+        return self._experts(gated_MD, expert_M, jnp.bincount(expert_M, length=experts)[:own].astype(jnp.int32))
+
+    def _sent_to_experts(self, x_MD: Float[Array, "M D"]) -> Float[Array, "M D"]:
+        """What the tokens' experts, on whichever rank, make of them."""
+        expert_M, gated_MD = self._route(x_MD)
+        order_M = jnp.argsort(expert_M)
+        R, own = self.expert_ranks.count, self.experts_down.shape[0]
+        # How many tokens each rank has for each expert: all that is needed to know what arrives where.
+        size_RRe = self.expert_ranks.gather(jnp.bincount(expert_M, length=R * own).astype(jnp.int32)).reshape(R, R, own)
+        exchange = RowExchange(self.expert_ranks, jnp.sum(size_RRe, axis=2))
+        arrived_ND = exchange.send(gated_MD[order_M])
+        arriving_Re = size_RRe[:, self.expert_ranks.index()]
+        run_N = jnp.searchsorted(jnp.cumsum(arriving_Re.reshape(-1)), jnp.arange(arrived_ND.shape[0], dtype=jnp.int32), side="right")
+        expert_N = jnp.where(run_N < R * own, run_N % own, own).astype(jnp.int32)
+        out_MD = exchange.send_back(self._experts(arrived_ND, expert_N, jnp.sum(arriving_Re, axis=0)))
+        return jnp.zeros_like(out_MD).at[order_M].set(out_MD, unique_indices=True)
+
+    def _experts(self, x_MD: Float[Array, "M D"], expert_M: Int32[Array, "M"], group_sizes_e: Int32[Array, "e"]) -> Float[Array, "M D"]:
+        """Row ``m`` through this rank's expert ``expert_M[m]``; zeros where it has no such."""
+        order_M = jnp.argsort(expert_M)
         gate_up_EDf = self.experts_gate_up[...].reshape(*self.experts_gate_up.shape[:2], -1)
-        gate_up_Mf = grouped_matmul(gated_MD, gate_up_EDf, group_sizes_E)
+        gate_up_Mf = grouped_matmul(x_MD[order_M], gate_up_EDf, group_sizes_e)
         width = gate_up_Mf.shape[-1] // 2
         hidden_MF = jax.nn.silu(gate_up_Mf[:, :width]) * gate_up_Mf[:, width:]
-        out_MD = grouped_matmul(hidden_MF, self.experts_down[...], group_sizes_E)
+        out_MD = grouped_matmul(hidden_MF, self.experts_down[...], group_sizes_e)
         return jnp.zeros_like(out_MD).at[order_M].set(out_MD, unique_indices=True)

@@ -28,7 +28,7 @@ class DecoderLayer(nnx.Module):
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         has_experts = config.moe is not None and config.moe.moe_layers[layer]
         if config.moe is not None and has_experts:
-            self.feed_forward: nnx.Module = MixtureOfExperts(config.hidden_size, config.moe, mesh)
+            self.feed_forward: MixtureOfExperts | SwiGLU = MixtureOfExperts(config.hidden_size, config.moe, mesh)
         else:
             self.feed_forward = SwiGLU(config.hidden_size, config.intermediate_size, mesh)
 
@@ -40,7 +40,10 @@ class DecoderLayer(nnx.Module):
             attended_BTD, cache = self.attention(self.attention_norm(x_BTD), step, cache, spread)
         x_BTD = x_BTD + attended_BTD
         with jax.named_scope("feed_forward"):
-            return x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD)), cache
+            normed_BTD = self.feed_forward_norm(x_BTD)
+            if isinstance(self.feed_forward, MixtureOfExperts):
+                return x_BTD + self.feed_forward(normed_BTD, spread=spread is not None), cache
+            return x_BTD + self.feed_forward(normed_BTD), cache
 
 
 class Llama(nnx.Module):
@@ -53,7 +56,7 @@ class Llama(nnx.Module):
         V, D = config.vocab_size, config.hidden_size
         self.config = config
         self.mesh = mesh
-        self.vocab, self.ranks = mesh.along("tensor"), mesh.along("sequence")
+        self.vocab, self.ranks = mesh.along("tensor"), mesh.token_ranks
         self.embed = declare(WeightSpec((V, D), ("vocab", "embed")))
         self.layers = nnx.List([DecoderLayer(config, i, mesh) for i in range(config.num_layers)])
         self.norm = RMSNorm(D, config.rms_norm_eps)

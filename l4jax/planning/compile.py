@@ -20,6 +20,7 @@ from l4jax.decoding.params import SamplingParams
 from l4jax.decoding.sampling import batch_features, sampling_rows
 from l4jax.placement import Placement
 from l4jax.programs import Programs
+from l4jax.spread import Spreader
 from sharding.mesh import MeshSpec
 
 _COLLECTIVES = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast|ragged-all-to-all"
@@ -87,29 +88,34 @@ class AbstractModel:
 
     def decode(self, rows: int, capacity: int, params: SamplingParams) -> CompiledProgram:
         """The decode program for ``rows`` sequences of up to ``capacity`` tokens."""
-        shape = CacheShape(rows, capacity)
+        shape = self._shape(rows, capacity)
         ints = self._rows(rows)
         state = DecodeState(self._cache(shape), ints, ints, ints, self._rows(rows, dtype=jnp.bool_), None)
         every = [params] * rows
         settings = sampling_rows(every, [0] * rows, [[]] * rows, self._placement.config.vocab_size)
         tables = shape.identity_tables(self._placement.config, range(rows))
-        return _compiled(self._programs.decode.lower(self._leaves, state, tables, settings, np.int32(1), features=batch_features(every)))
+        features = batch_features(every)
+        return _compiled(self._programs.decode.lower(self._leaves, state, tables, settings, np.int32(1), features=features))
 
-    def prefill(self, tokens: int, capacity: int, params: SamplingParams) -> CompiledProgram:
-        """The prefill program for one piece of a single sequence."""
-        shape = CacheShape(self._placement.spec.data, capacity)
-        B = shape.rows
+    def prefill(self, tokens: int, cached: int, capacity: int, params: SamplingParams) -> CompiledProgram:
+        """The prefill program for one piece of ``tokens`` tokens of a single sequence, behind ``cached`` ones."""
+        B = self._placement.spec.data
+        shape = self._shape(B, capacity)
         every = [params] * B
         settings = sampling_rows(every, [0] * B, [[]] * B, self._placement.config.vocab_size)
-        tables = shape.identity_tables(self._placement.config, range(B))
-        inputs = (self._rows(B, tokens), self._rows(B), self._rows(B), tables, None, settings, None)
-        return _compiled(
-            self._programs.prefill.lower(self._leaves, self._cache(shape), *inputs, features=batch_features(every), spread=None)
-        )
+        tables = shape.identity_tables(self._placement.config, [0] * B)
+        layout, spread = Spreader(self._placement, self._dtype).spread(np.full(B, cached), np.full(B, tokens), tokens, tables)
+        inputs = (self._rows(B, tokens), self._rows(B), self._rows(B), tables, layout, settings, None)
+        features = batch_features(every)
+        return _compiled(self._programs.prefill.lower(self._leaves, self._cache(shape), *inputs, features=features, spread=spread))
 
     def cache_bytes(self, rows: int, capacity: int) -> int:
         """Bytes of the cache on each device."""
-        return CacheShape(rows, capacity).device_nbytes(self._placement.config, self._dtype, self._placement.array_sharding(*CACHE_AXES))
+        shape = self._shape(rows, capacity)
+        return shape.device_nbytes(self._placement.config, self._dtype, self._placement.array_sharding(*CACHE_AXES))
+
+    def _shape(self, rows: int, capacity: int) -> CacheShape:
+        return CacheShape(rows, capacity, self._placement.spec.token_ranks.count)
 
     def _rows(self, *shape: int, dtype: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self._placement.array_sharding("batch"))

@@ -57,7 +57,7 @@ def decode(name, mesh):
 
 @functools.cache
 def prefill(name, mesh):
-    return case(name, mesh).model.prefill(PIECE, CAPACITY, SamplingParams(temperature=0.0))
+    return case(name, mesh).model.prefill(PIECE, 0, CAPACITY, SamplingParams(temperature=0.0))
 
 
 def largest_computed(text, scope):

@@ -1,0 +1,85 @@
+"""How a piece of some prompts is spread over the ranks of a mesh: decided on the host, for each piece."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from l4jax.arrays import host_array
+from l4jax.cache import PAGE_SIZE, PageTables
+from l4jax.model.step import PieceLayout, Spread
+from l4jax.placement import Placement
+from sharding.layout import EMPTY, balanced, batch
+from sharding.select import RingHardware, RingStep, choose_ring
+
+H100_RING = RingHardware(attention_flops=515e12, ring_bandwidth=25e9)
+"""An H100's attention and its link to the next host as the context-parallelism paper measured them (arXiv 2411.01783, table 5)."""
+
+
+class Spreader:
+    """Chooses layouts and ring for a model on a mesh."""
+
+    def __init__(self, placement: Placement, dtype: jnp.dtype, hardware: RingHardware = H100_RING) -> None:
+        self._config = placement.config
+        self._ranks = placement.spec.token_ranks.count
+        self._dtype = dtype
+        self._hardware = hardware
+
+    def spread(self, start_B: np.ndarray, new_B: np.ndarray, T: int, tables: PageTables) -> tuple[PieceLayout | None, Spread | None]:
+        """For ``new_B[b]`` tokens (padded to T) behind ``start_B[b]`` cached ones; (None, None) if there is but one rank.
+
+        Nothing needs to divide anything, and a rank may get no tokens at all. If every row allows it, attention chunks stay whole.
+        """
+        ranks, chunk = self._ranks, self._config.attention_chunk_size
+        if ranks == 1:
+            return None, None
+        slots = -(-T // ranks)
+        rows = list(zip(start_B.tolist(), new_B.tolist(), strict=True))
+        layouts = [] if chunk is None else aligned_layouts(rows, ranks, chunk, slots)
+        aligned = bool(layouts)
+        if not aligned:
+            layouts = [balanced(new, ranks, first=start) for start, new in rows]
+        # Few widths, so that few programs are compiled.
+        cached = -(-max(start for start, _ in rows) // (PAGE_SIZE * ranks))
+        width = min(1 << (cached - 1).bit_length(), tables.full_BW.shape[1]) if cached else 0
+        step = RingStep(
+            new_tokens=max(1, sum(new for _, new in rows)),
+            cached_tokens=sum(start for start, _ in rows),
+            ranks=ranks,
+            num_heads=self._config.num_heads,
+            num_kv_heads=self._config.num_kv_heads,
+            bytes_per_element=self._dtype.itemsize,
+        )
+        layout = PieceLayout(host_array(batch(layouts, slots), np.int32), tables.full_BW[:, :width])
+        return layout, Spread(choose_ring(step, self._hardware).variant, aligned)
+
+
+def aligned_layouts(rows: Sequence[tuple[int, int]], ranks: int, chunk: int, slots: int) -> list[np.ndarray]:
+    """Layouts of rows (cached tokens, new tokens) in which no attention chunk lies on two ranks; none if there are not such.
+
+    They need rows that begin at a chunk, have one for each rank at least, and fit in the ``slots`` of a rank. The last chunk is put
+    on the rank that caches it.
+    """
+    layouts = []
+    for start, new in rows:
+        if new == 0:
+            layouts.append(balanced(0, ranks))
+            continue
+        last_on = (start + new - 1) // chunk % ranks
+        layout = balanced(new, ranks, first=start, block=chunk, last_on=last_on)
+        if start % chunk or new < chunk * ranks or layout.shape[1] > slots:
+            return []
+        layouts.append(layout)
+    return layouts
+
+
+def in_order(values_BSX: np.ndarray, position_NBT: np.ndarray, start_B: np.ndarray) -> np.ndarray:
+    """What the ranks computed, one after the other along S, in the order of positions."""
+    positions_BS = np.swapaxes(position_NBT, 0, 1).reshape(len(start_B), -1)
+    ordered_BSX = np.zeros_like(values_BSX)
+    for row, positions_S in enumerate(positions_BS):
+        present_S = positions_S != EMPTY
+        ordered_BSX[row, positions_S[present_S] - start_B[row]] = values_BSX[row, present_S]
+    return ordered_BSX

@@ -1,0 +1,57 @@
+"""Rows of an array sent to the ranks that are to work on them, and their results sent back. Nothing is dropped, whatever the imbalance."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int32, Shaped
+
+from sharding.ranks import Ranks
+
+
+@dataclasses.dataclass(frozen=True)
+class RowExchange:
+    """Rows sorted by destination: the first ``size_RR[me, 0]`` of them go to rank 0, and so on; ``size_RR[from, to]``.
+
+    On NVIDIA GPUs the rows alone are sent (``ragged_all_to_all``); elsewhere each rank's message has room for all of them.
+    """
+
+    ranks: Ranks
+    size_RR: Int32[Array, "R R"]
+
+    def send(self, rows_MD: Shaped[Array, "M D"]) -> Shaped[Array, "N D"]:
+        """The rows that came here, by sender and in their order, without a gap; N = R M, and what is behind the last means nothing."""
+        room = self.ranks.count * rows_MD.shape[0]
+        return _all_to_all(rows_MD, self.size_RR, self.ranks, room)
+
+    def send_back(self, rows_ND: Shaped[Array, "N D"]) -> Shaped[Array, "M D"]:
+        """The inverse of :meth:`send`: each row where it came from."""
+        return _all_to_all(rows_ND, self.size_RR.T, self.ranks, rows_ND.shape[0] // self.ranks.count)
+
+
+def _all_to_all(rows_MD: Array, size_RR: Array, ranks: Ranks, room: int) -> Array:
+    """Runs of rows to every rank, those that arrive one behind the other in an array of ``room`` rows."""
+    me = ranks.index()
+    sent_R, received_R = size_RR[me], size_RR[:, me]
+    begin_R = jnp.cumsum(sent_R) - sent_R
+    # Behind what the ranks before this one send there.
+    target_R = (jnp.cumsum(size_RR, axis=0) - size_RR)[me]
+
+    def ragged(rows_MD: Array) -> Array:
+        into = jnp.zeros((room, rows_MD.shape[1]), rows_MD.dtype)
+        return jax.lax.ragged_all_to_all(rows_MD, into, begin_R, sent_R, target_R, received_R, axis_name=ranks.axes)
+
+    def dense(rows_MD: Array) -> Array:
+        # No rank sends another more rows than either has room for.
+        longest = min(rows_MD.shape[0], room)
+        index_RL = begin_R[:, None] + jnp.arange(longest, dtype=jnp.int32)[None, :]
+        leaving_RLD = rows_MD.at[index_RL].get(mode="clip")
+        arriving_RLD = jax.lax.all_to_all(leaving_RLD, ranks.axes, split_axis=0, concat_axis=0)
+        end_R = jnp.cumsum(received_R)
+        row = jnp.arange(room, dtype=jnp.int32)
+        sender = jnp.minimum(jnp.searchsorted(end_R, row, side="right"), ranks.count - 1)
+        return arriving_RLD.at[sender, row - (end_R - received_R)[sender]].get(mode="clip")
+
+    return jax.lax.platform_dependent(rows_MD, cuda=ragged, default=dense)

@@ -8,29 +8,49 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from l4jax import LLM, SamplingParams
+from l4jax import LLM, SamplingParams, load
 from l4jax.model.llama import Llama
 from l4jax.model.weights import weight_specs
 from l4jax.placement import Placement
+from l4jax.runner import Runner
 from sharding.mesh import MeshSpec
+from sharding.select import RingHardware
 from tests.tiny import llama3_like, maverick_like, prompts, scout_like, weights
 
 HEADS = {"num_heads": 8, "num_kv_heads": 2}
 CONFIGS = {"scout": scout_like(**HEADS), "maverick": maverick_like(**HEADS), "llama3": llama3_like(**HEADS)}
-MESHES = ["tensor=8", "tensor=2,expert=4", "data=2,tensor=2", "data=4,expert=2"]
-LENGTHS = (40, 3, 17, 1, 33)
+MESHES = [
+    "tensor=8",
+    "tensor=2,expert=4",
+    "sequence=8",
+    "sequence=4,tensor=2",
+    "sequence=2,expert=2,tensor=2",
+    "data=2,sequence=2,tensor=2",
+    "data=2,expert=2",
+]
+# The pieces are long enough that on some meshes chunks of 8 stay whole, and on others not; later ones follow a cache.
+PIECES, LENGTHS = (32,), (70, 3, 17)
 PARAMS = [
     SamplingParams(max_tokens=12, temperature=0.0),
     SamplingParams(max_tokens=12, seed=3),
-    SamplingParams(max_tokens=9, seed=4, top_k=20, top_p=0.9, logprobs=3),
-    SamplingParams(max_tokens=12, seed=5, repetition_penalty=1.3, frequency_penalty=0.2, logit_bias={7: 2.0, 60: -1.0}),
-    SamplingParams(max_tokens=10, seed=6, min_p=0.02),
+    SamplingParams(
+        max_tokens=12,
+        seed=4,
+        temperature=1.2,
+        top_k=20,
+        top_p=0.9,
+        min_p=0.01,
+        logprobs=3,
+        repetition_penalty=1.3,
+        frequency_penalty=0.2,
+        logit_bias={7: 2.0, 60: -1.0},
+    ),
 ]
 
 
 @functools.cache
 def on_one_device(name):
-    llm = LLM(CONFIGS[name], weights(CONFIGS[name]))
+    llm = LLM(CONFIGS[name], weights(CONFIGS[name]), prefill_lengths=PIECES)
     ragged = prompts(llm.config, LENGTHS)
     return llm.logits(ragged), llm.generate(ragged, PARAMS)
 
@@ -40,7 +60,7 @@ def on_one_device(name):
 def test_a_mesh_gives_the_logits_and_tokens_of_one_device(name, mesh):
     config = CONFIGS[name]
     logits, completions = on_one_device(name)
-    llm = LLM(config, weights(config), mesh=mesh)
+    llm = LLM(config, weights(config), mesh=mesh, prefill_lengths=PIECES)
     ragged = prompts(config, LENGTHS)
     for got, expected in zip(llm.logits(ragged), logits, strict=True):
         assert np.abs(got - expected).max() < 1e-5 * np.abs(expected).max()
@@ -51,7 +71,8 @@ def test_a_mesh_gives_the_logits_and_tokens_of_one_device(name, mesh):
             np.testing.assert_allclose([a.logprob, *(p for _, p in a.top)], [b.logprob, *(p for _, p in b.top)], atol=1e-5)
 
 
-def test_every_token_may_choose_one_expert():
+@pytest.mark.parametrize("mesh", ["expert=4,tensor=2", "sequence=2,expert=2"])
+def test_every_token_may_choose_one_expert(mesh):
     """All on one rank, none on the others: among equal scores the first expert is chosen."""
     config = CONFIGS["maverick"]
     values = weights(config)
@@ -60,7 +81,7 @@ def test_every_token_may_choose_one_expert():
             values[name] = jnp.zeros_like(values[name])
     ragged = prompts(config, LENGTHS)
     expected = LLM(config, values).logits(ragged)
-    for got, one in zip(LLM(config, values, mesh="expert=4,tensor=2").logits(ragged), expected, strict=True):
+    for got, one in zip(LLM(config, values, mesh=mesh).logits(ragged), expected, strict=True):
         assert np.abs(got - one).max() < 1e-5 * np.abs(one).max()
 
 
@@ -100,7 +121,6 @@ def test_weights_are_cut_and_kv_heads_repeated(mesh):
         ),
         (CONFIGS["llama3"], "tensor=16", "mesh tensor=16 has 16 devices, and 8 cpu devices are present"),
         (CONFIGS["llama3"], "tensr=2", "did you mean tensor"),
-        (CONFIGS["llama3"], "sequence=2", "mesh sequence=2 has sequence=2; the model does not run over that axis yet"),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused_in_one_line(config, mesh, message):
@@ -112,7 +132,7 @@ def test_a_mesh_that_does_not_fit_is_refused_in_one_line(config, mesh, message):
 def test_results_said_to_be_equal_on_every_device_are():
     """Nothing checks it at run time: every device's copy of a replicated result, bit for bit."""
     config = CONFIGS["scout"]
-    llm = LLM(config, weights(config), mesh="data=2,expert=2,tensor=2")
+    llm = LLM(config, weights(config), mesh="data=2,sequence=2,tensor=2")
     batch = llm.runner.start([llm._request(p, SamplingParams(max_tokens=9, seed=1)) for p in prompts(config, LENGTHS)])
     batch.step(1)
     batch.step(4)
@@ -130,3 +150,27 @@ def test_a_config_without_experts_has_nothing_to_cut_along_that_axis():
     config, params = CONFIGS["llama3"], SamplingParams(max_tokens=5, temperature=0.0)
     one, mesh = (LLM(config, weights(config), mesh=mesh).generate([[1, 2, 3]], params)[0] for mesh in ("tensor=1", "expert=2"))
     assert config.moe is None and mesh.token_ids == one.token_ids
+
+
+@pytest.mark.parametrize("variant", ["pass_kv", "pass_q"])
+@pytest.mark.parametrize("name", ["scout", "llama3"])
+def test_either_ring_continues_a_long_prompt(name, variant):
+    """Several pages of cached tokens on each rank, behind them pieces that chunks of 16 do and do not divide."""
+    config = dataclasses.replace(CONFIGS[name], max_position_embeddings=2048)
+    if config.attention_chunk_size is not None:
+        config = dataclasses.replace(config, attention_chunk_size=16)
+    values, long = weights(config), prompts(config, (1100, 700))
+    expected = LLM(config, values, prefill_lengths=(256,)).logits(long)
+    # Hardware on which one or the other always pays.
+    ring = RingHardware(1e-3 if variant == "pass_kv" else 1e30, 1.0)
+    for lengths in ((256,), (100,)):
+        runner = Runner(Placement.on(config, MeshSpec(sequence=4)), values, prefill_lengths=lengths, ring_hardware=ring)
+        for got, one in zip(runner.logits(long), expected, strict=True):
+            assert np.abs(got - one).max() < 1e-5 * np.abs(one).max()
+
+
+def test_smollm2_over_four_ranks(smollm2_checkpoint):
+    prompt = "The history of the lighthouse begins with fires on hilltops. " * 12
+    params = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
+    one, four = (load(smollm2_checkpoint, mesh=mesh).generate(prompt, params)[0] for mesh in ("tensor=1", "sequence=4"))
+    assert four.token_ids == one.token_ids

@@ -36,6 +36,20 @@ def test_no_block_lies_on_two_ranks(length, ranks, first, block):
     assert sum(map(len, blocks)) == len(set().union(*blocks))
 
 
+@given(st.integers(1, 300), RANKS, st.integers(0, 50), st.sampled_from([1, 7, 32]), st.integers(0, 7))
+def test_the_last_position_lies_where_it_is_wanted(length, ranks, first, block, wanted):
+    rows = held(balanced(length, ranks, first=first, block=block, last_on=wanted % ranks))
+    assert rows[wanted % ranks][-1] == first + length - 1
+    assert sorted(map(list, rows)) == sorted(map(list, held(balanced(length, ranks, first=first, block=block))))
+
+
+@pytest.mark.parametrize(("length", "block"), [(2**17, 1), (2**17, 8192), (10**6, 1), (2**20, 8192)])
+def test_attention_is_within_two_percent_on_every_rank(length, block):
+    """Pairs of query and key that causal attention visits; chunk-local layers visit as many for every whole chunk."""
+    pairs = [(row.astype(np.int64) + 1).sum() for row in held(balanced(length, 8, block=block))]
+    assert max(pairs) <= 1.02 * min(pairs)
+
+
 def test_the_papers_layout():
     assert balanced(8, 2).tolist() == [[0, 1, 6, 7], [2, 3, 4, 5]]
 

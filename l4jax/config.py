@@ -144,6 +144,12 @@ class ModelConfig:
             )
         chunk = self.attention_chunk_size
         _check(chunk is None or chunk > 0, f"attention_chunk_size is {chunk}; expected a number above 0, or null for unlimited attention")
+        # float32 holds each position below 2**24 exactly; rotation counts from the chunk's beginning where there are chunks.
+        exact = 2**31 if chunk is not None else 2**24
+        context = self.max_position_embeddings
+        _check(context <= exact, f"max_position_embeddings is {context}; expected at most {exact}, which positions are exact for")
+        for name in ("attention_chunk_size", "floor_scale"):
+            _check((getattr(self, name) or 1) < 2**31, f"{name} is {getattr(self, name)}; expected less than 2**31")
         _check(math.isfinite(self.attn_scale), f"attn_scale is {self.attn_scale}; expected a finite number")
         tokens = [("bos_token_id", self.bos_token_id), ("pad_token_id", self.pad_token_id)]
         for name, token in tokens + [("eos_token_ids", token) for token in self.eos_token_ids]:

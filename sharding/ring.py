@@ -27,6 +27,7 @@ def pass_kv(
     key_position_NBS: Int32[Array, "N B S"],
     *,
     axis_name: str | tuple[str, ...],
+    scale: float,
     chunk: int | Int32[Array, ""] | None = None,
     segments: Sequence[int] | None = None,
 ) -> Partial:
@@ -34,8 +35,8 @@ def pass_kv(
 
     Positions of slot ``[rank, row, slot]`` are the same on every rank; those of keys ascend, with empty slots behind them only, in
     each of the ``segments``: the sizes of runs of slots that make up S, one run by default (cached and new keys, say). A query at
-    position p sees keys at positions up to p; with ``chunk``, only those of its own attention chunk. Queries come scaled. Returns
-    this rank's output and log-sum-exp.
+    position p sees keys at positions up to p; with ``chunk``, only those of its own attention chunk. Scores are multiplied by
+    ``scale``. Returns this rank's output and log-sum-exp.
     """
     ranks, rank = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
     query_position_BT = query_position_NBT[rank]
@@ -46,7 +47,7 @@ def pass_kv(
         arriving = _to_next(kv_2BSKh, axis_name) if hop < ranks - 1 else kv_2BSKh
         with jax.named_scope(f"ring_hop_{hop}"):
             key_position_BS = key_position_NBS[(rank - hop) % ranks]
-            partial = attend_positions(q_BTKGh, kv_2BSKh, query_position_BT, key_position_BS, chunk, segments)
+            partial = attend_positions(q_BTKGh, kv_2BSKh, query_position_BT, key_position_BS, chunk, segments, scale=scale)
             merged = partial if merged is None else merge_attention([merged, partial])
         kv_2BSKh = arriving
     assert merged is not None
@@ -61,6 +62,7 @@ def pass_q(
     key_position_NBS: Int32[Array, "N B S"],
     *,
     axis_name: str | tuple[str, ...],
+    scale: float,
     chunk: int | Int32[Array, ""] | None = None,
     segments: Sequence[int] | None = None,
 ) -> Partial:
@@ -72,7 +74,7 @@ def pass_q(
         arriving = _to_next(q_BTKGh, axis_name) if hop < ranks - 1 else q_BTKGh
         with jax.named_scope(f"ring_hop_{hop}"):
             query_position_BT = query_position_NBT[(rank - hop) % ranks]
-            out_BTKGh, lse_BTKG = attend_positions(q_BTKGh, kv_2BSKh, query_position_BT, key_position_BS, chunk, segments)
+            out_BTKGh, lse_BTKG = attend_positions(q_BTKGh, kv_2BSKh, query_position_BT, key_position_BS, chunk, segments, scale=scale)
             results.append(jnp.concatenate([out_BTKGh, lse_BTKG[..., None]], axis=-1))
         q_BTKGh = arriving
     # What was computed at hop j belongs to the rank j places back; the all-to-all wants the results in the order of their owners.
@@ -93,17 +95,21 @@ def attend_positions(
     key_position_BS: Int32[Array, "B S"],
     chunk: int | Int32[Array, ""] | None = None,
     segments: Sequence[int] | None = None,
+    *,
+    scale: float,
 ) -> Partial:
     """Attention of queries over keys that are both on this rank, as in :func:`pass_kv`."""
     partials, first = [], 0
     for size in segments or (kv_2BSKh.shape[2],):
         run = slice(first, first + size)
-        partials.append(_attend_run(q_BTKGh, kv_2BSKh[:, :, run], query_position_BT, key_position_BS[:, run], chunk))
+        partials.append(_attend_run(q_BTKGh, kv_2BSKh[:, :, run], query_position_BT, key_position_BS[:, run], chunk, scale))
         first += size
     return partials[0] if len(partials) == 1 else merge_attention(partials)
 
 
-def _attend_run(q_BTKGh: Array, kv_2BSKh: Array, query_position_BT: Array, key_position_BS: Array, chunk: int | Array | None) -> Partial:
+def _attend_run(
+    q_BTKGh: Array, kv_2BSKh: Array, query_position_BT: Array, key_position_BS: Array, chunk: int | Array | None, scale: float
+) -> Partial:
     """Keys lie in ascending order, so those that a query sees are an interval of slots."""
     sorted_BS = jnp.where(key_position_BS == EMPTY, jnp.int32(2**31 - 1), key_position_BS)
 
@@ -113,4 +119,4 @@ def _attend_run(q_BTKGh: Array, kv_2BSKh: Array, query_position_BT: Array, key_p
     # An empty query slot is at position -1 and sees nothing.
     end_BT = slots_below(query_position_BT + 1)
     start_BT = jnp.zeros_like(end_BT) if chunk is None else slots_below(query_position_BT // chunk * chunk)
-    return attend(q_BTKGh, kv_2BSKh[0], kv_2BSKh[1], start_BT, end_BT)
+    return attend(q_BTKGh, kv_2BSKh[0], kv_2BSKh[1], start_BT, end_BT, scale=scale)

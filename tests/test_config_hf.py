@@ -23,7 +23,7 @@ def source(config: ModelConfig, field: str) -> str:
     return dict(config.sources)[field]
 
 
-# The values are those of transformers 5.23's configuration classes; a random comparison with it found no difference.
+# The values are those of transformers 5.23's configuration classes.
 def test_absent_fields_have_the_documented_defaults_of_llama() -> None:
     config = config_from_hf(LLAMA)
     expected = {
@@ -210,6 +210,12 @@ def test_the_model_type_will_do_for_an_architecture() -> None:
         ({**SMALL4, "no_rope_layer_interval": 0}, "no_rope_layer_interval is 0"),
         ({**SMALL4, "interleave_moe_layer_step": 0}, "interleave_moe_layer_step is 0"),
         ({**SMALL4, "moe_layers": ["0"]}, "expected a list of layer numbers"),
+        ({**SMALL4, "moe_layers": [0, 4]}, "expected numbers from 0 to 3, the model's layers"),
+        ({**SMALL4, "moe_layers": [-1]}, "expected numbers from 0 to 3"),
+        ({**SMALL4, "rope_scaling": {"factor": 8.0}}, "rope_scaling has factor but no rope_type; add it"),
+        ({**SMALL4, "use_qk_norm": 7}, "use_qk_norm is 7; expected"),
+        ({**SMALL4, "floor_scale": 2**40}, "floor_scale is 1099511627776; expected less than 2**31"),
+        ({**SMALL4, "max_position_embeddings": 2**33}, "max_position_embeddings is 8589934592; expected at most 2147483648"),
         ({**SMALL4, "attention_chunk_size": None}, "attention_chunk_size is null, but the layers are chunked_attention"),
         ({**SMALL4, "layer_types": ["chunked_attention"] * 4}, "layer_types disagrees with no_rope_layers"),
         ({**SMALL4, "layer_types": ["full_attention"]}, "expected a list of 4 names"),

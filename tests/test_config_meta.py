@@ -142,3 +142,18 @@ def test_llama_3_must_state_its_rope_theta() -> None:
     params = {key: value for key, value in LLAMA_31_8B.items() if key != "rope_theta"}
     with pytest.raises(ConfigError, match="rope_theta is missing"):
         config_from_meta(params, vocab_size=128256)
+
+
+def test_llama_3_2s_small_models_must_say_their_scaling():
+    """Their params.json has no factor, and Meta's code the constant of Llama 3.1: 8, where they were trained with 32."""
+    small = {**LLAMA_31_8B, "dim": 2048, "n_layers": 16}
+    with pytest.raises(ConfigError, match=r"no rope_scaling_factor, and dim 2048 is none of Llama 3\.1's; add it \(.* 32 in") as refused:
+        config_from_meta(small, vocab_size=128256)
+    assert "\n" not in str(refused.value)
+    config = config_from_meta({**small, "rope_scaling_factor": 32.0}, vocab_size=128256)
+    assert config.rope_scaling is not None and config.rope_scaling.factor == 32.0
+
+
+def test_a_null_scaling_factor_is_metas_default():
+    config = config_from_meta({**SCOUT, "rope_scaling_factor": None}, vocab_size=202048)
+    assert config.rope_scaling is not None and config.rope_scaling.factor == 16.0

@@ -80,13 +80,13 @@ def plain_attention(section: Section, num_layers: int) -> dict[str, Any]:
 
 
 def convert(value: Any, kind: type, place: str) -> Any:
-    """``value`` as ``kind``; None stays None. A whole number may be written as 8192.0, a truth value as 0, 1 or (Scout) 4."""
+    """``value`` as ``kind``; None stays None. A whole number may be written as 8192.0, a truth value as 0 or 1."""
     if value is None:
         return None
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if (kind is float and number) or (kind is int and number and int(value) == value) or (kind is str and isinstance(value, str)):
         return kind(value)
-    if kind is bool and isinstance(value, int):
+    if kind is bool and isinstance(value, int) and value in (0, 1):
         return bool(value)
     raise ConfigError(f"{place} is {shorten(value)}; expected {article(kind)}")
 

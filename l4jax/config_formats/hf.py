@@ -165,7 +165,7 @@ def _llama4(text: Section, vision: VisionConfig | None) -> ModelConfig:
         attention_chunk_size=_chunk_size(text, rope_layers),
         use_qk_norm=text.take("use_qk_norm", "use_qk_norm", bool),
         # The first release of Scout wrote the number 4 here.
-        attn_temperature_tuning=text.take("attn_temperature_tuning", "attn_temperature_tuning", bool),
+        attn_temperature_tuning=_temperature_tuning(text),
         floor_scale=text.take("floor_scale", "floor_scale", int),
         attn_scale=text.take("attn_scale", "attn_scale", float),
         intermediate_size=text.take("intermediate_size", "intermediate_size_mlp", int),
@@ -229,6 +229,9 @@ def _rope(text: Section, context: int) -> tuple[float, RopeScaling | None]:
     type_key = "type" if "type" in values and "rope_type" not in values else "rope_type"
     kind = values.get(type_key, "default")
     if kind == "default":
+        factors = sorted(values.keys() & {"factor", "low_freq_factor", "high_freq_factor"})
+        if type_key not in values and factors:
+            raise ConfigError(f"{place[:-1]} has {', '.join(factors)} but no rope_type; add it: 'llama3' or 'default'")
         written = place + type_key if type_key in values else f"{text.place}rope_scaling"
         absent = "default of transformers: null"
         text.sources["rope_scaling"] = written if type_key in values or "rope_scaling" in text.values else absent
@@ -243,6 +246,12 @@ def _rope(text: Section, context: int) -> tuple[float, RopeScaling | None]:
             "rope_scaling.original_max_position_embeddings", "original_max_position_embeddings", int
         ),
     )
+
+
+def _temperature_tuning(text: Section) -> bool:
+    """Scout's configuration has 4 for true."""
+    name = "attn_temperature_tuning"
+    return bool(text.take(name, name, int if type(text.values.get(name)) is int else bool))
 
 
 def _rope_layers(text: Section, layers: int) -> tuple[bool, ...]:
@@ -293,6 +302,8 @@ def _moe(text: Section, layers: int) -> MoEConfig | None:
     else:
         if not isinstance(indices, list) or any(type(i) is not int for i in indices):
             raise ConfigError(f"{text.place}moe_layers is {shorten(indices)}; expected a list of layer numbers")
+        if any(not 0 <= i < layers for i in indices):
+            raise ConfigError(f"{text.place}moe_layers is {shorten(indices)}; expected numbers from 0 to {layers - 1}, the model's layers")
         text.sources["moe.moe_layers"] = f"{text.place}moe_layers"
         moe_layers = tuple(i in indices for i in range(layers))
     if not any(moe_layers):

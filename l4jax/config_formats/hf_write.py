@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from l4jax.config import ConfigError, ModelConfig
+from l4jax.config import ModelConfig, MoEConfig
 
 
 def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -40,9 +40,7 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
             "intermediate_size": config.intermediate_size,
             "mlp_bias": False,
         }
-    moe = config.moe
-    if moe is None:
-        raise ConfigError("a Llama 4 model without experts has no Hugging Face form; expected at least one MoE layer")
+    moe = config.moe or MoEConfig(num_experts=1, intermediate_size=config.intermediate_size, moe_layers=(False,) * config.num_layers)
     text = {
         **common,
         "model_type": "llama4_text",

@@ -19,6 +19,7 @@ _LLAMA3: Mapping[str, Any] = {
     "rope_scaling_factor": 8.0,
     "rope_high_freq_factor": 4.0,
 }
+_LLAMA31_WIDTHS = (4096, 8192, 16384)
 # Defaults of ModelArgs in llama_models/llama4/args.py.
 _LLAMA4: Mapping[str, Any] = {
     **_LLAMA3,
@@ -59,6 +60,8 @@ def config_from_meta(params: Mapping[str, Any], *, vocab_size: int, tie_word_emb
     special tokens: they are what Meta states for the model family. Raises :class:`ConfigError`.
     """
     sources = {"architecture": "params.json: its fields"}
+    if params.get("rope_scaling_factor", 0) is None:  # Meta's ModelArgs takes null for its default
+        params = {key: value for key, value in params.items() if key != "rope_scaling_factor"}
     is_llama4 = any(params.get(key) is not None for key in _LLAMA4_KEYS)
     defaults, owner = (_LLAMA4, "Meta's Llama 4 ModelArgs") if is_llama4 else (_LLAMA3, "Meta's Llama 3 ModelArgs")
     section = Section(params, "params.json: ", defaults, owner, sources)
@@ -83,7 +86,7 @@ def config_from_meta(params: Mapping[str, Any], *, vocab_size: int, tie_word_emb
         max_position_embeddings=_context(section, is_llama4=is_llama4, scaled=scaled),
         rms_norm_eps=section.take("rms_norm_eps", "norm_eps", float),
         rope_theta=section.take("rope_theta", "rope_theta", float),
-        rope_scaling=_rope_scaling(section) if scaled else None,
+        rope_scaling=_rope_scaling(section, is_llama4=is_llama4, dim=dim) if scaled else None,
         tie_word_embeddings=section.derive("tie_word_embeddings", tie_word_embeddings, "the presence of output.weight"),
         bos_token_id=begin,
         eos_token_ids=ends,
@@ -112,7 +115,13 @@ def _context(section: Section, *, is_llama4: bool, scaled: bool) -> int:
     return int(section.derive("max_position_embeddings", 8192, "the model card: the context of Llama 3"))
 
 
-def _rope_scaling(section: Section) -> RopeScaling:
+def _rope_scaling(section: Section, *, is_llama4: bool, dim: int) -> RopeScaling:
+    # Llama 3's code has 8 as a constant, which is that of the models it was written for; 3.2's small ones have 32.
+    if not is_llama4 and section.values.get("rope_scaling_factor") is None and dim not in _LLAMA31_WIDTHS:
+        raise ConfigError(
+            f"params.json has use_scaled_rope but no rope_scaling_factor, and dim {dim} is none of Llama 3.1's; add it "
+            "(8 in Llama 3.1 and 3.3, 32 in Llama 3.2's 1B and 3B)"
+        )
     del section.sources["rope_scaling"]
     for field, value in (("low_freq_factor", 1.0), ("original_max_position_embeddings", 8192)):
         section.derive(f"rope_scaling.{field}", None, f"Meta's model.py, where it is the constant {value}")

@@ -34,6 +34,7 @@ class Attention(nnx.Module):
         K, h, D = config.num_kv_heads, config.head_dim, config.hidden_size
         G = config.num_heads // K
         self.config = config
+        self.scale = config.head_dim**-0.5
         self.heads, self.ranks = mesh.along("tensor"), mesh.token_ranks
         self.uses_rope = config.rope_layers[layer]
         self.is_local = is_local(config, layer)
@@ -54,10 +55,8 @@ class Attention(nnx.Module):
             if self.config.use_qk_norm:
                 qk_BTKgh = rms_normalize(qk_BTKgh, self.config.rms_norm_eps)
         q_BTKGh, k_BTKh = qk_BTKgh[:, :, :, :-1], qk_BTKgh[:, :, :, -1]
-        query_scale_BT = jnp.full((B, T), h**-0.5, jnp.float32)
         if not self.uses_rope and self.config.attn_temperature_tuning:
-            query_scale_BT = query_scale_BT * step.temperature_BT
-        q_BTKGh = (q_BTKGh.astype(jnp.float32) * query_scale_BT[:, :, None, None, None]).astype(x_BTD.dtype)
+            q_BTKGh = (q_BTKGh.astype(jnp.float32) * step.temperature_BT[:, :, None, None, None]).astype(x_BTD.dtype)
 
         keys, pages_BW = (step.local, step.tables.local_BW) if self.is_local else (step.full, step.tables.full_BW)
         if isinstance(keys, RingKeys):
@@ -79,8 +78,8 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B T K G h"]:
         """Every rank has the new tokens, and its own part of what is cached."""
         no_start_BT = jnp.zeros_like(keys.cached_end_BT)
-        out_BTKGh, lse_BTKG = attend_pages(q_BTKGh, cache.k_PKph, cache.v_PKph, pages_BW, no_start_BT, keys.cached_end_BT)
-        new = attend(q_BTKGh, k_BTKh, v_BTKh, keys.new_start_BT, keys.new_end_BT)
+        out_BTKGh, lse_BTKG = attend_pages(q_BTKGh, cache.k_PKph, cache.v_PKph, pages_BW, no_start_BT, keys.cached_end_BT, scale=self.scale)
+        new = attend(q_BTKGh, k_BTKh, v_BTKh, keys.new_start_BT, keys.new_end_BT, scale=self.scale)
         if self.ranks.count == 1:
             return merge_attention([(out_BTKGh, lse_BTKG), new])[0]
         # One message for both.
@@ -95,7 +94,7 @@ class Attention(nnx.Module):
         chunk = self.config.attention_chunk_size if self.is_local else None
         if self.is_local and spread.aligned:
             position_BT = step.position_NBT[self.ranks.index()]
-            return attend_positions(q_BTKGh, jnp.stack([k_BTKh, v_BTKh]), position_BT, position_BT, chunk)[0]
+            return attend_positions(q_BTKGh, jnp.stack([k_BTKh, v_BTKh]), position_BT, position_BT, chunk, scale=self.scale)[0]
         segments: tuple[int, ...] = (k_BTKh.shape[1],)
         if keys.cached_BW.shape[1] > 0:
             cached_k_BSKh, cached_v_BSKh = read(cache, keys.cached_BW)
@@ -103,7 +102,8 @@ class Attention(nnx.Module):
             k_BTKh, v_BTKh = jnp.concatenate([cached_k_BSKh, k_BTKh], axis=1), jnp.concatenate([cached_v_BSKh, v_BTKh], axis=1)
         ring = pass_kv if spread.variant == "pass_kv" else pass_q
         positions = (step.position_NBT, keys.key_position_NBS)
-        return ring(q_BTKGh, k_BTKh, v_BTKh, *positions, axis_name=self.ranks.axes, chunk=chunk, segments=segments)[0]
+        options = {"axis_name": self.ranks.axes, "scale": self.scale, "chunk": chunk, "segments": segments}
+        return ring(q_BTKGh, k_BTKh, v_BTKh, *positions, **options)[0]
 
     def _exchange(self, k_BTKh: Array, v_BTKh: Array, send_NBC: Array) -> tuple[Array, Array]:
         """Every rank's new keys and values to the ranks that cache them: those that this one keeps, [B, M, K, h] each."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from l4jax.config import MoEConfig
 from l4jax.model.weights import WeightSpec, declare
@@ -61,16 +61,20 @@ class MixtureOfExperts(nnx.Module):
         self.experts_down = declare(WeightSpec((experts, width, hidden_size), ("expert", "feed_forward", "embed"), fan_in=width))
         self.shared = SwiGLU(hidden_size, width, mesh)
 
-    def __call__(self, x_BTD: Float[Array, "B T D"], *, spread: bool = False) -> Float[Array, "B T D"]:
-        """The block's output, before the residual; ``spread``: each rank along ``expert`` has tokens of its own."""
+    def __call__(self, x_BTD: Float[Array, "B T D"], valid_BT: Bool[Array, "B T"], *, spread: bool = False) -> Float[Array, "B T D"]:
+        """The block's output, before the residual.
+
+        Tokens that are not valid (padding, finished rows) are routed to no expert. ``spread``: each rank along ``expert`` has
+        tokens of its own.
+        """
         exchanged = spread and self.expert_ranks.count > 1
         with jax.named_scope("shared_expert"):
             shared_BTD = self.shared.partial(x_BTD)
             if self.expert_ranks.count > 1 and not exchanged:  # all of them have computed it: it must count once
                 shared_BTD = jnp.where(self.expert_ranks.index() == 0, shared_BTD, jnp.zeros_like(shared_BTD))
         with jax.named_scope("routed_experts"):
-            x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
-            routed_MD = self._sent_to_experts(x_MD) if exchanged else self._here(x_MD)
+            x_MD, valid_M = x_BTD.reshape(-1, x_BTD.shape[-1]), valid_BT.reshape(-1)
+            routed_MD = self._sent_to_experts(x_MD, valid_M) if exchanged else self._here(x_MD, valid_M)
         ranks = self.width_ranks if exchanged else self.all_ranks
         return ranks.sum(shared_BTD + routed_MD.reshape(x_BTD.shape))
 
@@ -80,19 +84,20 @@ class MixtureOfExperts(nnx.Module):
         gate_M1 = jax.nn.sigmoid(jnp.max(scores_ME, axis=-1, keepdims=True))
         return jnp.argmax(scores_ME, axis=-1).astype(jnp.int32), (x_MD.astype(jnp.float32) * gate_M1).astype(x_MD.dtype)
 
-    def _here(self, x_MD: Float[Array, "M D"]) -> Float[Array, "M D"]:
+    def _here(self, x_MD: Float[Array, "M D"], valid_M: Bool[Array, "M"]) -> Float[Array, "M D"]:
         """What this rank's experts make of the tokens that chose them; zeros for the others."""
         expert_M, gated_MD = self._route(x_MD)
         # Counted from this rank's first expert: its own come first, and tokens for the others are sorted behind theirs.
         experts, own = self.router.shape[0], self.experts_down.shape[0]
-        expert_M = (expert_M - self.expert_ranks.index() * own) % experts
+        expert_M = jnp.where(valid_M, (expert_M - self.expert_ranks.index() * own) % experts, experts)
         return self._experts(gated_MD, expert_M, jnp.bincount(expert_M, length=experts)[:own].astype(jnp.int32))
 
-    def _sent_to_experts(self, x_MD: Float[Array, "M D"]) -> Float[Array, "M D"]:
+    def _sent_to_experts(self, x_MD: Float[Array, "M D"], valid_M: Bool[Array, "M"]) -> Float[Array, "M D"]:
         """What the tokens' experts, on whichever rank, make of them."""
         expert_M, gated_MD = self._route(x_MD)
-        order_M = jnp.argsort(expert_M)
         R, own = self.expert_ranks.count, self.experts_down.shape[0]
+        expert_M = jnp.where(valid_M, expert_M, R * own)
+        order_M = jnp.argsort(expert_M)
         # How many tokens each rank has for each expert: all that is needed to know what arrives where.
         size_RRe = self.expert_ranks.gather(jnp.bincount(expert_M, length=R * own).astype(jnp.int32)).reshape(R, R, own)
         exchange = RowExchange(self.expert_ranks, jnp.sum(size_RRe, axis=2))
@@ -101,6 +106,7 @@ class MixtureOfExperts(nnx.Module):
         run_N = jnp.searchsorted(jnp.cumsum(arriving_Re.reshape(-1)), jnp.arange(arrived_ND.shape[0], dtype=jnp.int32), side="right")
         expert_N = jnp.where(run_N < R * own, run_N % own, own).astype(jnp.int32)
         out_MD = exchange.send_back(self._experts(arrived_ND, expert_N, jnp.sum(arriving_Re, axis=0)))
+        out_MD = jnp.where(valid_M[order_M][:, None], out_MD, jnp.zeros((), out_MD.dtype))
         return jnp.zeros_like(out_MD).at[order_M].set(out_MD, unique_indices=True)
 
     def _experts(self, x_MD: Float[Array, "M D"], expert_M: Int32[Array, "M"], group_sizes_e: Int32[Array, "e"]) -> Float[Array, "M D"]:

@@ -42,7 +42,7 @@ class DecoderLayer(nnx.Module):
         with jax.named_scope("feed_forward"):
             normed_BTD = self.feed_forward_norm(x_BTD)
             if isinstance(self.feed_forward, MixtureOfExperts):
-                return x_BTD + self.feed_forward(normed_BTD, spread=spread is not None), cache
+                return x_BTD + self.feed_forward(normed_BTD, step.valid_BT, spread=spread is not None), cache
             return x_BTD + self.feed_forward(normed_BTD), cache
 
 

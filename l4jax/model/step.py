@@ -11,7 +11,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from l4jax.cache import PAGE_SIZE, PageTables, rank_of, slot_of, slots_before
 from l4jax.config import ModelConfig
@@ -81,11 +81,13 @@ class RingKeys:
 class StepInputs:
     """Rotation angles and query temperature of this rank's tokens, page tables, and what is attended in each kind of layer.
 
+    ``valid_BT`` is False for padding.
     ``position_NBT`` is None for replicated tokens; ``full`` and ``local`` are then :class:`KeyIntervals`, else :class:`RingKeys`.
     """
 
     angles: tuple[Float32[Array, "B T i"], Float32[Array, "B T i"]]
     temperature_BT: Float32[Array, "B T"]
+    valid_BT: Bool[Array, "B T"]
     full: KeyIntervals | RingKeys
     local: KeyIntervals | RingKeys
     tables: PageTables
@@ -184,11 +186,13 @@ def step_inputs(
     config: ModelConfig, start_B: Int32[Array, "B"], new_B: Int32[Array, "B"], T: int, tables: PageTables, ranks: Ranks = ONE
 ) -> StepInputs:
     """For ``new_B[b]`` replicated tokens (padded to T) that follow the ``start_B[b]`` cached ones in row ``b``."""
-    position_BT = start_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
+    index_1T = jnp.arange(T, dtype=jnp.int32)[None, :]
+    position_BT = start_B[:, None] + index_1T
     full = full_intervals(start_B, new_B, T, ranks)
     chunk = config.attention_chunk_size
     local = full if chunk is None else local_intervals(start_B, new_B, T, chunk, ranks)
-    return StepInputs(rotary_angles(config, position_BT), attention_temperature(config, position_BT), full, local, tables, None)
+    angles, temperature_BT = rotary_angles(config, position_BT), attention_temperature(config, position_BT)
+    return StepInputs(angles, temperature_BT, index_1T < new_B[:, None], full, local, tables, None)
 
 
 def spread_step_inputs(
@@ -200,7 +204,7 @@ def spread_step_inputs(
     chunk = config.attention_chunk_size
     local = full if chunk is None else ring_keys(layout, start_B, tables, ranks, chunk, aligned=aligned)
     angles, temperature_BT = rotary_angles(config, position_BT), attention_temperature(config, position_BT)
-    return StepInputs(angles, temperature_BT, full, local, tables, layout.position_NBT)
+    return StepInputs(angles, temperature_BT, position_BT != EMPTY, full, local, tables, layout.position_NBT)
 
 
 def tokens_at(token_BT: Int32[Array, "B T"], position_BT: Int32[Array, "B t"], start_B: Int32[Array, "B"]) -> Int32[Array, "B t"]:

@@ -20,10 +20,12 @@ def attend(
     v_BSKh: Float[Array, "B S K h"],
     start_BT: Int32[Array, "B T"],
     end_BT: Int32[Array, "B T"],
+    *,
+    scale: float,
 ) -> Partial:
-    """Attention of each query over the keys in its interval; queries come scaled."""
+    """Attention of each query over the keys in its interval; scores are multiplied by ``scale``."""
     k_BKSh, v_BKSh = (jnp.swapaxes(a, 1, 2) for a in (k_BSKh, v_BSKh))
-    scores_BKTGS = _scores(q_BTKGh, k_BKSh, start_BT, end_BT, first_key=jnp.int32(0))
+    scores_BKTGS = _scores(q_BTKGh, k_BKSh, start_BT, end_BT, jnp.int32(0), scale)
     return _normalize(_softmax_block(scores_BKTGS, v_BKSh))
 
 
@@ -34,6 +36,8 @@ def attend_pages(
     pages_BW: Int32[Array, "B W"],
     start_BT: Int32[Array, "B T"],
     end_BT: Int32[Array, "B T"],
+    *,
+    scale: float,
 ) -> Partial:
     """Attention over a paged cache: key ``s`` of row ``b`` is token ``s % p`` of page ``pages_BW[b, s // p]``.
 
@@ -46,7 +50,7 @@ def attend_pages(
         page_B = jax.lax.dynamic_index_in_dim(pages_BW, index, axis=1, keepdims=False)
         k_BKph = k_PKph.at[page_B].get(mode="promise_in_bounds")
         v_BKph = v_PKph.at[page_B].get(mode="promise_in_bounds")
-        scores_BKTGp = _scores(q_BTKGh, k_BKph, start_BT, end_BT, first_key=(index * page_size).astype(jnp.int32))
+        scores_BKTGp = _scores(q_BTKGh, k_BKph, start_BT, end_BT, (index * page_size).astype(jnp.int32), scale)
         return _merge_block(carry, _softmax_block(scores_BKTGp, v_BKph))
 
     accumulator = _accumulator(q_BTKGh)
@@ -59,9 +63,10 @@ def attend_pages(
     return _normalize(jax.lax.fori_loop(0, pages_in_use, step, nothing))
 
 
-def _scores(q_BTKGh: Array, k_BKSh: Array, start_BT: Array, end_BT: Array, first_key: Array) -> Array:
+def _scores(q_BTKGh: Array, k_BKSh: Array, start_BT: Array, end_BT: Array, first_key: Array, scale: float) -> Array:
     """Masked scores [B, K, T, G, S]."""
-    scores_BKTGS = jnp.einsum("btkgh,bksh->bktgs", q_BTKGh, k_BKSh, preferred_element_type=_accumulator(q_BTKGh))
+    # Scaled here and not in the queries: in half precision those would be rounded once more.
+    scores_BKTGS = scale * jnp.einsum("btkgh,bksh->bktgs", q_BTKGh, k_BKSh, preferred_element_type=_accumulator(q_BTKGh))
     key_11S = (first_key + jnp.arange(k_BKSh.shape[2], dtype=jnp.int32))[None, None, :]
     visible_BTS = (key_11S >= start_BT[:, :, None]) & (key_11S < end_BT[:, :, None])
     return jnp.where(visible_BTS[:, None, :, None, :], scores_BKTGS, -jnp.inf)

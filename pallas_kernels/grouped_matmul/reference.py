@@ -1,7 +1,7 @@
 """Grouped matmul in plain JAX: a loop over blocks of rows that belong to one group.
 
 ``jax.lax.ragged_dot`` is lowered densely on CPUs and NVIDIA GPUs (every group's matrix times every row), so it is not
-used. Here the work is that of the chosen groups, each group's rows rounded up to whole blocks.
+used. Here the work is that of the chosen groups, each group's rows rounded up to whole blocks and its matrix fetched once.
 """
 
 from __future__ import annotations
@@ -25,20 +25,26 @@ def grouped_matmul(lhs_MK: Float[Array, "M K"], rhs_GKN: Float[Array, "G K N"], 
     block = min(rows, _MAX_BLOCK_ROWS, max(8, _next_power_of_two(rows // groups)))
     ends_G = jnp.cumsum(group_sizes_G)
     starts_G = ends_G - group_sizes_G
-    blocks_end_G = jnp.cumsum((group_sizes_G + block - 1) // block)
+    filled = group_sizes_G > 0
+    order_G = jnp.argsort(~filled, stable=True)
 
-    def multiply_block(index: Array, out_MN: Array) -> Array:
-        group = jnp.searchsorted(blocks_end_G, index, side="right").astype(jnp.int32)
-        first_block = jnp.where(group > 0, blocks_end_G[group - 1], 0)
-        row = starts_G[group] + (index - first_block) * block
-        lhs_bK = jax.lax.dynamic_slice_in_dim(padded_MK, row, block)
-        product_bN = jnp.einsum("bk,kn->bn", lhs_bK, rhs_GKN[group], preferred_element_type=jnp.float32)
-        # A block may run past its group's last row: what it writes there is replaced when the next group's turn comes.
-        return jax.lax.dynamic_update_slice_in_dim(out_MN, product_bN.astype(lhs_MK.dtype), row, 0)
+    def multiply_group(index: Array, out_MN: Array) -> Array:
+        group = order_G[index]
+        # Fetched once, however many blocks it meets: XLA copies it.
+        rhs_KN = rhs_GKN[group]
+
+        def multiply_block(index: Array, out_MN: Array) -> Array:
+            row = starts_G[group] + index * block
+            lhs_bK = jax.lax.dynamic_slice_in_dim(padded_MK, row, block)
+            product_bN = jnp.einsum("bk,kn->bn", lhs_bK, rhs_KN, preferred_element_type=jnp.float32)
+            # A block may run past its group's last row: what it writes there is replaced when the next group's turn comes.
+            return jax.lax.dynamic_update_slice_in_dim(out_MN, product_bN.astype(lhs_MK.dtype), row, 0)
+
+        return jax.lax.fori_loop(0, (group_sizes_G[group] + block - 1) // block, multiply_block, out_MN)
 
     padded_MK = jnp.pad(lhs_MK, ((0, block), (0, 0)))
     out_MN = jnp.zeros((rows + block, rhs_GKN.shape[2]), lhs_MK.dtype)
-    out_MN = jax.lax.fori_loop(0, blocks_end_G[-1], multiply_block, out_MN)[:rows]
+    out_MN = jax.lax.fori_loop(0, jnp.sum(filled, dtype=jnp.int32), multiply_group, out_MN)[:rows]
     # The last group's last block may have run past it.
     return jnp.where(jnp.arange(rows, dtype=jnp.int32)[:, None] < ends_G[-1], out_MN, jnp.zeros((), out_MN.dtype))
 

@@ -97,7 +97,7 @@ def _params(config: dict) -> dict:
     common = {"dim": text["hidden_size"], "n_layers": text["num_hidden_layers"], "n_heads": text["num_attention_heads"]}
     common |= {"n_kv_heads": text["num_key_value_heads"], "vocab_size": -1, "norm_eps": text["rms_norm_eps"], "rope_theta": 500000.0}
     if "num_local_experts" not in text:
-        return common | {"multiple_of": 16, "ffn_dim_multiplier": 0.94, "use_scaled_rope": True}
+        return common | {"multiple_of": 16, "ffn_dim_multiplier": 0.94, "use_scaled_rope": True, "rope_scaling_factor": 8.0}
     step = 2 if text.get("interleave_moe_layer_step") == 2 else 1
     common |= {"head_dim": text["head_dim"], "multiple_of": 48, "ffn_dim_multiplier": 1.0, "ffn_exp": 4.0, "nope_layer_interval": 4}
     common |= {"attention_chunk_size": text["attention_chunk_size"], "use_qk_norm": text["use_qk_norm"], "attn_temperature_tuning": True}

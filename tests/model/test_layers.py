@@ -29,7 +29,7 @@ def test_rms_norm_of_bfloat16_is_computed_in_float32():
 
 
 def test_rotation_turns_interleaved_pairs_as_complex_numbers():
-    config = scout_like(rope_scaling=None)
+    config = scout_like(rope_scaling=None, attention_chunk_size=256)
     position = np.array([[0, 1, 200]], np.int32)
     x = np.random.default_rng(0).normal(size=(1, 3, 1, 1, 8)).astype(np.float32)
     frequency = 10000.0 ** (-np.arange(0, 8, 2) / 8)
@@ -127,6 +127,14 @@ def test_experts_equal_the_dense_formula(tokens, one_expert):
         x[..., 0] = 10.0
         weights["router"] = weights["router"].at[:, 0].set(jnp.array([0, 0, 5, 0], jnp.float32))
     bound = BoundModel(module)
-    out = jax.jit(lambda leaves, x: bound.bind(leaves)(x))(bound.leaves(weights), x)
+    run = jax.jit(lambda leaves, x, valid: bound.bind(leaves)(x, valid))
     expected = moe_reference(weights, x[0].astype(np.float64))
-    np.testing.assert_allclose(out[0], expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    valid = np.ones((1, tokens), bool)
+    np.testing.assert_allclose(run(bound.leaves(weights), x, valid)[0], expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    # Padding among them changes nothing, whatever it holds, and is sent to no expert: what it gets is the shared expert's.
+    valid = np.random.default_rng(2).random((1, tokens)) < 0.5
+    padded = np.where(valid[:, :, None], x, np.float32(1e3))
+    out = run(bound.leaves(weights), padded, valid)
+    np.testing.assert_allclose(out[valid], expected[valid[0]], rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    shared_only = run(bound.leaves({**weights, "experts_down": jnp.zeros_like(weights["experts_down"])}), padded, valid)
+    np.testing.assert_array_equal(out[~valid], shared_only[~valid])

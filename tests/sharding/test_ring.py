@@ -16,6 +16,7 @@ from sharding.ring import pass_kv, pass_q
 
 VARIANTS = {"pass_kv": pass_kv, "pass_q": pass_q}
 K, G, H = 2, 3, 4
+SCALE = 0.7
 ROWS, MOST_NEW, MOST_CACHED = 3, 300, 500
 
 
@@ -26,7 +27,8 @@ def ring(variant, ranks, chunked):
     ranked, same = PartitionSpec("sequence"), PartitionSpec()
 
     def on_rank(q, k, v, query_position, key_position, chunk):
-        out, lse = VARIANTS[variant](q[0], k[0], v[0], query_position, key_position, axis_name="sequence", chunk=chunk if chunked else None)
+        options = {"axis_name": "sequence", "scale": SCALE, "chunk": chunk if chunked else None}
+        out, lse = VARIANTS[variant](q[0], k[0], v[0], query_position, key_position, **options)
         return out[None], lse[None]
 
     return jax.jit(
@@ -39,7 +41,7 @@ def attention(q_TKGh, k_SKh, v_SKh, positions_T, chunk):
     key = np.arange(len(k_SKh))[None]
     query = positions_T[:, None]
     visible = (key <= query) & (True if chunk is None else key // chunk == query // chunk)
-    scores = np.where(visible[:, None, None], np.einsum("tkgh,skh->tkgs", q_TKGh, k_SKh), -np.inf)
+    scores = np.where(visible[:, None, None], SCALE * np.einsum("tkgh,skh->tkgs", q_TKGh, k_SKh), -np.inf)
     highest = scores.max(-1, keepdims=True)
     weights = np.exp(scores - highest)
     total = weights.sum(-1, keepdims=True)

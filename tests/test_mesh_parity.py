@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from l4jax import LLM, SamplingParams, load
+from l4jax.config import MoEConfig
 from l4jax.model.llama import Llama
 from l4jax.model.weights import weight_specs
 from l4jax.placement import Placement
@@ -17,8 +18,14 @@ from sharding.mesh import MeshSpec
 from sharding.select import RingHardware
 from tests.tiny import llama3_like, maverick_like, prompts, scout_like, weights
 
-HEADS = {"num_heads": 8, "num_kv_heads": 2}
-CONFIGS = {"scout": scout_like(**HEADS), "maverick": maverick_like(**HEADS), "llama3": llama3_like(**HEADS)}
+# Two layers, one with RoPE and one without: programs of eight devices take long to compile.
+SIZES = {"num_heads": 8, "num_kv_heads": 2, "num_layers": 2}
+LLAMA4 = {**SIZES, "rope_layers": (True, False)}
+CONFIGS = {
+    "scout": scout_like(**LLAMA4, moe=MoEConfig(num_experts=4, intermediate_size=48, moe_layers=(True, True))),
+    "maverick": maverick_like(**LLAMA4, moe=MoEConfig(num_experts=8, intermediate_size=48, moe_layers=(False, True))),
+    "llama3": llama3_like(**SIZES, rope_layers=(True, True)),
+}
 MESHES = [
     "tensor=8",
     "tensor=2,expert=4",
@@ -27,6 +34,13 @@ MESHES = [
     "sequence=2,expert=2,tensor=2",
     "data=2,sequence=2,tensor=2",
     "data=2,expert=2",
+]
+# Every model on every mesh takes minutes of compilation: those that differ in nothing but sizes run with `pytest -m more_meshes`.
+USUAL = {"maverick": ("tensor=2,expert=4", "sequence=2,expert=2,tensor=2"), "llama3": ("tensor=8", "sequence=4,tensor=2")}
+CASES = [
+    pytest.param(name, mesh, marks=() if name == "scout" or mesh in USUAL[name] else pytest.mark.more_meshes, id=f"{name}-{mesh}")
+    for name in CONFIGS
+    for mesh in MESHES
 ]
 # The pieces are long enough that on some meshes chunks of 8 stay whole, and on others not; later ones follow a cache.
 PIECES, LENGTHS = (32,), (70, 3, 17)
@@ -55,8 +69,7 @@ def on_one_device(name):
     return llm.logits(ragged), llm.generate(ragged, PARAMS)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("name", "mesh"), CASES)
 def test_a_mesh_gives_the_logits_and_tokens_of_one_device(name, mesh):
     config = CONFIGS[name]
     logits, completions = on_one_device(name)

@@ -125,25 +125,31 @@ def test_scout_caches_a_million_tokens_on_eight_ranks():
 
 
 def test_a_long_prompt_passes_keys_in_the_layers_without_rope_only():
-    """Scout over four hosts' worth of ranks: 3 transfers of keys and values in each NoPE layer, each issued before the attention it
-    hides behind, and none in a RoPE layer, whose chunks are whole."""
+    """Scout, with shorter chunks, over four ranks: 3 transfers of keys and values in the NoPE layer, each issued before the attention
+    it hides behind, and none in a RoPE layer, whose chunks are whole."""
     config = case("llama-4-scout-17b-16e-instruct", "tensor=8").config
     small = dataclasses.replace(
-        config, num_layers=4, rope_layers=config.rope_layers[:4], moe=dataclasses.replace(config.moe, moe_layers=(True,) * 4)
+        config,
+        attention_chunk_size=1024,
+        num_layers=4,
+        rope_layers=config.rope_layers[:4],
+        moe=dataclasses.replace(config.moe, moe_layers=(True,) * 4),
     )
+    tokens, cached = 8192, 8192
     model = AbstractModel(small, MeshSpec(sequence=4), h100_devices(4), BF16)
-    text = model.prefill(65536, 65536, 131072, SamplingParams(temperature=0.0)).text
+    text = model.prefill(tokens, cached, 16384, SamplingParams(temperature=0.0)).text
     transfers = re.findall(r"= (.+?) collective-permute(?:-start)?\(.*?op_name=\"([^\"]*)\"", text)
     assert len(transfers) == 3 and all("/layer_3/attention/" in scope for _, scope in transfers)
     # max_i P_i + ceil(T / N) tokens of keys and values.
-    message = 2 * (65536 // 4 + 65536 // 4) * small.num_kv_heads * small.head_dim
+    message = 2 * (cached // 4 + tokens // 4) * small.num_kv_heads * small.head_dim
     for shapes, _ in transfers:
         assert message in {math.prod(map(int, dims.split(","))) for dims in re.findall(r"bf16\[([\d,]+)\]", shapes)}
     for layer in range(3):
         attention = [line for line in text.splitlines() if f"/layer_{layer}/attention/" in line]
         assert attention and not any(re.search(COLLECTIVE, line) for line in attention)
     # In the order in which the GPU is given its work.
+    done = 0
     for number in range(3):
-        start = text.index("collective-permute-start(", 0 if number == 0 else done)
+        start = text.index("collective-permute-start(", done)
         done = text.index("collective-permute-done(", start)
         assert f"ring_hop_{number}" in text[start:done]

@@ -13,7 +13,6 @@ The manifest is written last and the whole folder takes its name in one step, so
 from __future__ import annotations
 
 import dataclasses
-import gc
 import json
 import logging
 import math
@@ -147,9 +146,9 @@ def _only_the_error() -> Iterator[None]:
 
     It warns that there is no OCDBT database to merge. When one of its tasks fails it logs that with a traceback; asyncio logs the
     others that failed; and tensorstore's threads report to an event loop that is closed, for which Python prints a traceback each.
+    What comes from threads may come at any time, also after the error: the filters for it stay.
     """
-    absl_logger, asyncio_logger = logging.getLogger("absl"), logging.getLogger("asyncio")
-    level, hook = asyncio_logger.level, sys.unraisablehook
+    absl_logger, hook = logging.getLogger("absl"), sys.unraisablehook
 
     def drop(record: logging.LogRecord) -> bool:
         return False
@@ -163,14 +162,18 @@ def _only_the_error() -> Iterator[None]:
     try:
         yield
     except Exception:
-        asyncio_logger.setLevel(logging.CRITICAL)
-        gc.collect()  # they are logged when they are collected
-        raise  # the hook stays: threads may report at any time
+        logging.getLogger("asyncio").addFilter(_not_of_tensorstore)
+        raise
     else:
         sys.unraisablehook = hook
     finally:
         absl_logger.removeFilter(drop)
-        asyncio_logger.setLevel(level)
+
+
+def _not_of_tensorstore(record: logging.LogRecord) -> bool:
+    """False for asyncio's report of a failed read or write that nobody waited for, because another had failed before."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not (isinstance(error, ValueError) and re.search(r"(reading|writing) local file", str(error)))
 
 
 def write_manifest(

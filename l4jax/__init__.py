@@ -9,9 +9,10 @@ if TYPE_CHECKING:
     from l4jax.config import ModelConfig
     from l4jax.decoding.params import SamplingParams
     from l4jax.llm import LLM, Completion, load
+    from sharding.hosts import join
     from sharding.mesh import MeshSpec
 
-__all__ = ["LLM", "Completion", "MeshSpec", "ModelConfig", "SamplingParams", "load"]
+__all__ = ["LLM", "Completion", "MeshSpec", "ModelConfig", "SamplingParams", "join", "load"]
 
 # Imported on first use: the command line answers --help without loading JAX.
 _HOMES = {
@@ -20,6 +21,7 @@ _HOMES = {
     "MeshSpec": "sharding.mesh",
     "ModelConfig": "l4jax.config",
     "SamplingParams": "l4jax.decoding.params",
+    "join": "sharding.hosts",
     "load": "l4jax.llm",
 }
 

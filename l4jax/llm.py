@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import importlib.metadata
+import json
 import math
 import numbers
 import operator
@@ -29,6 +32,7 @@ from l4jax.text.chat import ChatFormat, load_chat_format
 from l4jax.text.load import load_tokenizer
 from l4jax.text.stream import StopStringFilter, StreamDecoder
 from l4jax.text.tokenizer import Tokenizer
+from sharding import hosts
 from sharding.mesh import ONE_DEVICE, MeshSpec
 
 Prompt = str | Sequence[int]
@@ -126,6 +130,7 @@ class LLM:
     def logits(self, prompts: Prompt | Sequence[Prompt]) -> list[np.ndarray]:
         """Next-token logits at every position of each prompt: float32 [T, vocab_size] each."""
         encoded = [self._encode(p) for p in _as_list(prompts)]
+        _check_agreed(encoded)
         return [logits for group in _groups(encoded, self.max_batch) for logits in self.runner.logits(group)]
 
     def generate(
@@ -136,7 +141,7 @@ class LLM:
         params_of_each = [params or SamplingParams()] * len(each) if isinstance(params, SamplingParams) or params is None else params
         if len(params_of_each) != len(each):
             raise ValueError(f"{len(each)} prompts but {len(params_of_each)} sampling params; give one for all, or one for each")
-        requests = [self._request(self._encode(prompt), p) for prompt, p in zip(each, params_of_each, strict=True)]
+        requests = _agreed([self._request(self._encode(prompt), p) for prompt, p in zip(each, params_of_each, strict=True)])
         completions = []
         for group in _groups(requests, self.max_batch):
             run = _Run(self, group)
@@ -181,7 +186,7 @@ class LLM:
     def _stream(self, token_ids: list[int], params: SamplingParams | None) -> Stream:
         if self.tokenizer is None:
             raise ValueError("streaming gives out text, but this checkpoint has no tokenizer; use generate, which returns token ids")
-        return Stream(_Run(self, [self._request(token_ids, params or SamplingParams())]))
+        return Stream(_Run(self, _agreed([self._request(token_ids, params or SamplingParams())])))
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -346,6 +351,17 @@ def load(
     _enable_compilation_cache()
     checkpoint = open_checkpoint(path)
     placement = Placement.on(checkpoint.config, mesh)
+    hosts.check_same(
+        {
+            "the checkpoint's digest": checkpoint.digest,
+            "the mesh": str(placement.spec),
+            "dtype": str(dtype),
+            "max_batch": str(max_batch),
+            "l4jax": importlib.metadata.version("l4jax"),
+            "jax": jax.__version__,
+        },
+        "start every process with the same checkpoint, arguments and versions",
+    )
     tokenizer = load_tokenizer(checkpoint.directory)
     return LLM(
         checkpoint.config,
@@ -363,6 +379,20 @@ def _enable_compilation_cache() -> None:
         # JAX's defaults leave out programs that compile within a second, which on a CPU are most of ours.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _check_agreed(prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams] = ()) -> None:
+    """Raise ValueError unless every process is asked for the same: they compute one thing together."""
+    if hosts.process_count() > 1:
+        asked = {"what is asked for": hashlib.sha256(repr((prompts, params)).encode()).hexdigest()}
+        hosts.check_same(asked, "call every process with the same prompts and sampling params")
+
+
+def _agreed(requests: Sequence[Request]) -> Sequence[Request]:
+    """The requests with the seeds that process 0 has drawn."""
+    _check_agreed([r.token_ids for r in requests], [r.params for r in requests])
+    seeds: list[int] = json.loads(hosts.share(json.dumps([r.seed for r in requests]))[0])
+    return [dataclasses.replace(request, seed=seed) for request, seed in zip(requests, seeds, strict=True)]
 
 
 def _check_max_batch(max_batch: int) -> None:

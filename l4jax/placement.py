@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
+from l4jax.arrays import global_array
 from l4jax.config import ModelConfig
 from l4jax.model.llama import Llama
 from l4jax.model.weights import weight_specs
@@ -75,10 +76,10 @@ class Placement:
         """The weight on the mesh, given as it is stored or as an earlier call returned it."""
         target = self._specs[name].shape
         if weight.shape == target:
-            return jax.device_put(weight, self.weight_sharding(name))
+            return global_array(weight, self.weight_sharding(name))
         if weight.shape != self._stored[name].shape:
             raise ValueError(f"weight {name} has shape {weight.shape}; expected {self._stored[name].shape}")
-        weight = jax.device_put(weight, self.read_sharding(name))
+        weight = global_array(weight, self.read_sharding(name))
         if name.endswith(".qkv"):
             weight = self._split_groups(weight)
         shards = [shard.data for shard in weight.addressable_shards]

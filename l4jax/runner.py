@@ -6,13 +6,14 @@ import dataclasses
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from l4jax.arrays import host_array
+from l4jax.arrays import global_array, host_array, to_host
 from l4jax.cache import CACHE_AXES, PAGE_SIZE, CacheShape, LayerCache
 from l4jax.decoding.generate import BURST, DecodeState, DecodeTokens
 from l4jax.decoding.params import SamplingParams
@@ -20,6 +21,7 @@ from l4jax.decoding.sampling import NOT_FINITE, Logprobs, SamplingFeatures, Samp
 from l4jax.placement import Placement
 from l4jax.programs import PREFILL_LENGTHS, Programs
 from l4jax.spread import H100_RING, Spreader, in_order
+from sharding import hosts
 from sharding.select import RingHardware
 
 NOT_FINITE_ADVICE = (
@@ -163,7 +165,10 @@ class Runner:
         return shape.device_nbytes(self.config, self._dtype, self._placement.array_sharding(*CACHE_AXES))
 
     def _available_bytes(self) -> float:
-        """What a device has beside the weights."""
+        """What a device of the least favoured process has beside the weights."""
+        return min(map(float, hosts.share(str(self._own_available_bytes()))))
+
+    def _own_available_bytes(self) -> float:
         if self._device.platform == "cpu":
             return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") - self.weight_bytes
         held = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in self._leaves)
@@ -179,7 +184,7 @@ class Runner:
             tables = self._shape.identity_tables(self.config, piece.prompt_B % per_rank)
             layout, spread = self._spreader.spread(piece.start_B, piece.new_B, piece.token_BT.shape[1], tables)
             self._cache, logits_BTV = self.programs.logits(self._leaves, self._cache, *piece.inputs(), tables, layout, spread=spread)
-            host = np.asarray(logits_BTV)
+            host = to_host(logits_BTV)
             if layout is not None:
                 host = in_order(host, np.asarray(layout.position_NBT), piece.start_B)
             if not np.isfinite(host).all():
@@ -238,8 +243,10 @@ class Runner:
     def commit(self, state: DecodeState) -> DecodeState:
         """The state on the devices, as a burst returns it: a program called with both kinds would compile twice."""
         row, counts = self._placement.array_sharding("batch"), self._placement.array_sharding("batch", "vocab")
-        committed = {name: jax.device_put(getattr(state, name), row) for name in ("token_B", "length_B", "produced_B", "done_B")}
-        return dataclasses.replace(state, **committed, counts=jax.device_put(state.counts, counts))
+        committed: dict[str, Any] = {
+            name: global_array(getattr(state, name), row) for name in ("token_B", "length_B", "produced_B", "done_B")
+        }
+        return dataclasses.replace(state, **committed, counts=jax.tree.map(lambda leaf: global_array(leaf, counts), state.counts))
 
     def decode(self, state: DecodeState, rows: SamplingRows, steps: int, features: SamplingFeatures) -> tuple[DecodeState, DecodeTokens]:
         """One burst over the resident cache; the state comes without a cache and goes back without one."""

@@ -106,9 +106,12 @@ class MeshSpec:
         """
         present = list(jax.devices() if devices is None else devices)
         processes = {device.process_index for device in present}
-        if self.size > len(present) or (len(processes) > 1 and self.size < len(present)):
-            advice = f"; on a CPU, JAX_NUM_CPU_DEVICES={self.size} makes as many" if present[0].platform == "cpu" else ""
-            raise ValueError(f"mesh {self} has {self.size} devices, and {len(present)} {present[0].platform} devices are present{advice}")
+        among = f" in {len(processes)} processes; expected all of them" if len(processes) > 1 else ""
+        if self.size > len(present) or (among and self.size < len(present)):
+            on_cpu = present[0].platform == "cpu" and self.size > len(present)
+            advice = f"; on a CPU, JAX_NUM_CPU_DEVICES={-(-self.size // len(processes))} makes as many" if on_cpu else ""
+            found = f"{len(present)} {present[0].platform} devices are present{among}"
+            raise ValueError(f"mesh {self} has {self.size} devices, and {found}{advice}")
         return jax.sharding.Mesh(np.array(present[: self.size], dtype=object).reshape(self.sizes), AXES)
 
 

@@ -13,6 +13,7 @@ The manifest is written last and the whole folder takes its name in one step, so
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 import math
@@ -219,6 +220,14 @@ class Checkpoint:
         for weight in map(self.weights.__getitem__, self.decoder_weights):
             nbytes[weight.dtype] += math.prod(weight.shape) * DTYPES[weight.dtype].itemsize
         return nbytes.most_common(1)[0][0]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the manifest, which has a checksum of every weight, and of the tokenizer's files."""
+        digest = hashlib.sha256()
+        for file in (MANIFEST, *self.text_files):
+            digest.update((self.directory / file).read_bytes())
+        return digest.hexdigest()
 
     def groups(self, names: Iterable[str]) -> dict[str, list[str]]:
         """These weights by the group they lie in."""

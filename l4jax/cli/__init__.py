@@ -39,11 +39,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # Python flushes stdout once more when it exits, which must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        return _failed(141)
     except (ValueError, OSError) as error:
         print(f"l4jax: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _failed(2)
     except KeyboardInterrupt:
         print("l4jax: interrupted", file=sys.stderr)
-        return 130
+        return _failed(130)
+    return status
+
+
+def _failed(status: int) -> int:
+    """The status; one of several processes ends here, and the others with it."""
+    hosts = sys.modules.get("sharding.hosts")  # not imported, with JAX, for commands that do without
+    if hosts is not None:
+        hosts.end_with_error(status)
     return status

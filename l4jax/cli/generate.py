@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 
 
@@ -19,6 +20,14 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--chat", action="store_true", help="put the prompt in the model's chat format, as a user's message")
     parser.add_argument("--system", help="with --chat: a system message before it")
     parser.add_argument("--mesh", default="tensor=1", help="devices to run on, such as tensor=4,expert=2, or a .json file (default: one)")
+    parser.add_argument(
+        "--coordinator", help="HOST:PORT of process 0, to run as one of several processes; auto: by Slurm, Kubernetes or MPI"
+    )
+    parser.add_argument("--processes", type=int, help="with --coordinator: how many processes there are")
+    parser.add_argument("--process-id", type=int, help="with --coordinator: which of them this is, from 0; only 0 prints the text")
+    parser.add_argument(
+        "--coordinator-timeout", type=float, default=300.0, metavar="SECONDS", help="how long to wait for the others (default: 300)"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="hold weights and cache in this (default: as stored)")
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
@@ -45,9 +54,15 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace) -> int:
     """Print the text as it is generated on standard output, and the speed on standard error."""
     import l4jax
+    from sharding import hosts
 
     if args.system is not None and not args.chat:
         raise ValueError("--system needs --chat; without it the prompt is continued as it is")
+    if args.coordinator is not None:
+        _keep_stdout_for_text()
+        hosts.join(args.coordinator, args.processes, args.process_id, timeout_seconds=args.coordinator_timeout)
+    elif args.processes is not None or args.process_id is not None:
+        raise ValueError("--processes and --process-id need --coordinator HOST:PORT, where process 0 listens")
     names = {field.name for field in dataclasses.fields(l4jax.SamplingParams)}
     params = l4jax.SamplingParams(**{name: value for name, value in vars(args).items() if name in names})
     llm = l4jax.load(args.checkpoint, mesh=args.mesh, dtype=args.dtype, max_batch=1)
@@ -57,8 +72,12 @@ def run(args: argparse.Namespace) -> int:
         stream = llm.stream_chat([*system, {"role": "user", "content": prompt}], params)
     else:
         stream = llm.stream(prompt, params)
+    printing = hosts.process_id() == 0
     for text in stream:
-        print(text, end="", flush=True)
+        if printing:
+            print(text, end="", flush=True)
+    if not printing:
+        return 0
     print(flush=True)
     completion = stream.completion
     assert completion is not None
@@ -70,3 +89,9 @@ def run(args: argparse.Namespace) -> int:
         file=sys.stderr,
     )
     return 0
+
+
+def _keep_stdout_for_text() -> None:
+    """Send what libraries write on standard output to standard error: Gloo greets there."""
+    sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding)
+    os.dup2(2, 1)

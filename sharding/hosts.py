@@ -1,0 +1,250 @@
+"""Many processes as one program: joining, agreeing before anything is compiled, and ending together.
+
+JAX's distributed runtime is the engine. Each process runs the same program on its own devices, and a mesh spans those of all.
+Without :func:`join` there is one process, and everything here returns at once.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+# JAX has no public way to the key-value store of its coordinator.
+from jax._src.distributed import global_state
+
+from sharding import monitor
+
+_EXCHANGE_SECONDS = 3600
+# JAX aborts the process when its own time-out runs out; ours, which is an exception, comes first.
+_NEVER_SECONDS = 10**6
+
+_exchanges = itertools.count()
+
+
+@dataclasses.dataclass
+class _Group:
+    """The processes that have joined: each one's host, and this one's monitor if it is not alone."""
+
+    hosts: list[str]
+    monitor: subprocess.Popen[str] | None = None
+
+
+_group = _Group([socket.gethostname()])
+
+
+def join(coordinator: str, processes: int | None = None, process_id: int | None = None, *, timeout_seconds: float = 300) -> None:
+    """Make this process one of several, before JAX is used for anything else.
+
+    ``coordinator``: ``"HOST:PORT"`` of process 0, where it will listen, with the number of ``processes`` and this one's
+    ``process_id`` (from 0); or ``"auto"``, to take all three from Slurm, Kubernetes or MPI as ``jax.distributed.initialize`` does.
+
+    When a process dies, the others are ended with a message that names it and its host. Raises ValueError for arguments that do
+    not fit together, and TimeoutError if not all processes have come after ``timeout_seconds``.
+    """
+    if global_state.client is not None:
+        raise ValueError("this process has already joined the others; expected one call, before anything else uses JAX")
+    arguments = _join_arguments(coordinator, processes, process_id)
+    deadline = time.monotonic() + timeout_seconds
+    if process_id:
+        _wait_for_coordinator(coordinator, deadline, timeout_seconds)
+    elif process_id == 0:
+        _check_free(coordinator)
+    # It would catch SIGTERM, for checkpoints during training.
+    jax.config.update("jax_enable_preemption_service", False)
+    _call_until(
+        deadline,
+        lambda: _initialize(arguments),
+        f"{processes or 'the other'} processes were expected, and not all had joined after {timeout_seconds:g} s (coordinator "
+        f"{coordinator}); start every one, with the same coordinator and number of processes and a process id of its own",
+    )
+    _group.hosts = share(socket.gethostname())
+    _start_monitor()
+
+
+def process_count() -> int:
+    """How many processes run this program together."""
+    return int(global_state.num_processes)
+
+
+def process_id() -> int:
+    """This process's number, from 0."""
+    return int(global_state.process_id)
+
+
+def share(value: str) -> list[str]:
+    """Every process's value, in the order of processes. All must call this equally often and in the same order."""
+    client = global_state.client
+    if client is None:
+        return [value]
+    exchange = next(_exchanges)
+    client.key_value_set(f"l4jax/{exchange}/{process_id()}", value)
+    values = [client.blocking_key_value_get(f"l4jax/{exchange}/{i}", _EXCHANGE_SECONDS * 1000) for i in range(process_count())]
+    # Whoever has set a value of this exchange has read all of the last one.
+    client.key_value_delete(f"l4jax/{exchange - 1}/{process_id()}")
+    return values
+
+
+def check_same(values: Mapping[str, str], advice: str) -> None:
+    """ValueError in every process unless all have the same ``values``, which are named by their keys."""
+    every: list[dict[str, str]] = [json.loads(text) for text in share(json.dumps(dict(values)))]
+    for other in range(1, len(every)):
+        for name in values:
+            if every[0].get(name) != every[other].get(name):
+                raise ValueError(
+                    f"{name} differs between processes: process 0 (host {_group.hosts[0]}) has {every[0].get(name)}, "
+                    f"process {other} (host {_group.hosts[other]}) has {every[other].get(name)}; {advice}"
+                )
+
+
+def end_with_error(status: int) -> None:
+    """End this process, one of several, and the others with it, after it has shown an error. Returns if it is the only one."""
+    if global_state.client is None and global_state.service is None:
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if _group.monitor is not None:
+        _tell_monitor(monitor.FAILED)
+        if process_id() == 0:  # JAX aborts the others when it goes, so they are given the time to end
+            assert _group.monitor.stdout is not None
+            _group.monitor.stdout.readline()
+    os._exit(status)  # JAX would wait for the others
+
+
+def _join_arguments(coordinator: str, processes: int | None, process_id: int | None) -> dict[str, Any]:
+    if coordinator == "auto":
+        if processes is not None or process_id is not None:
+            raise ValueError("the coordinator is auto, which finds the number of processes and the process id too; leave both out")
+        return {}
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError(f"the coordinator is {coordinator!r}; expected HOST:PORT of process 0, as in gpu-01:8476, or auto")
+    if processes is None or process_id is None:
+        missing = "number of processes" if processes is None else "process id"
+        raise ValueError(
+            f"the coordinator is {coordinator} and the {missing} is missing; give both the number of processes and the process id"
+        )
+    if processes < 1 or not 0 <= process_id < processes:
+        raise ValueError(f"process id {process_id} of {processes} processes; expected an id from 0 to one less than their number")
+    return {
+        "coordinator_address": coordinator,
+        "num_processes": processes,
+        "process_id": process_id,
+        # Otherwise Slurm's variables would leave each process one device only.
+        "cluster_detection_method": "deactivate",
+    }
+
+
+def _wait_for_coordinator(coordinator: str, deadline: float, timeout_seconds: float) -> None:
+    host, _, port = coordinator.rpartition(":")
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"the coordinator {coordinator} did not answer for {timeout_seconds:g} s ({error}); expected process 0 there; "
+                    "check the address, that process 0 runs, and that no firewall is between"
+                ) from error
+            time.sleep(0.2)
+
+
+def _check_free(coordinator: str) -> None:
+    port = int(coordinator.rpartition(":")[2])
+    try:
+        with socket.socket(socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("", port))
+    except (OSError, OverflowError) as error:
+        raise ValueError(
+            f"process 0 cannot listen on port {port} of the coordinator {coordinator} ({error}); choose another port"
+        ) from error
+
+
+def _initialize(arguments: dict[str, Any]) -> None:
+    try:
+        jax.distributed.initialize(**arguments, initialization_timeout=_NEVER_SECONDS)
+    except ValueError as error:
+        if arguments:
+            raise
+        raise ValueError(
+            f"the coordinator is auto, and no Slurm, Kubernetes or MPI job says where it is ({error}); give HOST:PORT of process 0, "
+            "the number of processes and the process id"
+        ) from error
+
+
+def _call_until(deadline: float, call: Callable[[], None], refusal: str) -> None:
+    """Call in a thread; TimeoutError when the deadline has passed, and the thread is left waiting."""
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            call()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(max(0.0, deadline - time.monotonic()))
+    if thread.is_alive():
+        raise TimeoutError(refusal)
+    if errors:
+        raise errors[0]
+
+
+def _start_monitor() -> None:
+    """Start this process's monitor, and meet the others'."""
+    first = process_id() == 0
+    command = [sys.executable, "-I", str(Path(monitor.__file__)), *(["--listen"] if first else [])]
+    _group.monitor = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert _group.monitor.stdout is not None
+    port, token = share(f"{_group.monitor.stdout.readline().strip()} {secrets.token_hex()}" if first else "")[0].split()
+    assert global_state.coordinator_address is not None
+    settings = monitor.Settings(
+        process_id=process_id(),
+        hosts=_group.hosts,
+        worker=os.getpid(),
+        token=token,
+        address=global_state.coordinator_address.rpartition(":")[0].strip("[]"),
+        port=int(port),
+    )
+    _tell_monitor(json.dumps(vars(settings)))
+    atexit.register(_say_farewell)
+    _hold_errors()
+
+
+def _say_farewell() -> None:
+    _tell_monitor(monitor.FAILED if getattr(sys, "last_exc", None) is not None else monitor.DONE)
+
+
+def _tell_monitor(line: str) -> None:
+    assert _group.monitor is not None and _group.monitor.stdin is not None
+    with contextlib.suppress(OSError):  # it is no more
+        print(line, file=_group.monitor.stdin, flush=True)
+
+
+def _hold_errors() -> None:
+    """Before an error of the runtime ends this process, wait: if another has died, the monitor knows and says so instead."""
+    show = sys.excepthook
+
+    def hold(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            time.sleep(monitor.SILENCE_SECONDS + monitor.GRACE_SECONDS)
+        show(kind, error, traceback)
+
+    sys.excepthook = hold

@@ -1,0 +1,192 @@
+"""A process that watches over one process of several, and ends it with a message when another one has died.
+
+Run as a program of its own by :func:`sharding.hosts.join`, with nothing but the standard library: JAX aborts a process whose
+coordinator is gone, a dead peer leaves a collective waiting for ever, and a thread would wait for Python's lock. This program
+outlives all three.
+
+The watched process holds the other end of standard input: a line of JSON with the settings, a word when it ends, and its end of
+file when it dies. The monitors talk over TCP with that of process 0, which tells all of them who was first to die.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+BEAT_SECONDS = 2.0
+"""How often two monitors say that they are alive."""
+
+SILENCE_SECONDS = 15.0
+"""A host that has been silent for this long is taken for dead."""
+
+GRACE_SECONDS = 3.0
+"""What a process is given to end by itself, with a message of its own, before it is killed."""
+
+DONE, FAILED = "done", "failed"
+"""The watched process's last word: all is well, or it ends with an error that it has shown."""
+
+_ALONE = "alone"
+_DIED = "died"
+_BEAT = "alive"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a monitor is told: ``port`` and ``address`` are those of process 0's monitor, ``token`` keeps strangers out."""
+
+    process_id: int
+    hosts: list[str]
+    worker: int
+    token: str
+    address: str = ""
+    port: int = 0
+
+
+class Monitor:
+    """One process's monitor. ``verdict`` becomes the first process that died and how, or None when all are done."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._verdict: asyncio.Future[tuple[int, str] | None] = asyncio.get_running_loop().create_future()
+        self._last_word = ""
+        self._gone = asyncio.Event()
+        self._peers: dict[int, asyncio.StreamWriter] = {}
+        self._done: set[int] = set()
+
+    async def run(self, worker: asyncio.StreamReader, listener: socket.socket | None) -> None:
+        """Watch until every process is done, or end this one because of another. Process 0's monitor has the ``listener``."""
+        watching = [self._watch_worker(worker), self._beat()]
+        server = None
+        if listener is None:
+            watching.append(self._follow())
+        else:
+            server = await asyncio.start_server(self._hear_process, sock=listener)
+        tasks = [asyncio.create_task(task) for task in watching]
+        verdict = await self._verdict
+        if verdict is not None:
+            await self._end(*verdict)
+        for task in tasks:
+            task.cancel()
+        for peer in self._peers.values():
+            peer.close()
+        if server is not None:
+            server.close()
+
+    async def _watch_worker(self, worker: asyncio.StreamReader) -> None:
+        self._last_word = (await worker.readline()).decode().strip() or _DIED
+        if self._settings.process_id == 0:
+            self._heard(0, self._last_word)
+        elif 0 in self._peers:
+            await _send(self._peers[0], self._last_word)
+        await worker.read()
+        self._gone.set()
+
+    async def _hear_process(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """As process 0's monitor: hear one other."""
+        token, _, process = (await _line(reader) or "").partition(" ")
+        if token == self._settings.token:
+            process_id = int(process)
+            self._peers[process_id] = writer
+            while word := await _line(reader):
+                if word != _BEAT:
+                    self._heard(process_id, word)
+            del self._peers[process_id]
+            if process_id not in self._done:
+                self._heard(process_id, _DIED)
+        writer.close()
+
+    def _heard(self, process_id: int, word: str) -> None:
+        if word == DONE:
+            self._done.add(process_id)
+        all_done = len(self._done) == len(self._settings.hosts)
+        if (word != DONE or all_done) and not self._verdict.done():
+            self._verdict.set_result(None if all_done else (process_id, word))
+
+    async def _follow(self) -> None:
+        """As another's monitor: talk to that of process 0."""
+        word = None
+        with contextlib.suppress(OSError):  # cannot be reached: as if it had died
+            reader, writer = await asyncio.open_connection(self._settings.address, self._settings.port)
+            await _send(writer, f"{self._settings.token} {self._settings.process_id}")
+            self._peers[0] = writer
+            if self._last_word:
+                await _send(writer, self._last_word)
+            while (word := await _line(reader)) == _BEAT:
+                pass
+        first, _, how = (word or f"0 {_DIED}").partition(" ")
+        # Process 0's monitor leaves without a word once all are done.
+        all_done = word is None and self._last_word == DONE
+        self._verdict.set_result(None if all_done else (int(first), how))
+
+    async def _beat(self) -> None:
+        while True:
+            for peer in list(self._peers.values()):
+                await _send(peer, _BEAT)
+            await asyncio.sleep(BEAT_SECONDS)
+
+    async def _end(self, first: int, how: str) -> None:
+        """End the process, with a message unless it has shown one. Process 0 goes last: JAX aborts those that it leaves."""
+        me, hosts = self._settings.process_id, self._settings.hosts
+        begun = time.monotonic()
+        if me == 0:
+            for peer in list(self._peers.values()):
+                await _send(peer, f"{first} {how}")
+            while self._peers and time.monotonic() < begun + 2 * GRACE_SECONDS:
+                await asyncio.sleep(0.02)
+            with contextlib.suppress(OSError):  # the process is dead
+                print(_ALONE, flush=True)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._gone.wait(), max(1.0, begun + GRACE_SECONDS - time.monotonic()))
+        if first != me and self._last_word != FAILED:
+            what = "died" if how == _DIED else "stopped with an error"
+            print(f"l4jax: error: process {first} (host {hosts[first]}) {what}; process {me} (host {hosts[me]}) stops", file=sys.stderr)
+        if not self._gone.is_set():
+            os.kill(self._settings.worker, signal.SIGKILL)
+
+
+async def _line(reader: asyncio.StreamReader) -> str | None:
+    """The next line; None if the connection has ended or gone silent."""
+    try:
+        return (await asyncio.wait_for(reader.readline(), SILENCE_SECONDS)).decode().strip() or None
+    except (TimeoutError, OSError):
+        return None
+
+
+async def _send(writer: asyncio.StreamWriter, line: str) -> None:
+    with contextlib.suppress(OSError):  # whoever reads the connection learns that it is broken
+        writer.write(f"{line}\n".encode())
+        await asyncio.wait_for(writer.drain(), BEAT_SECONDS)
+
+
+def _listen() -> socket.socket:
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", 0))
+
+
+async def _main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interruption is for the watched process, whose end is then noticed
+    worker = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(worker), sys.stdin)
+    listener = None
+    if sys.argv[1:] == ["--listen"]:
+        listener = _listen()
+        print(listener.getsockname()[1], flush=True)
+    line = await worker.readline()
+    if line:
+        settings: dict[str, Any] = json.loads(line)
+        await Monitor(Settings(**settings)).run(worker, listener)
+    sys.stderr.flush()
+    os._exit(0)  # connections that are still open are of no more use
+
+
+if __name__ == "__main__":
+    asyncio.run(_main())

@@ -1,0 +1,148 @@
+"""The monitors of several processes, without the processes: who is told what, and who is killed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+
+import pytest
+
+from sharding import monitor
+from sharding.monitor import DONE, FAILED, Monitor, Settings
+
+TOKEN = "secret"
+
+
+@pytest.fixture(autouse=True)
+def killed(monkeypatch):
+    """The workers that were killed, none of which exists; and everything ten times as fast."""
+    pids = []
+    monkeypatch.setattr(os, "kill", lambda pid, number: pids.append((pid, number)))
+    for name in ("BEAT_SECONDS", "SILENCE_SECONDS", "GRACE_SECONDS"):
+        monkeypatch.setattr(monitor, name, getattr(monitor, name) / 10)
+    return pids
+
+
+class Group:
+    """Monitors of processes on hosts a, b and c, whose workers speak through their ``words``."""
+
+    def __init__(self, watched):
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.words = {i: asyncio.StreamReader() for i in watched}
+        self.tasks = []
+        self.opened = []
+
+    async def connect(self, line):
+        """A connection of somebody else's."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        self.opened.append(writer)
+        writer.write(f"{line}\n".encode())
+        return reader
+
+    def start(self):
+        for i, words in self.words.items():
+            settings = Settings(i, ["a", "b", "c"], worker=100 + i, token=TOKEN, address="127.0.0.1", port=self.port)
+            self.tasks.append(asyncio.create_task(Monitor(settings).run(words, self.listener if i == 0 else None)))
+
+    def say(self, process, word):
+        self.words[process].feed_data(f"{word}\n".encode())
+
+    async def end(self):
+        await asyncio.wait_for(asyncio.gather(*self.tasks), 5)
+        self.listener.close()
+        for writer in self.opened:
+            writer.close()
+        await asyncio.sleep(0.1)
+
+
+def run(scenario, watched=(0, 1, 2)):
+    async def started():
+        group = Group(watched)
+        group.start()
+        await asyncio.sleep(0.1)
+        await scenario(group)
+        await group.end()
+
+    asyncio.run(started())
+
+
+def stops(died, how, *others):
+    hosts = "abc"
+    return {f"l4jax: error: process {died} (host {hosts[died]}) {how}; process {i} (host {hosts[i]}) stops" for i in others}
+
+
+def test_when_all_are_done_nothing_is_said(capfd, killed):
+    async def scenario(group):
+        for process in (1, 0, 2):
+            group.say(process, DONE)
+
+    run(scenario)
+    assert capfd.readouterr() == ("", "") and not killed
+
+
+@pytest.mark.parametrize("died", [0, 1])
+def test_a_death_is_told_to_all_others(died, capfd, killed):
+    async def scenario(group):
+        group.words[died].feed_eof()
+
+    run(scenario)
+    others = {0, 1, 2} - {died}
+    assert set(capfd.readouterr().err.splitlines()) == stops(died, "died", *others)
+    assert set(killed) == {(100 + i, signal.SIGKILL) for i in others}
+
+
+def test_also_when_others_are_done(capfd, killed):
+    async def scenario(group):
+        group.say(2, DONE)
+        await asyncio.sleep(0.05)
+        group.words[1].feed_eof()
+
+    run(scenario)
+    assert set(capfd.readouterr().err.splitlines()) == stops(1, "died", 0, 2)
+    assert set(killed) == {(100, signal.SIGKILL), (102, signal.SIGKILL)}
+
+
+def test_the_first_to_go_is_named_and_who_has_shown_an_error_is_silent(capfd, killed):
+    """Process 2 fails, whereupon 0 dies of it."""
+
+    async def scenario(group):
+        group.say(2, FAILED)
+        group.words[2].feed_eof()
+        await asyncio.sleep(0.1)
+        group.words[0].feed_eof()
+
+    run(scenario)
+    assert set(capfd.readouterr().err.splitlines()) == stops(2, "stopped with an error", 0, 1)
+    assert killed == [(101, signal.SIGKILL)]
+
+
+def test_a_host_that_falls_silent_is_taken_for_dead(capfd, killed):
+    async def scenario(group):
+        await group.connect(f"{TOKEN} 1")
+
+    run(scenario, watched=(0, 2))
+    assert set(capfd.readouterr().err.splitlines()) == stops(1, "died", 0, 2)
+    assert set(killed) == {(100, signal.SIGKILL), (102, signal.SIGKILL)}
+
+
+def test_strangers_are_shown_the_door(capfd, killed):
+    async def scenario(group):
+        stranger = await group.connect("GET / HTTP/1.1")
+        assert await stranger.read() == b""
+        for process in (0, 1, 2):
+            group.say(process, DONE)
+
+    run(scenario)
+    assert capfd.readouterr() == ("", "") and not killed
+
+
+def test_without_process_0_a_monitor_says_so(capfd, killed):
+    async def scenario(group):
+        pass
+
+    run(scenario, watched=(1,))
+    assert set(capfd.readouterr().err.splitlines()) == stops(0, "died", 1)
+    assert killed == [(101, signal.SIGKILL)]

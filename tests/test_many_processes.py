@@ -1,0 +1,247 @@
+"""Several real processes over TCP: one model, the tokens of one process, one end."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from l4jax import SamplingParams, load
+from l4jax.checkpoints.convert import convert
+
+GOLDEN = Path(__file__).parent / "golden" / "data"
+HOST = socket.gethostname()
+PROMPTS = [[5, 9, 2, 7, 11, 3, 1, 8, 30, 12, 6, 4, 40, 22, 17, 19, 2, 3], [7], [1, 2, 3]]
+# The last has no seed: process 0 draws one for all.
+PARAMS = [
+    SamplingParams(max_tokens=12, temperature=0.0),
+    SamplingParams(max_tokens=12, seed=3, top_k=20, logprobs=2),
+    SamplingParams(max_tokens=12),
+]
+
+# One process of several: the checkpoint, the mesh, its number of processes, its id, the port, and where its results go.
+WORKER = """
+import sys
+import numpy as np
+import l4jax
+from tests.test_many_processes import PARAMS, PROMPTS
+checkpoint, mesh, processes, process_id, port, results = sys.argv[1:]
+l4jax.join(f"127.0.0.1:{port}", int(processes), int(process_id), timeout_seconds=120)
+llm = l4jax.load(checkpoint, mesh=mesh)
+logits = llm.logits(PROMPTS)
+completions = llm.generate(PROMPTS, PARAMS)
+np.savez(results, *logits, tokens=[c.token_ids for c in completions], seed=np.uint64(completions[-1].seed))
+"""
+# Goes on until it is killed.
+ENDLESS = """
+import sys
+import l4jax
+checkpoint, mesh, processes, process_id, port, ready = sys.argv[1:]
+l4jax.join(f"127.0.0.1:{port}", int(processes), int(process_id), timeout_seconds=120)
+llm = l4jax.load(checkpoint, mesh=mesh)
+while True:
+    llm.generate([[1, 2, 3]], l4jax.SamplingParams(max_tokens=200, ignore_eos=True))
+    open(ready, "w").close()
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Two layers of a small Scout, one with RoPE and one without: each process compiles its programs for itself."""
+    folder = tmp_path_factory.mktemp("many")
+    config = json.loads((GOLDEN / "scout" / "config.json").read_text())
+    config |= {"num_hidden_layers": 2, "moe_layers": [0, 1], **{name: config[name][2:4] for name in ("no_rope_layers", "layer_types")}}
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(GOLDEN / "scout" / "model.safetensors")
+    kept = {re.sub(r"layers\.([23])\.", lambda layer: f"layers.{int(layer[1]) - 2}.", name): name for name in tensors}
+    save_file({new: tensors[old] for new, old in kept.items() if new != old or "layers." not in old}, folder / "model.safetensors")
+    convert(folder, folder / "scout")
+    return folder / "scout"
+
+
+@pytest.fixture
+def port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def start(command, devices=1):
+    """A process with so many devices of its own."""
+    environment = {
+        **os.environ,
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "PYTHONPATH": str(Path(__file__).parent.parent),
+    }
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def start_all(script, processes, *arguments, files, devices=1):
+    """``script`` in every process, with its own id and file."""
+    checkpoint, mesh, port = map(str, arguments)
+    return [
+        start([sys.executable, "-c", script, checkpoint, mesh, str(processes), str(i), port, str(file)], devices)
+        for i, file in enumerate(files)
+    ]
+
+
+def ends(processes, seconds):
+    """What every process wrote and its status, once all have ended."""
+    deadline = time.monotonic() + seconds
+    try:
+        outputs = [process.communicate(timeout=deadline - time.monotonic()) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
+
+
+@pytest.mark.parametrize(("processes", "devices", "mesh"), [(2, 2, "sequence=2,tensor=2"), (4, 1, "data=2,expert=2")])
+def test_several_processes_give_the_logits_and_tokens_of_one(processes, devices, mesh, checkpoint, port, tmp_path):
+    files = [tmp_path / f"{i}.npz" for i in range(processes)]
+    for status, _, errors in ends(start_all(WORKER, processes, checkpoint, mesh, port, files=files, devices=devices), 300):
+        assert status == 0, errors
+    every = [np.load(file) for file in files]
+    (seed,) = {int(results["seed"]) for results in every}
+    llm = load(checkpoint)
+    logits = llm.logits(PROMPTS)
+    tokens = [c.token_ids for c in llm.generate(PROMPTS, [*PARAMS[:2], dataclasses.replace(PARAMS[2], seed=seed)])]
+    for results in every:
+        for i, expected in enumerate(logits):
+            assert np.abs(results[f"arr_{i}"] - expected).max() < 1e-5 * np.abs(expected).max()
+        assert results["tokens"].tolist() == tokens
+
+
+@pytest.mark.parametrize("victim", [1, 0])
+def test_when_a_process_is_killed_the_others_end_and_name_its_host(victim, checkpoint, port, tmp_path):
+    files = [tmp_path / str(i) for i in range(3)]
+    processes = start_all(ENDLESS, 3, checkpoint, "tensor=1,sequence=3", port, files=files)
+    deadline = time.monotonic() + 300
+    while not all(file.exists() for file in files):
+        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+        time.sleep(0.1)
+    processes[victim].send_signal(signal.SIGKILL)
+    for i, (status, _, errors) in enumerate(ends(processes, 30)):
+        assert status != 0
+        if i != victim:
+            last = errors.strip().splitlines()[-1]
+            assert last == f"l4jax: error: process {victim} (host {HOST}) died; process {i} (host {HOST}) stops"
+
+
+def generate(checkpoint, *options):
+    command = "import sys; from l4jax.cli import main; sys.exit(main())"
+    return [sys.executable, "-c", command, "generate", str(checkpoint), "-p", "The capital of France is", *map(str, options)]
+
+
+def together(port, process_id, processes=2, timeout=60):
+    return "--coordinator", f"127.0.0.1:{port}", "--processes", processes, "--process-id", process_id, "--coordinator-timeout", timeout
+
+
+def test_the_command_line_prints_the_text_once(smollm2_checkpoint, port):
+    options = "--mesh", "tensor=1,sequence=2", "--max-tokens", 4
+    first, second = ends([start(generate(smollm2_checkpoint, *options, *together(port, i))) for i in range(2)], 300)
+    assert first[0] == second[0] == 0, (first, second)
+    assert first[1].startswith(" Paris.") and first[1].endswith("\n") and "tokens/s" in first[2]
+    assert second[1] == "" and "tokens/s" not in second[2]
+
+
+def test_slurm_says_where_the_others_are(monkeypatch):
+    """As JAX reads it: the port is made of the job's number."""
+    script = """
+import l4jax
+from sharding import hosts
+l4jax.join("auto", timeout_seconds=60)
+print(hosts.process_id(), hosts.process_count(), hosts.share(str(hosts.process_id())))
+"""
+    processes = []
+    for i in range(2):
+        variables = {"JOB_ID": str(os.getpid()), "STEP_NODELIST": "localhost", "NTASKS": "2", "PROCID": str(i), "LOCALID": str(i)}
+        for name, value in variables.items():
+            monkeypatch.setenv(f"SLURM_{name}", value)
+        processes.append(start([sys.executable, "-c", script]))
+    for i, (status, out, errors) in enumerate(ends(processes, 60)):
+        assert (status, out) == (0, f"{i} 2 ['0', '1']\n"), errors
+
+
+def one_line(errors):
+    """The error that a command ended with; nothing else may follow it, and only Gloo may come before."""
+    *before, last = errors.strip().splitlines()
+    assert all("Gloo" in line for line in before), errors
+    return last
+
+
+def test_different_checkpoints_are_found_before_anything_is_compiled(checkpoint, port, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(checkpoint, other)
+    manifest = (other / "checkpoint.json").read_text()
+    (other / "checkpoint.json").write_text(manifest.replace('"source_format": "', '"source_format": "another '))
+    options = "--mesh", "sequence=2"
+    for status, out, errors in ends(
+        [start(generate(folder, *options, *together(port, i))) for i, folder in enumerate((checkpoint, other))], 60
+    ):
+        assert status == 2 and out == ""
+        assert one_line(errors).startswith(f"l4jax: error: the checkpoint's digest differs between processes: process 0 (host {HOST}) has ")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("the mesh", ("--mesh", "tensor=2")), ("dtype", ("--mesh", "sequence=2", "--dtype", "bfloat16"))]
+)
+def test_different_settings_too(name, options, checkpoint, port):
+    own = ("--mesh", "sequence=2"), options
+    for status, _, errors in ends([start(generate(checkpoint, *own[i], *together(port, i))) for i in range(2)], 60):
+        assert status == 2 and one_line(errors).startswith(f"l4jax: error: {name} differs between processes: ")
+
+
+def test_different_prompts_too(smollm2_checkpoint, port):
+    commands = [generate(smollm2_checkpoint, "--mesh", "sequence=2", *together(port, i)) for i in range(2)]
+    commands[1][commands[1].index("The capital of France is")] = "Another"
+    for status, _, errors in ends(list(map(start, commands)), 120):
+        assert status == 2 and one_line(errors).startswith("l4jax: error: what is asked for differs between processes: ")
+
+
+def test_an_error_in_one_ends_the_others(checkpoint, port, tmp_path):
+    folders = checkpoint, tmp_path / "nowhere"
+    good, bad = ends([start(generate(folder, *together(port, i))) for i, folder in enumerate(folders)], 60)
+    assert bad[0] == 2 and one_line(bad[2]).startswith(f"l4jax: error: {folders[1]} does not exist")
+    assert good[0] != 0
+    assert one_line(good[2]) == f"l4jax: error: process 1 (host {HOST}) stopped with an error; process 0 (host {HOST}) stops"
+
+
+def test_a_mesh_must_take_every_process_in(checkpoint, port):
+    for status, _, errors in ends([start(generate(checkpoint, "--mesh", "tensor=1", *together(port, i)), 2) for i in range(2)], 60):
+        assert status == 2
+        assert one_line(errors).endswith("mesh tensor=1 has 1 devices, and 4 cpu devices are present in 2 processes; expected all of them")
+
+
+@pytest.mark.parametrize(
+    ("process_id", "message"),
+    [
+        (1, "did not answer for 1 s ([Errno 111] Connection refused); expected process 0 there; check"),
+        (0, "2 processes were expected, and not all had joined after 1 s"),
+    ],
+)
+def test_waiting_for_the_others_has_an_end(process_id, message, checkpoint, port):
+    ((status, out, errors),) = ends([start(generate(checkpoint, *together(port, process_id, timeout=1)))], 30)
+    assert status == 2 and out == ""
+    assert message in one_line(errors)
+
+
+def test_a_port_in_use_is_refused(checkpoint):
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        ((status, _, errors),) = ends([start(generate(checkpoint, *together(port, 0)))], 30)
+    assert status == 2 and f"process 0 cannot listen on port {port} of the coordinator" in one_line(errors)

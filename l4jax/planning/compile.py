@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import math
-import re
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,20 +18,11 @@ from l4jax.decoding.generate import DecodeState
 from l4jax.decoding.params import SamplingParams
 from l4jax.decoding.sampling import batch_features, sampling_rows
 from l4jax.placement import Placement
+from l4jax.planning.ledger import Collective, Ledger
 from l4jax.programs import Programs
 from l4jax.spread import Spreader
 from sharding.mesh import MeshSpec
-
-_COLLECTIVES = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast|ragged-all-to-all"
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
-
-
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    """One collective in a compiled program, with the bytes of each of its results on a device."""
-
-    kind: str
-    nbytes: tuple[int, ...]
+from sharding.select import Variant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +30,7 @@ class CompiledProgram:
     """A compiled program's text, and its bytes on each device."""
 
     text: str
+    mesh: MeshSpec
     argument_bytes: int
     output_bytes: int
     temporary_bytes: int
@@ -50,10 +41,15 @@ class CompiledProgram:
         """Memory that it needs on a device while it runs."""
         return self.argument_bytes + self.output_bytes - self.donated_bytes + self.temporary_bytes
 
+    @functools.cached_property
+    def ledger(self) -> Ledger:
+        """Its matrix products and collectives, counted."""
+        return Ledger(self.text, self.mesh)
+
     @property
     def collectives(self) -> list[Collective]:
-        """Every collective in the program's text, loop bodies once; XLA may have merged several into one of many results."""
-        return collectives_in(self.text)
+        """Every collective, those in loop bodies once; XLA may have merged several into one of many results."""
+        return self.ledger.collectives
 
     def collective_table(self) -> str:
         """Collectives by kind: how often, and bytes on each device in all."""
@@ -65,16 +61,10 @@ class CompiledProgram:
         return "\n".join(f"{kind:20} {counts[kind]:5} {nbytes[kind]:14,} bytes" for kind in sorted(counts)) or "none"
 
 
-def collectives_in(text: str) -> list[Collective]:
-    """The collectives in a compiled program's text."""
-    found = []
-    for match in re.finditer(rf"= (.+?) ({_COLLECTIVES})(-start)?\(", text):
-        shapes, kind, start = match.groups()
-        arrays = re.findall(r"(\w+)\[([\d,]*)\]", shapes)
-        sizes = [_BYTES[dtype] * math.prod(int(n) for n in dims.split(",") if n) for dtype, dims in arrays]
-        # The result of a start is a tuple of its operands and its results.
-        found.append(Collective(kind, tuple(sizes[len(sizes) // 2 :] if start and shapes.startswith("(") else sizes)))
-    return found
+def first_layers(config: ModelConfig, layers: int) -> ModelConfig:
+    """The same model with no more than its first layers: what layers cost repeats, and a few compile sooner."""
+    moe = config.moe and dataclasses.replace(config.moe, moe_layers=config.moe.moe_layers[:layers])
+    return dataclasses.replace(config, num_layers=layers, rope_layers=config.rope_layers[:layers], moe=moe)
 
 
 class AbstractModel:
@@ -95,19 +85,24 @@ class AbstractModel:
         settings = sampling_rows(every, [0] * rows, [[]] * rows, self._placement.config.vocab_size)
         tables = shape.identity_tables(self._placement.config, range(rows))
         features = batch_features(every)
-        return _compiled(self._programs.decode.lower(self._leaves, state, tables, settings, np.int32(1), features=features))
+        return self._compiled(self._programs.decode.lower(self._leaves, state, tables, settings, np.int32(1), features=features))
 
-    def prefill(self, tokens: int, cached: int, capacity: int, params: SamplingParams) -> CompiledProgram:
-        """The prefill program for one piece of ``tokens`` tokens of a single sequence, behind ``cached`` ones."""
+    def prefill(self, tokens: int, cached: int, capacity: int, params: SamplingParams, variant: Variant | None = None) -> CompiledProgram:
+        """The prefill program for one piece of ``tokens`` tokens of a single sequence, behind ``cached`` ones.
+
+        ``variant``: the ring to use, instead of the one that Algorithm 5 chooses.
+        """
         B = self._placement.spec.data
         shape = self._shape(B, capacity)
         every = [params] * B
         settings = sampling_rows(every, [0] * B, [[]] * B, self._placement.config.vocab_size)
         tables = shape.identity_tables(self._placement.config, [0] * B)
         layout, spread = Spreader(self._placement, self._dtype).spread(np.full(B, cached), np.full(B, tokens), tokens, tables)
+        if spread is not None and variant is not None:
+            spread = dataclasses.replace(spread, variant=variant)
         inputs = (self._rows(B, tokens), self._rows(B), self._rows(B), tables, layout, settings, None)
         features = batch_features(every)
-        return _compiled(self._programs.prefill.lower(self._leaves, self._cache(shape), *inputs, features=features, spread=spread))
+        return self._compiled(self._programs.prefill.lower(self._leaves, self._cache(shape), *inputs, features=features, spread=spread))
 
     def cache_bytes(self, rows: int, capacity: int) -> int:
         """Bytes of the cache on each device."""
@@ -127,15 +122,15 @@ class AbstractModel:
         ]
         return tuple(LayerCache(pool, pool) for pool in pools)
 
-
-def _compiled(lowered: jax.stages.Lowered) -> CompiledProgram:
-    compiled = lowered.compile()
-    memory = compiled.memory_analysis()
-    assert memory is not None
-    return CompiledProgram(
-        compiled.as_text() or "",
-        memory.argument_size_in_bytes,
-        memory.output_size_in_bytes,
-        memory.temp_size_in_bytes,
-        memory.alias_size_in_bytes,
-    )
+    def _compiled(self, lowered: jax.stages.Lowered) -> CompiledProgram:
+        compiled = lowered.compile()
+        memory = compiled.memory_analysis()
+        assert memory is not None
+        return CompiledProgram(
+            compiled.as_text() or "",
+            self._placement.spec,
+            memory.argument_size_in_bytes,
+            memory.output_size_in_bytes,
+            memory.temp_size_in_bytes,
+            memory.alias_size_in_bytes,
+        )

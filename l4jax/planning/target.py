@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 
 import jax
 from jax.experimental import topologies
@@ -15,8 +16,10 @@ H100_MEMORY_BYTES = 80_000_000_000
 GPUS_PER_HOST = 8
 
 
-def h100_devices(count: int) -> list[jax.Device]:
+def h100_devices(count: int, *, memory_bytes: int | None = None) -> list[jax.Device]:
     """Descriptions of ``count`` H100s, eight to a host, that programs are compiled for.
+
+    ``memory_bytes``: as if each had that much. For a program that fits no H100, XLA computes (and sends) things twice to save memory.
 
     Needs XLA's CUDA compiler (``pip install 'l4jax[plan]'``), and neither a GPU nor a driver. Raises ValueError without the
     compiler, or for several hosts that are not full.
@@ -29,4 +32,6 @@ def h100_devices(count: int) -> list[jax.Device]:
     # The plugin asks for libraries that only running programs needs.
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     target = (configs_path() / "hardware" / "h100-sxm.textproto").read_text(encoding="utf-8")
+    if memory_bytes is not None:
+        target = re.sub(r"device_memory_size: \d+", f"device_memory_size: {memory_bytes}", target)
     return list(topologies.get_topology_desc(platform="cuda", target_config=target, topology=f"1x{hosts}x{gpus}").devices)

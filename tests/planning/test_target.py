@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 
 from l4jax.planning import target
@@ -17,3 +19,18 @@ def test_hosts_are_full(monkeypatch):
     monkeypatch.setattr(target.importlib.util, "find_spec", lambda name: object())
     with pytest.raises(ValueError, match="12 H100s; expected up to 8, or full hosts of 8"):
         target.h100_devices(12)
+
+
+def test_memory_can_be_as_much_as_a_program_needs(monkeypatch):
+    targets = []
+
+    def describe(*, target_config, **_):
+        targets.append(target_config)
+        return types.SimpleNamespace(devices=[])
+
+    monkeypatch.setattr(target.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(target.topologies, "get_topology_desc", describe)
+    target.h100_devices(8)
+    target.h100_devices(8, memory_bytes=10**15)
+    assert "device_memory_size: 84929347584\n" in targets[0]
+    assert targets[1] == targets[0].replace("84929347584", "1000000000000000")

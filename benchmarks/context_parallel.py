@@ -1,0 +1,238 @@
+"""Context-parallel prefill, read off programs compiled for hosts of eight H100s, beside the paper's measurements.
+
+    python benchmarks/context_parallel.py [--models NAME ...] [--tokens T ...] [--hosts N ...]
+
+Needs XLA's CUDA compiler (``pip install 'l4jax[plan]'``), no GPU; nothing is run. One piece of T tokens, from position 0, is
+compiled for the mesh ``sequence=N,tensor=8``. Layers repeat, so only two models are compiled for each row, of one period of layers
+(Llama 3: one layer; Scout: three of chunk-local attention and one that sees everything) and of two; their difference is what each
+further period costs.
+
+Read off the programs, for each GPU: FLOPs of matrix products; what crosses between hosts (collectives along ``sequence``; those along
+``tensor`` are left out); and what work XLA's schedule has between each transfer's start and its end. A transfer along the ring is
+exposed if that work takes less time than the transfer, at the rates below. The exchange that sends new keys to the ranks that cache
+them counts as exposed in every layer: XLA puts all of them off to the end of the program, where there is next to no work left.
+Two things are not in the programs' numbers: routed experts, a loop as long as the router says (their FLOPs are worked out and
+printed), and memory: the H100s compiled for have as much as is needed, because plain attention holds all scores at once.
+
+Useful attention FLOPs leave out masked scores, which plain attention computes too: half of them, and more in chunk-local layers. The
+predicted time to the first token is useful FLOPs and matrices at the paper's rate, plus what is exposed; the time of a ring step's
+attention is of useful FLOPs too. Last comes one layer's ring behind cached tokens, by either variant, as in the paper's table 5.
+The paper is "Context Parallelism for Scalable Million-Token Inference" (arXiv 2411.01783).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+
+import jax.numpy as jnp
+
+from l4jax import SamplingParams
+from l4jax.cache import is_local
+from l4jax.config import ModelConfig
+from l4jax.config_formats import config_from_hf
+from l4jax.data import configs_path
+from l4jax.planning.compile import AbstractModel, CompiledProgram, first_layers
+from l4jax.planning.ledger import Collective
+from l4jax.planning.target import GPUS_PER_HOST, h100_devices
+from l4jax.spread import H100_RING
+from sharding.mesh import MeshSpec
+from sharding.select import RingStep, Variant, choose_ring
+
+LLAMA_405B = "llama-3.1-405b"
+MEMORY_BYTES = 10**15
+MEMORY_BANDWIDTH = 3.35e12
+"""An H100's, bytes/s (configs/hardware/h100-sxm.textproto)."""
+PREFILL_FLOPS = 502e12
+"""FLOP/s of each GPU over a whole prefill of a million tokens (the paper's appendix A)."""
+PAPER_SECONDS = {131072: {1: 42.01, 2: 21.04, 4: 10.95, 8: 5.85, 16: 3.8}, 1048576: {16: 77.0}}
+"""Time to the first token of Llama 3 405B by tokens and hosts (tables 6 and 7, figures 6 and 8; its 1M is 10^6)."""
+PAPER_STEPS: dict[int, dict[Variant, tuple[int, int, int | None]]] = {
+    3200: {"pass_kv": (627, 414, None), "pass_q": (166, 414, 424)},
+    12800: {"pass_kv": (631, 1608, None), "pass_q": (544, 1608, 1023)},
+}
+"""Microseconds of SendRecv, attention and All2All on 4 hosts, by new tokens of 128000 (table 5)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a prefill costs each GPU, and what of it crosses between hosts."""
+
+    attention_flops: float
+    matrix_flops: float
+    ring_transfers: float
+    ring_bytes: float
+    exchange_bytes: float
+    exposed_transfers: float
+    exposed_seconds: float
+
+    @classmethod
+    def of(cls, program: CompiledProgram) -> Cost:
+        """Read off one program."""
+        between_hosts = [collective for collective in program.collectives if "sequence" in collective.axes]
+        ring = [collective for collective in between_hosts if collective.kind == "collective-permute"]
+        exchange_bytes = sum(collective.sent_bytes for collective in between_hosts if collective.kind != "collective-permute")
+        exposed = [seconds for collective in ring if (seconds := transfer_seconds(collective) - hiding_seconds(collective)) > 0]
+        return cls(
+            attention_flops=attention_flops(program),
+            matrix_flops=program.ledger.flops() - attention_flops(program),
+            ring_transfers=len(ring),
+            ring_bytes=sum(collective.sent_bytes for collective in ring),
+            exchange_bytes=exchange_bytes,
+            exposed_transfers=len(exposed),
+            exposed_seconds=sum(exposed) + exchange_bytes / H100_RING.ring_bandwidth,
+        )
+
+    def repeated(self, twice: Cost, periods: int) -> Cost:
+        """Of a model of ``periods`` periods of layers, this being of one and ``twice`` of two."""
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(twice), strict=True)
+        return Cost(*(one + (periods - 1) * (two - one) for one, two in pairs))
+
+
+def transfer_seconds(collective: Collective) -> float:
+    return collective.sent_bytes / H100_RING.ring_bandwidth
+
+
+def hiding_seconds(collective: Collective) -> float:
+    """How long the work takes that a GPU is given during the transfer."""
+    return collective.flops_meanwhile / H100_RING.attention_flops + collective.bytes_meanwhile / MEMORY_BANDWIDTH
+
+
+def attention_flops(program: CompiledProgram) -> int:
+    """FLOPs of scores and of their product with the values, the two einsums that have an array BKTGS."""
+    return program.ledger.flops("bktgs")
+
+
+def useful_attention_flops(config: ModelConfig, layer: int, tokens: int) -> float:
+    """FLOPs of one layer's unmasked scores and of their product with the values, over all GPUs: 4 T D for half of the keys."""
+    reach = min(tokens, config.attention_chunk_size or tokens) if is_local(config, layer) else tokens
+    return 4 * tokens * config.num_heads * config.head_dim * reach / 2
+
+
+def matrix_flops(config: ModelConfig, layer: int, tokens: int) -> tuple[float, float]:
+    """FLOPs of one layer's weight matrices over all GPUs: those that every token meets, and a routed expert for each."""
+    D, heads = config.hidden_size, config.num_heads + config.num_kv_heads
+    attention = 2 * D * heads * config.head_dim
+    if config.moe is None or not config.moe.moe_layers[layer]:
+        return 2 * tokens * (attention + 3 * D * config.intermediate_size), 0.0
+    expert = 3 * D * config.moe.intermediate_size
+    return 2 * tokens * (attention + expert + D * config.moe.num_experts), 2 * tokens * expert
+
+
+def period(config: ModelConfig) -> int:
+    """Layers after which the kinds of layer repeat."""
+    moe_layers = config.moe.moe_layers if config.moe else (False,) * config.num_layers
+    kinds = list(zip(config.rope_layers, moe_layers, strict=True))
+    return next(n for n in range(1, len(kinds) + 1) if len(kinds) % n == 0 and kinds[:n] * (len(kinds) // n) == kinds)
+
+
+def read_config(name: str) -> ModelConfig:
+    return config_from_hf(json.loads((configs_path() / "models" / f"{name}.json").read_text(encoding="utf-8")))
+
+
+def compile_prefill(config: ModelConfig, hosts: int, tokens: int, cached: int = 0, variant: Variant | None = None) -> CompiledProgram:
+    mesh = MeshSpec(sequence=hosts, tensor=GPUS_PER_HOST)
+    model = AbstractModel(config, mesh, h100_devices(mesh.size, memory_bytes=MEMORY_BYTES), jnp.dtype(jnp.bfloat16))
+    return model.prefill(tokens, cached, cached + tokens, SamplingParams(temperature=0.0), variant)
+
+
+def print_prefill(name: str, tokens: int, hosts: list[int]) -> None:
+    """A row for each number of hosts: full prefill."""
+    config = read_config(name)
+    layers = range(config.num_layers)
+    every, routed = (sum(flops) for flops in zip(*(matrix_flops(config, i, tokens) for i in layers), strict=True))
+    useful = sum(useful_attention_flops(config, i, tokens) for i in layers)
+    global_layer = next(i for i in layers if not is_local(config, i))
+    print(f"\n{name}, {tokens} tokens: each GPU's share\n")
+    print("| hosts | attention TFLOP (useful) | matrices + routed TFLOP | ring transfers | GB | µs of one, of a step's attention ", end="")
+    print("| GB to keepers | exposed transfers, and s with keepers | temporaries GB | predicted s | paper s |")
+    print("|" + "---|" * 11)
+    for N in hosts:
+        gpus = N * GPUS_PER_HOST
+        one, two = (compile_prefill(first_layers(config, times * period(config)), N, tokens) for times in (1, 2))
+        cost = Cost.of(one).repeated(Cost.of(two), config.num_layers // period(config))
+        seconds = (useful + every + routed) / gpus / PREFILL_FLOPS + cost.exposed_seconds
+        each = "–"
+        if N > 1:
+            transfer = cost.ring_bytes / cost.ring_transfers / H100_RING.ring_bandwidth
+            hop = useful_attention_flops(config, global_layer, tokens) / gpus / N / H100_RING.attention_flops
+            each = f"{microseconds(transfer)}, {microseconds(hop)}"
+        paper = PAPER_SECONDS.get(tokens, {}).get(N, "–") if name == LLAMA_405B else "–"
+        columns = [
+            N,
+            f"{cost.attention_flops / 1e12:.0f} ({useful / gpus / 1e12:.0f})",
+            f"{cost.matrix_flops / 1e12:.0f} + {routed / gpus / 1e12:.0f}",
+            f"{cost.ring_transfers:.0f}",
+            f"{cost.ring_bytes / 1e9:.2f}",
+            each,
+            f"{cost.exchange_bytes / 1e9:.2f}",
+            f"{cost.exposed_transfers:.0f}, {cost.exposed_seconds:.2f}",
+            f"{two.temporary_bytes / 1e9:.0f}",
+            f"{seconds:.2f}",
+            paper,
+        ]
+        print(f"| {' | '.join(map(str, columns))} |", flush=True)
+
+
+def print_ring_steps(total: int = 128000, hosts: int = 4) -> None:
+    """One layer's ring behind cached tokens, by either variant, beside table 5."""
+    config = first_layers(read_config(LLAMA_405B), 1)
+    print(f"\n{LLAMA_405B}, {hosts} hosts, some of {total} tokens new: one step of the ring in µs, predicted (the paper's)\n")
+    print("| new tokens | variant | MB sent | transfer | attention | exposed transfers, µs | MB sent back | back |")
+    print("|" + "---|" * 8)
+    for tokens, paper in PAPER_STEPS.items():
+        step = RingStep(
+            new_tokens=tokens, cached_tokens=total - tokens, ranks=hosts, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads
+        )
+        exchange_bytes = 0.0
+        for variant, (paper_transfer, paper_attention, paper_back) in paper.items():
+            program = compile_prefill(config, hosts, tokens, total - tokens, variant)
+            cost = Cost.of(program)
+            chosen = " (Algorithm 5)" if choose_ring(step, H100_RING).variant == variant else ""
+            transfer_bytes = cost.ring_bytes / cost.ring_transfers
+            attention = cost.attention_flops / hosts / H100_RING.attention_flops
+            ring_seconds = cost.exposed_seconds - cost.exchange_bytes / H100_RING.ring_bandwidth
+            back = ["–", "–"]
+            if variant == "pass_kv":
+                exchange_bytes = cost.exchange_bytes
+            else:  # the new keys' way to their keepers is the same
+                back_bytes = cost.exchange_bytes - exchange_bytes
+                back = [f"{back_bytes / 1e6:.1f}", f"{microseconds(back_bytes / H100_RING.ring_bandwidth)} ({paper_back})"]
+            columns = [
+                tokens,
+                variant + chosen,
+                f"{transfer_bytes / 1e6:.1f}",
+                f"{microseconds(transfer_bytes / H100_RING.ring_bandwidth)} ({paper_transfer})",
+                f"{microseconds(attention)} ({paper_attention})",
+                f"{cost.exposed_transfers:.0f} of {cost.ring_transfers:.0f}, {microseconds(ring_seconds)}",
+                *back,
+            ]
+            print(f"| {' | '.join(map(str, columns))} |", flush=True)
+
+
+def microseconds(seconds: float) -> str:
+    return f"{seconds * 1e6:.0f}"
+
+
+def main() -> None:
+    """Parse the command line, compile and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = sorted(file.stem for file in (configs_path() / "models").glob("*.json"))
+    parser.add_argument("--models", nargs="+", choices=names, default=[LLAMA_405B, "llama-4-scout-17b-16e-instruct"], metavar="NAME")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[131072, 1048576])
+    parser.add_argument("--hosts", nargs="+", type=int, default=[1, 2, 4, 8])
+    arguments = parser.parse_args()
+    try:
+        h100_devices(GPUS_PER_HOST)
+    except ValueError as error:
+        parser.error(str(error))
+    for name in arguments.models:
+        for tokens in arguments.tokens:
+            print_prefill(name, tokens, arguments.hosts)
+    if LLAMA_405B in arguments.models:
+        print_ring_steps()
+
+
+if __name__ == "__main__":
+    main()

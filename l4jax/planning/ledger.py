@@ -1,0 +1,162 @@
+"""What a compiled program does, read off its text: its matrix products, and what its collectives send and along which mesh axes.
+
+The text is XLA's after scheduling: within a computation, instructions stand in the order in which the device is given its work.
+Shapes are those on one device, so every number is one device's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+from sharding.mesh import AXES, MeshSpec
+
+_COLLECTIVES = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast|ragged-all-to-all"
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
+_KERNELS = ("fusion", "custom-call", "copy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective in a compiled program.
+
+    ``scope``: the named scopes that it was traced in. ``axes``: the mesh axes along which the devices that take part lie, ``ranks``
+    of them together. ``nbytes``: of each of its results on a device. ``flops_meanwhile`` and ``bytes_meanwhile`` are of what a device
+    is given between its start and the wait for its end, and so hides it: FLOPs of matrix products, and bytes that kernels write.
+    """
+
+    kind: str
+    scope: str
+    axes: tuple[str, ...]
+    ranks: int
+    nbytes: tuple[int, ...]
+    flops_meanwhile: int = 0
+    bytes_meanwhile: int = 0
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes that a device sends to others, by the algorithm that sends least: an all-reduce scatters sums, then gathers them.
+
+        Raises ValueError for a ragged all-to-all, whose sizes are known at run time only.
+        """
+        result, others = sum(self.nbytes), self.ranks - 1
+        match self.kind:
+            case "collective-permute":
+                return result
+            case "all-to-all" | "all-gather":
+                return result * others // self.ranks
+            case "reduce-scatter":
+                return result * others
+            case "all-reduce":
+                return 2 * result * others // self.ranks
+        raise ValueError(f"how much a {self.kind} sends does not follow from its shapes")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    name: str
+    shapes: str
+    opcode: str
+    rest: str
+
+    @property
+    def arrays(self) -> list[tuple[str, list[int]]]:
+        """Type and dimensions of each array of the result."""
+        return [(dtype, [int(n) for n in dims.split(",") if n]) for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", self.shapes)]
+
+    @property
+    def nbytes(self) -> list[int]:
+        """Bytes of each array of the result."""
+        return [_BYTES[dtype] * math.prod(dims) for dtype, dims in self.arrays]
+
+    @property
+    def first_operand(self) -> str:
+        return self.found(r"%([\w.-]+)")
+
+    @property
+    def scope(self) -> str:
+        return self.found(r'op_name="([^"]*)"')
+
+    def found(self, pattern: str) -> str:
+        """What the pattern's group matches in the operands and attributes; nothing if it matches nowhere."""
+        match = re.search(pattern, self.rest)
+        return match[1] if match else ""
+
+
+class Ledger:
+    """The instructions of a program compiled for ``mesh``, counted."""
+
+    def __init__(self, text: str, mesh: MeshSpec) -> None:
+        self._mesh = mesh
+        self._computations: dict[str, dict[str, _Instruction]] = {}
+        self._entry = ""
+        computation: dict[str, _Instruction] = {}
+        for line in text.splitlines():
+            if header := re.match(r"(ENTRY )?%([\w.-]+) \(.*\{$", line):
+                computation = self._computations.setdefault(header[2], {})
+                self._entry = header[2] if header[1] else self._entry
+            elif found := re.match(r"\s+(?:ROOT )?%([\w.-]+) = (.+?) ([a-z][\w-]*)\((.*)", line):
+                computation[found[1]] = _Instruction(*found.groups())
+
+    def flops(self, scope: str = "") -> int:
+        """FLOPs of the matrix products, two for each multiplication; of those only whose scope has ``scope`` in it.
+
+        Left out is what is not known before the program runs, loops of any length and branches; and kernels, which XLA does not
+        see into.
+        """
+        return self._computation_flops(self._entry, scope)
+
+    @functools.cached_property
+    def collectives(self) -> list[Collective]:
+        """Every collective, those in loop bodies once; XLA may have merged several into one of many results."""
+        return [
+            self._collective(name, instruction)
+            for name, computation in self._computations.items()
+            for instruction in computation.values()
+            if re.fullmatch(rf"({_COLLECTIVES})(-start)?", instruction.opcode)
+        ]
+
+    def _computation_flops(self, name: str, scope: str) -> int:
+        return sum(self._flops(name, instruction, scope) for instruction in self._computations[name].values())
+
+    def _flops(self, computation: str, instruction: _Instruction, scope: str) -> int:
+        if instruction.opcode == "dot":
+            (_, left) = self._computations[computation][instruction.first_operand].arrays[0]
+            contracted = [left[int(n)] for n in instruction.found(r"lhs_contracting_dims=\{([\d,]*)\}").split(",") if n]
+            (_, result) = instruction.arrays[0]
+            return 2 * math.prod(result) * math.prod(contracted) if scope in instruction.scope else 0
+        called = instruction.found(r" (?:calls|body|to_apply)=%([\w.-]+)")
+        times = int(instruction.found(r'"known_trip_count":\{"n":"(\d+)"\}') or 0) if instruction.opcode == "while" else 1
+        return times * self._computation_flops(called, scope) if called else 0
+
+    def _collective(self, computation: str, instruction: _Instruction) -> Collective:
+        kind, axes, nbytes = instruction.opcode.removesuffix("-start"), self._axes(instruction), instruction.nbytes
+        meanwhile: list[_Instruction] = []
+        if kind != instruction.opcode:
+            meanwhile = list(self._until_done(computation, instruction))
+            if instruction.shapes.startswith("("):  # a tuple of its operands and its results
+                nbytes = nbytes[len(nbytes) // 2 :]
+        flops = sum(self._flops(computation, other, "") for other in meanwhile)
+        written = sum(sum(other.nbytes) for other in meanwhile if other.opcode in _KERNELS)
+        return Collective(kind, instruction.scope, axes, self._mesh.along(*axes).count, tuple(nbytes), flops, written)
+
+    def _until_done(self, computation: str, start: _Instruction) -> Iterator[_Instruction]:
+        instructions = iter(self._computations[computation].values())
+        after_start = itertools.islice(itertools.dropwhile(lambda other: other is not start, instructions), 1, None)
+        done = start.opcode.removesuffix("start") + "done"
+        return itertools.takewhile(lambda other: (other.opcode, other.first_operand) != (done, start.name), after_start)
+
+    def _axes(self, instruction: _Instruction) -> tuple[str, ...]:
+        """Mesh axes along which the devices of a group, or the two of a transfer, lie."""
+        if named := instruction.found(r"replica_groups=mesh\[[^\]]*\] \{([^}]*)\}"):
+            return tuple(re.findall(r"'(\w+)'", named))
+        if not (group := instruction.found(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}")):
+            raise ValueError(f"{instruction.name} has groups of devices in a form that is not known: {instruction.rest[:200]}")
+        coordinates = np.unravel_index([int(n) for n in group.split(",")], self._mesh.sizes)
+        return tuple(axis for axis, places in zip(AXES, coordinates, strict=True) if len(set(places.tolist())) > 1)

@@ -8,10 +8,9 @@ compiled for the mesh ``sequence=N,tensor=8``. Layers repeat, so only two models
 further period costs.
 
 Read off the programs, for each GPU: FLOPs of matrix products; what crosses between hosts (collectives along ``sequence``; those along
-``tensor`` are left out); and what work XLA's schedule has between each transfer's start and its end. A transfer along the ring is
-exposed if that work takes less time than the transfer, at the rates below. The exchange that sends new keys to the ranks that cache
-them counts as exposed in every layer: XLA puts all of them off to the end of the program, where there is next to no work left.
-Two things are not in the programs' numbers: routed experts, a loop as long as the router says (their FLOPs are worked out and
+``tensor`` are left out); and what work XLA's schedule has between the start of each and its end. A transfer along the ring, or the
+exchange that sends new keys to the ranks that cache them, is exposed for as long as that work takes less time than it, at the rates
+below. Two things are not in the programs' numbers: routed experts, a loop as long as the router says (their FLOPs are worked out and
 printed), and memory: the H100s compiled for have as much as is needed, because plain attention holds all scores at once.
 
 Useful attention FLOPs leave out masked scores, which plain attention computes too: half of them, and more in chunk-local layers. The
@@ -65,6 +64,7 @@ class Cost:
     ring_bytes: float
     exchange_bytes: float
     exposed_transfers: float
+    exposed_ring_seconds: float
     exposed_seconds: float
 
     @classmethod
@@ -73,15 +73,15 @@ class Cost:
         between_hosts = [collective for collective in program.collectives if "sequence" in collective.axes]
         ring = [collective for collective in between_hosts if collective.kind == "collective-permute"]
         exchange_bytes = sum(collective.sent_bytes for collective in between_hosts if collective.kind != "collective-permute")
-        exposed = [seconds for collective in ring if (seconds := transfer_seconds(collective) - hiding_seconds(collective)) > 0]
         return cls(
             attention_flops=attention_flops(program),
             matrix_flops=program.ledger.flops() - attention_flops(program),
             ring_transfers=len(ring),
             ring_bytes=sum(collective.sent_bytes for collective in ring),
             exchange_bytes=exchange_bytes,
-            exposed_transfers=len(exposed),
-            exposed_seconds=sum(exposed) + exchange_bytes / H100_RING.ring_bandwidth,
+            exposed_transfers=sum(exposed_seconds(collective) > 0 for collective in ring),
+            exposed_ring_seconds=sum(map(exposed_seconds, ring)),
+            exposed_seconds=sum(map(exposed_seconds, between_hosts)),
         )
 
     def repeated(self, twice: Cost, periods: int) -> Cost:
@@ -90,13 +90,10 @@ class Cost:
         return Cost(*(one + (periods - 1) * (two - one) for one, two in pairs))
 
 
-def transfer_seconds(collective: Collective) -> float:
-    return collective.sent_bytes / H100_RING.ring_bandwidth
-
-
-def hiding_seconds(collective: Collective) -> float:
-    """How long the work takes that a GPU is given during the transfer."""
-    return collective.flops_meanwhile / H100_RING.attention_flops + collective.bytes_meanwhile / MEMORY_BANDWIDTH
+def exposed_seconds(collective: Collective) -> float:
+    """How much longer a collective takes than the work that a GPU is given meanwhile."""
+    hidden = collective.flops_meanwhile / H100_RING.attention_flops + collective.bytes_meanwhile / MEMORY_BANDWIDTH
+    return max(0.0, collective.sent_bytes / H100_RING.ring_bandwidth - hidden)
 
 
 def attention_flops(program: CompiledProgram) -> int:
@@ -146,7 +143,7 @@ def print_prefill(name: str, tokens: int, hosts: list[int]) -> None:
     global_layer = next(i for i in layers if not is_local(config, i))
     print(f"\n{name}, {tokens} tokens: each GPU's share\n")
     print("| hosts | attention TFLOP (useful) | matrices + routed TFLOP | ring transfers | GB | µs of one, of a step's attention ", end="")
-    print("| GB to keepers | exposed transfers, and s with keepers | temporaries GB | predicted s | paper s |")
+    print("| GB to keepers | exposed transfers, and s in all | temporaries GB | predicted s | paper s |")
     print("|" + "---|" * 11)
     for N in hosts:
         gpus = N * GPUS_PER_HOST
@@ -192,7 +189,6 @@ def print_ring_steps(total: int = 128000, hosts: int = 4) -> None:
             chosen = " (Algorithm 5)" if choose_ring(step, H100_RING).variant == variant else ""
             transfer_bytes = cost.ring_bytes / cost.ring_transfers
             attention = cost.attention_flops / hosts / H100_RING.attention_flops
-            ring_seconds = cost.exposed_seconds - cost.exchange_bytes / H100_RING.ring_bandwidth
             back = ["–", "–"]
             if variant == "pass_kv":
                 exchange_bytes = cost.exchange_bytes
@@ -205,7 +201,7 @@ def print_ring_steps(total: int = 128000, hosts: int = 4) -> None:
                 f"{transfer_bytes / 1e6:.1f}",
                 f"{microseconds(transfer_bytes / H100_RING.ring_bandwidth)} ({paper_transfer})",
                 f"{microseconds(attention)} ({paper_attention})",
-                f"{cost.exposed_transfers:.0f} of {cost.ring_transfers:.0f}, {microseconds(ring_seconds)}",
+                f"{cost.exposed_transfers:.0f} of {cost.ring_transfers:.0f}, {microseconds(cost.exposed_ring_seconds)}",
                 *back,
             ]
             print(f"| {' | '.join(map(str, columns))} |", flush=True)

@@ -49,7 +49,7 @@ def pass_kv(
             key_position_BS = key_position_NBS[(rank - hop) % ranks]
             partial = attend_positions(q_BTKGh, kv_2BSKh, query_position_BT, key_position_BS, chunk, segments, scale=scale)
             merged = partial if merged is None else merge_attention([merged, partial])
-        kv_2BSKh = arriving
+        kv_2BSKh, merged = jax.lax.optimization_barrier((arriving, merged))
     assert merged is not None
     return merged
 
@@ -75,8 +75,9 @@ def pass_q(
         with jax.named_scope(f"ring_hop_{hop}"):
             query_position_BT = query_position_NBT[(rank - hop) % ranks]
             out_BTKGh, lse_BTKG = attend_positions(q_BTKGh, kv_2BSKh, query_position_BT, key_position_BS, chunk, segments, scale=scale)
-            results.append(jnp.concatenate([out_BTKGh, lse_BTKG[..., None]], axis=-1))
-        q_BTKGh = arriving
+            result = jnp.concatenate([out_BTKGh, lse_BTKG[..., None]], axis=-1)
+        q_BTKGh, result = jax.lax.optimization_barrier((arriving, result))
+        results.append(result)
     # What was computed at hop j belongs to the rank j places back; the all-to-all wants the results in the order of their owners.
     by_owner = jnp.stack(results)[(rank - jnp.arange(ranks, dtype=jnp.int32)) % ranks]
     mine = jax.lax.all_to_all(by_owner, axis_name, split_axis=0, concat_axis=0)

@@ -42,8 +42,13 @@ class DecoderLayer(nnx.Module):
         with jax.named_scope("feed_forward"):
             normed_BTD = self.feed_forward_norm(x_BTD)
             if isinstance(self.feed_forward, MixtureOfExperts):
-                return x_BTD + self.feed_forward(normed_BTD, step.valid_BT, spread=spread is not None), cache
-            return x_BTD + self.feed_forward(normed_BTD), cache
+                x_BTD = x_BTD + self.feed_forward(normed_BTD, step.valid_BT, spread=spread is not None)
+            else:
+                x_BTD = x_BTD + self.feed_forward(normed_BTD)
+        if spread is not None:
+            # New keys go to the ranks that cache them while the feed-forward computes: XLA would put all layers' off to the last one.
+            x_BTD, cache = jax.lax.optimization_barrier((x_BTD, cache))
+        return x_BTD, cache
 
 
 class Llama(nnx.Module):

@@ -26,14 +26,15 @@ from l4jax.decoding.generate import BURST
 from l4jax.decoding.params import SamplingParams
 from l4jax.paths import cache_root
 from l4jax.placement import Placement
-from l4jax.programs import PREFILL_LENGTHS
 from l4jax.runner import NewTokens, Request, Runner, TokenLogprob
+from l4jax.spread import H100_RING
 from l4jax.text.chat import ChatFormat, load_chat_format
 from l4jax.text.load import load_tokenizer
 from l4jax.text.stream import StopStringFilter, StreamDecoder
 from l4jax.text.tokenizer import Tokenizer
 from sharding import hosts
 from sharding.mesh import ONE_DEVICE, MeshSpec
+from sharding.select import RingHardware
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, object]
@@ -106,21 +107,21 @@ class LLM:
         mesh: str | MeshSpec = ONE_DEVICE,
         tokenizer: Tokenizer | None = None,
         chat_format: ChatFormat | None = None,
-        max_batch: int = 8,
-        prefill_lengths: Sequence[int] = PREFILL_LENGTHS,
+        max_batch: int | None = None,
+        prefill_lengths: Sequence[int] | None = None,
+        ring_hardware: RingHardware = H100_RING,
     ) -> None:
-        """``weights`` by the names of ``l4jax.model.weights.weight_specs``; at most ``max_batch`` prompts run together.
-
-        ``mesh``: the devices to run on, as in "tensor=4,expert=2" (see ``sharding.mesh.MeshSpec``); the first one by default.
-        """
+        """``weights`` by the names of ``l4jax.model.weights.weight_specs``; the other arguments are those of :func:`load`."""
+        placement = Placement.on(config, mesh)
+        max_batch = 8 * placement.spec.data if max_batch is None else max_batch
         _check_max_batch(max_batch)
-        if not prefill_lengths or min(prefill_lengths) < 1:
+        if prefill_lengths is not None and min(prefill_lengths, default=0) < 1:
             raise ValueError(f"prefill_lengths is {prefill_lengths!r}; expected at least one length, of 1 or more")
         self.config = config
         self.tokenizer = tokenizer
         self.chat_format = chat_format
         self.max_batch = max_batch
-        self.runner = Runner(Placement.on(config, mesh), weights, prefill_lengths=prefill_lengths)
+        self.runner = Runner(placement, weights, prefill_lengths=prefill_lengths, ring_hardware=ring_hardware)
 
     @property
     def weight_bytes(self) -> int:
@@ -165,7 +166,8 @@ class LLM:
     def warmup(self, *, max_length: int, max_batch: int | None = None) -> None:
         """Compile everything that requests of up to ``max_length`` tokens (prompt and output) and this batch size need.
 
-        Covers greedy and sampled requests; penalties, biases and logprobs compile on first use.
+        Covers greedy and sampled requests; penalties, biases and logprobs compile on first use. Where tokens are spread over
+        ranks it prefills prompts of up to ``max_length`` tokens, for programs depend on how much is cached.
         """
         max_batch = self.max_batch if max_batch is None else max_batch
         _check_max_batch(max_batch)
@@ -174,7 +176,7 @@ class LLM:
             raise ValueError(f"max_length is {max_length}; expected 2 (a prompt and a token) to {context}, the model's context")
         self.runner.reserve(max_batch, max_length)
         sizes = sorted({self.runner.row_bucket(n) for n in range(1, max_batch + 1)})
-        prompts = [[0] * min(length, max_length - 1) for length in self.runner.prefill_lengths]
+        prompts = [[0] * length for length in self.runner.warmup_lengths(max_length - 1)]
         for temperature in (0.0, 1.0):
             params = SamplingParams(max_tokens=2, temperature=temperature, seed=0, ignore_eos=True)
             for rows in sizes:
@@ -335,19 +337,24 @@ def load(
     *,
     mesh: str | MeshSpec = ONE_DEVICE,
     dtype: DType | None = None,
-    max_batch: int = 8,
+    max_batch: int | None = None,
+    prefill_lengths: Sequence[int] | None = None,
+    ring_hardware: RingHardware = H100_RING,
 ) -> LLM:
     """Load a checkpoint made by ``l4jax convert``.
 
     ``mesh``: the devices to run on, such as "tensor=4,expert=2" or a file of ``configs/meshes``; one device by default. Every
     device reads only its part of the weights. ``dtype``: what weights and cache are held in; None takes what most of the
     checkpoint's bytes are stored in. At most
-    ``max_batch`` prompts are decoded together. Compiled programs are kept on disk between processes, unless JAX's own setting
+    ``max_batch`` prompts are decoded together (default: 8 for each rank along ``data``). ``prefill_lengths``: prompts are worked off in
+    pieces, padded to one of these lengths (default: 32, 128 and 512 for each rank that shares their tokens). ``ring_hardware``: what
+    decides which ring passes them (``sharding.select``). Compiled programs are kept on disk between processes, unless JAX's own setting
     says where or not.
     """
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype is {dtype!r}; expected float32, bfloat16, float16 or None (as stored)")
-    _check_max_batch(max_batch)
+    if max_batch is not None:
+        _check_max_batch(max_batch)
     _enable_compilation_cache()
     checkpoint = open_checkpoint(path)
     placement = Placement.on(checkpoint.config, mesh)
@@ -357,6 +364,8 @@ def load(
             "the mesh": str(placement.spec),
             "dtype": str(dtype),
             "max_batch": str(max_batch),
+            "prefill_lengths": str(prefill_lengths),
+            "ring_hardware": str(ring_hardware),
             "l4jax": importlib.metadata.version("l4jax"),
             "jax": jax.__version__,
         },
@@ -366,10 +375,12 @@ def load(
     return LLM(
         checkpoint.config,
         checkpoint.restore(placement, None if dtype is None else jnp.dtype(dtype)),
-        mesh=mesh,
+        mesh=placement.spec,
         tokenizer=tokenizer,
         chat_format=None if tokenizer is None else load_chat_format(checkpoint.directory, tokenizer),
         max_batch=max_batch,
+        prefill_lengths=prefill_lengths,
+        ring_hardware=ring_hardware,
     )
 
 

@@ -54,6 +54,8 @@ class Placement:
     def on(cls, config: ModelConfig, mesh: str | MeshSpec) -> Placement:
         """On this machine's devices (every process's, if there are several)."""
         spec = MeshSpec.parse(mesh) if isinstance(mesh, str) else mesh
+        if not isinstance(spec, MeshSpec):
+            raise ValueError(f'the mesh is {mesh!r}; expected a description such as "sequence=4,tensor=2", or an l4jax.MeshSpec')
         return cls(config, spec.build())
 
     def weight_sharding(self, name: str) -> NamedSharding:

@@ -28,7 +28,7 @@ from l4jax.placement import Placement
 from sharding.rules import partition
 
 PREFILL_LENGTHS = (32, 128, 512)
-"""Lengths that a prefill piece is padded to; longer prompts are prefilled in several pieces."""
+"""Lengths that a prefill piece is padded to, for each rank that shares its tokens; longer prompts are prefilled in several pieces."""
 
 Cache = tuple[LayerCache, ...]
 Leaves = tuple[Array, ...]
@@ -90,6 +90,7 @@ class Programs:
         else:
             last_BD = last_state(x_BTD, layout.position_NBT[self._ranks.index()], start_B + new_B - 1, self._ranks)
         token_B, logprobs = sample(model.logits(last_BD), rows, counts, jnp.zeros_like(new_B), features, self._vocab)
+        token_B = self._ranks.of_first(token_B)  # as in decoding
         token_B, logprobs = jax.tree.map(lambda rows: self._data.concatenate(rows, axis=0), (token_B, logprobs))
         return cache, token_B, logprobs
 

@@ -29,7 +29,7 @@ NOT_FINITE_ADVICE = (
     'dtype="float32" or "bfloat16"), or its weights are damaged (`l4jax show --verify` checks them)'
 )
 _MIN_CAPACITY = 1024
-# A prefill program takes several rows only up to this many tokens: past it the matmuls gain nothing from more rows.
+# A prefill program takes several rows only up to this many tokens on each rank: past it the matmuls gain nothing from more rows.
 _PREFILL_TOKENS = 2048
 
 
@@ -80,7 +80,8 @@ class Runner:
     """A model's programs, its weights on the device and the KV cache they share.
 
     The cache grows to the largest batch and length seen and stays; page tables pick the rows that a program works on. So
-    program shapes depend on the batch's size bucket and on nothing else once the cache has its final size.
+    program shapes depend on the batch's size bucket and on nothing else once the cache has its final size; where tokens are spread
+    over ranks, prefill's also on the cached length's (``Spreader``).
 
     On a mesh with a ``data`` axis its ranks share out the rows of a batch evenly and in order, and each has the cache of its own.
     """
@@ -90,10 +91,13 @@ class Runner:
         placement: Placement,
         weights: Mapping[str, jax.Array],
         *,
-        prefill_lengths: Sequence[int] = PREFILL_LENGTHS,
+        prefill_lengths: Sequence[int] | None = None,
         ring_hardware: RingHardware = H100_RING,
     ) -> None:
-        """``weights`` as they are stored, or as ``placement`` has placed them."""
+        """``weights`` as they are stored, or as ``placement`` has placed them.
+
+        ``prefill_lengths``: what pieces of prompts are padded to; :data:`PREFILL_LENGTHS` for each token rank by default.
+        """
         self.config = placement.config
         self.programs = Programs(placement)
         self._placement = placement
@@ -103,7 +107,7 @@ class Runner:
         self._ranks = placement.spec.token_ranks.count
         self._spreader = Spreader(placement, self._dtype, ring_hardware)
         self._device = placement.mesh.devices.flat[0]
-        self.prefill_lengths = tuple(sorted(prefill_lengths))
+        self.prefill_lengths = tuple(sorted(prefill_lengths or (length * self._ranks for length in PREFILL_LENGTHS)))
         self._shape = CacheShape(rows=0, capacity=0)
         self._cache: tuple[LayerCache, ...] = ()
         self._batch: Batch | None = None
@@ -124,6 +128,17 @@ class Runner:
         fewest = 2 if self._device.platform == "cpu" and self._dtype == jnp.bfloat16 else 1
         return self._data * max(fewest, 1 << (-(-rows // self._data) - 1).bit_length())
 
+    def warmup_lengths(self, longest: int) -> list[int]:
+        """Prompts of these lengths, up to ``longest`` tokens, are prefilled by every program that any up to there is."""
+        piece, chunk = self.prefill_lengths[-1], self.config.attention_chunk_size
+        whole_chunks = range(chunk, piece, chunk) if chunk is not None and self._ranks > 1 else ()
+        lengths: dict[Any, int] = {}
+        for start in range(0, longest, piece):
+            for new in (min(new, longest - start) for new in (*self.prefill_lengths, *whole_chunks)):
+                T = self._length_bucket(new)
+                lengths.setdefault((T, *self._spreader.program([(start, new)], T)), start + new)
+        return sorted(set(lengths.values()))
+
     def reserve(self, rows: int, tokens: int) -> None:
         """Make room for ``rows`` sequences of ``tokens`` tokens; what the cache held is lost if it has to grow."""
         rows = self.row_bucket(rows)
@@ -135,8 +150,10 @@ class Runner:
         if shape == self._shape and not lost:
             return
         available = self._available_bytes()
-        if self._needed_bytes(shape) > available:  # give up what earlier calls needed before refusing this one
+        if self._needed_bytes(shape) > available:  # give up what earlier calls needed, and room to grow, before refusing this one
             shape = CacheShape(rows, capacity, self._ranks)
+        if self._needed_bytes(shape) > available:
+            shape = CacheShape(rows, tokens, self._ranks)
         needed = self._needed_bytes(shape)
         refused = (
             f"a KV cache for {shape.rows} sequences of {shape.capacity} tokens takes {needed / 1e9:.1f} GB, and beside the weights "
@@ -266,7 +283,7 @@ class Runner:
         while unfinished := [i for i, p in enumerate(prompts) if position[i] < len(p)]:
             bucket = {i: self._length_bucket(len(prompts[i]) - position[i]) for i in unfinished}
             T = max(bucket.values())
-            most = max(1, _PREFILL_TOKENS // T)
+            most = max(1, _PREFILL_TOKENS * self._ranks // T)
             taken: list[list[int]] = []
             for rank in range(self._data):
                 own = [i for i in unfinished if i // per_rank == rank]

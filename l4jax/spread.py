@@ -12,6 +12,7 @@ from l4jax.cache import PAGE_SIZE, PageTables
 from l4jax.model.step import PieceLayout, Spread
 from l4jax.placement import Placement
 from sharding.layout import EMPTY, balanced, batch
+from sharding.ring import PARTIAL_BYTES
 from sharding.select import RingHardware, RingStep, choose_ring
 
 H100_RING = RingHardware(attention_flops=515e12, ring_bandwidth=25e9)
@@ -27,32 +28,43 @@ class Spreader:
         self._dtype = dtype
         self._hardware = hardware
 
+    def program(self, rows: Sequence[tuple[int, int]], T: int) -> tuple[int, bool]:
+        """What a piece's program depends on beside its size: pages of cached tokens that each rank brings, and whether chunks are whole.
+
+        ``rows``: (cached tokens, new tokens). The pages are powers of two, so that few programs are compiled.
+        """
+        if self._ranks == 1:
+            return 0, False
+        pages = -(-max(start for start, _ in rows) // (PAGE_SIZE * self._ranks))
+        return 1 << (pages - 1).bit_length() if pages else 0, bool(self._aligned(rows, T))
+
+    def _aligned(self, rows: Sequence[tuple[int, int]], T: int) -> list[np.ndarray]:
+        chunk = self._config.attention_chunk_size
+        return [] if chunk is None else aligned_layouts(rows, self._ranks, chunk, -(-T // self._ranks))
+
     def spread(self, start_B: np.ndarray, new_B: np.ndarray, T: int, tables: PageTables) -> tuple[PieceLayout | None, Spread | None]:
         """For ``new_B[b]`` tokens (padded to T) behind ``start_B[b]`` cached ones; (None, None) if there is but one rank.
 
         Nothing needs to divide anything, and a rank may get no tokens at all. If every row allows it, attention chunks stay whole.
         """
-        ranks, chunk = self._ranks, self._config.attention_chunk_size
+        ranks = self._ranks
         if ranks == 1:
             return None, None
-        slots = -(-T // ranks)
         rows = list(zip(start_B.tolist(), new_B.tolist(), strict=True))
-        layouts = [] if chunk is None else aligned_layouts(rows, ranks, chunk, slots)
-        aligned = bool(layouts)
-        if not aligned:
-            layouts = [balanced(new, ranks, first=start) for start, new in rows]
-        # Few widths, so that few programs are compiled.
-        cached = -(-max(start for start, _ in rows) // (PAGE_SIZE * ranks))
-        width = min(1 << (cached - 1).bit_length(), tables.full_BW.shape[1]) if cached else 0
+        width, aligned = self.program(rows, T)
+        layouts = self._aligned(rows, T) if aligned else [balanced(new, ranks, first=start) for start, new in rows]
+        width = min(width, tables.full_BW.shape[1])
+        # Of the program's sizes, not of the tokens: they are what is sent, and pieces of the same sizes share a program.
         step = RingStep(
-            new_tokens=max(1, sum(new for _, new in rows)),
-            cached_tokens=sum(start for start, _ in rows),
+            new_tokens=T,
+            cached_tokens=width * PAGE_SIZE * ranks,
             ranks=ranks,
             num_heads=self._config.num_heads,
             num_kv_heads=self._config.num_kv_heads,
             bytes_per_element=self._dtype.itemsize,
+            output_bytes_per_element=PARTIAL_BYTES,
         )
-        layout = PieceLayout(host_array(batch(layouts, slots), np.int32), tables.full_BW[:, :width])
+        layout = PieceLayout(host_array(batch(layouts, -(-T // ranks)), np.int32), tables.full_BW[:, :width])
         return layout, Spread(choose_ring(step, self._hardware).variant, aligned)
 
 

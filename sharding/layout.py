@@ -28,6 +28,8 @@ def balanced(length: int, ranks: int, *, first: int = 0, block: int = 1, last_on
         )
     first_block, end_block = first // block, -(-(first + length) // block)
     blocks = np.array([(end_block - first_block + ranks - 1 - rank) // ranks for rank in range(ranks)])
+    if last_on is not None and not 0 <= last_on < ranks:
+        raise ValueError(f"last_on is {last_on}; expected a rank, 0 to {ranks - 1}")
     early, late = blocks // 2, blocks - blocks // 2
     cuts = first_block + np.cumsum([0, *early, *late[::-1]])
     edges = np.clip(cuts * block, first, first + length)
@@ -39,21 +41,10 @@ def balanced(length: int, ranks: int, *, first: int = 0, block: int = 1, last_on
     return padded(rows)
 
 
-def round_robin(length: int, ranks: int, *, first: int = 0) -> np.ndarray:
-    """Position p on rank p mod ranks: decoded tokens, so that no rank's cache fills up before the others'."""
-    positions = np.arange(first, first + length)
-    return padded([positions[positions % ranks == rank] for rank in range(ranks)])
-
-
 def padded(rows: list[np.ndarray], slots: int = 0) -> np.ndarray:
     """Rows of positions as one array, filled up with :data:`EMPTY` to the longest or to ``slots``."""
     slots = max([slots, *(len(row) for row in rows)])
     return np.stack([np.pad(row, (0, slots - len(row)), constant_values=EMPTY) for row in rows]).astype(np.int32)
-
-
-def append(layout: np.ndarray, later: np.ndarray) -> np.ndarray:
-    """Each rank's positions followed by its later ones, with no empty slot between: a cache with new tokens written behind."""
-    return padded([np.concatenate([row[row != EMPTY], more[more != EMPTY]]) for row, more in zip(layout, later, strict=True)])
 
 
 def batch(layouts: list[np.ndarray], slots: int = 0) -> np.ndarray:

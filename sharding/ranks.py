@@ -31,6 +31,10 @@ class Ranks:
         """The highest of every rank's values, on all of them."""
         return jax.lax.pmax(x, self.axes) if self.axes else x
 
+    def of_first(self, x: Shaped[Array, "*B"]) -> Shaped[Array, "*B"]:
+        """Rank 0's numbers, on all of them."""
+        return self.sum(jnp.where(self.index() == 0, x, jnp.zeros_like(x)))
+
     def any(self, x: Bool[Array, "*B"]) -> Bool[Array, "*B"]:
         """True where it is on at least one rank."""
         return self.max(x.astype(jnp.int32)) > 0

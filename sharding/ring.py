@@ -18,6 +18,9 @@ from pallas_kernels.flash_attention import attend
 from sharding.layout import EMPTY
 from sharding.merge import Partial, merge_attention
 
+PARTIAL_BYTES = 4
+"""Bytes of a number in the partial results that :func:`pass_q` sends back."""
+
 
 def pass_kv(
     q_BTKGh: Float[Array, "B T K G h"],
@@ -40,7 +43,8 @@ def pass_kv(
     """
     ranks, rank = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
     query_position_BT = query_position_NBT[rank]
-    kv_2BSKh = jnp.stack([k_BSKh, v_BSKh])
+    # Barriers at the ends of a step leave XLA no choice but to have its transfer meanwhile; it would start them late, or last.
+    q_BTKGh, kv_2BSKh = jax.lax.optimization_barrier((q_BTKGh, jnp.stack([k_BSKh, v_BSKh])))
     merged: Partial | None = None
     for hop in range(ranks):
         # Issued before the attention that it hides behind; after the last hop nobody needs the keys again.
@@ -68,7 +72,8 @@ def pass_q(
 ) -> Partial:
     """As :func:`pass_kv`, the queries going round: N - 1 transfers of them, then each rank's results go back in one all-to-all."""
     ranks, rank = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
-    kv_2BSKh, key_position_BS = jnp.stack([k_BSKh, v_BSKh]), key_position_NBS[rank]
+    q_BTKGh, kv_2BSKh = jax.lax.optimization_barrier((q_BTKGh, jnp.stack([k_BSKh, v_BSKh])))
+    key_position_BS = key_position_NBS[rank]
     results = []
     for hop in range(ranks):
         arriving = _to_next(q_BTKGh, axis_name) if hop < ranks - 1 else q_BTKGh
@@ -100,8 +105,11 @@ def attend_positions(
     scale: float,
 ) -> Partial:
     """Attention of queries over keys that are both on this rank, as in :func:`pass_kv`."""
+    slots = kv_2BSKh.shape[2]
+    if segments is not None and sum(segments) != slots:
+        raise ValueError(f"segments {tuple(segments)} are {sum(segments)} slots; expected runs that make up all {slots}")
     partials, first = [], 0
-    for size in segments or (kv_2BSKh.shape[2],):
+    for size in segments or (slots,):
         run = slice(first, first + size)
         partials.append(_attend_run(q_BTKGh, kv_2BSKh[:, :, run], query_position_BT, key_position_BS[:, run], chunk, scale))
         first += size

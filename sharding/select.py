@@ -40,7 +40,10 @@ class RingHardware:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RingStep:
-    """One forward step: ``new_tokens`` of which no keys are cached yet, behind ``cached_tokens`` that have them."""
+    """One forward step: ``new_tokens`` of which no keys are cached yet, behind ``cached_tokens`` that have them; in each sequence.
+
+    ``bytes_per_element`` of queries, keys and values; ``output_bytes_per_element`` of the partial outputs that pass-Q sends back.
+    """
 
     new_tokens: int
     cached_tokens: int
@@ -48,6 +51,7 @@ class RingStep:
     num_heads: int
     num_kv_heads: int
     bytes_per_element: int = 2
+    output_bytes_per_element: int = 2
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -148,14 +152,15 @@ def _tokens_that_hide(step: RingStep, flops_per_byte: float) -> float:
 
 
 def _miss_rate_that_pays(step: RingStep, flops_per_byte: float) -> float:
-    """Equation 5: 2 NKV / NH - 4 T BW / (N C e)."""
-    return step.message_ratio - 4 * step.new_tokens / (step.ranks * flops_per_byte * step.bytes_per_element)
+    """Equation 5: 2 NKV / NH - 4 T BW / (N C e), for outputs of e bytes; wider ones cost as much more to send back."""
+    of_equal_bytes = step.message_ratio - 4 * step.new_tokens / (step.ranks * flops_per_byte * step.bytes_per_element)
+    return of_equal_bytes * step.bytes_per_element / step.output_bytes_per_element
 
 
 def _switching_ratio(step: RingStep) -> float:
     """The FLOPs per byte up to which a step passes keys and values: where equation 2 or equation 5 holds with equality."""
     per_byte = step.ranks * step.bytes_per_element
     hidden_up_to = 2 * step.new_tokens * step.num_heads / (step.num_kv_heads * per_byte)
-    shortfall = step.message_ratio - step.miss_rate
+    shortfall = step.message_ratio - step.miss_rate * step.output_bytes_per_element / step.bytes_per_element
     pays_up_to = 4 * step.new_tokens / (shortfall * per_byte) if shortfall > 0 else math.inf
     return max(hidden_up_to, pays_up_to)

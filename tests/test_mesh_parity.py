@@ -134,6 +134,7 @@ def test_weights_are_cut_and_kv_heads_repeated(mesh):
         ),
         (CONFIGS["llama3"], "tensor=16", "mesh tensor=16 has 16 devices, and 8 cpu devices are present"),
         (CONFIGS["llama3"], "tensr=2", "did you mean tensor"),
+        (CONFIGS["llama3"], 8, 'the mesh is 8; expected a description such as "sequence=4,tensor=2"'),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused_in_one_line(config, mesh, message):
@@ -149,14 +150,45 @@ def test_results_said_to_be_equal_on_every_device_are():
     batch = llm.runner.start([llm._request(p, SamplingParams(max_tokens=9, seed=1)) for p in prompts(config, LENGTHS)])
     batch.step(1)
     batch.step(4)
-    state = dataclasses.replace(batch._state, cache=llm.runner._cache)
-    for leaf in jax.tree.leaves(state):
+    assert_copies_are_equal(dataclasses.replace(batch._state, cache=llm.runner._cache))
+
+
+def assert_copies_are_equal(tree):
+    for leaf in jax.tree.leaves(tree):
         copies: dict[str, list[np.ndarray]] = {}
         for shard in leaf.addressable_shards:
             copies.setdefault(str(shard.index), []).append(np.asarray(shard.data))
         for first, *others in copies.values():
             for other in others:
                 np.testing.assert_array_equal(first, other)
+
+
+def test_ranks_that_round_differently_agree_on_every_token():
+    """As two hosts' kernels may: they would choose other tokens, and one would leave the loop while the other waits for it."""
+    config = dataclasses.replace(CONFIGS["llama3"], eos_token_ids=tuple(range(0, 64, 5)))
+    placed = Placement.on(config, MeshSpec(sequence=2)).place_all(weights(config))
+    scale = placed["norm.scale"]
+    differing = [jax.device_put(shard.data * (1 + 0.05 * rank), shard.device) for rank, shard in enumerate(scale.addressable_shards)]
+    placed["norm.scale"] = jax.make_array_from_single_device_arrays(scale.shape, scale.sharding, differing)
+    llm = LLM(config, placed, mesh="sequence=2")
+    for seed in range(4):
+        batch = llm.runner.start([llm._request(p, SamplingParams(max_tokens=40, seed=seed)) for p in prompts(config, (3, 9))])
+        while not all(batch.done):
+            batch.step(8)
+            assert_copies_are_equal(dataclasses.replace(batch._state, cache=()))
+
+
+def test_bfloat16_is_as_exact_on_a_mesh():
+    """Sums in another order are rounded differently, so tokens may differ; the distance to float32 may not grow."""
+    config = CONFIGS["scout"]
+    values = weights(config, dtype=jnp.dtype(jnp.bfloat16))
+    wide = LLM(config, {name: value.astype(jnp.float32) for name, value in values.items()}, prefill_lengths=PIECES)
+    exact = wide.logits(prompts(config, LENGTHS))
+    errors = []
+    for mesh in ("tensor=1", "sequence=2,tensor=2"):
+        logits = LLM(config, values, mesh=mesh, prefill_lengths=PIECES).logits(prompts(config, LENGTHS))
+        errors.append(np.median(np.concatenate([np.abs(a - b).ravel() for a, b in zip(logits, exact, strict=True)])))
+    assert errors[1] < 1.25 * errors[0]
 
 
 def test_a_config_without_experts_has_nothing_to_cut_along_that_axis():

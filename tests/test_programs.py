@@ -9,13 +9,14 @@ import pytest
 
 from l4jax import LLM, SamplingParams
 from l4jax.cache import PAGE_SIZE, CacheShape
+from l4jax.config import MoEConfig
 from l4jax.decoding.generate import DecodeState
 from l4jax.decoding.sampling import batch_features, sampling_rows
 from l4jax.model.llama import Llama
 from l4jax.model.weights import weight_specs
 from l4jax.placement import Placement
 from l4jax.programs import Programs
-from sharding.mesh import ONE_DEVICE
+from sharding.mesh import ONE_DEVICE, MeshSpec
 from tests.tiny import llama3_like, maverick_like, prompts, scout_like, weights
 
 
@@ -66,6 +67,21 @@ def count_compilations():
         yield compiled
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_nothing_compiles_after_warm_up_on_a_mesh_whose_ranks_share_out_tokens():
+    config = scout_like(
+        num_layers=2, rope_layers=(True, False), moe=MoEConfig(num_experts=4, intermediate_size=48, moe_layers=(True, True))
+    )
+    placed = Placement.on(config, MeshSpec(sequence=2)).place_all(weights(config))
+    llm = LLM(config, placed, mesh="sequence=2", max_batch=1, prefill_lengths=(48,))
+    llm.warmup(max_length=config.max_position_embeddings)
+    rng = np.random.default_rng(0)
+    with count_compilations() as compiled:
+        for served in range(40):
+            params = SamplingParams(max_tokens=int(rng.integers(1, 5)), temperature=float(rng.choice([0.0, 0.8])), seed=1)
+            llm.generate(prompts(config, (int(rng.integers(1, 250)),), seed=served), params)
+        assert compiled == []
 
 
 def test_nothing_compiles_after_warm_up():

@@ -46,8 +46,8 @@ class MixtureOfExperts(nnx.Module):
 
     On a mesh, each rank along ``expert`` has some of the routed experts, and each along ``tensor`` part of their width. Where
     every rank has every token (decoding), each computes what its own experts do, and one sum over all ranks, the shared
-    expert's part included, makes the output. Where each has tokens of its own (prefill), they are sent to their experts and back
-    while the shared expert computes, and the sum is over ``tensor``.
+    expert's part included, makes the output. Where each has tokens of its own (prefill), they are sent to their experts and back,
+    which the shared expert does not wait for, and the sum is over ``tensor``.
     """
 
     def __init__(self, hidden_size: int, moe: MoEConfig, mesh: MeshSpec) -> None:

@@ -18,7 +18,12 @@ import numpy as np
 from sharding.mesh import AXES, MeshSpec
 
 _COLLECTIVES = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast|ragged-all-to-all"
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
+_BYTES = {
+    **dict.fromkeys(("pred", "s8", "u8", "f8e4m3fn", "f8e5m2"), 1),
+    **dict.fromkeys(("bf16", "f16", "s16", "u16"), 2),
+    **dict.fromkeys(("s32", "u32", "f32"), 4),
+    **dict.fromkeys(("s64", "u64", "f64"), 8),
+}
 _KERNELS = ("fusion", "custom-call", "copy")
 
 
@@ -141,7 +146,7 @@ class Ledger:
         if kind != instruction.opcode:
             meanwhile = list(self._until_done(computation, instruction))
             if instruction.shapes.startswith("("):  # a tuple of its operands and its results
-                nbytes = nbytes[len(nbytes) // 2 :]
+                nbytes = nbytes[-1:] if kind == "ragged-all-to-all" else nbytes[len(nbytes) // 2 :]
         flops = sum(self._flops(computation, other, "") for other in meanwhile)
         written = sum(sum(other.nbytes) for other in meanwhile if other.opcode in _KERNELS)
         return Collective(kind, instruction.scope, axes, self._mesh.along(*axes).count, tuple(nbytes), flops, written)

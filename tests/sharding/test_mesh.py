@@ -80,7 +80,8 @@ def test_several_processes_must_all_take_part():
         def __init__(self, process_index):
             self.process_index = process_index
 
-    with pytest.raises(ValueError, match=r"mesh tensor=2 has 2 devices, and 4 gpu devices are present$"):
+    message = r"mesh tensor=2 has 2 devices, and 4 gpu devices are present in 2 processes; expected all of them$"
+    with pytest.raises(ValueError, match=message):
         MeshSpec(tensor=2).build([Device(0), Device(0), Device(1), Device(1)])
 
 

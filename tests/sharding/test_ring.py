@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
-from sharding.layout import EMPTY, append, balanced, batch, round_robin
+from sharding.layout import EMPTY, balanced, batch, padded
 from sharding.mesh import MeshSpec
-from sharding.ring import pass_kv, pass_q
+from sharding.ring import attend_positions, pass_kv, pass_q
 
 VARIANTS = {"pass_kv": pass_kv, "pass_q": pass_q}
 K, G, H = 2, 3, 4
@@ -48,6 +48,17 @@ def attention(q_TKGh, k_SKh, v_SKh, positions_T, chunk):
     return np.einsum("tkgs,skh->tkgh", weights / total, v_SKh), (np.log(total) + highest)[..., 0]
 
 
+def decoded(length, ranks, first):
+    """Decoded tokens, position p on rank p mod ranks."""
+    positions = np.arange(first, first + length)
+    return padded([positions[positions % ranks == rank] for rank in range(ranks)])
+
+
+def append(layout, later):
+    """Each rank's positions followed by its later ones, with no empty slot between."""
+    return padded([np.concatenate([row[row != EMPTY], more[more != EMPTY]]) for row, more in zip(layout, later, strict=True)])
+
+
 def spread(array_SX, layout_NS):
     """The rows that each rank holds; empty slots have values that would show."""
     return np.where((layout_NS == EMPTY).reshape(*layout_NS.shape, *[1] * (array_SX.ndim - 1)), 1e3, array_SX[layout_NS])
@@ -59,9 +70,7 @@ def check(variant, ranks, lengths, chunk, block, dtype, tolerance, seed):
     queries = batch([balanced(new, ranks, first=cached, block=block) for cached, new in lengths], -(-MOST_NEW // ranks))
     # What was cached came by prefill and by decoding.
     cached_by_decode = [cached // 3 for cached, _ in lengths]
-    before = [
-        append(balanced(c - d, ranks), round_robin(d, ranks, first=c - d)) for (c, _), d in zip(lengths, cached_by_decode, strict=True)
-    ]
+    before = [append(balanced(c - d, ranks), decoded(d, ranks, first=c - d)) for (c, _), d in zip(lengths, cached_by_decode, strict=True)]
     own = [balanced(new, ranks, first=cached, block=block) for cached, new in lengths]
     keys = batch([append(a, b) for a, b in zip(before, own, strict=True)], -(-(MOST_NEW + MOST_CACHED) // ranks) + 2)
     arrays = []
@@ -109,10 +118,20 @@ def test_rings_equal_plain_attention_in_float32(variant, ranks, lengths, chunk):
 
 
 def test_bfloat16_is_merged_in_float32():
-    q, k, v = (jnp.ones((2, 1, 3, *shape), jnp.bfloat16) for shape in ((K, G, H), (K, H), (K, H)))
-    positions = batch([balanced(6, 2)])
-    out, lse = ring("pass_kv", 2, False)(q, k, v, positions, positions, np.int32(1))
-    assert out.dtype == lse.dtype == jnp.float32
+    """Results rounded to bfloat16 on their way would be numbers that bfloat16 has; next to none of them are."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(8, 1, 8, *shape)).astype(jnp.bfloat16) for shape in ((K, G, H), (K, H), (K, H)))
+    positions = batch([balanced(64, 8)])
+    for variant in VARIANTS:
+        out, lse = map(np.asarray, ring(variant, 8, False)(q, k, v, positions, positions, np.int32(1)))
+        assert out.dtype == lse.dtype == np.float32
+        assert np.mean(out == out.astype(jnp.bfloat16)) < 0.05 and np.mean(lse == lse.astype(jnp.bfloat16)) < 0.05
+
+
+def test_segments_must_make_up_all_keys():
+    kv, q = np.zeros((2, 1, 5, K, H), np.float32), np.zeros((1, 2, K, G, H), np.float32)
+    with pytest.raises(ValueError, match=r"segments \(2, 2\) are 4 slots; expected runs that make up all 5"):
+        attend_positions(q, kv, np.zeros((1, 2), np.int32), np.zeros((1, 5), np.int32), segments=(2, 2), scale=1.0)
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])

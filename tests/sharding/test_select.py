@@ -29,8 +29,9 @@ TABLE_4 = [
 PAPER = RingHardware(attention_flops=515e12, ring_bandwidth=25e9)
 
 
-def step(new_tokens, cached_tokens, *, ranks=4, num_heads=128, num_kv_heads=8):
-    return RingStep(new_tokens=new_tokens, cached_tokens=cached_tokens, ranks=ranks, num_heads=num_heads, num_kv_heads=num_kv_heads)
+def step(new_tokens, cached_tokens, *, ranks=4, num_heads=128, num_kv_heads=8, **sizes):
+    heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
+    return RingStep(new_tokens=new_tokens, cached_tokens=cached_tokens, ranks=ranks, **heads, **sizes)
 
 
 MEASURED = [RingMeasurement(step(new, 128000 - new), pass_kv, pass_q) for new, pass_kv, pass_q in TABLE_4]
@@ -72,9 +73,23 @@ def test_reasons_say_what_was_compared():
     assert choose_ring(step(5, 5, ranks=1), PAPER).reasons == ("one rank: nothing is passed",)
 
 
-@given(st.integers(1, 10**6), st.integers(0, 10**7), st.sampled_from([2, 4, 16]), st.sampled_from([(128, 8), (40, 8), (32, 8), (8, 8)]))
-def test_a_step_switches_at_one_ratio(new, cached, ranks, heads):
-    s = step(new, cached, ranks=ranks, num_heads=heads[0], num_kv_heads=heads[1])
+def test_wide_outputs_cost_more_to_send_back():
+    """Llama 4's heads, a slow link, 30 % of the tokens new: between the thresholds of narrow outputs, 40 %, and of wide ones, 20 %."""
+    hardware = RingHardware(1e15, 1e9)
+    narrow, wide = (step(300, 700, num_heads=40, output_bytes_per_element=size) for size in (2, 4))
+    assert choose_ring(narrow, hardware).variant == "pass_q"
+    assert choose_ring(wide, hardware).variant == "pass_kv"
+
+
+@given(
+    st.integers(1, 10**6),
+    st.integers(0, 10**7),
+    st.sampled_from([2, 4, 16]),
+    st.sampled_from([(128, 8), (40, 8), (32, 8), (8, 8)]),
+    st.sampled_from([2, 4]),
+)
+def test_a_step_switches_at_one_ratio(new, cached, ranks, heads, output_bytes):
+    s = step(new, cached, ranks=ranks, num_heads=heads[0], num_kv_heads=heads[1], output_bytes_per_element=output_bytes)
     ratio = _switching_ratio(s)
     if math.isfinite(ratio):
         assert choose_ring(s, RingHardware(ratio * 0.999, 1.0)).variant == "pass_kv"

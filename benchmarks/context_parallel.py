@@ -37,6 +37,7 @@ from l4jax.planning.ledger import Collective
 from l4jax.planning.target import GPUS_PER_HOST, h100_devices
 from l4jax.spread import H100_RING
 from sharding.mesh import MeshSpec
+from sharding.ring import PARTIAL_BYTES
 from sharding.select import RingStep, Variant, choose_ring
 
 LLAMA_405B = "llama-3.1-405b"
@@ -180,7 +181,12 @@ def print_ring_steps(total: int = 128000, hosts: int = 4) -> None:
     print("|" + "---|" * 8)
     for tokens, paper in PAPER_STEPS.items():
         step = RingStep(
-            new_tokens=tokens, cached_tokens=total - tokens, ranks=hosts, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads
+            new_tokens=tokens,
+            cached_tokens=total - tokens,
+            ranks=hosts,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            output_bytes_per_element=PARTIAL_BYTES,
         )
         exchange_bytes = 0.0
         for variant, (paper_transfer, paper_attention, paper_back) in paper.items():

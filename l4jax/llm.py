@@ -125,7 +125,7 @@ class LLM:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all weights, each counted once."""
+        """Bytes of all weights, each counted once; KV heads that a mesh repeats, as often as it does."""
         return self.runner.weight_bytes
 
     def logits(self, prompts: Prompt | Sequence[Prompt]) -> list[np.ndarray]:

@@ -106,7 +106,7 @@ class Runner:
         self._data = placement.spec.data
         self._ranks = placement.spec.token_ranks.count
         self._spreader = Spreader(placement, self._dtype, ring_hardware)
-        self._device = placement.mesh.devices.flat[0]
+        self._device = placement.mesh.local_devices[0]
         self.prefill_lengths = tuple(sorted(prefill_lengths or (length * self._ranks for length in PREFILL_LENGTHS)))
         self._shape = CacheShape(rows=0, capacity=0)
         self._cache: tuple[LayerCache, ...] = ()
@@ -119,7 +119,7 @@ class Runner:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all weights, each counted once."""
+        """Bytes of all weights, each counted once; KV heads that a mesh repeats, as often as it does."""
         return sum(leaf.nbytes for leaf in self._leaves)
 
     def row_bucket(self, rows: int) -> int:
@@ -187,7 +187,8 @@ class Runner:
 
     def _own_available_bytes(self) -> float:
         if self._device.platform == "cpu":
-            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") - self.weight_bytes
+            held = sum(shard.data.nbytes for leaf in self._leaves for shard in leaf.addressable_shards)
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") - held
         held = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in self._leaves)
         return (self._device.memory_stats() or {}).get("bytes_limit", math.inf) - held
 

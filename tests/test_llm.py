@@ -130,6 +130,17 @@ def test_the_cache_may_grow_between_calls(scout):
     assert fresh.generate([[1, 2, 3]], greedy(5))[0].token_ids == short
 
 
+def test_room_to_grow_is_given_up_before_a_request_is_refused(scout, monkeypatch):
+    """1,100 tokens would have room for 2,048."""
+    fresh = LLM(dataclasses.replace(scout.config, max_position_embeddings=4096), weights(scout.config))
+    exact = CacheShape(1, 1100).nbytes(fresh.config, jnp.dtype(jnp.float32))
+    monkeypatch.setattr(fresh.runner, "_own_available_bytes", lambda: exact)
+    fresh.runner.reserve(1, 1100)
+    assert fresh.runner.cache_shape.capacity == 1100
+    with pytest.raises(ValueError, match="a KV cache for 1 sequences of 1200 tokens takes"):
+        fresh.runner.reserve(1, 1200)
+
+
 def test_pages_may_lie_anywhere(monkeypatch):
     """Shuffled page tables give the same logits: nothing relies on pages being in order."""
     config = scout_like(attention_chunk_size=256, max_position_embeddings=1024)

@@ -123,24 +123,26 @@ def test_scout_caches_a_million_tokens_on_eight_ranks():
     assert abs(spread - expected) <= 0.03 * expected
 
 
-def test_a_long_prompt_passes_keys_in_the_layers_without_rope_only():
-    """Scout, with shorter chunks, over four ranks: 3 transfers of keys and values in the NoPE layer, each issued before the attention
-    it hides behind, and none in a RoPE layer, whose chunks are whole."""
+@pytest.mark.parametrize("variant", ["pass_kv", "pass_q"])
+def test_a_long_prompt_passes_keys_or_queries_in_the_layers_without_rope_only(variant):
+    """Scout, with shorter chunks, over four ranks: 3 transfers in the NoPE layer, each under way during at least one of the two
+    products of its step's attention, and none in a RoPE layer, whose chunks are whole."""
     config = case("llama-4-scout-17b-16e-instruct", "tensor=8").config
     small = dataclasses.replace(first_layers(config, 4), attention_chunk_size=1024)
     tokens, cached = 8192, 8192
     model = AbstractModel(small, MeshSpec(sequence=4), h100_devices(4), BF16)
-    program = model.prefill(tokens, cached, 16384, SamplingParams(temperature=0.0))
+    program = model.prefill(tokens, cached, 16384, SamplingParams(temperature=0.0), variant)
     in_attention = [collective for collective in program.collectives if "/attention/" in collective.scope]
     assert all("/layer_3/" in collective.scope for collective in in_attention)
     transfers = [collective for collective in in_attention if collective.kind == "collective-permute"]
     assert len(transfers) == 3
-    # max_i P_i + ceil(T / N) tokens of keys and values.
-    message = 2 * (cached // 4 + tokens // 4) * small.num_kv_heads * small.head_dim
-    assert all(transfer.nbytes == (message * BF16.itemsize,) for transfer in transfers)
-    assert all(transfer.flops_meanwhile > 0 for transfer in transfers)
-    # Every rank's tokens meet their own keys in three layers and all ranks' in the fourth, masked ones too.
     T, D, attended = tokens // 4, small.hidden_size, small.num_heads * small.head_dim
+    # max_i P_i + ceil(T / N) tokens of keys and values; or ceil(T / N) queries.
+    message = 2 * (cached // 4 + T) * small.num_kv_heads * small.head_dim if variant == "pass_kv" else T * attended
+    assert all(transfer.nbytes == (message * BF16.itemsize,) for transfer in transfers)
+    one_product = 2 * T * attended * (cached // 4 + T)
+    assert all(transfer.flops_meanwhile >= one_product for transfer in transfers)
+    # Every rank's tokens meet their own keys in three layers and all ranks' in the fourth, masked ones too.
     assert program.ledger.flops("bktgs") == 4 * T * attended * (3 * T + cached + tokens)
     attention = 2 * D * (attended + small.num_kv_heads * small.head_dim)
     feed_forward = D * (3 * small.moe.intermediate_size + small.moe.num_experts)

@@ -1,5 +1,5 @@
 # make demo    install, fetch SmolLM2-135M-Instruct, convert it, and stream its answer; PROMPT="..." asks something else
-# make test    install, and run the whole test suite; PYTEST="-k cache" passes options to pytest
+# make test    install, and run the whole test suite, on two cores; PYTEST="-k cache -n 0" passes options to pytest
 # make test-h100   compile the real models for H100s, on any machine: fetches XLA's CUDA compiler (500 MB) into .venv
 # make setup   only prepare .venv
 # make check   ruff and mypy
@@ -23,7 +23,7 @@ demo: $(STAMP)
 	fi
 
 test: $(STAMP)
-	@$(VENV)/bin/python -m pytest $(PYTEST)
+	@$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(PYTEST)
 
 # The compiler lies in a folder of its own: JAX must not find it, and miss the rest of CUDA, when it runs on this machine.
 test-h100: $(H100)/.installed

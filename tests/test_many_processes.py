@@ -27,9 +27,9 @@ HOST = socket.gethostname()
 PROMPTS = [[5, 9, 2, 7, 11, 3, 1, 8, 30, 12, 6, 4, 40, 22, 17, 19, 2, 3], [7], [1, 2, 3]]
 # The last has no seed: process 0 draws one for all.
 PARAMS = [
-    SamplingParams(max_tokens=12, temperature=0.0),
-    SamplingParams(max_tokens=12, seed=3, top_k=20, logprobs=2),
-    SamplingParams(max_tokens=12),
+    SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True),
+    SamplingParams(max_tokens=12, seed=3, top_k=20, logprobs=2, ignore_eos=True),
+    SamplingParams(max_tokens=12, ignore_eos=True),
 ]
 
 # One process of several: the checkpoint, the mesh, its number of processes, its id, the port, and where its results go.

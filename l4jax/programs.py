@@ -84,7 +84,7 @@ class Programs:
     ) -> tuple[Cache, Int32[Array, "B"], Logprobs | None]:
         """Put a piece of each row's prompt in the cache; the first token of the output, for rows whose prompt it ends."""
         model: Llama = self.model.bind(leaves)
-        x_BTD, cache = model(token_BT, start_B, new_B, cache, tables, layout, spread)
+        x_BTD, _, cache = model(token_BT, start_B, new_B, cache, tables, layout, spread)
         if layout is None:
             last_BD = jnp.take_along_axis(x_BTD, jnp.maximum(new_B - 1, 0)[:, None, None], axis=1)[:, 0]
         else:
@@ -124,5 +124,5 @@ class Programs:
     ) -> tuple[Cache, Float32[Array, "B T V"]]:
         """Next-token logits at every position of a piece; with a layout, in its order, one rank's after the other's."""
         model: Llama = self.model.bind(leaves)
-        x_BTD, cache = model(token_BT, start_B, new_B, cache, tables, layout, spread)
+        x_BTD, _, cache = model(token_BT, start_B, new_B, cache, tables, layout, spread)
         return cache, model.logits(x_BTD)

@@ -73,7 +73,7 @@ def decode_tokens(
         state, out = carry
         active_B = ~state.done_B
         active_1B = active_B.astype(jnp.int32)
-        x_BTD, cache = model(state.token_B[:, None], state.length_B, active_1B, state.cache, tables)
+        x_BTD, _, cache = model(state.token_B[:, None], state.length_B, active_1B, state.cache, tables)
         token_B, logprobs = sample(model.logits(x_BTD[:, 0]), rows, state.counts, state.produced_B, features, vocab)
         # Ranks that repeat each other's work may differ in its last bit, and would choose and stop each for itself.
         token_B = model.ranks.of_first(token_B)

@@ -2,7 +2,7 @@
 
 New tokens are either *replicated*, every rank of the ``sequence`` axis computing all of them (decoding; one device), or
 *spread*, each rank having some of them (prefill over several ranks). In both, each rank has its part of the KV cache:
-``cache.rank_of`` says which.
+``cache.rank_of`` says which. Replicated tokens are a run, each after the other, or the nodes of a draft tree.
 """
 
 from __future__ import annotations
@@ -24,16 +24,31 @@ from sharding.select import Variant
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KeyIntervals:
-    """Replicated tokens: what each attends in one kind of layer, and where that layer keeps it.
+    """A run of replicated tokens: what each attends in one kind of layer, and where that layer keeps it.
 
-    ``cached_end_BT``: this rank's cache slots [0, end). ``new_start_BT``, ``new_end_BT``: the step's own tokens [start, end).
+    ``cached_start_BT``, ``cached_end_BT``: this rank's cache slots [start, end). ``new_start_BT``, ``new_end_BT``: the step's own tokens [start, end).
     ``slot_BT``: the slot that the token's key is written to, -1 where this rank does not keep it.
     """
 
+    cached_start_BT: Int32[Array, "B T"]
     cached_end_BT: Int32[Array, "B T"]
     new_start_BT: Int32[Array, "B T"]
     new_end_BT: Int32[Array, "B T"]
     slot_BT: Int32[Array, "B T"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TreeKeys:
+    """Nodes of a draft tree: what each attends in one kind of layer. Nothing of theirs is cached until it is accepted.
+
+    ``cached_start_BN``, ``cached_end_BN``: this rank's cache slots [start, end). ``sees_BNS``: which of the tree's keys, those of
+    nodes computed before and then these.
+    """
+
+    cached_start_BN: Int32[Array, "B N"]
+    cached_end_BN: Int32[Array, "B N"]
+    sees_BNS: Bool[Array, "B N S"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,28 +97,33 @@ class StepInputs:
     """Rotation angles and query temperature of this rank's tokens, page tables, and what is attended in each kind of layer.
 
     ``valid_BT`` is False for padding.
-    ``position_NBT`` is None for replicated tokens; ``full`` and ``local`` are then :class:`KeyIntervals`, else :class:`RingKeys`.
+    ``position_NBT`` is None for replicated tokens; ``full`` and ``local`` are then :class:`KeyIntervals` or :class:`TreeKeys`, else
+    :class:`RingKeys`.
     """
 
     angles: tuple[Float32[Array, "B T i"], Float32[Array, "B T i"]]
     temperature_BT: Float32[Array, "B T"]
     valid_BT: Bool[Array, "B T"]
-    full: KeyIntervals | RingKeys
-    local: KeyIntervals | RingKeys
+    full: KeyIntervals | TreeKeys | RingKeys
+    local: KeyIntervals | TreeKeys | RingKeys
     tables: PageTables
     position_NBT: Int32[Array, "N B T"] | None
 
 
-def full_intervals(start_B: Int32[Array, "B"], new_B: Int32[Array, "B"], T: int, ranks: Ranks = ONE) -> KeyIntervals:
-    """Plain causal attention: everything cached, and the new tokens up to oneself."""
+def full_intervals(
+    start_B: Int32[Array, "B"], new_B: Int32[Array, "B"], T: int, ranks: Ranks = ONE, *, window: int | None = None
+) -> KeyIntervals:
+    """Plain causal attention: everything cached, and the new tokens up to oneself; with ``window``, the last so many of them all."""
     index_1T = jnp.arange(T, dtype=jnp.int32)[None, :]
     start_B1 = start_B[:, None]
     position_BT = start_B1 + index_1T
     rank = ranks.index()
     kept_BT = (index_1T < new_B[:, None]) & (rank_of(position_BT, ranks.count, None) == rank)
+    first_BT = jnp.zeros_like(position_BT) if window is None else jnp.maximum(position_BT + 1 - window, 0)
     return KeyIntervals(
+        cached_start_BT=slots_before(first_BT, rank, ranks.count),
         cached_end_BT=jnp.broadcast_to(slots_before(start_B1, rank, ranks.count), position_BT.shape),
-        new_start_BT=jnp.zeros(position_BT.shape, jnp.int32),
+        new_start_BT=jnp.maximum(first_BT - start_B1, 0),
         new_end_BT=jnp.broadcast_to(index_1T + 1, position_BT.shape),
         slot_BT=jnp.where(kept_BT, slot_of(position_BT, ranks.count, None), -1),
     )
@@ -121,6 +141,7 @@ def local_intervals(start_B: Int32[Array, "B"], new_B: Int32[Array, "B"], T: int
     last_B1 = start_B1 + new_B[:, None] - 1
     kept_BT = (index_1T < new_B[:, None]) & (chunk_BT >= last_B1 // chunk) & mine_BT
     return KeyIntervals(
+        cached_start_BT=jnp.zeros_like(position_BT),
         cached_end_BT=jnp.where(mine_BT, jnp.maximum(start_B1 - chunk_BT * chunk, 0), 0),
         new_start_BT=jnp.maximum(chunk_BT * chunk - start_B1, 0),
         new_end_BT=jnp.broadcast_to(index_1T + 1, position_BT.shape),
@@ -193,6 +214,38 @@ def step_inputs(
     local = full if chunk is None else local_intervals(start_B, new_B, T, chunk, ranks)
     angles, temperature_BT = rotary_angles(config, position_BT), attention_temperature(config, position_BT)
     return StepInputs(angles, temperature_BT, index_1T < new_B[:, None], full, local, tables, None)
+
+
+def tree_step_inputs(
+    config: ModelConfig,
+    start_B: Int32[Array, "B"],
+    depth_BN: Int32[Array, "B N"],
+    valid_BN: Bool[Array, "B N"],
+    sees_BNS: Bool[Array, "B N S"],
+    tables: PageTables,
+    ranks: Ranks = ONE,
+    *,
+    window: int | None = None,
+) -> StepInputs:
+    """For nodes of draft trees, ``depth_BN[b, n]`` positions behind the ``start_B[b]`` cached tokens of row ``b``.
+
+    Valid ones must lie in the attention chunk of the first position; ``window`` is as in :func:`full_intervals`.
+    """
+    position_BN = start_B[:, None] + depth_BN
+    # Of the ranks, which all have the nodes, one counts them.
+    sees_BNS = sees_BNS & (ranks.index() == 0)
+
+    def keys(chunk: int | None) -> TreeKeys:
+        one_B = jnp.ones_like(start_B)
+        of_root = full_intervals(start_B, one_B, 1, ranks) if chunk is None else local_intervals(start_B, one_B, 1, chunk, ranks)
+        first_BN = jnp.zeros_like(position_BN)
+        if chunk is None and window is not None:
+            first_BN = slots_before(jnp.maximum(position_BN + 1 - window, 0), ranks.index(), ranks.count)
+        return TreeKeys(first_BN, jnp.broadcast_to(of_root.cached_end_BT, position_BN.shape), sees_BNS)
+
+    full, chunk = keys(None), config.attention_chunk_size
+    angles, temperature_BN = rotary_angles(config, position_BN), attention_temperature(config, position_BN)
+    return StepInputs(angles, temperature_BN, valid_BN, full, full if chunk is None else keys(chunk), tables, None)
 
 
 def spread_step_inputs(

@@ -121,9 +121,8 @@ class DynamicTree:
                 raise ValueError(f"a dynamic tree has {name}={getattr(self, name)}; expected at least 1")
         most = 1 + self.topk + (self.steps - 1) * self.topk**2
         if not 2 <= self.nodes <= most:
-            raise ValueError(
-                f"a dynamic tree has nodes={self.nodes}; expected 2 to {most}, which is what steps={self.steps} and topk={self.topk} can draft"
-            )
+            drafted = f"what steps={self.steps} and topk={self.topk} can draft"
+            raise ValueError(f"a dynamic tree has nodes={self.nodes}; expected 2 to {most}, which is {drafted}")
 
     @property
     def size(self) -> int:

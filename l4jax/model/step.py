@@ -26,8 +26,8 @@ from sharding.select import Variant
 class KeyIntervals:
     """A run of replicated tokens: what each attends in one kind of layer, and where that layer keeps it.
 
-    ``cached_start_BT``, ``cached_end_BT``: this rank's cache slots [start, end). ``new_start_BT``, ``new_end_BT``: the step's own tokens [start, end).
-    ``slot_BT``: the slot that the token's key is written to, -1 where this rank does not keep it.
+    ``cached_start_BT``, ``cached_end_BT``: this rank's cache slots [start, end). ``new_start_BT``, ``new_end_BT``: the step's own
+    tokens [start, end). ``slot_BT``: the slot that the token's key is written to, -1 where this rank does not keep it.
     """
 
     cached_start_BT: Int32[Array, "B T"]

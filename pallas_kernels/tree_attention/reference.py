@@ -5,7 +5,6 @@ So the mask is as large as the tree, not as the context (arXiv 2508.08192, secti
 
 from __future__ import annotations
 
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.flash_attention import attend_masked, attend_pages

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32
 
 from l4jax.cache import LayerCache, PageTables
-from l4jax.decoding.sampling import NOT_FINITE, Logprobs, SamplingFeatures, SamplingRows, TokenCounts, empty_logprobs, local_index, sample
+from l4jax.decoding.sampling import NOT_FINITE, Logprobs, SamplingFeatures, SamplingRows, TokenCounts, empty_logprobs, sample
 from l4jax.model.llama import Llama
-from sharding.ranks import Ranks
+from sharding.ranks import Ranks, local_index
 
 BURST = 32
 """Most tokens of a row that one dispatch produces, and so the most that wait to be streamed."""

@@ -18,6 +18,7 @@ from l4jax.model.norm import RMSNorm
 from l4jax.model.step import PieceLayout, Spread, StepInputs, spread_step_inputs, step_inputs, tokens_at, tree_step_inputs
 from l4jax.model.weights import WeightSpec, declare
 from sharding.mesh import ONE_DEVICE, MeshSpec
+from sharding.ranks import Ranks, local_index
 
 
 class DecoderLayer(nnx.Module):
@@ -135,20 +136,20 @@ class Llama(nnx.Module):
     def embedding(self, token_BT: Int32[Array, "B T"]) -> Float[Array, "B T D"]:
         """The tokens' embeddings."""
         with jax.named_scope("embed"):
-            return self._embed(token_BT)
-
-    def _embed(self, token_BT: Array) -> Array:
-        table_VD = self.embed[...]
-        if self.vocab.count == 1:
-            return table_VD[token_BT]
-        # Each rank looks up its own tokens; to index a table that is cut would have it gathered whole.
-        local_BT = token_BT - self.vocab.index() * table_VD.shape[0]
-        inside_BT = (local_BT >= 0) & (local_BT < table_VD.shape[0])
-        x_BTD = table_VD[jnp.where(inside_BT, local_BT, 0)]
-        return self.vocab.sum(jnp.where(inside_BT[:, :, None], x_BTD, jnp.zeros((), x_BTD.dtype)))
+            return embed(self.embed[...], token_BT, self.vocab)
 
     def logits(self, x_BTD: Float[Array, "*B D"]) -> Float32[Array, "*B V"]:
         """Next-token logits of final hidden states, in float32; on a mesh, those of this rank's part of the vocabulary."""
         with jax.named_scope("head"):
             table_VD = self.embed[...] if self.config.tie_word_embeddings else self.head[...]
             return jnp.einsum("...d,vd->...v", x_BTD, table_VD, preferred_element_type=jnp.float32)
+
+
+def embed(table_VD: Float[Array, "V D"], token_BT: Int32[Array, "B T"], vocab: Ranks) -> Float[Array, "B T D"]:
+    """The tokens' rows of a table that is cut over the ranks of ``vocab``."""
+    if vocab.count == 1:
+        return table_VD[token_BT]
+    # Each rank looks up its own tokens; to index a table that is cut would have it gathered whole.
+    index_BT = local_index(token_BT, table_VD.shape[0], vocab)
+    x_BTD = table_VD.at[index_BT].get(mode="fill", fill_value=0)
+    return vocab.sum(x_BTD)

@@ -217,6 +217,24 @@ class DrafterConfig:
             _check(not getattr(self, name), f"{name} is true; expected false for {self.version}")
 
 
+def check_fits(drafter: DrafterConfig, target: ModelConfig) -> None:
+    """Raise :class:`ConfigError` if the drafter was made for another model than this."""
+    for name, drafters, targets in (
+        ("a vocabulary of", drafter.decoder.vocab_size, target.vocab_size),
+        ("a hidden size of", drafter.target_hidden_size, target.hidden_size),
+        ("so many layers as", drafter.target_layers, target.num_layers),
+    ):
+        _check(
+            drafters == targets,
+            f"the drafter is for a model with {name} {drafters}, and this one's is {targets}; give this model's drafter",
+        )
+    chunk = drafter.decoder.attention_chunk_size
+    fits = chunk in (None, target.attention_chunk_size)
+    _check(
+        fits, f"the drafter's attention_chunk_size is {chunk}, and the model's {target.attention_chunk_size}; expected the same, or null"
+    )
+
+
 def config_to_json(config: ModelConfig | DrafterConfig) -> dict[str, Any]:
     """Everything in ``config``, sources included, as values that JSON keeps exactly."""
     return typing.cast(dict[str, Any], _to_json(dataclasses.asdict(config)))

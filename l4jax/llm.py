@@ -20,13 +20,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from l4jax.batch import NO_ROUNDS, Batch, NewTokens, Request, TokenLogprob
 from l4jax.checkpoints.store import open_checkpoint
-from l4jax.config import ModelConfig
+from l4jax.config import DrafterConfig, ModelConfig, check_fits
 from l4jax.decoding.generate import BURST
 from l4jax.decoding.params import SamplingParams
+from l4jax.decoding.plan import Speculation, SpeculationTable
+from l4jax.decoding.speculate import BeyondTraining
 from l4jax.paths import cache_root
-from l4jax.placement import Placement
-from l4jax.runner import NewTokens, Request, Runner, TokenLogprob
+from l4jax.placement import DrafterPlacement, Placement
+from l4jax.runner import Runner, Speculator
 from l4jax.spread import H100_RING
 from l4jax.text.chat import ChatFormat, load_chat_format
 from l4jax.text.load import load_tokenizer
@@ -49,6 +52,7 @@ class Stats:
     ``first_token_seconds``: from the start until the first token was there; ``decode_seconds``: from then until the last was.
     ``decode_tokens_per_second``: the rate after the first burst of tokens, during which a program may have been compiled; of
     all tokens after the first if there was but one burst, and 0 if there was none.
+    ``rounds``: of speculation, in which ``drafted`` tokens were drafted; ``accepted[i]``: rounds in which the one at depth i + 1 stood.
     """
 
     prompt_tokens: int
@@ -56,6 +60,14 @@ class Stats:
     first_token_seconds: float
     decode_seconds: float
     decode_tokens_per_second: float
+    rounds: int
+    drafted: int
+    accepted: tuple[int, ...]
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens that a round gives on average, before stop tokens cut it short: 1 + accepted / rounds; 1 without speculation."""
+        return 1.0 + sum(self.accepted) / self.rounds if self.rounds else 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +117,9 @@ class LLM:
         weights: Mapping[str, jax.Array],
         *,
         mesh: str | MeshSpec = ONE_DEVICE,
+        drafter: LoadedDrafter | None = None,
+        speculation: str = "auto",
+        beyond_training: BeyondTraining = "window",
         tokenizer: Tokenizer | None = None,
         chat_format: ChatFormat | None = None,
         max_batch: int | None = None,
@@ -121,7 +136,8 @@ class LLM:
         self.tokenizer = tokenizer
         self.chat_format = chat_format
         self.max_batch = max_batch
-        self.runner = Runner(placement, weights, prefill_lengths=prefill_lengths, ring_hardware=ring_hardware)
+        speculator = _speculator(placement, config, drafter, speculation, beyond_training)
+        self.runner = Runner(placement, weights, speculator=speculator, prefill_lengths=prefill_lengths, ring_hardware=ring_hardware)
 
     @property
     def weight_bytes(self) -> int:
@@ -183,7 +199,7 @@ class LLM:
                 for prompt in [*prompts, [0]]:
                     # A prompt of the greatest length leaves room for the prefill's token alone.
                     room = dataclasses.replace(params, max_tokens=min(2, max_length - len(prompt)))
-                    self.runner.start([Request(prompt, room, 0, ())] * min(rows, max_batch)).run_to_end()
+                    Batch(self.runner, [Request(prompt, room, 0, ())] * min(rows, max_batch)).run_to_end()
 
     def _stream(self, token_ids: list[int], params: SamplingParams | None) -> Stream:
         if self.tokenizer is None:
@@ -257,11 +273,13 @@ class _Run:
     def bursts(self, steps: Callable[[int], int]) -> Iterator[list[str]]:
         """Run to the end; after each burst, the new text of every row. ``steps(i)``: tokens in the i-th burst at most."""
         started = time.perf_counter()
-        batch = self._llm.runner.start(self._requests)
+        batch = Batch(self._llm.runner, self._requests)
         burst = 0
         while True:
             new = batch.step(steps(burst - 1) if burst else 1)
             elapsed = time.perf_counter() - started
+            for row, rounds in zip(self._rows, batch.rounds, strict=True):
+                row.rounds = rounds
             yield [row.extend(tokens, batch.done[i], elapsed) for i, (row, tokens) in enumerate(zip(self._rows, new, strict=True))]
             for i, row in enumerate(self._rows):
                 if row.stopped and not batch.done[i]:
@@ -288,6 +306,7 @@ class _Row:
         self._progress: list[tuple[int, float]] = []
         self._ended = False
         self.stopped = False
+        self.rounds = NO_ROUNDS
 
     def extend(self, new: NewTokens, done: bool, elapsed: float) -> str:
         """Take in new tokens; the text that may be shown now. ``stopped`` is set once a stop string has appeared."""
@@ -328,8 +347,38 @@ class _Row:
                 first_token_seconds=first_seconds,
                 decode_seconds=last_seconds - first_seconds,
                 decode_tokens_per_second=(last - begun) / (last_seconds - begun_seconds) if last > begun else 0.0,
+                rounds=self.rounds.rounds,
+                drafted=self.rounds.drafted,
+                accepted=self.rounds.accepted,
             ),
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedDrafter:
+    """A drafter's configuration, its weights by name, and how best to speculate with it at each batch size."""
+
+    config: DrafterConfig
+    weights: Mapping[str, jax.Array]
+    table: SpeculationTable
+
+
+def _speculator(
+    placement: Placement, config: ModelConfig, drafter: LoadedDrafter | None, speculation: str, beyond: BeyondTraining
+) -> Speculator | None:
+    """What the runner speculates with. Raises ValueError if the drafter is another model's, or if there is none and one is asked for."""
+    if beyond not in ("window", "stop"):
+        raise ValueError(f'beyond_training is {beyond!r}; expected "window" or "stop"')
+    plan = None if speculation == "auto" else Speculation.parse(speculation)
+    if speculation == "off":
+        return None
+    if drafter is None:
+        if plan is None:
+            return None
+        raise ValueError(f'speculation is {speculation!r}, but no drafter is given; load with drafter="path", or speculation="off"')
+    check_fits(drafter.config, config)
+    on_mesh = DrafterPlacement(drafter.config, placement.mesh)
+    return Speculator(on_mesh, drafter.weights, SpeculationTable.always(plan) if plan else drafter.table, beyond)
 
 
 def load(

@@ -10,8 +10,8 @@ import jax
 from worker import Ready, Repetition, argument_parser, prompts, serve
 
 import l4jax
+from l4jax.batch import Batch, Request
 from l4jax.decoding.generate import BURST
-from l4jax.runner import Request
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
 
     def repeat() -> Repetition:
         start = time.perf_counter()
-        batch = llm.runner.start([Request(tokens, params, 0, ()) for tokens in token_BT])
+        batch = Batch(llm.runner, [Request(tokens, params, 0, ()) for tokens in token_BT])
         rows = [new.token_ids for new in batch.step(1)]
         prefilled = time.perf_counter()
         while not all(batch.done):

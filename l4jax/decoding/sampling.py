@@ -294,11 +294,16 @@ def empty_logprobs(leading: tuple[int, ...], vocab_size: int) -> Logprobs:
 def token_logprobs(logits_BV: Float32[Array, "B V"], token_B: Int32[Array, "B"], vocab: Ranks = ONE) -> Logprobs:
     """Log-probabilities of these tokens and of the likeliest ones."""
     V = logits_BV.shape[1]
-    shifted_BV = logits_BV - _highest(logits_BV, vocab)[:, None]
-    logprobs_BV = shifted_BV - jnp.log(vocab.sum(jnp.sum(jnp.exp(shifted_BV), axis=-1, keepdims=True)))
+    logprobs_BV = log_probabilities(logits_BV, vocab)
     index_B = local_index(token_B, V, vocab)
     chosen_B = vocab.sum(jnp.where(index_B < V, _pick(logprobs_BV, jnp.minimum(index_B, V - 1)), 0.0))
     return Logprobs(chosen_B, *highest_tokens(logprobs_BV, min(MAX_LOGPROBS, V * vocab.count), vocab))
+
+
+def log_probabilities(logits_BV: Float32[Array, "B V"], vocab: Ranks = ONE) -> Float32[Array, "B V"]:
+    """The log-softmax."""
+    shifted_BV = logits_BV - _highest(logits_BV, vocab)[:, None]
+    return shifted_BV - jnp.log(vocab.sum(jnp.sum(jnp.exp(shifted_BV), axis=-1, keepdims=True)))
 
 
 def highest_tokens(values_BV: Float32[Array, "B V"], count: int, vocab: Ranks = ONE) -> tuple[Float32[Array, "B N"], Int32[Array, "B N"]]:

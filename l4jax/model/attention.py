@@ -127,7 +127,7 @@ class Attention(nnx.Module):
             k_BTKh, v_BTKh = jnp.concatenate([cached_k_BSKh, k_BTKh], axis=1), jnp.concatenate([cached_v_BSKh, v_BTKh], axis=1)
         ring = pass_kv if spread.variant == "pass_kv" else pass_q
         positions = (step.position_NBT, keys.key_position_NBS)
-        options = {"axis_name": self.ranks.axes, "scale": self.scale, "chunk": chunk, "segments": segments}
+        options = {"axis_name": self.ranks.axes, "scale": self.scale, "chunk": chunk, "window": keys.window, "segments": segments}
         return ring(q_BTKGh, k_BTKh, v_BTKh, *positions, **options)[0]
 
     def _exchange(self, k_BTKh: Array, v_BTKh: Array, send_NBC: Array) -> tuple[Array, Array]:

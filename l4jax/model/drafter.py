@@ -36,6 +36,7 @@ class Drafter(nnx.Module):
     def __init__(self, config: DrafterConfig, mesh: MeshSpec) -> None:
         self.config = config
         self.vocab, self.ranks = mesh.along("tensor"), mesh.token_ranks
+        self.reduced_vocabulary = False
         if config.own_embedding:
             self.embed = declare(WeightSpec((config.decoder.vocab_size, config.decoder.hidden_size), ("vocab", "embed")))
 
@@ -157,6 +158,7 @@ class Eagle3(Drafter):
         self.layer = Eagle3Layer(config, mesh)
         self.norm = RMSNorm(D, eps)
         self.head = declare(WeightSpec((config.draft_vocab_size, D), ("vocab", "embed"), fan_in=D))
+        self.reduced_vocabulary = True
         self.token_ids = declare(WeightSpec((config.draft_vocab_size,), (None,), init="numbers"))
 
     def read(self, feature_BTf: Float[Array, "B T f"]) -> Float[Array, "B T D"]:

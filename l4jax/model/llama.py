@@ -10,12 +10,22 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from l4jax.cache import LayerCache, PageTables, TreeCache
+from l4jax.cache import LayerCache, PageTables, TreeCache, is_local
 from l4jax.config import ModelConfig
 from l4jax.model.attention import Attention
 from l4jax.model.feed_forward import MixtureOfExperts, SwiGLU
 from l4jax.model.norm import RMSNorm
-from l4jax.model.step import PieceLayout, Spread, StepInputs, spread_step_inputs, step_inputs, tokens_at, tree_step_inputs
+from l4jax.model.step import (
+    PieceLayout,
+    Spread,
+    StepInputs,
+    full_intervals,
+    local_intervals,
+    spread_step_inputs,
+    step_inputs,
+    tokens_at,
+    tree_step_inputs,
+)
 from l4jax.model.weights import WeightSpec, declare
 from sharding.mesh import ONE_DEVICE, MeshSpec
 from sharding.ranks import Ranks, local_index
@@ -118,6 +128,20 @@ class Llama(nnx.Module):
         """
         step = tree_step_inputs(self.config, start_B, depth_BN, valid_BN, sees_BNN, tables, self.ranks)
         return self._layers(token_BN, step, [TreeCache.around(layer, len(token_BN)) for layer in cache])
+
+    def accept(
+        self,
+        nodes: Sequence[TreeCache],
+        node_BT: Int32[Array, "B T"],
+        start_B: Int32[Array, "B"],
+        new_B: Int32[Array, "B"],
+        tables: PageTables,
+    ) -> tuple[LayerCache, ...]:
+        """The cache with the first ``new_B[b]`` of these nodes behind the ``start_B[b]`` tokens it has, the others forgotten."""
+        T, chunk = node_BT.shape[1], self.config.attention_chunk_size
+        full = (tables.full_BW, full_intervals(start_B, new_B, T, self.ranks).slot_BT)
+        local = full if chunk is None else (tables.local_BW, local_intervals(start_B, new_B, T, chunk, self.ranks).slot_BT)
+        return tuple(layer.accepted(node_BT, *(local if is_local(self.config, i) else full)) for i, layer in enumerate(nodes))
 
     def _layers(
         self, token_BT: Array, step: StepInputs, cache: Sequence[LayerCache | TreeCache], spread: Spread | None = None

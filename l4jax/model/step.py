@@ -82,13 +82,14 @@ class RingKeys:
 
     ``cached_BW``: pages of cached keys that each rank brings. ``key_position_NBS``: position of every key of every rank.
     ``send_NBC``: which of its tokens a rank sends to each rank to be cached there; None if each keeps its own. ``slot_BM``: the
-    slots of those it keeps, -1 where there is none.
+    slots of those it keeps, -1 where there is none. ``window``: how many of the last keys a query sees, if not all.
     """
 
     cached_BW: Int32[Array, "B W"]
     key_position_NBS: Int32[Array, "N B S"]
     send_NBC: Int32[Array, "N B C"] | None
     slot_BM: Int32[Array, "B M"]
+    window: int | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -204,12 +205,22 @@ def attention_temperature(config: ModelConfig, position_BT: Int32[Array, "B T"])
 
 
 def step_inputs(
-    config: ModelConfig, start_B: Int32[Array, "B"], new_B: Int32[Array, "B"], T: int, tables: PageTables, ranks: Ranks = ONE
+    config: ModelConfig,
+    start_B: Int32[Array, "B"],
+    new_B: Int32[Array, "B"],
+    T: int,
+    tables: PageTables,
+    ranks: Ranks = ONE,
+    *,
+    window: int | None = None,
 ) -> StepInputs:
-    """For ``new_B[b]`` replicated tokens (padded to T) that follow the ``start_B[b]`` cached ones in row ``b``."""
+    """For ``new_B[b]`` replicated tokens (padded to T) that follow the ``start_B[b]`` cached ones in row ``b``.
+
+    ``window`` is as in :func:`full_intervals`.
+    """
     index_1T = jnp.arange(T, dtype=jnp.int32)[None, :]
     position_BT = start_B[:, None] + index_1T
-    full = full_intervals(start_B, new_B, T, ranks)
+    full = full_intervals(start_B, new_B, T, ranks, window=window)
     chunk = config.attention_chunk_size
     local = full if chunk is None else local_intervals(start_B, new_B, T, chunk, ranks)
     angles, temperature_BT = rotary_angles(config, position_BT), attention_temperature(config, position_BT)
@@ -249,11 +260,21 @@ def tree_step_inputs(
 
 
 def spread_step_inputs(
-    config: ModelConfig, layout: PieceLayout, start_B: Int32[Array, "B"], tables: PageTables, ranks: Ranks, *, aligned: bool
+    config: ModelConfig,
+    layout: PieceLayout,
+    start_B: Int32[Array, "B"],
+    tables: PageTables,
+    ranks: Ranks,
+    *,
+    aligned: bool,
+    window: int | None = None,
 ) -> StepInputs:
-    """For tokens that are spread over ranks, behind the ``start_B[b]`` cached ones in row ``b``."""
+    """For tokens that are spread over ranks, behind the ``start_B[b]`` cached ones in row ``b``.
+
+    ``window`` is as in :func:`full_intervals`.
+    """
     position_BT = layout.position_NBT[ranks.index()]
-    full = ring_keys(layout, start_B, tables, ranks, None, aligned=aligned)
+    full = dataclasses.replace(ring_keys(layout, start_B, tables, ranks, None, aligned=aligned), window=window)
     chunk = config.attention_chunk_size
     local = full if chunk is None else ring_keys(layout, start_B, tables, ranks, chunk, aligned=aligned)
     angles, temperature_BT = rotary_angles(config, position_BT), attention_temperature(config, position_BT)
@@ -266,10 +287,12 @@ def tokens_at(token_BT: Int32[Array, "B T"], position_BT: Int32[Array, "B t"], s
 
 
 def last_state(
-    x_BTD: Float[Array, "B T D"], position_BT: Int32[Array, "B T"], last_B: Int32[Array, "B"], ranks: Ranks
+    x_BTD: Float[Array, "B T D"], start_B: Int32[Array, "B"], new_B: Int32[Array, "B"], layout: PieceLayout | None, ranks: Ranks
 ) -> Float[Array, "B D"]:
-    """The state at position ``last_B[b]`` of each row, on every rank; zeros where no rank has it."""
-    here_BT = position_BT == last_B[:, None]
+    """The state of each row's last new token, on every rank; with a layout, zeros where no rank has it."""
+    if layout is None:
+        return jnp.take_along_axis(x_BTD, jnp.maximum(new_B - 1, 0)[:, None, None], axis=1)[:, 0]
+    here_BT = layout.position_NBT[ranks.index()] == (start_B + new_B - 1)[:, None]
     index_B = jnp.argmax(here_BT, axis=1)
     x_BD = jnp.take_along_axis(x_BTD, index_B[:, None, None], axis=1)[:, 0]
     return ranks.sum(jnp.where(jnp.any(here_BT, axis=1)[:, None], x_BD, jnp.zeros((), x_BD.dtype)))

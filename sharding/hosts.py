@@ -58,6 +58,11 @@ def join(coordinator: str, processes: int | None = None, process_id: int | None 
     """
     if global_state.client is not None:
         raise ValueError("this process has already joined the others; expected one call, before anything else uses JAX")
+    if os.getpid() == 1:
+        raise ValueError(
+            "this process is number 1 of its container, which nothing inside can end when another one dies; start the container with an "
+            "init process (docker run --init, or shareProcessNamespace: true in a pod)"
+        )
     arguments = _join_arguments(coordinator, processes, process_id)
     deadline = time.monotonic() + timeout_seconds
     if process_id:
@@ -66,14 +71,18 @@ def join(coordinator: str, processes: int | None = None, process_id: int | None 
         _check_free(coordinator)
     # It would catch SIGTERM, for checkpoints during training.
     jax.config.update("jax_enable_preemption_service", False)
+
+    def meet() -> None:
+        _initialize(arguments)
+        _group.hosts = share(socket.gethostname())
+        _start_monitor()
+
     _call_until(
         deadline,
-        lambda: _initialize(arguments),
+        meet,
         f"{processes or 'the other'} processes were expected, and not all had joined after {timeout_seconds:g} s (coordinator "
         f"{coordinator}); start every one, with the same coordinator and number of processes and a process id of its own",
     )
-    _group.hosts = share(socket.gethostname())
-    _start_monitor()
 
 
 def process_count() -> int:
@@ -101,6 +110,10 @@ def share(value: str) -> list[str]:
 
 def check_same(values: Mapping[str, str], advice: str) -> None:
     """ValueError in every process unless all have the same ``values``, which are named by their keys."""
+    if process_count() > 1 and _group.monitor is None:
+        raise ValueError(
+            "the processes were joined by jax.distributed.initialize, and nothing would end them together; call l4jax.join instead"
+        )
     every: list[dict[str, str]] = [json.loads(text) for text in share(json.dumps(dict(values)))]
     for other in range(1, len(every)):
         for name in values:
@@ -120,8 +133,8 @@ def end_with_error(status: int) -> None:
     if _group.monitor is not None:
         _tell_monitor(monitor.FAILED)
         if process_id() == 0:  # JAX aborts the others when it goes, so they are given the time to end
-            assert _group.monitor.stdout is not None
-            _group.monitor.stdout.readline()
+            with contextlib.suppress(OSError):
+                _of_monitor()
     os._exit(status)  # JAX would wait for the others
 
 
@@ -131,7 +144,7 @@ def _join_arguments(coordinator: str, processes: int | None, process_id: int | N
             raise ValueError("the coordinator is auto, which finds the number of processes and the process id too; leave both out")
         return {}
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not (port.isascii() and port.isdigit()) or not 1 <= int(port) <= 65535:
         raise ValueError(f"the coordinator is {coordinator!r}; expected HOST:PORT of process 0, as in gpu-01:8476, or auto")
     if processes is None or process_id is None:
         missing = "number of processes" if processes is None else "process id"
@@ -170,7 +183,7 @@ def _check_free(coordinator: str) -> None:
         with socket.socket(socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("", port))
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise ValueError(
             f"process 0 cannot listen on port {port} of the coordinator {coordinator} ({error}); choose another port"
         ) from error
@@ -179,11 +192,12 @@ def _check_free(coordinator: str) -> None:
 def _initialize(arguments: dict[str, Any]) -> None:
     try:
         jax.distributed.initialize(**arguments, initialization_timeout=_NEVER_SECONDS)
-    except ValueError as error:
-        if arguments:
+    except (ValueError, RuntimeError) as error:
+        # The runtime's own errors are RuntimeErrors too.
+        if arguments or isinstance(error, jax.errors.JaxRuntimeError):
             raise
         raise ValueError(
-            f"the coordinator is auto, and no Slurm, Kubernetes or MPI job says where it is ({error}); give HOST:PORT of process 0, "
+            f"the coordinator is auto, and could not be found from a Slurm, Kubernetes or MPI job ({error}); give HOST:PORT of process 0, "
             "the number of processes and the process id"
         ) from error
 
@@ -212,8 +226,8 @@ def _start_monitor() -> None:
     first = process_id() == 0
     command = [sys.executable, "-I", str(Path(monitor.__file__)), *(["--listen"] if first else [])]
     _group.monitor = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    assert _group.monitor.stdout is not None
-    port, token = share(f"{_group.monitor.stdout.readline().strip()} {secrets.token_hex()}" if first else "")[0].split()
+    listening = _of_monitor() if first else ""
+    port, token = share(f"{listening} {secrets.token_hex()}" if first else "")[0].split()
     assert global_state.coordinator_address is not None
     settings = monitor.Settings(
         process_id=process_id(),
@@ -224,8 +238,20 @@ def _start_monitor() -> None:
         port=int(port),
     )
     _tell_monitor(json.dumps(vars(settings)))
+    answer = _of_monitor()
+    if answer != monitor.READY:
+        raise OSError(f"{answer}; open the ports between the hosts")
     atexit.register(_say_farewell)
     _hold_errors()
+
+
+def _of_monitor() -> str:
+    """The next line that this process's monitor says."""
+    assert _group.monitor is not None and _group.monitor.stdout is not None
+    line = _group.monitor.stdout.readline().strip()
+    if not line:
+        raise OSError("the process that watches over this one did not start; what it said is above")
+    return line
 
 
 def _say_farewell() -> None:

@@ -33,6 +33,9 @@ GRACE_SECONDS = 3.0
 DONE, FAILED = "done", "failed"
 """The watched process's last word: all is well, or it ends with an error that it has shown."""
 
+READY = "ready"
+"""What a monitor tells its process once it is connected: process 0's to all others, theirs to it."""
+
 _ALONE = "alone"
 _DIED = "died"
 _BEAT = "alive"
@@ -68,6 +71,7 @@ class Monitor:
         if listener is None:
             watching.append(self._follow())
         else:
+            self._tell_when_ready()
             server = await asyncio.start_server(self._hear_process, sock=listener)
         tasks = [asyncio.create_task(task) for task in watching]
         verdict = await self._verdict
@@ -82,12 +86,19 @@ class Monitor:
 
     async def _watch_worker(self, worker: asyncio.StreamReader) -> None:
         self._last_word = (await worker.readline()).decode().strip() or _DIED
-        if self._settings.process_id == 0:
-            self._heard(0, self._last_word)
-        elif 0 in self._peers:
-            await _send(self._peers[0], self._last_word)
+        await self._report(self._last_word)
         await worker.read()
         self._gone.set()
+        if self._last_word == DONE:
+            await asyncio.sleep(GRACE_SECONDS)  # processes leave when all are done: the others' word may be on its way
+            await self._report(_DIED)
+
+    async def _report(self, word: str) -> None:
+        """Let process 0's monitor know."""
+        if self._settings.process_id == 0:
+            self._heard(0, word)
+        elif 0 in self._peers:
+            await _send(self._peers[0], word)
 
     async def _hear_process(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """As process 0's monitor: hear one other."""
@@ -95,13 +106,17 @@ class Monitor:
         if token == self._settings.token:
             process_id = int(process)
             self._peers[process_id] = writer
+            self._tell_when_ready()
             while word := await _line(reader):
                 if word != _BEAT:
                     self._heard(process_id, word)
             del self._peers[process_id]
-            if process_id not in self._done:
-                self._heard(process_id, _DIED)
+            self._heard(process_id, _DIED)
         writer.close()
+
+    def _tell_when_ready(self) -> None:
+        if len(self._peers) == len(self._settings.hosts) - 1:
+            _tell(READY)
 
     def _heard(self, process_id: int, word: str) -> None:
         if word == DONE:
@@ -112,15 +127,20 @@ class Monitor:
 
     async def _follow(self) -> None:
         """As another's monitor: talk to that of process 0."""
-        word = None
-        with contextlib.suppress(OSError):  # cannot be reached: as if it had died
-            reader, writer = await asyncio.open_connection(self._settings.address, self._settings.port)
-            await _send(writer, f"{self._settings.token} {self._settings.process_id}")
-            self._peers[0] = writer
-            if self._last_word:
-                await _send(writer, self._last_word)
-            while (word := await _line(reader)) == _BEAT:
-                pass
+        address, port = self._settings.address, self._settings.port
+        try:
+            reader, writer = await asyncio.wait_for(asyncio.open_connection(address, port), SILENCE_SECONDS)
+        except OSError as error:  # a time-out is one
+            _tell(f"process 0's monitor at {address}:{port} cannot be reached ({error or 'no answer'})")
+            self._verdict.set_result(None)
+            return
+        await _send(writer, f"{self._settings.token} {self._settings.process_id}")
+        self._peers[0] = writer
+        _tell(READY)
+        if self._last_word:
+            await _send(writer, self._last_word)
+        while (word := await _line(reader)) == _BEAT:
+            pass
         first, _, how = (word or f"0 {_DIED}").partition(" ")
         # Process 0's monitor leaves without a word once all are done.
         all_done = word is None and self._last_word == DONE
@@ -141,8 +161,7 @@ class Monitor:
                 await _send(peer, f"{first} {how}")
             while self._peers and time.monotonic() < begun + 2 * GRACE_SECONDS:
                 await asyncio.sleep(0.02)
-            with contextlib.suppress(OSError):  # the process is dead
-                print(_ALONE, flush=True)
+            _tell(_ALONE)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._gone.wait(), max(1.0, begun + GRACE_SECONDS - time.monotonic()))
         if first != me and self._last_word != FAILED:
@@ -156,8 +175,14 @@ async def _line(reader: asyncio.StreamReader) -> str | None:
     """The next line; None if the connection has ended or gone silent."""
     try:
         return (await asyncio.wait_for(reader.readline(), SILENCE_SECONDS)).decode().strip() or None
-    except (TimeoutError, OSError):
+    except (OSError, ValueError):  # a time-out is the one; what is no text, or too long, the other
         return None
+
+
+def _tell(line: str) -> None:
+    """Say it to the watched process."""
+    with contextlib.suppress(OSError):  # it is dead
+        print(line, flush=True)
 
 
 async def _send(writer: asyncio.StreamWriter, line: str) -> None:
@@ -174,12 +199,12 @@ def _listen() -> socket.socket:
 
 async def _main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interruption is for the watched process, whose end is then noticed
-    worker = asyncio.StreamReader()
+    worker = asyncio.StreamReader(limit=1 << 24)  # the settings name every host
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(worker), sys.stdin)
     listener = None
     if sys.argv[1:] == ["--listen"]:
         listener = _listen()
-        print(listener.getsockname()[1], flush=True)
+        _tell(str(listener.getsockname()[1]))
     line = await worker.readline()
     if line:
         settings: dict[str, Any] = json.loads(line)

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import l4jax
 from l4jax import SamplingParams, load
 from l4jax.checkpoints.convert import convert
 
@@ -158,6 +159,51 @@ def test_the_command_line_prints_the_text_once(smollm2_checkpoint, port):
     assert first[0] == second[0] == 0, (first, second)
     assert first[1].startswith(" Paris.") and first[1].endswith("\n") and "tokens/s" in first[2]
     assert second[1] == "" and "tokens/s" not in second[2]
+
+
+def test_an_uncaught_exception_in_one_ends_the_others(port):
+    script = """
+import sys
+import l4jax
+from sharding import hosts
+l4jax.join(f"127.0.0.1:{sys.argv[1]}", 2, int(sys.argv[2]), timeout_seconds=60)
+if sys.argv[2] == "1":
+    raise KeyError("mine")
+hosts.share("for ever")
+"""
+    first, second = ends([start([sys.executable, "-c", script, str(port), str(i)]) for i in range(2)], 60)
+    assert second[0] != 0 and "KeyError: 'mine'" in second[2]
+    assert first[0] != 0
+    assert one_line(first[2]) == f"l4jax: error: process 1 (host {HOST}) stopped with an error; process 0 (host {HOST}) stops"
+
+
+def test_processes_that_nobody_watches_are_refused(checkpoint, port):
+    script = """
+import sys
+import jax
+import l4jax
+jax.distributed.initialize(f"127.0.0.1:{sys.argv[2]}", 2, int(sys.argv[3]))
+try:
+    l4jax.load(sys.argv[1], mesh="sequence=2")
+except ValueError as error:
+    print(error)
+"""
+    for _, out, errors in ends([start([sys.executable, "-c", script, str(checkpoint), str(port), str(i)]) for i in range(2)], 60):
+        assert "joined by jax.distributed.initialize" in out and "call l4jax.join instead" in out, errors
+
+
+def test_number_1_of_a_container_is_refused(monkeypatch):
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    with pytest.raises(ValueError, match="nothing inside can end when another one dies; start the container with an init process"):
+        l4jax.join("127.0.0.1:8476", 2, 0)
+
+
+def test_where_the_others_are_cannot_be_found(checkpoint, monkeypatch):
+    """Open MPI 5, without the package that JAX asks it with."""
+    for name, value in {"RANK": "0", "SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", value)
+    ((status, _, errors),) = ends([start(generate(checkpoint, "--coordinator", "auto", "--coordinator-timeout", 30))], 60)
+    assert status == 2 and "the coordinator is auto, and could not be found from a Slurm, Kubernetes or MPI job (" in one_line(errors)
 
 
 def test_slurm_says_where_the_others_are(monkeypatch):

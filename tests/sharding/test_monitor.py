@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -39,7 +40,7 @@ class Group:
         """A connection of somebody else's."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         self.opened.append(writer)
-        writer.write(f"{line}\n".encode())
+        writer.write(line + b"\n")
         return reader
 
     def start(self):
@@ -80,7 +81,31 @@ def test_when_all_are_done_nothing_is_said(capfd, killed):
             group.say(process, DONE)
 
     run(scenario)
-    assert capfd.readouterr() == ("", "") and not killed
+    assert capfd.readouterr() == ("ready\n" * 3, "") and not killed
+
+
+def test_a_process_that_leaves_the_others_is_named(capfd, killed):
+    """It said that all was well, and JAX gave up waiting for the others, which go on."""
+
+    async def scenario(group):
+        group.say(1, DONE)
+        group.words[1].feed_eof()
+
+    run(scenario)
+    assert set(capfd.readouterr().err.splitlines()) == stops(1, "died", 0, 2)
+    assert set(killed) == {(100, signal.SIGKILL), (102, signal.SIGKILL)}
+
+
+def test_nobody_is_ready_before_all_have_come(capfd, killed):
+    async def scenario(group):
+        assert capfd.readouterr().out == "ready\n"  # that of 1, which has reached 0
+        await group.connect(f"{TOKEN} 2".encode())
+        await asyncio.sleep(0.05)
+        assert capfd.readouterr().out == "ready\n"
+        group.say(0, FAILED)
+        group.words[0].feed_eof()
+
+    run(scenario, watched=(0, 1))
 
 
 @pytest.mark.parametrize("died", [0, 1])
@@ -121,7 +146,7 @@ def test_the_first_to_go_is_named_and_who_has_shown_an_error_is_silent(capfd, ki
 
 def test_a_host_that_falls_silent_is_taken_for_dead(capfd, killed):
     async def scenario(group):
-        await group.connect(f"{TOKEN} 1")
+        await group.connect(f"{TOKEN} 1".encode())
 
     run(scenario, watched=(0, 2))
     assert set(capfd.readouterr().err.splitlines()) == stops(1, "died", 0, 2)
@@ -130,19 +155,25 @@ def test_a_host_that_falls_silent_is_taken_for_dead(capfd, killed):
 
 def test_strangers_are_shown_the_door(capfd, killed):
     async def scenario(group):
-        stranger = await group.connect("GET / HTTP/1.1")
-        assert await stranger.read() == b""
+        for greeting in (b"GET / HTTP/1.1", b"another 1", b"x" * 200_000, b"\xff\xfe"):
+            stranger = await group.connect(greeting)
+            with contextlib.suppress(ConnectionResetError):  # there was more to read
+                assert await stranger.read() == b""
         for process in (0, 1, 2):
             group.say(process, DONE)
 
     run(scenario)
-    assert capfd.readouterr() == ("", "") and not killed
+    assert capfd.readouterr() == ("ready\n" * 3, "") and not killed
 
 
-def test_without_process_0_a_monitor_says_so(capfd, killed):
-    async def scenario(group):
-        pass
+def test_where_process_0_cannot_be_reached_nobody_is_killed(capfd, killed):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    settings = Settings(1, ["a", "b"], worker=101, token=TOKEN, address="127.0.0.1", port=port)
 
-    run(scenario, watched=(1,))
-    assert set(capfd.readouterr().err.splitlines()) == stops(0, "died", 1)
-    assert killed == [(101, signal.SIGKILL)]
+    async def alone():
+        await asyncio.wait_for(Monitor(settings).run(asyncio.StreamReader(), None), 5)
+
+    asyncio.run(alone())
+    out, errors = capfd.readouterr()
+    assert out.startswith(f"process 0's monitor at 127.0.0.1:{port} cannot be reached (") and errors == "" and not killed

@@ -22,6 +22,9 @@ from l4jax.model.step import tree_step_inputs
 from sharding.ranks import local_index
 
 
+_NODES = 1 << 31  # what is folded into a position's key for nodes; smaller numbers are verification's
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DraftState:
@@ -78,8 +81,8 @@ def draft_static(
 ) -> tuple[Int32[Array, "B N"], Drawn | None]:
     """Tokens of a static tree's nodes: each node's children are its likeliest tokens.
 
-    With ``rows`` they are drawn without replacement instead, from the drafter's distribution at each row's temperature (1 where that is 0),
-    by numbers keyed by seed, output position and node; and what they were drawn from is returned. ``position_B`` is the output position of
+    With ``rows`` they are drawn without replacement instead, from the drafter's distribution at each row's temperature (where that is
+    0, they are the likeliest), by numbers keyed by seed, output position and node; and what they were drawn from is returned. ``position_B`` is the output position of
     what follows the root.
     """
     B, vocab = len(root_B), drafting.drafter.vocab
@@ -128,10 +131,12 @@ def _perturbed(logits_BMV: Array, rows: SamplingRows, position_B: Array, nodes: 
 
     def noise(key: Array) -> Array:
         # Drawn for the whole vocabulary on every rank, which takes its part: the numbers must not depend on the mesh.
-        own = jnp.stack([jax.random.gumbel(jax.random.fold_in(key, -1 - node), (V * vocab.count,)) for node in nodes])
+        own = jnp.stack([jax.random.gumbel(jax.random.fold_in(key, _NODES + node), (V * vocab.count,)) for node in nodes])
         return jax.lax.dynamic_slice_in_dim(own, vocab.index() * V, V, axis=1)
 
-    return jnp.exp(log_BMV), log_BMV + jax.vmap(noise)(position_keys(rows.key_B2, position_B))
+    noise_BMV = jax.vmap(noise)(position_keys(rows.key_B2, position_B))
+    # Where only one token can be accepted the likeliest are the best guesses, and acceptance does not ask how they were drawn.
+    return jnp.exp(log_BMV), log_BMV + jnp.where(rows.temperature_B[:, None, None] > 0, noise_BMV, 0.0)
 
 
 def target_probabilities(drafting: Drafting, drawn: Drawn, tree: StaticTree, node_B: Int32[Array, "B"], V: int) -> Float32[Array, "B V"]:

@@ -21,7 +21,6 @@ from l4jax.model.llama import Llama
 from l4jax.model.step import tree_step_inputs
 from sharding.ranks import local_index
 
-
 _NODES = 1 << 31  # what is folded into a position's key for nodes; smaller numbers are verification's
 
 
@@ -81,9 +80,9 @@ def draft_static(
 ) -> tuple[Int32[Array, "B N"], Drawn | None]:
     """Tokens of a static tree's nodes: each node's children are its likeliest tokens.
 
-    With ``rows`` they are drawn without replacement instead, from the drafter's distribution at each row's temperature (where that is
-    0, they are the likeliest), by numbers keyed by seed, output position and node; and what they were drawn from is returned. ``position_B`` is the output position of
-    what follows the root.
+    With ``rows`` they are drawn without replacement instead, from the drafter's distribution at each row's temperature (where that
+    is 0, they are the likeliest), by numbers keyed by seed, output position and node; and what they were drawn from is returned.
+    ``position_B`` is the output position of what follows the root.
     """
     B, vocab = len(root_B), drafting.drafter.vocab
     inner = [node for node in range(tree.size) if tree.children(node)]

@@ -187,15 +187,13 @@ def rejection(rows: SamplingRows, features: SamplingFeatures, drafted: DraftProb
             stands_B = open_B & (chance_B * of_token(q_BV, token_B) < of_token(p_BV, token_B))
             rejected_B = open_B & ~stands_B
             left_BV = _normalized(jnp.maximum(p_BV - q_BV, 0.0), p_BV, vocab)
-            at_token_B = local_index(token_B, V, vocab)
-            without_BV = q_BV.at[jnp.arange(len(token_B), dtype=jnp.int32), at_token_B].set(0.0, mode="drop")
             following_B = jnp.take_along_axis(draft.tree.next_sibling_BN, jnp.maximum(child_B, 0)[:, None], axis=1)[:, 0]
             return (
                 jnp.where(rejected_B, existing(following_B), child_B),
                 jnp.where(stands_B, child_B, accepted_B),
                 tried + 1,
                 jnp.where(rejected_B[:, None], left_BV, p_BV),
-                jnp.where(rejected_B[:, None], _normalized(without_BV, without_BV, vocab), q_BV),
+                jnp.where(rejected_B[:, None], without(q_BV, token_B, vocab), q_BV),
             )
 
         first_B = existing(jnp.take_along_axis(draft.tree.first_child_BN, at.node_B[:, None], axis=1)[:, 0])
@@ -215,6 +213,13 @@ def attempt_uniform(rows: SamplingRows, position_B: Int32[Array, "B"], tried: In
         return jax.random.uniform(jax.random.fold_in(key, tried))
 
     return jax.vmap(one)(position_keys(rows.key_B2, position_B))
+
+
+def without(q_BV: Float32[Array, "B V"], token_B: Int32[Array, "B"], vocab: Ranks = ONE) -> Float32[Array, "B V"]:
+    """The distribution of what is drawn after these tokens have been, which are not put back."""
+    row_B = jnp.arange(len(token_B), dtype=jnp.int32)
+    left_BV = q_BV.at[row_B, local_index(token_B, q_BV.shape[1], vocab)].set(0.0, mode="drop")
+    return _normalized(left_BV, left_BV, vocab)
 
 
 def _normalized(weights_BV: Array, otherwise_BV: Array, vocab: Ranks) -> Array:

@@ -377,8 +377,9 @@ def _speculator(
             return None
         raise ValueError(f'speculation is {speculation!r}, but no drafter is given; load with drafter="path", or speculation="off"')
     check_fits(drafter.config, config)
-    on_mesh = DrafterPlacement(drafter.config, placement.mesh)
-    return Speculator(on_mesh, drafter.weights, SpeculationTable.always(plan) if plan else drafter.table, beyond)
+    table = SpeculationTable.always(plan) if plan else drafter.table
+    table.check_fits(config)
+    return Speculator(DrafterPlacement(drafter.config, placement.mesh), drafter.weights, table, beyond, asked_for=plan is not None)
 
 
 def load(

@@ -54,12 +54,16 @@ class _Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Speculator:
-    """A drafter on its target's mesh, how to speculate with it, and what it does beyond the length it was trained at."""
+    """A drafter on its target's mesh, how to speculate with it, and what it does beyond the length it was trained at.
+
+    ``asked_for``: the user has said how; then a prompt that cannot be speculated for is an error.
+    """
 
     placement: DrafterPlacement
     weights: Mapping[str, jax.Array]
     table: SpeculationTable
-    beyond: BeyondTraining = "window"
+    beyond: BeyondTraining
+    asked_for: bool
 
 
 class Runner:
@@ -228,19 +232,22 @@ class Runner:
     def speculation(self, prompts: Sequence[Sequence[int]]) -> Speculation | None:
         """How a batch of these prompts is speculated for, if at all.
 
-        Raises ValueError for a prompt that is too long for a drafter which stops at the length that it was trained at.
+        Prompts that are too long for a drafter which stops at the length that it was trained at are decoded one by one, or are a
+        ValueError if speculation was asked for.
         """
         if self._speculator is None:
             return None
         speculation = self._speculator.table.at(-(-len(prompts) // self._data))
         trained = self._speculator.placement.config.max_position_embeddings
         longest = max(map(len, prompts))
-        if speculation is not None and self._speculator.beyond == "stop" and longest > trained:
+        if speculation is None or self._speculator.beyond == "window" or longest <= trained:
+            return speculation
+        if self._speculator.asked_for:
             raise ValueError(
                 f"a prompt has {longest} tokens, and the drafter was trained at lengths up to {trained} and is told to stop there; "
                 'load with speculation="off", or with beyond_training="window", which lets it look back that far'
             )
-        return speculation
+        return None
 
     def prefill(
         self,

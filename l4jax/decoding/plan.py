@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from l4jax.config import ModelConfig
 from l4jax.data import configs_path
 from l4jax.decoding.tree import DynamicTree, StaticTree
 
@@ -77,6 +78,17 @@ class SpeculationTable:
         if not entries:
             raise ValueError('the speculation table is empty; expected numbers of rows, as in {"1": "chain:5", "8": "off"}')
         return cls(tuple(sorted(entries.items(), key=lambda entry: entry[0])))
+
+    def check_fits(self, config: ModelConfig) -> None:
+        """Raise ValueError if a tree is deeper than what the model's cache has for it behind any token."""
+        most = min(config.max_position_embeddings, config.attention_chunk_size or config.max_position_embeddings) - 1
+        for _, speculation in self.entries:
+            if speculation is not None and speculation.tree.depth > most:
+                depth, size = speculation.tree.depth, speculation.tree.size
+                raise ValueError(
+                    f"a draft tree of {size} nodes is {depth} levels deep, which is too large for the cache; expected at most {most} levels, "
+                    "one less than the model's context and attention chunk"
+                )
 
     def at(self, rows: int) -> Speculation | None:
         """How to speculate with so many rows."""

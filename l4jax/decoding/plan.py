@@ -86,7 +86,7 @@ class SpeculationTable:
             if speculation is not None and speculation.tree.depth > most:
                 depth, size = speculation.tree.depth, speculation.tree.size
                 raise ValueError(
-                    f"a draft tree of {size} nodes is {depth} levels deep, which is too large for the cache; expected at most {most} levels, "
+                    f"a draft tree of {size} nodes is {depth} levels deep, too large for the cache; expected at most {most} levels, "
                     "one less than the model's context and attention chunk"
                 )
 

@@ -142,7 +142,7 @@ def test_beyond_its_training_a_drafter_looks_back_so_far_or_stops(beyond):
 
 def test_a_tree_that_the_cache_has_no_room_for_is_refused():
     config = scout_like(**FEW)
-    with pytest.raises(ValueError, match="a draft tree of 9 nodes is 8 levels deep, which is too large for the cache; expected at most 7"):
+    with pytest.raises(ValueError, match="a draft tree of 9 nodes is 8 levels deep, too large for the cache; expected at most 7"):
         generate(config, "chain:8")
 
 

@@ -226,7 +226,7 @@ def check_fits(drafter: DrafterConfig, target: ModelConfig) -> None:
     ):
         _check(
             drafters == targets,
-            f"the drafter is for a model with {name} {drafters}, and this one's is {targets}; give this model's drafter",
+            f"the drafter is for a model with {name} {drafters}, not {targets}; give this model's own drafter",
         )
     chunk = drafter.decoder.attention_chunk_size
     fits = chunk in (None, target.attention_chunk_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,16 @@ from l4jax.model.weights import BoundModel
 from tests.tiny import drafter, llama3_like, loaded_drafter, maverick_like, prompts, scout_like, weights
 
 PLANS = ["chain:3", "tree:eagle26", "dynamic:steps=4,topk=3,nodes=12"]
-# Few tokens, so that a drafter that knows nothing often guesses right.
-FEW = {"vocab_size": 8}
+
+
+def few(make):
+    """Few tokens, so that a drafter that knows nothing often guesses right, and two layers: one chunk-local, one not, or both neither."""
+    config = make(vocab_size=8, tie_word_embeddings=False)
+    layers = {"num_layers": 2, "rope_layers": config.rope_layers[2:]}
+    moe = config.moe and dataclasses.replace(config.moe, moe_layers=config.moe.moe_layers[2:])
+    return dataclasses.replace(config, **layers, moe=moe)
+
+
 LENGTHS = (3, 17, 40, 7)
 PARAMS = [
     SamplingParams(max_tokens=30, temperature=0.0, logprobs=2),
@@ -30,9 +39,12 @@ PARAMS = [
 ]
 
 
-def generate(config, plan, *, version="eagle3", mesh="tensor=1", params=PARAMS, **options):
-    llm = LLM(config, weights(config), mesh=mesh, drafter=loaded_drafter(drafter(config, version)), speculation=plan, **options)
-    return llm.generate(prompts(config, LENGTHS), params)
+@functools.cache
+def generate(config, plan, *, version="eagle3", mesh="tensor=1", max_batch=4):
+    taps = {} if version == "eagle1" else {"aux_layers": (0, 1, 2)}
+    made = loaded_drafter(drafter(config, version, **taps))
+    llm = LLM(config, weights(config), mesh=mesh, drafter=made, speculation=plan, max_batch=max_batch)
+    return llm.generate(prompts(config, LENGTHS), PARAMS)
 
 
 def assert_same(found, expected):
@@ -44,50 +56,46 @@ def assert_same(found, expected):
             assert [token for token, _ in x.top] == [token for token, _ in y.top]
 
 
-@pytest.mark.parametrize("make", [scout_like, maverick_like, llama3_like])
-def test_tokens_are_those_of_decoding_one_by_one(make):
-    """In batches of one and of four unequal rows; chunks of 8 make many short trees in the Llama 4 models."""
-    config = make(**FEW)
-    plain = LLM(config, weights(config)).generate(prompts(config, LENGTHS), PARAMS)
-    accepted = 0
-    for plan in PLANS:
-        found = generate(config, plan)
-        assert_same(found, plain)
-        accepted += sum(sum(c.stats.accepted) for c in found)
-        assert_same(generate(config, plan, max_batch=1), plain)
-    assert accepted > 20
+@pytest.mark.parametrize(("make", "version"), [(scout_like, "eagle1"), *((m, "eagle3") for m in (scout_like, maverick_like, llama3_like))])
+def test_tokens_are_those_of_decoding_one_by_one(make, version):
+    """In one batch of four unequal rows; chunks of 8 make many short trees in the Llama 4 models."""
+    config = few(make)
+    plain = generate(config, "off")
+    found = [generate(config, plan, version=version) for plan in PLANS]
+    for completions in found:
+        assert_same(completions, plain)
+    assert sum(sum(c.stats.accepted) for completions in found for c in completions) > 20
 
 
-def test_of_an_eagle_1_drafter_too():
-    config = scout_like(**FEW)
-    plain = LLM(config, weights(config)).generate(prompts(config, LENGTHS), PARAMS)
-    for plan in PLANS:
-        assert_same(generate(config, plan, version="eagle1"), plain)
+def test_a_row_alone_gets_the_same():
+    config = few(scout_like)
+    assert_same(generate(config, PLANS[1], max_batch=1), generate(config, "off"))
 
 
-@pytest.mark.parametrize("mesh", ["tensor=2", "sequence=2", "expert=2,tensor=2", "data=2,sequence=2"])
-def test_and_on_a_mesh(mesh):
+@pytest.mark.parametrize(
+    ("mesh", "plan"), [("tensor=2", PLANS[1]), ("sequence=2", PLANS[2]), ("expert=2,tensor=2", PLANS[2]), ("data=2,sequence=2", PLANS[1])]
+)
+def test_and_on_a_mesh(mesh, plan):
     """Also what is drafted is the same: the drafter's cache, spread over ranks at prefill, is right."""
-    config = scout_like(**FEW)
-    plain = LLM(config, weights(config)).generate(prompts(config, LENGTHS), PARAMS)
-    for plan in PLANS:
-        found = generate(config, plan, mesh=mesh, max_batch=4)
-        assert_same(found, plain)
-        assert [c.stats.accepted for c in found] == [c.stats.accepted for c in generate(config, plan)]
+    config = few(scout_like)
+    found = generate(config, plan, mesh=mesh)
+    assert_same(found, generate(config, "off"))
+    assert [c.stats.accepted for c in found] == [c.stats.accepted for c in generate(config, plan)]
 
 
 def test_a_reduced_vocabulary_that_is_cut_drafts_the_same():
-    config = llama3_like(vocab_size=16)
-    reduced = drafter(config, draft_vocab_size=8)
+    config = dataclasses.replace(few(llama3_like), vocab_size=16)
+    reduced = drafter(config, draft_vocab_size=8, aux_layers=(0, 1, 2))
     loaded = loaded_drafter(reduced)
     tokens = jnp.asarray([0, 3, 4, 5, 9, 10, 12, 15], jnp.int32)
     loaded = dataclasses.replace(loaded, weights={**loaded.weights, "token_ids": tokens})
+    params = SamplingParams(max_tokens=40, seed=1)
     results = [
-        LLM(config, weights(config), mesh=mesh, drafter=loaded, speculation=plan).generate(prompts(config, LENGTHS), SamplingParams(seed=1))
+        LLM(config, weights(config), mesh=mesh, drafter=loaded, speculation=plan).generate(prompts(config, LENGTHS), params)
         for plan in ("tree:eagle26", "tree:eagle26,sampled")
         for mesh in ("tensor=1", "tensor=2")
     ]
-    plain = LLM(config, weights(config)).generate(prompts(config, LENGTHS), SamplingParams(seed=1))
+    plain = LLM(config, weights(config)).generate(prompts(config, LENGTHS), params)
     assert_same(results[0], plain)
     assert_same(results[1], plain)
     assert_same(results[2], results[3])
@@ -113,8 +121,8 @@ def test_stats_count_rounds():
 
 
 def test_streams_and_batches_that_end_early_give_the_same_text():
-    config = scout_like(**FEW)
-    llm = LLM(config, weights(config), drafter=loaded_drafter(drafter(config)), speculation="tree:eagle26")
+    config = few(scout_like)
+    llm = LLM(config, weights(config), drafter=loaded_drafter(drafter(config, aux_layers=(0, 1, 2))), speculation="tree:eagle26")
     ends = [dataclasses.replace(p, max_tokens=n) for p, n in zip(PARAMS, (1, 2, 5, 9), strict=True)]
     plain = LLM(config, weights(config)).generate(prompts(config, LENGTHS), ends)
     assert_same(llm.generate(prompts(config, LENGTHS), ends), plain)
@@ -123,8 +131,8 @@ def test_streams_and_batches_that_end_early_give_the_same_text():
 
 @pytest.mark.parametrize("beyond", ["window", "stop"])
 def test_beyond_its_training_a_drafter_looks_back_so_far_or_stops(beyond):
-    config = llama3_like(**FEW)
-    short = drafter(config)
+    config = few(llama3_like)
+    short = drafter(config, aux_layers=(0, 1, 2))
     short = dataclasses.replace(short, decoder=dataclasses.replace(short.decoder, max_position_embeddings=16))
     options = {"drafter": loaded_drafter(short), "speculation": "chain:3", "beyond_training": beyond}
     params = SamplingParams(max_tokens=60, seed=1)
@@ -141,7 +149,7 @@ def test_beyond_its_training_a_drafter_looks_back_so_far_or_stops(beyond):
 
 
 def test_a_tree_that_the_cache_has_no_room_for_is_refused():
-    config = scout_like(**FEW)
+    config = few(scout_like)
     with pytest.raises(ValueError, match="a draft tree of 9 nodes is 8 levels deep, too large for the cache; expected at most 7"):
         generate(config, "chain:8")
 

@@ -84,7 +84,7 @@ def take(rows: Rows, index: np.ndarray, size: int) -> Rows:
         host_array(np.zeros((missing, length)), np.int32),
         host_array(np.tile(np.arange(length), (missing, 1)), np.int32),
         host_array(np.zeros((missing, length)), bool),
-        host_array(np.full(missing, -1), np.int32),
+        host_array(np.zeros(missing), np.int32),
     )
     return jax.tree.map(lambda leaf, pad: np.concatenate([np.asarray(leaf)[index], np.asarray(pad)]), rows, padding)
 

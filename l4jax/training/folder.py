@@ -1,7 +1,7 @@
 """A training run's folder: whose run it is, its metrics, and its states, from which an interrupted run goes on.
 
 ====================  =======================================================================
-``run.json``          the settings that decide the outcome; another run is refused the folder
+``run.json``          the settings that decide the outcome; a run with others is refused the folder
 ``answers.jsonl``     the target's answers, as they come
 ``metrics.jsonl``     an object for each report
 ``states/STEP/``      the state after so many steps, an Orbax checkpoint; the last two are kept
@@ -25,6 +25,8 @@ import numpy as np
 from l4jax.checkpoints.source import CheckpointError
 from l4jax.checkpoints.store import load_group, save_group
 
+ANSWERS_DEPEND_ON = ("target", "data", "dtype", "length", "temperature", "max_tokens", "seed")
+"""Settings that a run's answers come from; the others may be changed until a state is kept."""
 _STATES_KEPT = 2
 
 
@@ -86,15 +88,15 @@ def claim(path: Path, settings: Mapping[str, Any]) -> Iterator[RunFolder]:
         except BlockingIOError:
             raise ValueError(f"{path} is being written by another process; wait for it to end") from None
         run = path / "run.json"
-        if not run.exists():
-            _write_atomically(run, json.dumps(dict(settings), indent=1) + "\n")
-        earlier = json.loads(run.read_text(encoding="utf-8"))
-        for name in earlier.keys() | settings.keys():
-            if earlier.get(name) != settings.get(name):
+        earlier = json.loads(run.read_text(encoding="utf-8")) if run.exists() else settings
+        begun = (path / "states").is_dir()
+        for name in sorted(earlier.keys() | settings.keys()):
+            if earlier.get(name) != settings.get(name) and (begun or name in ANSWERS_DEPEND_ON):
                 raise ValueError(
                     f"{path} is another run's: its {name} is {earlier.get(name)!r}, and this one's {settings.get(name)!r}; "
                     "give the same settings to go on with it, or another folder"
                 )
+        _write_atomically(run, json.dumps(dict(settings), indent=1) + "\n")
         for unfinished in (path / "states").glob("*tmp*"):
             shutil.rmtree(unfinished)
         yield RunFolder(path)

@@ -11,7 +11,7 @@ over several passes, in which it sees its own output as it will when it drafts; 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -71,99 +71,83 @@ class Measured:
         return cls(*(jnp.stack([jnp.sum(part, dtype=jnp.float32) for part in parts]) for parts in zip(*passes, strict=True)))
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Lesson:
-    """What a batch has to teach: computed from the target, once, and no gradient goes through it.
+Learning = Callable[[Drafter], Measured]
+"""From a drafter, what a batch says of it: the target's part has been computed, once, and no gradient goes through it."""
 
-    ``feature_BTf``: what the drafter reads. EAGLE-3: ``expected_BTX`` is the distribution of the token after the next over the draft
-    vocabulary. EAGLE-1: the target's next state; and ``expected_row_BTD``, the row of the head that is to be expected by the distribution.
-    ``likeliest_BT``: the likeliest token (by its number in the draft vocabulary, -1 if it is not of it).
+
+def learning(drafter: Drafter, target: Llama, rows: Rows, passes: int, noise: Array) -> Learning:
+    """One pass of the target over the rows, and what a drafter like this one has to learn from it.
+
+    ``passes``: of an EAGLE-3 drafter. ``noise``: the random key of an EAGLE-1 drafter's.
     """
-
-    feature_BTf: Float[Array, "B T f"]
-    expected_BTX: Float32[Array, "B T X"]
-    expected_row_BTD: Float32[Array, "B T D"] | None
-    likeliest_BT: Int32[Array, "B T"]
-
-
-def lesson(drafter: Drafter, target: Llama, rows: Rows) -> Lesson:
-    """One pass of the target over the rows."""
     with jax.named_scope("target"):
         final_BTD, feature_BTf = target.packed(rows.token_BT, rows.first_BT)
-        next_BTD = shifted(final_BTD, 1)
-        return (
-            _of_states(target, next_BTD, feature_BTf)
-            if drafter.config.version == "eagle1"
-            else _of_head(drafter, target, next_BTD, feature_BTf)
-        )
+        next_BTD, feature_BTf = shifted(final_BTD, 1), feature_BTf.astype(jnp.float32)
+        if drafter.config.version == "eagle1":
+            return _eagle1(target, rows, next_BTD, feature_BTf, noise)
+        return _eagle3(drafter, target, rows, next_BTD, feature_BTf, passes)
 
 
-def _of_head(drafter: Drafter, target: Llama, next_BTD: Array, feature_BTf: Array) -> Lesson:
+def _eagle3(drafter: Drafter, target: Llama, rows: Rows, next_BTD: Array, feature_BTf: Array, passes: int) -> Learning:
+    """Cross-entropy with the target's distribution, restricted to the draft vocabulary, where its likeliest token is of that."""
     token_ids_V = drafter.target_tokens(jnp.arange(drafter.config.draft_vocab_size, dtype=jnp.int32))
 
-    def row(x_TD: Array) -> tuple[Array, Array]:
+    def row(x_TD: Array) -> tuple[Array, Array, Array]:
         logits_TV = target.logits(x_TD)
         draft_TV = logits_TV[:, token_ids_V]
         inside_T = jnp.max(draft_TV, axis=-1) >= jnp.max(logits_TV, axis=-1)
-        return jax.nn.softmax(draft_TV, axis=-1), jnp.where(inside_T, jnp.argmax(draft_TV, axis=-1).astype(jnp.int32), -1)
+        return jax.nn.softmax(draft_TV, axis=-1), jnp.argmax(draft_TV, axis=-1).astype(jnp.int32), inside_T
 
     # Row by row: the logits over the target's vocabulary are many times as large as all else.
-    expected_BTV, likeliest_BT = jax.lax.map(row, next_BTD)
-    return Lesson(feature_BTf.astype(jnp.float32), expected_BTV, None, likeliest_BT)
+    probability_BTV, likeliest_BT, inside_BT = jax.lax.map(row, next_BTD)
+
+    def measure(drafter: Drafter) -> Measured:
+        measured = []
+        for index, hidden_BTD in enumerate(unroll(drafter, target, rows, drafter.read(feature_BTf), passes)):
+            logits_BTV = drafter.logits(target, hidden_BTD)
+            loss_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - jnp.sum(probability_BTV * logits_BTV, axis=-1)
+            guess_BT = guesses(rows, index)
+            counted_BT = guess_BT & inside_BT
+            hit_BT = counted_BT & _is_highest(logits_BTV, likeliest_BT)
+            measured.append((jnp.where(counted_BT, loss_BT, 0.0), counted_BT, hit_BT, guess_BT))
+        return Measured.stack(measured)
+
+    return measure
 
 
-def _of_states(target: Llama, next_BTD: Array, feature_BTf: Array) -> Lesson:
+def _eagle1(target: Llama, rows: Rows, next_BTD: Array, feature_BTf: Array, noise: Array) -> Learning:
+    """Smooth L1 distance from the target's next state, and cross-entropy with its distribution."""
     table_VD = target.embed[...] if target.config.tie_word_embeddings else target.head[...]
 
     def row(x_TD: Array) -> tuple[Array, Array]:
         logits_TV = target.logits(x_TD)
-        expected_TV = jax.nn.softmax(logits_TV, axis=-1).astype(table_VD.dtype)
-        expected_TD = jnp.einsum("tv,vd->td", expected_TV, table_VD, preferred_element_type=jnp.float32)
+        probability_TV = jax.nn.softmax(logits_TV, axis=-1).astype(table_VD.dtype)
+        expected_TD = jnp.einsum("tv,vd->td", probability_TV, table_VD, preferred_element_type=jnp.float32)
         return expected_TD, jnp.argmax(logits_TV, axis=-1).astype(jnp.int32)
 
-    expected_row_BTD, likeliest_BT = jax.lax.map(row, next_BTD)
-    return Lesson(feature_BTf.astype(jnp.float32), next_BTD.astype(jnp.float32), expected_row_BTD, likeliest_BT)
+    def noise_of(number: Array) -> Array:  # by row, whichever device has it
+        return STATE_NOISE * (jax.random.uniform(jax.random.fold_in(noise, number), feature_BTf.shape[1:]) - 0.5)
 
+    expected_BTD, likeliest_BT = jax.lax.map(row, next_BTD)
+    noisy_BTf = feature_BTf + jax.vmap(noise_of)(rows.number_B)
 
-def eagle3(drafter: Drafter, target: Llama, rows: Rows, known: Lesson, passes: int) -> Measured:
-    """Cross-entropy with the target's distribution, restricted to the draft vocabulary, where its likeliest token is of that."""
-    inside_BT = known.likeliest_BT >= 0
-    measured = []
-    for index, hidden_BTD in enumerate(unroll(drafter, target, rows, drafter.read(known.feature_BTf), passes)):
-        logits_BTV = drafter.logits(target, hidden_BTD)
-        loss_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - jnp.sum(known.expected_BTX * logits_BTV, axis=-1)
-        guess_BT = guesses(rows, index)
-        counted_BT = guess_BT & inside_BT
-        hit_BT = counted_BT & _is_highest(logits_BTV, known.likeliest_BT)
-        measured.append((jnp.where(counted_BT, loss_BT, 0.0), counted_BT, hit_BT, guess_BT))
-    return Measured.stack(measured)
+    def measure(drafter: Drafter) -> Measured:
+        @jax.checkpoint
+        def row(parts: tuple[Array, Array]) -> tuple[Array, Array]:
+            hidden_TD, likeliest_T = parts
+            logits_TV = drafter.logits(target, hidden_TD)
+            return jax.nn.logsumexp(logits_TV, axis=-1), _is_highest(logits_TV, likeliest_T)
 
+        (hidden_BTD,) = unroll(drafter, target, rows, drafter.read(noisy_BTf), 1)
+        distance_BT = jnp.mean(_smooth_l1(hidden_BTD - next_BTD.astype(jnp.float32)), axis=-1)
+        normalizer_BT, highest_BT = jax.lax.map(row, (hidden_BTD, likeliest_BT))
+        # Linear in the target's distribution: instead of its product with all logits, the state's with the row of the head to expect.
+        entropy_BT = normalizer_BT - jnp.sum(expected_BTD * hidden_BTD, axis=-1)
+        loss_BT = distance_BT + DISTRIBUTION_WEIGHT * entropy_BT
+        guess_BT = guesses(rows, 0)
+        return Measured.stack([(jnp.where(guess_BT, loss_BT, 0.0), guess_BT, guess_BT & highest_BT, guess_BT)])
 
-def eagle1(drafter: Drafter, target: Llama, rows: Rows, known: Lesson, noise: Array) -> Measured:
-    """Smooth L1 distance from the target's next state, and cross-entropy with its distribution; ``noise``: the step's random key."""
-
-    def draw(number: Array) -> Array:  # by row, whichever device has it
-        return jax.random.uniform(
-            jax.random.fold_in(noise, number), known.feature_BTf.shape[1:], minval=-STATE_NOISE / 2, maxval=STATE_NOISE / 2
-        )
-
-    @jax.checkpoint
-    def row(parts: tuple[Array, Array]) -> tuple[Array, Array]:
-        hidden_TD, likeliest_T = parts
-        logits_TV = drafter.logits(target, hidden_TD)
-        return jax.nn.logsumexp(logits_TV, axis=-1), _is_highest(logits_TV, likeliest_T)
-
-    read_BTD = drafter.read(known.feature_BTf + jax.vmap(draw)(rows.number_B))
-    (hidden_BTD,) = unroll(drafter, target, rows, read_BTD, 1)
-    distance_BT = jnp.mean(_smooth_l1(hidden_BTD - known.expected_BTX), axis=-1)
-    normalizer_BT, highest_BT = jax.lax.map(row, (hidden_BTD, known.likeliest_BT))
-    # Linear in the target's distribution: instead of its product with all logits, the state's with the expected row of the head.
-    assert known.expected_row_BTD is not None
-    entropy_BT = normalizer_BT - jnp.sum(known.expected_row_BTD * hidden_BTD, axis=-1)
-    guess_BT = guesses(rows, 0)
-    loss_BT = distance_BT + DISTRIBUTION_WEIGHT * entropy_BT
-    return Measured.stack([(jnp.where(guess_BT, loss_BT, 0.0), guess_BT, guess_BT & highest_BT, guess_BT)])
+    return measure
 
 
 def _smooth_l1(x: Array) -> Array:

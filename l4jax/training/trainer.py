@@ -20,7 +20,7 @@ from l4jax.model.drafter import Drafter, build_drafter
 from l4jax.model.llama import Llama
 from l4jax.model.weights import BoundModel, weight_specs
 from l4jax.training.batches import Rows
-from l4jax.training.losses import Measured, accepted, eagle1, eagle3, lesson, mean_loss
+from l4jax.training.losses import Measured, accepted, learning, mean_loss
 from sharding.rules import partition
 
 WEIGHT_DECAY = 0.01
@@ -128,20 +128,18 @@ class Trainer:
     def _step(
         self, state: TrainState, leaves: tuple[Array, ...], token_ids_V: Array, rows: Rows, number: Int32[Array, ""]
     ) -> tuple[TrainState, tuple[Array, Measured]]:
-        target: Llama = self._target.bind(leaves)
-        known = lesson(self._bind(state.weights, token_ids_V), target, rows)
+        noise = jax.random.fold_in(jax.random.key(self._seed), number)
+        drafter = self._bind(state.weights, token_ids_V)
+        measure = learning(drafter, self._target.bind(leaves), rows, self._passes, noise)
 
         def loss(weights: dict[str, Array]) -> tuple[Array, Measured]:
-            drafter = self._bind(weights, token_ids_V)
-            if self.config.version == "eagle1":
-                measured = eagle1(drafter, target, rows, known, jax.random.fold_in(jax.random.key(self._seed), number))
-            else:
-                measured = eagle3(drafter, target, rows, known, self._passes)
+            measured = measure(self._bind(weights, token_ids_V))
             return mean_loss(measured, self._data), measured
 
         (value, measured), gradient = jax.value_and_grad(loss, has_aux=True)(state.weights)
         value, measured, gradient = jax.tree.map(self._data.sum, (value, measured, gradient))
-        with jax.named_scope("optimizer"):
+        # Optax multiplies numbers of different types.
+        with jax.named_scope("optimizer"), jax.numpy_dtype_promotion("standard"):
             updates, optimizer = self._optimizer.update(gradient, state.optimizer, state.weights)
             weights = optax.apply_updates(state.weights, updates)
         return TrainState(weights, optimizer), (value, measured)

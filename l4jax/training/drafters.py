@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Literal
 
 import jax
@@ -61,16 +60,7 @@ def new_drafter(target: ModelConfig, version: Version, *, layers: int, draft_voc
     )
 
 
-def first_weights(
-    config: DrafterConfig, target: ModelConfig, target_weights: Mapping[str, Array], token_ids: np.ndarray, seed: int
-) -> dict[str, Array]:
-    """Weights to begin with, float32: random ones; an EAGLE-3 drafter's output head, and the norm before it, are the target's own."""
+def first_weights(config: DrafterConfig, token_ids: np.ndarray, seed: int) -> dict[str, Array]:
+    """Weights to begin with: random ones, float32, and the draft vocabulary."""
     weights = random_weights(build_drafter(config), jax.random.key(seed), jnp.dtype(jnp.float32))
-    if config.version == "eagle3":
-        head_VD = target_weights["embed" if target.tie_word_embeddings else "head"]
-        weights |= {
-            "token_ids": jnp.asarray(token_ids, jnp.int32),
-            "head": head_VD[jnp.asarray(token_ids)].astype(jnp.float32),
-            "norm.scale": jnp.array(target_weights["norm.scale"], jnp.float32),  # a copy: training gives its state's memory away
-        }
-    return weights
+    return weights | ({"token_ids": jnp.asarray(token_ids, jnp.int32)} if config.version == "eagle3" else {})

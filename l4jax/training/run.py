@@ -130,7 +130,7 @@ class _Run:
             seed=settings.seed,
         )
         saved = folder.load_state(self._trainer.array_names)
-        self._start, self._state = 0, self._trainer.first_state(first_weights(config, llm.config, llm.weights, token_ids, settings.seed))
+        self._start, self._state = 0, self._trainer.first_state(first_weights(config, token_ids, settings.seed))
         if saved is not None:
             self._start, self._state = saved[0], self._trainer.from_arrays(saved[1])
         answer_tokens = sum(len(example.answer or ()) for example in train)

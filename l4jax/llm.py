@@ -127,7 +127,7 @@ class LLM:
         ring_hardware: RingHardware = H100_RING,
     ) -> None:
         """``weights`` by the names of ``l4jax.model.weights.weight_specs``; the other arguments are those of :func:`load`."""
-        placement = Placement.on(config, mesh)
+        self.placement = placement = Placement.on(config, mesh)
         max_batch = 8 * placement.spec.data if max_batch is None else max_batch
         _check_max_batch(max_batch)
         if prefill_lengths is not None and min(prefill_lengths, default=0) < 1:
@@ -138,6 +138,11 @@ class LLM:
         self.max_batch = max_batch
         speculator = _speculator(placement, config, drafter, speculation, beyond_training)
         self.runner = Runner(placement, weights, speculator=speculator, prefill_lengths=prefill_lengths, ring_hardware=ring_hardware)
+
+    @property
+    def weights(self) -> dict[str, jax.Array]:
+        """The weights by name, as they lie on the mesh."""
+        return self.runner.weights
 
     @property
     def weight_bytes(self) -> int:

@@ -112,6 +112,11 @@ class Runner:
         return self._shape
 
     @property
+    def weights(self) -> dict[str, Array]:
+        """The model's weights by name, as they lie on the mesh."""
+        return dict(zip(self.programs.model.names, self._leaves, strict=True))
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of all weights, the drafter's included, each counted once; KV heads that a mesh repeats, as often as it does."""
         return sum(leaf.nbytes for leaf in self._all_leaves)

@@ -12,8 +12,9 @@ from jaxtyping import Array, Float
 from l4jax.cache import LayerCache, TreeCache, is_local, read, write
 from l4jax.config import ModelConfig
 from l4jax.model.norm import rms_normalize
+from l4jax.model.packed import PackedCache, attend_packed
 from l4jax.model.rotary import rotate
-from l4jax.model.step import KeyIntervals, RingKeys, Spread, StepInputs, TreeKeys
+from l4jax.model.step import KeyIntervals, PackedKeys, RingKeys, Spread, StepInputs, TreeKeys
 from l4jax.model.weights import WeightSpec, declare
 from pallas_kernels.flash_attention import attend, attend_pages
 from pallas_kernels.tree_attention import tree_attention
@@ -47,11 +48,16 @@ class Attention(nnx.Module):
         self.out = declare(WeightSpec((D, K, G, h), ("embed", "kv_heads", None, "head_dim"), fan_in=K * G * h))
 
     def __call__(
-        self, x_BTi: Float[Array, "B T i"], step: StepInputs, cache: LayerCache | TreeCache, spread: Spread | None = None
+        self,
+        x_BTi: Float[Array, "B T i"],
+        step: StepInputs,
+        cache: LayerCache | TreeCache | PackedCache,
+        spread: Spread | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Attention of the new tokens, projected back to the model width, and the cache (of the kind it was) with their keys and values.
 
-        Nodes of a draft tree need a :class:`TreeCache`, other tokens a :class:`LayerCache`.
+        Nodes of a draft tree need a :class:`TreeCache`, training's packed sequences a :class:`PackedCache`, other tokens a
+        :class:`LayerCache`.
         """
         B, T, width = x_BTi.shape
         K, groups, h, _ = self.qkv.shape
@@ -71,6 +77,10 @@ class Attention(nnx.Module):
             assert isinstance(cache, TreeCache)
             cache = cache.extended(k_BTKh, v_BTKh)
             attended_BTKGh = self._tree(q_BTKGh, cache, keys, pages_BW)
+        elif isinstance(keys, PackedKeys):
+            assert isinstance(cache, PackedCache)
+            cache = cache.extended(k_BTKh, v_BTKh)
+            attended_BTKGh = attend_packed(q_BTKGh, cache, keys, scale=self.scale)
         else:
             assert isinstance(cache, LayerCache)
             if isinstance(keys, RingKeys):

@@ -23,11 +23,12 @@ from l4jax.model.attention import Attention
 from l4jax.model.feed_forward import SwiGLU
 from l4jax.model.llama import DecoderLayer, Llama, embed
 from l4jax.model.norm import RMSNorm
+from l4jax.model.packed import PackedCache
 from l4jax.model.step import Spread, StepInputs
-from l4jax.model.weights import WeightSpec, declare
+from l4jax.model.weights import Weight, WeightSpec, declare
 from sharding.mesh import ONE_DEVICE, MeshSpec
 
-Caches = Sequence[LayerCache | TreeCache]
+Caches = Sequence[LayerCache | TreeCache | PackedCache]
 
 
 class Drafter(nnx.Module):
@@ -36,6 +37,7 @@ class Drafter(nnx.Module):
     def __init__(self, config: DrafterConfig, mesh: MeshSpec) -> None:
         self.config = config
         self.vocab, self.ranks = mesh.along("tensor"), mesh.token_ranks
+        self.fuse: Weight
         self.reduced_vocabulary = False
         if config.own_embedding:
             self.embed = declare(WeightSpec((config.decoder.vocab_size, config.decoder.hidden_size), ("vocab", "embed")))
@@ -66,7 +68,8 @@ class Drafter(nnx.Module):
 
     def _embedding(self, target: Llama, token_BT: Array) -> Array:
         with jax.named_scope("embed"):
-            return embed(self.embed[...], token_BT, self.vocab) if self.config.own_embedding else target.embedding(token_BT)
+            x_BTD = embed(self.embed[...], token_BT, self.vocab) if self.config.own_embedding else target.embedding(token_BT)
+            return x_BTD.astype(self.fuse.dtype)  # in training the drafter is in float32, whatever the target is in
 
 
 class Eagle1(Drafter):
@@ -111,7 +114,7 @@ class Eagle1(Drafter):
 
     def logits(self, target: Llama, hidden_BTD: Float[Array, "*B D"]) -> Float32[Array, "*B V"]:
         """The target's own head's."""
-        return target.logits(hidden_BTD)
+        return target.logits(hidden_BTD.astype(target.embed.dtype))
 
 
 class Eagle3Layer(nnx.Module):
@@ -131,7 +134,7 @@ class Eagle3Layer(nnx.Module):
         embedding_BTD: Float[Array, "B T D"],
         hidden_BTD: Float[Array, "B T D"],
         step: StepInputs,
-        cache: LayerCache | TreeCache,
+        cache: LayerCache | TreeCache | PackedCache,
         spread: Spread | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """The layer's output, residuals included, and its cache with the new entries in it."""

@@ -15,12 +15,14 @@ from l4jax.config import ModelConfig
 from l4jax.model.attention import Attention
 from l4jax.model.feed_forward import MixtureOfExperts, SwiGLU
 from l4jax.model.norm import RMSNorm
+from l4jax.model.packed import PackedCache
 from l4jax.model.step import (
     PieceLayout,
     Spread,
     StepInputs,
     full_intervals,
     local_intervals,
+    packed_step_inputs,
     spread_step_inputs,
     step_inputs,
     tokens_at,
@@ -48,7 +50,11 @@ class DecoderLayer(nnx.Module):
             self.feed_forward = SwiGLU(config.hidden_size, config.intermediate_size, mesh)
 
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], step: StepInputs, cache: LayerCache | TreeCache, spread: Spread | None = None
+        self,
+        x_BTD: Float[Array, "B T D"],
+        step: StepInputs,
+        cache: LayerCache | TreeCache | PackedCache,
+        spread: Spread | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """The layer's output, residuals included, and its cache (of the kind it was) with the new tokens in it."""
         with jax.named_scope("attention"):
@@ -129,6 +135,12 @@ class Llama(nnx.Module):
         step = tree_step_inputs(self.config, start_B, depth_BN, valid_BN, sees_BNN, tables, self.ranks)
         return self._layers(token_BN, step, [TreeCache.around(layer, len(token_BN)) for layer in cache])
 
+    def packed(self, token_BT: Int32[Array, "B T"], first_BT: Int32[Array, "B T"]) -> tuple[Float[Array, "B T D"], Float[Array, "B T f"]]:
+        """Final hidden states, and what a drafter reads, of sequences packed into rows: each token's begins at ``first_BT`` in its row."""
+        step = packed_step_inputs(self.config, first_BT)
+        final_BTD, feature_BTf, _ = self._layers(token_BT, step, [PackedCache()] * self.config.num_layers)
+        return final_BTD, feature_BTf
+
     def accept(
         self,
         nodes: Sequence[TreeCache],
@@ -144,7 +156,7 @@ class Llama(nnx.Module):
         return tuple(layer.accepted(node_BT, *(local if is_local(self.config, i) else full)) for i, layer in enumerate(nodes))
 
     def _layers(
-        self, token_BT: Array, step: StepInputs, cache: Sequence[LayerCache | TreeCache], spread: Spread | None = None
+        self, token_BT: Array, step: StepInputs, cache: Sequence[LayerCache | TreeCache | PackedCache], spread: Spread | None = None
     ) -> tuple[Array, Array, tuple[Any, ...]]:
         x_BTD = self.embedding(token_BT)
         inputs, written = [x_BTD], []

@@ -51,6 +51,18 @@ class TreeKeys:
     sees_BNS: Bool[Array, "B N S"]
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PackedKeys:
+    """Training's sequences, packed into rows: which of their own pass's keys [start, end) each token sees.
+
+    In later passes of an unrolled drafter it is the first pass's keys; of those since then a token sees its own chain's (``model.packed``).
+    """
+
+    start_BT: Int32[Array, "B T"]
+    end_BT: Int32[Array, "B T"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Spread:
     """How a piece of a prompt is spread over the ranks.
@@ -98,15 +110,15 @@ class StepInputs:
     """Rotation angles and query temperature of this rank's tokens, page tables, and what is attended in each kind of layer.
 
     ``valid_BT`` is False for padding.
-    ``position_NBT`` is None for replicated tokens; ``full`` and ``local`` are then :class:`KeyIntervals` or :class:`TreeKeys`, else
-    :class:`RingKeys`.
+    ``position_NBT`` is None for replicated tokens; ``full`` and ``local`` are then :class:`KeyIntervals`, :class:`TreeKeys` or
+    :class:`PackedKeys`, else :class:`RingKeys`.
     """
 
     angles: tuple[Float32[Array, "B T i"], Float32[Array, "B T i"]]
     temperature_BT: Float32[Array, "B T"]
     valid_BT: Bool[Array, "B T"]
-    full: KeyIntervals | TreeKeys | RingKeys
-    local: KeyIntervals | TreeKeys | RingKeys
+    full: KeyIntervals | TreeKeys | PackedKeys | RingKeys
+    local: KeyIntervals | TreeKeys | PackedKeys | RingKeys
     tables: PageTables
     position_NBT: Int32[Array, "N B T"] | None
 
@@ -257,6 +269,22 @@ def tree_step_inputs(
     full, chunk = keys(None), config.attention_chunk_size
     angles, temperature_BN = rotary_angles(config, position_BN), attention_temperature(config, position_BN)
     return StepInputs(angles, temperature_BN, valid_BN, full, full if chunk is None else keys(chunk), tables, None)
+
+
+def packed_step_inputs(config: ModelConfig, first_BT: Int32[Array, "B T"], passes: int = 0) -> StepInputs:
+    """For sequences packed into rows, nothing of which is cached; ``first_BT``: where in its row each token's sequence begins.
+
+    ``passes``: how many passes over the same tokens an unrolled drafter has made before.
+    """
+    B, T = first_BT.shape
+    index_1T = jnp.arange(T, dtype=jnp.int32)[None, :]
+    position_BT = index_1T - first_BT
+    end_BT = jnp.broadcast_to(index_1T + 1 - passes, (B, T))
+    full, chunk = PackedKeys(first_BT, end_BT), config.attention_chunk_size
+    local = full if chunk is None else PackedKeys(first_BT + position_BT // chunk * chunk, end_BT)
+    angles, temperature_BT = rotary_angles(config, position_BT), attention_temperature(config, position_BT)
+    no_pages = jnp.zeros((B, 0), jnp.int32)
+    return StepInputs(angles, temperature_BT, jnp.ones((B, T), bool), full, local, PageTables(no_pages, no_pages), None)
 
 
 def spread_step_inputs(

@@ -9,14 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from l4jax import LLM, SamplingParams
 from l4jax.batch import Batch, Request
-from l4jax.cache import CacheShape
+from l4jax.cache import CACHE_AXES, CacheShape
 from l4jax.decoding.sampling import TokenCounts, batch_features, probabilities, sampling_rows
 from l4jax.decoding.tree import StaticTree, tree_tables
-from l4jax.model.llama import Llama
 from l4jax.model.weights import BoundModel
+from l4jax.placement import Placement
 from tests.tiny import drafter, llama3_like, loaded_drafter, maverick_like, prompts, scout_like, weights
 
 PLANS = ["chain:3", "tree:eagle26", "dynamic:steps=4,topk=3,nodes=12"]
@@ -188,21 +189,33 @@ def test_a_window_is_all_that_a_drafter_sees(mesh):
 TREE = StaticTree.from_paths([[0], [1], [0, 0], [0, 1], [1, 0], [0, 1, 0]])
 
 
-@pytest.mark.parametrize("length", [4, 5, 20, 133])
-@pytest.mark.parametrize("make", [scout_like, maverick_like, llama3_like])
-def test_logits_at_every_node_are_those_of_its_path(make, length):
+@pytest.mark.parametrize(
+    ("make", "length", "mesh"),
+    [
+        *((make, length, "tensor=1") for make in (scout_like, maverick_like, llama3_like) for length in (4, 5, 20, 133)),
+        *((scout_like, length, mesh) for length, mesh in ((5, "tensor=2"), (133, "expert=2,tensor=2"), (133, "sequence=2"))),
+    ],
+)
+def test_logits_at_every_node_are_those_of_its_path(make, length, mesh):
     """Of trees in the middle of a chunk of 8, and up to its very end; then, with a path accepted, of what follows."""
     config = make(max_position_embeddings=512)
-    model = BoundModel(Llama(config))
-    leaves = model.leaves(weights(config))
+    placement = Placement.on(config, mesh)
+    model = BoundModel(placement.build(placement.config, placement.spec))
+    leaves = model.leaves(placement.place_all(weights(config)))
     (prompt,) = prompts(config, (length,))
     tokens = [prompt[-1], *np.random.default_rng(1).integers(0, config.vocab_size, TREE.size - 1).tolist()]
-    shape = CacheShape(1, 384)
+    shape = CacheShape(1, 384, placement.spec.token_ranks.count)
     tables = shape.identity_tables(config, [0])
-    cache = shape.allocate(config, jnp.dtype(jnp.float32), jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    cache = shape.allocate(config, jnp.dtype(jnp.float32), placement.array_sharding(*CACHE_AXES))
     one = jnp.ones(1, jnp.int32)
+    everywhere, vocab = PartitionSpec(), PartitionSpec(None, placement.spec.along("tensor").axes or None)
+    cut = jax.tree.map(lambda leaf: leaf.sharding.spec, (leaves, cache))
 
-    @jax.jit
+    def on_mesh(body):
+        specs = {"in_specs": (*cut, *[everywhere] * (body.__code__.co_argcount - 2)), "out_specs": (vocab, cut[1])}
+        return jax.jit(jax.shard_map(body, mesh=placement.mesh, check_vma=False, **specs))
+
+    @on_mesh
     def tree_step(leaves, cache, tables):
         llama = model.bind(leaves)
         start_B = (length - 1) * one
@@ -214,11 +227,11 @@ def test_logits_at_every_node_are_those_of_its_path(make, length):
         accepted = llama.accept(nodes, jnp.asarray([[0, 1, 4, 6]], jnp.int32), start_B, 4 * one, tables)
         return llama.logits(x_BND)[0], accepted
 
-    @jax.jit
+    @on_mesh
     def one_step(leaves, cache, tables, token, start):
         llama = model.bind(leaves)
         x_BTD, _, cache = llama(jnp.full((1, 1), token), jnp.full(1, start), one, cache, tables)
-        return llama.logits(x_BTD)[0, 0], cache
+        return llama.logits(x_BTD)[0], cache
 
     llm = LLM(config, weights(config))
     logits_NV, cache = tree_step(leaves, cache, tables)
@@ -238,7 +251,7 @@ def test_logits_at_every_node_are_those_of_its_path(make, length):
     following = np.random.default_rng(2).integers(0, config.vocab_size, 100).tolist()
     expected_TV = llm.logits([sequence + following])[0][len(sequence) :]
     for i, token in enumerate(following):
-        logits_V, cache = one_step(leaves, cache, tables, jnp.int32(token), jnp.int32(len(sequence) + i))
+        (logits_V,), cache = one_step(leaves, cache, tables, jnp.int32(token), jnp.int32(len(sequence) + i))
         assert np.abs(logits_V - expected_TV[i]).max() < 1e-5 * np.abs(expected_TV[i]).max()
 
 

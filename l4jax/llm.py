@@ -22,14 +22,14 @@ import numpy as np
 
 from l4jax.batch import NO_ROUNDS, Batch, NewTokens, Request, TokenLogprob
 from l4jax.checkpoints.store import open_checkpoint
-from l4jax.config import DrafterConfig, ModelConfig, check_fits
+from l4jax.config import ModelConfig
 from l4jax.decoding.generate import BURST
 from l4jax.decoding.params import SamplingParams
-from l4jax.decoding.plan import Speculation, SpeculationTable
 from l4jax.decoding.speculate import BeyondTraining
 from l4jax.paths import cache_root
-from l4jax.placement import DrafterPlacement, Placement
-from l4jax.runner import Runner, Speculator
+from l4jax.placement import Placement
+from l4jax.runner import Runner
+from l4jax.speculator import LoadedDrafter, open_fitting_drafter, speculator_for
 from l4jax.spread import H100_RING
 from l4jax.text.chat import ChatFormat, load_chat_format
 from l4jax.text.load import load_tokenizer
@@ -136,7 +136,7 @@ class LLM:
         self.tokenizer = tokenizer
         self.chat_format = chat_format
         self.max_batch = max_batch
-        speculator = _speculator(placement, config, drafter, speculation, beyond_training)
+        speculator = speculator_for(config, placement, drafter, speculation, beyond_training)
         self.runner = Runner(placement, weights, speculator=speculator, prefill_lengths=prefill_lengths, ring_hardware=ring_hardware)
 
     @property
@@ -359,39 +359,14 @@ class _Row:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class LoadedDrafter:
-    """A drafter's configuration, its weights by name, and how best to speculate with it at each batch size."""
-
-    config: DrafterConfig
-    weights: Mapping[str, jax.Array]
-    table: SpeculationTable
-
-
-def _speculator(
-    placement: Placement, config: ModelConfig, drafter: LoadedDrafter | None, speculation: str, beyond: BeyondTraining
-) -> Speculator | None:
-    """What the runner speculates with. Raises ValueError if the drafter is another model's, or if there is none and one is asked for."""
-    if beyond not in ("window", "stop"):
-        raise ValueError(f'beyond_training is {beyond!r}; expected "window" or "stop"')
-    plan = None if speculation == "auto" else Speculation.parse(speculation)
-    if speculation == "off":
-        return None
-    if drafter is None:
-        if plan is None:
-            return None
-        raise ValueError(f'speculation is {speculation!r}, but no drafter is given; load with drafter="path", or speculation="off"')
-    check_fits(drafter.config, config)
-    table = SpeculationTable.always(plan) if plan else drafter.table
-    table.check_fits(config)
-    return Speculator(DrafterPlacement(drafter.config, placement.mesh), drafter.weights, table, beyond, asked_for=plan is not None)
-
-
 def load(
     path: str | os.PathLike[str],
     *,
     mesh: str | MeshSpec = ONE_DEVICE,
     dtype: DType | None = None,
+    drafter: str | os.PathLike[str] | None = None,
+    speculation: str = "auto",
+    beyond_training: BeyondTraining = "window",
     max_batch: int | None = None,
     prefill_lengths: Sequence[int] | None = None,
     ring_hardware: RingHardware = H100_RING,
@@ -400,11 +375,15 @@ def load(
 
     ``mesh``: the devices to run on, such as "tensor=4,expert=2" or a file of ``configs/meshes``; one device by default. Every
     device reads only its part of the weights. ``dtype``: what weights and cache are held in; None takes what most of the
-    checkpoint's bytes are stored in. At most
-    ``max_batch`` prompts are decoded together (default: 8 for each rank along ``data``). ``prefill_lengths``: prompts are worked off in
-    pieces, padded to one of these lengths (default: 32, 128 and 512 for each rank that shares their tokens). ``ring_hardware``: what
-    decides which ring passes them (``sharding.select``). Compiled programs are kept on disk between processes, unless JAX's own setting
-    says where or not.
+    checkpoint's bytes are stored in. ``drafter``: the folder of one that was trained for this model (default: ``drafter`` in the
+    checkpoint's folder, if it is there); ``speculation``: "auto" (what the drafter's table says for the number of prompts), "off",
+    "chain:5", "tree:eagle26" or "dynamic:steps=5,topk=4,nodes=16"; ``beyond_training``: what a drafter does where the text is longer
+    than what it was trained on, "window" (look back that far) or "stop".
+
+    At most ``max_batch`` prompts are decoded together (default: 8 for each rank along ``data``). ``prefill_lengths``: prompts are
+    worked off in pieces, padded to one of these lengths (default: 32, 128 and 512 for each rank that shares their tokens).
+    ``ring_hardware``: what decides which ring passes them (``sharding.select``). Compiled programs are kept on disk between processes,
+    unless JAX's own setting says where or not.
     """
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype is {dtype!r}; expected float32, bfloat16, float16 or None (as stored)")
@@ -413,9 +392,12 @@ def load(
     _enable_compilation_cache()
     checkpoint = open_checkpoint(path)
     placement = Placement.on(checkpoint.config, mesh)
+    opened = None if speculation == "off" else open_fitting_drafter(drafter or checkpoint.drafter, checkpoint)
     hosts.check_same(
         {
             "the checkpoint's digest": checkpoint.digest,
+            "the drafter's digest": "none" if opened is None else opened.digest,
+            "speculation": f"{speculation}, {beyond_training}",
             "the mesh": str(placement.spec),
             "dtype": str(dtype),
             "max_batch": str(max_batch),
@@ -427,10 +409,14 @@ def load(
         "start every process with the same checkpoint, arguments and versions",
     )
     tokenizer = load_tokenizer(checkpoint.directory)
+    held_in = jnp.dtype(dtype or checkpoint.dtype)
     return LLM(
         checkpoint.config,
-        checkpoint.restore(placement, None if dtype is None else jnp.dtype(dtype)),
+        checkpoint.restore(placement, held_in),
         mesh=placement.spec,
+        drafter=None if opened is None else LoadedDrafter.restored(opened, placement, held_in),
+        speculation=speculation,
+        beyond_training=beyond_training,
         tokenizer=tokenizer,
         chat_format=None if tokenizer is None else load_chat_format(checkpoint.directory, tokenizer),
         max_batch=max_batch,

@@ -11,10 +11,10 @@ import numpy as np
 
 from l4jax.config import DrafterConfig, ModelConfig, MoEConfig, RopeScaling
 from l4jax.decoding.plan import SpeculationTable
-from l4jax.llm import LoadedDrafter
 from l4jax.model.drafter import build_drafter
 from l4jax.model.llama import Llama
 from l4jax.model.weights import random_weights
+from l4jax.speculator import LoadedDrafter
 
 
 def scout_like(**changes: Any) -> ModelConfig:

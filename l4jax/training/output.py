@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -11,10 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from l4jax.checkpoints.store import StoredWeight, checksum, save_group
-from l4jax.config import DrafterConfig, config_to_json
-
-MANIFEST = "drafter.json"
+from l4jax.checkpoints.store import StoredWeight, checksum, save_group, write_manifest
+from l4jax.config import DrafterConfig
 
 
 def save_drafter(folder: Path, config: DrafterConfig, weights: Mapping[str, np.ndarray], table: Mapping[str, str]) -> None:
@@ -25,11 +21,5 @@ def save_drafter(folder: Path, config: DrafterConfig, weights: Mapping[str, np.n
     partial.mkdir()
     save_group(partial / "weights" / "00000", weights)
     stored = {name: StoredWeight("00000", array.shape, array.dtype.name, checksum(array)) for name, array in weights.items()}
-    manifest = {
-        "format_version": 1,
-        "config": config_to_json(config),
-        "weights": {name: dataclasses.asdict(weight) for name, weight in stored.items()},
-        "speculation": dict(table),
-    }
-    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    write_manifest(partial, source_format="trained", config=config, weights=stored, text_files=[], speculation=table)
     os.replace(partial, folder)

@@ -7,7 +7,7 @@ import pytest
 
 from l4jax import LLM, SamplingParams
 from l4jax.decoding.plan import Speculation, SpeculationTable
-from l4jax.llm import LoadedDrafter
+from l4jax.speculator import LoadedDrafter
 from l4jax.training.batches import batch, draft_vocabulary, pack, take
 from l4jax.training.drafters import Version, first_weights
 from l4jax.training.evaluate import replay

@@ -50,7 +50,7 @@ def outcome(out: Path) -> tuple[list[str], list[dict[str, Any]], Mapping[str, np
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     for of_step in metrics:
         del of_step["tokens_per_second"]
-    manifest = json.loads((out / "drafter" / "drafter.json").read_text())
+    manifest = json.loads((out / "drafter" / "checkpoint.json").read_text())
     stored = {name: StoredWeight(**{**w, "shape": tuple(w["shape"])}) for name, w in manifest["weights"].items()}
     return (out / "answers.jsonl").read_text().splitlines(), metrics, load_verified(out / "drafter" / "weights" / "00000", stored)
 

@@ -26,7 +26,7 @@ LENGTH = 32
 
 
 def config(**changes: Any) -> ModelConfig:
-    return tiny.llama3_like(**({"vocab_size": 24, "num_layers": 3, "rope_layers": (True,) * 3, "tie_word_embeddings": False} | changes))
+    return tiny.llama3_like(**({"vocab_size": 24, "num_layers": 2, "rope_layers": (True,) * 2, "tie_word_embeddings": False} | changes))
 
 
 def target(mesh: str = "data=1", **changes: Any) -> LLM:
@@ -58,14 +58,13 @@ def random_drafter(trainer: Trainer, seed: int = 3) -> dict[str, jax.Array]:
 
 
 def measure(llm: LLM, trainer: Trainer, rows: Rows, token_ids: np.ndarray, noise: jax.Array) -> Callable[[Mapping[str, jax.Array]], Any]:
-    """Loss and measurements of a batch, as a function of the drafter's trained weights; compiled."""
+    """Loss, measurements and gradient of a batch, as a function of the drafter's trained weights; compiled."""
     drafter, target = BoundModel(build_drafter(trainer.config)), BoundModel(Llama(llm.config, taps=trainer.config.aux_layers))
     model = target.bind(target.leaves(llm.weights))
 
-    @jax.jit
     def of(weights: Mapping[str, jax.Array]) -> tuple[jax.Array, Measured]:
         bound = drafter.bind(drafter.leaves({**weights, "token_ids": jnp.asarray(token_ids)}))
         measured = learning(bound, model, rows, 3, noise)(bound)
         return mean_loss(measured, ONE), measured
 
-    return of
+    return jax.jit(jax.value_and_grad(of, has_aux=True))

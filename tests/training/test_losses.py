@@ -171,7 +171,7 @@ def test_loss_hits_and_gradient_of_one_batch(version: str, llm: LLM, examples: l
         assert 0 < hits.sum() < guesses.sum()
     else:
         loss, hits, guesses = expected_eagle1(llm, trainer, w, rows)
-    (value, measured), gradient = jax.value_and_grad(measure, has_aux=True)(weights)
+    (value, measured), gradient = measure(weights)
     np.testing.assert_allclose(value, loss, rtol=2e-6)
     np.testing.assert_array_equal(measured.hits_I, hits)
     np.testing.assert_array_equal(measured.guesses_I, guesses)
@@ -179,5 +179,5 @@ def test_loss_hits_and_gradient_of_one_batch(version: str, llm: LLM, examples: l
         # Along the gradient itself, where the loss changes most.
         size = float(jnp.linalg.norm(slope))
         assert size > 0, name
-        ends = [float(measure({**weights, name: weights[name] + step * slope / size})[0]) for step in (1e-2, -1e-2)]
+        ends = [float(measure({**weights, name: weights[name] + step * slope / size})[0][0]) for step in (1e-2, -1e-2)]
         np.testing.assert_allclose((ends[0] - ends[1]) / 2e-2, size, rtol=2e-2, err_msg=name)

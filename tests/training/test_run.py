@@ -121,6 +121,12 @@ def test_what_cannot_be_used_is_refused(changes: dict[str, Any], message: str, l
         train(llm, data, tmp_path / "out", dataclasses.replace(SETTINGS, **changes))
 
 
+def test_a_mesh_must_share_out_the_rows(data: Path, tmp_path: Path) -> None:
+    for mesh in ("data=4", "tensor=2"):
+        with pytest.raises(ValueError, match=rf"^the mesh is {mesh}; expected data=N, where N divides the batch of 2$"):
+            train(small.target(mesh), data, tmp_path / "out")
+
+
 def test_another_runs_folder_is_refused(llm: LLM, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with claim(out, {"seed": 0}), pytest.raises(ValueError, match="is being written by another process; wait for it to end"):

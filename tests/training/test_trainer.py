@@ -38,11 +38,11 @@ def test_learns_a_few_answers_by_heart_and_real_speculation_shows_it() -> None:
     llm = small.target()
     examples = small.answered(llm, (3, 6, 2, 9), 1 + 4 * (1 + depth))
     ids = draft_vocabulary(examples, len({token for example in examples for token in example.answer or ()}))
-    trainer = small.trainer(llm, "eagle3", ids, passes=depth, steps=120)
+    trainer = small.trainer(llm, "eagle3", ids, passes=depth, steps=100)
     state = trainer.first_state(first_weights(trainer.config, ids, seed=0))
     rows = pack(examples, small.LENGTH, seed=0)
     untrained = replay(trainer, state, rows, 4, depth)
-    for step in range(120):
+    for step in range(100):
         state, _ = trainer.step(state, take(rows, np.arange(len(rows.number_B)), 4), step)
     simulated = replay(trainer, state, rows, 4, depth)
     assert untrained.acceptance_length < 2.5 and simulated.acceptance_length > 1 + 0.9 * depth

@@ -22,6 +22,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--out", required=True, help="the run's folder; the drafter comes to be in its folder drafter")
     parser.add_argument("--version", choices=("eagle3", "eagle1"), default="eagle3")
     parser.add_argument("--layers", type=int, default=1, help="of an EAGLE-1 drafter (default: 1)")
+    parser.add_argument(
+        "--intermediate-size", type=int, default=0, metavar="N", help="of the drafter's feed-forward blocks (default: the target's)"
+    )
     parser.add_argument("--draft-vocab", type=int, default=8192, help="EAGLE-3: how many tokens it can guess (default: 8192)")
     parser.add_argument("--ttt-steps", type=int, default=7, help="passes over its own output; depth of the chains measured (default: 7)")
     parser.add_argument("--length", type=int, default=2048, help="most tokens of a prompt and its answer (default: 2048)")
@@ -36,6 +39,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--report-every", type=int, default=20, metavar="STEPS")
     parser.add_argument("--save-every", type=int, default=200, metavar="STEPS", help="keep the state, and measure on what is held out")
     parser.add_argument("--answer-batch", type=int, default=32, help="prompts answered together (default: 32)")
+    parser.add_argument("--keep-states", action="store_true", help="keep the target's states in memory: only the first epoch computes them")
     parser.add_argument("--mesh", default="data=1", help="devices, as data=N: each takes its share of a batch's rows (default: one)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="hold the target in this (default: as stored)")
     parser.set_defaults(run=run)
@@ -55,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     for name in ("report_every", "save_every"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name} is {getattr(args, name)}; expected at least 1")
-    digest = open_checkpoint(args.target).digest
+    target = open_checkpoint(args.target)
     llm = l4jax.load(args.target, mesh=args.mesh, dtype=args.dtype, max_batch=args.answer_batch)
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("answers", total=None)
@@ -64,9 +68,11 @@ def run(args: argparse.Namespace) -> int:
             Path(args.data),
             Path(args.out),
             settings,
-            target_digest=digest,
+            target_digest=target.digest,
+            target_tokenizer=target.tokenizer_digest,
             report_every=args.report_every,
             save_every=args.save_every,
+            keep_states=args.keep_states,
             log=lambda line: bar.console.print(line, markup=False, highlight=False, soft_wrap=True),
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )

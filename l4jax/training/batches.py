@@ -19,7 +19,7 @@ from l4jax.training.data import Example
 class Rows:
     """Packed sequences: each token, where in its row its sequence begins, and whether it is part of an answer.
 
-    Padding is sequences of one token each. ``number_B``: the rows' numbers, which a drafter's noise is drawn by.
+    Padding is sequences of one token each. ``number_B``: the rows' numbers, which a drafter's noise is drawn by; -1 of padding.
     """
 
     token_BT: Int32[Array, "B T"]
@@ -84,7 +84,7 @@ def take(rows: Rows, index: np.ndarray, size: int) -> Rows:
         host_array(np.zeros((missing, length)), np.int32),
         host_array(np.tile(np.arange(length), (missing, 1)), np.int32),
         host_array(np.zeros((missing, length)), bool),
-        host_array(np.zeros(missing), np.int32),
+        host_array(np.full(missing, -1), np.int32),
     )
     return jax.tree.map(lambda leaf, pad: np.concatenate([np.asarray(leaf)[index], np.asarray(pad)]), rows, padding)
 

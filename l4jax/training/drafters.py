@@ -17,8 +17,19 @@ from l4jax.model.weights import random_weights
 Version = Literal["eagle1", "eagle3"]
 
 
-def new_drafter(target: ModelConfig, version: Version, *, layers: int, draft_vocab: int, length: int) -> DrafterConfig:
+def new_drafter(
+    target: ModelConfig,
+    version: Version,
+    *,
+    layers: int,
+    draft_vocab: int,
+    length: int,
+    intermediate_size: int = 0,
+    target_tokenizer: str | None = None,
+) -> DrafterConfig:
     """A drafter for this model, of dense layers like its own with plain RoPE, to be trained at this length.
+
+    ``intermediate_size``: 0 for the target's. ``target_tokenizer``: the digest of the target's tokenizer, if it has one.
 
     EAGLE-1 has the norms that published drafters of the model's architecture have; EAGLE-3 reads, as published ones do, the states that
     enter an early layer, the middle one and a late one.
@@ -27,6 +38,7 @@ def new_drafter(target: ModelConfig, version: Version, *, layers: int, draft_voc
         target,
         architecture="llama",
         num_layers=layers,
+        intermediate_size=intermediate_size or target.intermediate_size,
         rope_layers=(True,) * layers,
         rope_scaling=None,
         attention_chunk_size=None,
@@ -47,7 +59,7 @@ def new_drafter(target: ModelConfig, version: Version, *, layers: int, draft_voc
         draft_vocab_size=draft_vocab,
         target_layers=count,
         target_hidden_size=target.hidden_size,
-        target_tokenizer=None,
+        target_tokenizer=target_tokenizer,
         aux_layers=taps if version == "eagle3" else (),
         own_embedding=False,
         fuse_bias=False,

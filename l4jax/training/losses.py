@@ -71,18 +71,26 @@ class Measured:
         return cls(*(jnp.stack([jnp.sum(part, dtype=jnp.float32) for part in parts]) for parts in zip(*passes, strict=True)))
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TargetStates:
+    """The target's states over some rows: what its output head reads, and what the drafter does (see :class:`Llama`)."""
+
+    final_BTD: Float[Array, "B T D"]
+    feature_BTf: Float[Array, "B T f"]
+
+
 Learning = Callable[[Drafter], Measured]
 """From a drafter, what a batch says of it: the target's part has been computed, once, and no gradient goes through it."""
 
 
-def learning(drafter: Drafter, target: Llama, rows: Rows, passes: int, noise: Array) -> Learning:
-    """One pass of the target over the rows, and what a drafter like this one has to learn from it.
+def learning(drafter: Drafter, target: Llama, rows: Rows, states: TargetStates, passes: int, noise: Array) -> Learning:
+    """What a drafter like this one has to learn from the target's states over the rows.
 
     ``passes``: of an EAGLE-3 drafter. ``noise``: the random key of an EAGLE-1 drafter's.
     """
     with jax.named_scope("target"):
-        final_BTD, feature_BTf = target.packed(rows.token_BT, rows.first_BT)
-        next_BTD, feature_BTf = shifted(final_BTD, 1), feature_BTf.astype(jnp.float32)
+        next_BTD, feature_BTf = shifted(states.final_BTD, 1), states.feature_BTf.astype(jnp.float32)
         if drafter.config.version == "eagle1":
             return _eagle1(target, rows, next_BTD, feature_BTf, noise)
         return _eagle3(drafter, target, rows, next_BTD, feature_BTf, passes)
@@ -160,10 +168,9 @@ def _is_highest(logits_TV: Array, index_T: Array) -> Array:
     return at_index_T >= jnp.max(logits_TV, axis=-1)
 
 
-def accepted(drafter: Drafter, target: Llama, rows: Rows, passes: int) -> Int32[Array, "B T"]:
+def accepted(drafter: Drafter, target: Llama, rows: Rows, states: TargetStates, passes: int) -> Int32[Array, "B T"]:
     """How many tokens of the text stand that a chain of ``passes`` drafts, its root the next token, would guess from each position."""
-    _, feature_BTf = target.packed(rows.token_BT, rows.first_BT)
-    hidden_BTD = drafter.read(feature_BTf.astype(jnp.float32))
+    hidden_BTD = drafter.read(states.feature_BTf.astype(jnp.float32))
     text_BT = shifted(rows.token_BT, 2)
     stands_BT = jnp.ones(text_BT.shape, bool)
     count_BT = jnp.zeros(text_BT.shape, jnp.int32)

@@ -20,7 +20,8 @@ from l4jax.training.data import Example, Generation, Progress, answer, read_prom
 from l4jax.training.drafters import Version, first_weights, new_drafter
 from l4jax.training.evaluate import replay
 from l4jax.training.folder import RunFolder, claim
-from l4jax.training.losses import Measured
+from l4jax.training.kept import KeptStates
+from l4jax.training.losses import Measured, TargetStates
 from l4jax.training.output import save_drafter
 from l4jax.training.trainer import Trainer, TrainState
 
@@ -31,14 +32,16 @@ Log = Callable[[str], None]
 class Settings:
     """What decides a run's outcome, beside its target and its data.
 
-    ``layers``: of an EAGLE-1 drafter. ``draft_vocab``: tokens that an EAGLE-3 drafter can guess. ``ttt_steps``: passes that an EAGLE-3
-    drafter is trained for, each over the output of the one before; and the length of the chains that both kinds are measured by.
-    ``length``: tokens of a row, and the most that a prompt and its answer have together. ``batch``: rows of a step. ``held_out``: the
-    share of prompts kept for evaluation. ``temperature``, ``max_tokens``: of the answers.
+    ``layers``: of an EAGLE-1 drafter. ``intermediate_size``: of the drafter's feed-forward blocks (0: the target's). ``draft_vocab``:
+    tokens that an EAGLE-3 drafter can guess. ``ttt_steps``: passes that an EAGLE-3 drafter is trained for, each over the output of the
+    one before; and the length of the chains that both kinds are measured by. ``length``: tokens of a row, and the most that a prompt
+    and its answer have together. ``batch``: rows of a step. ``held_out``: the share of prompts kept for evaluation. ``temperature``,
+    ``max_tokens``: of the answers.
     """
 
     version: Version = "eagle3"
     layers: int = 1
+    intermediate_size: int = 0
     draft_vocab: int = 8192
     ttt_steps: int = 7
     length: int = 2048
@@ -52,8 +55,19 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("layers", "draft_vocab", "ttt_steps", "length", "batch", "epochs", "warmup", "max_tokens", "seed"):
-            lowest = {"length": 3, "max_tokens": 2, "warmup": 0, "seed": 0}.get(name, 1)
+        for name in (
+            "layers",
+            "intermediate_size",
+            "draft_vocab",
+            "ttt_steps",
+            "length",
+            "batch",
+            "epochs",
+            "warmup",
+            "max_tokens",
+            "seed",
+        ):
+            lowest = {"length": 3, "max_tokens": 2, "warmup": 0, "seed": 0, "intermediate_size": 0}.get(name, 1)
             if getattr(self, name) < lowest:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least {lowest}")
         if self.version == "eagle3" and self.layers != 1:
@@ -72,12 +86,17 @@ def train_drafter(
     settings: Settings,
     *,
     target_digest: str,
+    target_tokenizer: str | None,
     report_every: int,
     save_every: int,
+    keep_states: bool,
     log: Log,
     progress: Progress,
 ) -> Path:
     """Train a drafter for a loaded target on the prompts of ``data``; the folder of the finished one, in ``out``.
+
+    ``target_digest``, ``target_tokenizer``: of the target's checkpoint, and of its tokenizer file, if it has one. ``keep_states``: the
+    target passes over each row once, and its states stay in the host's memory.
 
     Every ``save_every`` steps the state is kept and measured on the prompts held out; every ``report_every`` steps, and then, ``log``
     and the metrics get a report. Raises ValueError for data or settings that cannot be used, and for a folder that is another run's.
@@ -97,14 +116,23 @@ def train_drafter(
         examples = answer(llm, prompts, how, folder.answers, progress)
         llm.runner.discard_cache()
         log(f"{len(examples)} answers; {len(prompts) - len(examples)} prompts left no room for one in {settings.length} tokens")
-        _Run(llm, examples, settings, folder, log).to_end(report_every, save_every)
+        _Run(llm, examples, settings, folder, target_tokenizer, keep_states, log).to_end(report_every, save_every)
         return folder.drafter
 
 
 class _Run:
     """The steps of a run, once there are answers."""
 
-    def __init__(self, llm: LLM, examples: Sequence[Example], settings: Settings, folder: RunFolder, log: Log) -> None:
+    def __init__(
+        self,
+        llm: LLM,
+        examples: Sequence[Example],
+        settings: Settings,
+        folder: RunFolder,
+        target_tokenizer: str | None,
+        keep_states: bool,
+        log: Log,
+    ) -> None:
         usable = [example for example in examples if len(example.answer or ()) >= 2]
         train = [example for example in usable if not example.is_held_out(settings.held_out)]
         held_out = [example for example in usable if example.is_held_out(settings.held_out)]
@@ -115,7 +143,15 @@ class _Run:
             )
         full = settings.version == "eagle1"
         token_ids = np.arange(llm.config.vocab_size, dtype=np.int32) if full else draft_vocabulary(train, settings.draft_vocab)
-        config = new_drafter(llm.config, settings.version, layers=settings.layers, draft_vocab=len(token_ids), length=settings.length)
+        config = new_drafter(
+            llm.config,
+            settings.version,
+            layers=settings.layers,
+            intermediate_size=settings.intermediate_size,
+            draft_vocab=len(token_ids),
+            length=settings.length,
+            target_tokenizer=target_tokenizer,
+        )
         self._rows, self._held_out = pack(train, settings.length, settings.seed), pack(held_out, settings.length, settings.seed)
         self._steps = settings.epochs * batches_in(self._rows, settings.batch)
         self._settings, self._folder, self._log = settings, folder, log
@@ -129,6 +165,9 @@ class _Run:
             steps=self._steps,
             seed=settings.seed,
         )
+        self._target_states: Callable[[Rows], TargetStates] = self._trainer.target_states
+        if keep_states:
+            self._target_states = KeptStates(self._trainer.target_states)
         saved = folder.load_state(self._trainer.array_names)
         self._start, self._state = 0, self._trainer.first_state(first_weights(config, token_ids, settings.seed))
         if saved is not None:
@@ -145,7 +184,7 @@ class _Run:
         tokens, began = 0, time.perf_counter()
         for step in range(self._start + 1, self._steps + 1):
             rows = batch(self._rows, self._settings.batch, step - 1, self._settings.seed)
-            self._state, of_step = self._trainer.step(self._state, rows, step)
+            self._state, of_step = self._trainer.step(self._state, rows, self._target_states(rows), step)
             recent.append(of_step)
             tokens += _tokens(rows)
             saving = step % save_every == 0 or step == self._steps

@@ -1,10 +1,13 @@
-"""The compiled steps of training: one that learns, one that measures. A mesh's devices along ``data`` share out the rows of a batch."""
+"""The compiled steps of training: the target's pass, one that learns, one that measures.
+
+A mesh's devices along ``data`` share out the rows of a batch.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +23,7 @@ from l4jax.model.drafter import Drafter, build_drafter
 from l4jax.model.llama import Llama
 from l4jax.model.weights import BoundModel, weight_specs
 from l4jax.training.batches import Rows
-from l4jax.training.losses import Measured, accepted, learning, mean_loss
+from l4jax.training.losses import Measured, TargetStates, accepted, learning, mean_loss
 from sharding.rules import partition
 
 WEIGHT_DECAY = 0.01
@@ -67,14 +70,16 @@ class Trainer:
         step = jax.shard_map(
             self._step,
             mesh=self._mesh,
-            in_specs=(everywhere, everywhere, everywhere, row, everywhere),
+            in_specs=(everywhere, everywhere, everywhere, row, row, everywhere),
             out_specs=(everywhere, everywhere),
             check_vma=False,
         )
         self._step_program = jax.jit(step, donate_argnums=0)
         measure = jax.shard_map(
-            self._measure, mesh=self._mesh, in_specs=(everywhere, everywhere, everywhere, row), out_specs=row, check_vma=False
+            self._measure, mesh=self._mesh, in_specs=(everywhere, everywhere, everywhere, row, row), out_specs=row, check_vma=False
         )
+        target = jax.shard_map(self._target_states, mesh=self._mesh, in_specs=(everywhere, row), out_specs=row, check_vma=False)
+        self._target_program = jax.jit(target)
         self._measure_program = jax.jit(measure)
         self._everywhere, self._by_row = placement.array_sharding(), placement.array_sharding("batch")
 
@@ -108,16 +113,21 @@ class Trainer:
         leaves = [arrays[f"optimizer.{i}"] for i in range(len(jax.tree.leaves(optimizer)))]
         return self._placed(TrainState(weights, jax.tree.unflatten(jax.tree.structure(optimizer), leaves)))
 
-    def step(self, state: TrainState, rows: Rows, number: int) -> tuple[TrainState, tuple[Array, Measured]]:
+    def target_states(self, rows: Rows) -> TargetStates:
+        """The target's pass over a batch."""
+        return self._target_program(self._leaves, self._on_devices(rows))
+
+    def step(self, state: TrainState, rows: Rows, states: TargetStates, number: int) -> tuple[TrainState, tuple[Array, Measured]]:
         """One step on a batch; the state given is used up. Also the loss, and what was measured on the way."""
-        return self._step_program(state, self._leaves, self._token_ids, self._on_devices(rows), np.int32(number))
+        return self._step_program(state, self._leaves, self._token_ids, self._on_devices(rows), self._on_devices(states), np.int32(number))
 
     def accepted(self, state: TrainState, rows: Rows) -> np.ndarray:
         """For each position, how many tokens of a drafted chain stand whose root is the token after it: int32 [B, T]."""
-        return to_host(self._measure_program(state.weights, self._leaves, self._token_ids, self._on_devices(rows)))
+        rows = self._on_devices(rows)
+        return to_host(self._measure_program(state.weights, self._leaves, self._token_ids, rows, self.target_states(rows)))
 
-    def _on_devices(self, rows: Rows) -> Rows:
-        return jax.tree.map(lambda leaf: global_array(leaf, self._by_row), rows)
+    def _on_devices[Batch](self, batch: Batch) -> Batch:
+        return cast(Batch, jax.tree.map(lambda leaf: global_array(leaf, self._by_row), batch))
 
     def _placed(self, state: TrainState) -> TrainState:
         return jax.tree.map(lambda leaf: global_array(leaf, self._everywhere), state)
@@ -125,12 +135,21 @@ class Trainer:
     def _bind(self, weights: Mapping[str, Array], token_ids_V: Array) -> Drafter:
         return self._drafter.bind(tuple(weights.get(name, token_ids_V) for name in self._drafter.names))
 
+    def _target_states(self, leaves: tuple[Array, ...], rows: Rows) -> TargetStates:
+        return TargetStates(*self._target.bind(leaves).packed(rows.token_BT, rows.first_BT))
+
     def _step(
-        self, state: TrainState, leaves: tuple[Array, ...], token_ids_V: Array, rows: Rows, number: Int32[Array, ""]
+        self,
+        state: TrainState,
+        leaves: tuple[Array, ...],
+        token_ids_V: Array,
+        rows: Rows,
+        states: TargetStates,
+        number: Int32[Array, ""],
     ) -> tuple[TrainState, tuple[Array, Measured]]:
         noise = jax.random.fold_in(jax.random.key(self._seed), number)
         drafter = self._bind(state.weights, token_ids_V)
-        measure = learning(drafter, self._target.bind(leaves), rows, self._passes, noise)
+        measure = learning(drafter, self._target.bind(leaves), rows, states, self._passes, noise)
 
         def loss(weights: dict[str, Array]) -> tuple[Array, Measured]:
             measured = measure(self._bind(weights, token_ids_V))
@@ -144,5 +163,5 @@ class Trainer:
             weights = optax.apply_updates(state.weights, updates)
         return TrainState(weights, optimizer), (value, measured)
 
-    def _measure(self, weights: dict[str, Array], leaves: tuple[Array, ...], token_ids_V: Array, rows: Rows) -> Array:
-        return accepted(self._bind(weights, token_ids_V), self._target.bind(leaves), rows, self._passes)
+    def _measure(self, weights: dict[str, Array], leaves: tuple[Array, ...], token_ids_V: Array, rows: Rows, states: TargetStates) -> Array:
+        return accepted(self._bind(weights, token_ids_V), self._target.bind(leaves), rows, states, self._passes)

@@ -17,7 +17,7 @@ from l4jax.model.weights import BoundModel, random_weights
 from l4jax.training.batches import Rows
 from l4jax.training.data import Example
 from l4jax.training.drafters import Version, new_drafter
-from l4jax.training.losses import Measured, learning, mean_loss
+from l4jax.training.losses import Measured, TargetStates, learning, mean_loss
 from l4jax.training.trainer import Trainer
 from sharding.ranks import ONE
 from tests import tiny
@@ -64,7 +64,8 @@ def measure(llm: LLM, trainer: Trainer, rows: Rows, token_ids: np.ndarray, noise
 
     def of(weights: Mapping[str, jax.Array]) -> tuple[jax.Array, Measured]:
         bound = drafter.bind(drafter.leaves({**weights, "token_ids": jnp.asarray(token_ids)}))
-        measured = learning(bound, model, rows, 3, noise)(bound)
+        states = TargetStates(*model.packed(rows.token_BT, rows.first_BT))
+        measured = learning(bound, model, rows, states, 3, noise)(bound)
         return mean_loss(measured, ONE), measured
 
     return jax.jit(jax.value_and_grad(of, has_aux=True))

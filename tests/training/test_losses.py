@@ -123,9 +123,7 @@ def expected_eagle1(llm: LLM, trainer: Trainer, w: Mapping[str, Array], rows: Ro
     embed, head = (np.asarray(llm.weights[name], np.float64) for name in ("embed", "head"))
     losses, hits, guesses = [], np.zeros(1), np.zeros(1)
     for row in range(len(rows.number_B)):
-        noise = jax.random.uniform(
-            jax.random.fold_in(jax.random.key(NOISE), int(rows.number_B[row])), (rows.token_BT.shape[1], embed.shape[1])
-        )
+        noise = jax.random.uniform(jax.random.fold_in(jax.random.key(NOISE), rows.number_B[row]), (rows.token_BT.shape[1], embed.shape[1]))
         for start in np.unique(rows.first_BT[row][rows.answer_BT[row]]):
             at = np.flatnonzero(rows.first_BT[row] == start)
             tokens, prompt = rows.token_BT[row][at].tolist(), int(np.count_nonzero(~rows.answer_BT[row][at]))

@@ -41,7 +41,15 @@ def data(tmp_path: Path) -> Path:
 
 
 def train(llm: LLM, data: Path, out: Path, settings: Settings = SETTINGS, **hooks: Any) -> Path:
-    options = {"target_digest": "x", "report_every": 3, "save_every": 2, "log": lambda line: None, "progress": lambda done, total: None}
+    options = {
+        "target_digest": "x",
+        "target_tokenizer": "y",
+        "keep_states": False,
+        "report_every": 3,
+        "save_every": 2,
+        "log": lambda line: None,
+        "progress": lambda done, total: None,
+    }
     return train_drafter(llm, data, out, settings, **(options | hooks))
 
 
@@ -171,3 +179,12 @@ def test_the_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().err == "l4jax: error: report_every is 0; expected at least 1\n"
     assert cli.main([*command, "--seed", "1"]) == 2
     assert "out is another run's: its seed is 0, and this one's 1; give the same settings" in capsys.readouterr().err
+
+
+def test_kept_states_change_nothing(llm: LLM, data: Path, tmp_path: Path) -> None:
+    train(llm, data, tmp_path / "computed")
+    train(llm, data, tmp_path / "kept", keep_states=True)
+    computed, kept = outcome(tmp_path / "computed"), outcome(tmp_path / "kept")
+    assert kept[:2] == computed[:2]
+    for name, weight in computed[2].items():
+        np.testing.assert_array_equal(kept[2][name], weight, err_msg=name)

@@ -25,7 +25,8 @@ def test_two_devices_learn_what_one_does(version: Version) -> None:
         state = trainer.first_state(small.random_drafter(trainer))
         rows = pack(examples, small.LENGTH, seed=0)
         for step in range(3):
-            state, (loss, _) = trainer.step(state, batch(rows, 4, step, seed=0), step)
+            part = batch(rows, 4, step, seed=0)
+            state, (loss, _) = trainer.step(state, part, trainer.target_states(part), step)
             losses.append(float(loss))
         weights.append(trainer.weights(state))
     np.testing.assert_allclose(losses[:3], losses[3:], rtol=1e-5)
@@ -42,8 +43,9 @@ def test_learns_a_few_answers_by_heart_and_real_speculation_shows_it() -> None:
     state = trainer.first_state(first_weights(trainer.config, ids, seed=0))
     rows = pack(examples, small.LENGTH, seed=0)
     untrained = replay(trainer, state, rows, 4, depth)
+    every = take(rows, np.arange(len(rows.number_B)), 4)
     for step in range(100):
-        state, _ = trainer.step(state, take(rows, np.arange(len(rows.number_B)), 4), step)
+        state, _ = trainer.step(state, every, trainer.target_states(every), step)
     simulated = replay(trainer, state, rows, 4, depth)
     assert untrained.acceptance_length < 2.5 and simulated.acceptance_length > 1 + 0.9 * depth
 

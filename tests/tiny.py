@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -69,6 +70,13 @@ def llama3_like(**changes: Any) -> ModelConfig:
         ),
         **changes,
     )
+
+
+def few_tokens(make: Callable[..., ModelConfig]) -> ModelConfig:
+    """Such a model with 8 tokens, so that a drafter that knows nothing often guesses right, and two layers, its last ones."""
+    config = make(vocab_size=8, tie_word_embeddings=False)
+    moe = config.moe and dataclasses.replace(config.moe, moe_layers=config.moe.moe_layers[2:])
+    return dataclasses.replace(config, num_layers=2, rope_layers=config.rope_layers[2:], moe=moe)
 
 
 def weights(config: ModelConfig, seed: int = 0, dtype: jnp.dtype | None = None) -> dict[str, jax.Array]:

@@ -18,17 +18,9 @@ from l4jax.decoding.sampling import TokenCounts, batch_features, probabilities, 
 from l4jax.decoding.tree import StaticTree, tree_tables
 from l4jax.model.weights import BoundModel
 from l4jax.placement import Placement
-from tests.tiny import drafter, llama3_like, loaded_drafter, maverick_like, prompts, scout_like, weights
+from tests.tiny import drafter, few_tokens, llama3_like, loaded_drafter, maverick_like, prompts, scout_like, weights
 
 PLANS = ["chain:3", "tree:eagle26", "dynamic:steps=4,topk=3,nodes=12"]
-
-
-def few(make):
-    """Few tokens, so that a drafter that knows nothing often guesses right, and two layers: one chunk-local, one not, or both neither."""
-    config = make(vocab_size=8, tie_word_embeddings=False)
-    layers = {"num_layers": 2, "rope_layers": config.rope_layers[2:]}
-    moe = config.moe and dataclasses.replace(config.moe, moe_layers=config.moe.moe_layers[2:])
-    return dataclasses.replace(config, **layers, moe=moe)
 
 
 LENGTHS = (3, 17, 40, 7)
@@ -60,7 +52,7 @@ def assert_same(found, expected):
 @pytest.mark.parametrize(("make", "version"), [(scout_like, "eagle1"), *((m, "eagle3") for m in (scout_like, maverick_like, llama3_like))])
 def test_tokens_are_those_of_decoding_one_by_one(make, version):
     """In one batch of four unequal rows; chunks of 8 make many short trees in the Llama 4 models."""
-    config = few(make)
+    config = few_tokens(make)
     plain = generate(config, "off")
     found = [generate(config, plan, version=version) for plan in PLANS]
     for completions in found:
@@ -69,7 +61,7 @@ def test_tokens_are_those_of_decoding_one_by_one(make, version):
 
 
 def test_a_row_alone_gets_the_same():
-    config = few(scout_like)
+    config = few_tokens(scout_like)
     assert_same(generate(config, PLANS[1], max_batch=1), generate(config, "off"))
 
 
@@ -78,14 +70,14 @@ def test_a_row_alone_gets_the_same():
 )
 def test_and_on_a_mesh(mesh, plan):
     """Also what is drafted is the same: the drafter's cache, spread over ranks at prefill, is right."""
-    config = few(scout_like)
+    config = few_tokens(scout_like)
     found = generate(config, plan, mesh=mesh)
     assert_same(found, generate(config, "off"))
     assert [c.stats.accepted for c in found] == [c.stats.accepted for c in generate(config, plan)]
 
 
 def test_a_reduced_vocabulary_that_is_cut_drafts_the_same():
-    config = dataclasses.replace(few(llama3_like), vocab_size=16)
+    config = dataclasses.replace(few_tokens(llama3_like), vocab_size=16)
     reduced = drafter(config, draft_vocab_size=8, aux_layers=(0, 1, 2))
     loaded = loaded_drafter(reduced)
     tokens = jnp.asarray([0, 3, 4, 5, 9, 10, 12, 15], jnp.int32)
@@ -122,7 +114,7 @@ def test_stats_count_rounds():
 
 
 def test_streams_and_batches_that_end_early_give_the_same_text():
-    config = few(scout_like)
+    config = few_tokens(scout_like)
     llm = LLM(config, weights(config), drafter=loaded_drafter(drafter(config, aux_layers=(0, 1, 2))), speculation="tree:eagle26")
     ends = [dataclasses.replace(p, max_tokens=n) for p, n in zip(PARAMS, (1, 2, 5, 9), strict=True)]
     plain = LLM(config, weights(config)).generate(prompts(config, LENGTHS), ends)
@@ -132,7 +124,7 @@ def test_streams_and_batches_that_end_early_give_the_same_text():
 
 @pytest.mark.parametrize("beyond", ["window", "stop"])
 def test_beyond_its_training_a_drafter_looks_back_so_far_or_stops(beyond):
-    config = few(llama3_like)
+    config = few_tokens(llama3_like)
     short = drafter(config, aux_layers=(0, 1, 2))
     short = dataclasses.replace(short, decoder=dataclasses.replace(short.decoder, max_position_embeddings=16))
     options = {"drafter": loaded_drafter(short), "speculation": "chain:3", "beyond_training": beyond}
@@ -150,7 +142,7 @@ def test_beyond_its_training_a_drafter_looks_back_so_far_or_stops(beyond):
 
 
 def test_a_tree_that_the_cache_has_no_room_for_is_refused():
-    config = few(scout_like)
+    config = few_tokens(scout_like)
     with pytest.raises(ValueError, match="a draft tree of 9 nodes is 8 levels deep, too large for the cache; expected at most 7"):
         generate(config, "chain:8")
 

@@ -217,6 +217,11 @@ class DrafterConfig:
             _check(not getattr(self, name), f"{name} is true; expected false for {self.version}")
 
 
+def decoder_of(config: ModelConfig | DrafterConfig) -> ModelConfig:
+    """The layers of a model, or of a drafter."""
+    return config.decoder if isinstance(config, DrafterConfig) else config
+
+
 def check_fits(drafter: DrafterConfig, target: ModelConfig) -> None:
     """Raise :class:`ConfigError` if the drafter was made for another model than this."""
     for name, drafters, targets in (

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
@@ -127,9 +126,7 @@ class Runner:
 
     def row_bucket(self, rows: int) -> int:
         """Rows that a program for this many sequences is compiled with: the next power of two, on each rank along ``data``."""
-        # XLA's CPU backend widens a whole bfloat16 matrix to multiply one row, and uses native kernels from two rows on.
-        fewest = 2 if self._device.platform == "cpu" and self._dtype == jnp.bfloat16 else 1
-        return self._data * max(fewest, 1 << (-(-rows // self._data) - 1).bit_length())
+        return self._data * (1 << (-(-rows // self._data) - 1).bit_length())
 
     def warmup_lengths(self, longest: int) -> list[int]:
         """Prompts of these lengths, up to ``longest`` tokens, are prefilled by every program that any up to there is."""

@@ -49,7 +49,8 @@ DTYPES: Mapping[str, np.dtype] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
-_TABLES = ("int32",)  # dtypes of what is no number to compute with, and is never cast
+TABLE_DTYPES = ("int32",)
+"""Of what is no number to compute with, and is never cast."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,7 +229,7 @@ class Stored:
         """What most bytes of the decoder's weights are stored in. (Norms in float32 beside matrices in bfloat16 are common.)"""
         nbytes: Counter[str] = Counter()
         for weight in map(self.weights.__getitem__, self.decoder_weights):
-            if weight.dtype in _TABLES:
+            if weight.dtype in TABLE_DTYPES:
                 continue
             nbytes[weight.dtype] += math.prod(weight.shape) * DTYPES[weight.dtype].itemsize
         return nbytes.most_common(1)[0][0]
@@ -265,7 +266,7 @@ class Stored:
                         f"expected {self.weights[name].shape}; the checkpoint is damaged, convert it again"
                     )
                 cast = arrays.pop(name)
-                if self.weights[name].dtype not in _TABLES:
+                if self.weights[name].dtype not in TABLE_DTYPES:
                     cast = cast.astype(DTYPES[self.dtype] if dtype is None else dtype)
                 restored[name] = placement.place(name, cast)
         return restored
@@ -306,6 +307,11 @@ def groups_of(weights: Mapping[str, StoredWeight]) -> dict[str, list[str]]:
     return by_group
 
 
+def module_of(config: ModelConfig | DrafterConfig) -> nnx.Module:
+    """What a checkpoint's weights are bound to."""
+    return build_drafter(config) if isinstance(config, DrafterConfig) else Llama(config)
+
+
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Read a model's manifest. Raises :class:`CheckpointError` if ``path`` is not a complete checkpoint of one."""
     stored, manifest = _open(path)
@@ -313,7 +319,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise CheckpointError(f"{stored.directory} holds a drafter; expected a model: give the drafter beside it, as drafter")
     with _damage_to(stored.directory / MANIFEST):
         config = config_from_json(manifest["config"])
-    _check_weights(stored, Llama(config))
+    _check_weights(stored, module_of(config))
     return Checkpoint(**vars(stored), config=config)
 
 
@@ -324,7 +330,7 @@ def open_drafter(path: str | os.PathLike[str]) -> DrafterCheckpoint:
         raise CheckpointError(f"{stored.directory} holds a model; expected a drafter, as `l4jax train-drafter` makes them")
     with _damage_to(stored.directory / MANIFEST):
         config, speculation = drafter_config_from_json(manifest["drafter"]), dict(manifest["speculation"])
-    _check_weights(stored, build_drafter(config))
+    _check_weights(stored, module_of(config))
     return DrafterCheckpoint(**vars(stored), config=config, speculation=speculation)
 
 
@@ -365,6 +371,6 @@ def _check_weights(stored: Stored, module: nnx.Module) -> None:
     """Raise :class:`CheckpointError` unless there is an entry for each weight that fits it."""
     for name, spec in weight_specs(module).items():
         weight = stored.weights.get(name)
-        dtypes = _TABLES if spec.init == "numbers" else tuple(DTYPES)
+        dtypes = TABLE_DTYPES if spec.init == "numbers" else tuple(DTYPES)
         if weight is None or weight.shape != spec.shape or weight.dtype not in dtypes:
             raise CheckpointError(f"{stored.directory / MANIFEST} has no entry that fits weight {name}; it is damaged, convert again")

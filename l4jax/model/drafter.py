@@ -21,6 +21,7 @@ from l4jax.cache import LayerCache, TreeCache
 from l4jax.config import DrafterConfig
 from l4jax.model.attention import Attention
 from l4jax.model.feed_forward import SwiGLU
+from l4jax.model.linear import linear
 from l4jax.model.llama import DecoderLayer, Llama, embed
 from l4jax.model.norm import RMSNorm
 from l4jax.model.packed import PackedCache
@@ -103,7 +104,7 @@ class Eagle1(Drafter):
     ) -> tuple[Float[Array, "B T D"], tuple[Any, ...]]:
         """One pass of the layers, over new entries."""
         joined_BTi = jnp.concatenate([self._embedding(target, token_BT), hidden_BTD], axis=-1)
-        x_BTD = jnp.einsum("bti,di->btd", joined_BTi, self.fuse[...])
+        x_BTD = linear(joined_BTi, self.fuse[...])
         if self.config.fuse_bias:
             x_BTD = x_BTD + jnp.broadcast_to(self.fuse_bias[...], x_BTD.shape)
         written = []
@@ -171,7 +172,7 @@ class Eagle3(Drafter):
         if self.config.norm_each_aux:
             parts = jnp.split(feature_BTf, len(self.aux_norms), axis=-1)
             feature_BTf = jnp.concatenate([norm(part) for norm, part in zip(self.aux_norms, parts, strict=True)], axis=-1)
-        return jnp.einsum("btf,df->btd", feature_BTf, self.fuse[...])
+        return linear(feature_BTf, self.fuse[...])
 
     def __call__(
         self,
@@ -190,7 +191,7 @@ class Eagle3(Drafter):
         """Its own head's, behind the final norm."""
         with jax.named_scope("draft_head"):
             normed_BTD = hidden_BTD if self.config.norm_fed_back else self.norm(hidden_BTD)
-            return jnp.einsum("...d,vd->...v", normed_BTD, self.head[...], preferred_element_type=jnp.float32)
+            return linear(normed_BTD, self.head[...], dtype=jnp.dtype(jnp.float32))
 
     def target_tokens(self, draft_BT: Int32[Array, "*B"]) -> Int32[Array, "*B"]:
         """The target's tokens that the drafter's ids stand for."""

@@ -14,6 +14,7 @@ from l4jax.cache import LayerCache, PageTables, TreeCache, is_local
 from l4jax.config import ModelConfig
 from l4jax.model.attention import Attention
 from l4jax.model.feed_forward import MixtureOfExperts, SwiGLU
+from l4jax.model.linear import linear
 from l4jax.model.norm import RMSNorm
 from l4jax.model.packed import PackedCache
 from l4jax.model.step import (
@@ -178,7 +179,7 @@ class Llama(nnx.Module):
         """Next-token logits of final hidden states, in float32; on a mesh, those of this rank's part of the vocabulary."""
         with jax.named_scope("head"):
             table_VD = self.embed[...] if self.config.tie_word_embeddings else self.head[...]
-            return jnp.einsum("...d,vd->...v", x_BTD, table_VD, preferred_element_type=jnp.float32)
+            return linear(x_BTD, table_VD, dtype=jnp.dtype(jnp.float32))
 
 
 def embed(table_VD: Float[Array, "V D"], token_BT: Int32[Array, "B T"], vocab: Ranks) -> Float[Array, "B T D"]:

@@ -29,7 +29,7 @@ class LoadedDrafter:
     def restored(cls, checkpoint: DrafterCheckpoint, target: Placement, dtype: jnp.dtype) -> LoadedDrafter:
         """From its folder, on its target's mesh."""
         weights = checkpoint.restore(DrafterPlacement(checkpoint.config, target.mesh), dtype)
-        return cls(checkpoint.config, weights, SpeculationTable.from_json(checkpoint.speculation))
+        return cls(checkpoint.config, weights, SpeculationTable.from_json(checkpoint.speculation, dtype.name))
 
 
 def open_fitting_drafter(path: str | os.PathLike[str] | None, target: Checkpoint) -> DrafterCheckpoint | None:

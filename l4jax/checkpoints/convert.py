@@ -32,14 +32,12 @@ from l4jax.checkpoints.store import (
     save_group,
     write_manifest,
 )
-from l4jax.config import DrafterConfig, config_to_json, decoder_of
+from l4jax.config import config_to_json, decoder_of
 from l4jax.config_formats.eagle import NO_ANSWERS, HeadAnswers
-from l4jax.decoding.plan import SpeculationTable
+from l4jax.decoding.plan import UNMEASURED, TableJson
 from l4jax.model.weights import weight_specs
 
 DType = Literal["float32", "bfloat16", "float16"]
-SPECULATION: Mapping[str, str] = {"1": "chain:3"}
-"""How to speculate with a head of which nothing has been measured."""
 Progress = Callable[[Literal["converting", "verifying"], int, int], None]
 """Called with what is being done, how much of it is done and how much there is: bytes of weights, then groups."""
 
@@ -51,13 +49,13 @@ def convert(
     dtype: DType | None = None,
     target: str | os.PathLike[str] | None = None,
     answers: HeadAnswers = NO_ANSWERS,
-    speculation: Mapping[str, str] | None = None,
+    speculation: TableJson = UNMEASURED,
     progress: Progress | None = None,
 ) -> None:
     """Convert a Hugging Face, Meta or GGUF checkpoint, or an EAGLE head, into a folder that ``l4jax.load`` reads.
 
     With ``target``, a converted model, the source is a head that was trained for it; ``answers`` are for what its files leave open,
-    ``speculation`` says how to speculate with it by default, by numbers of rows (:data:`SPECULATION` if not given).
+    ``speculation`` says how to speculate with it by default.
 
     ``dtype`` None keeps what the source has (quantised GGUF tensors become float32). Everything is made in ``DEST.partial``,
     verified there, and renamed to ``DEST`` at the end; an interrupted conversion goes on where it stopped when the same call is made
@@ -67,8 +65,6 @@ def convert(
     result = check_destination(destination)
     source = open_source(source_path) if target is None else EagleSource(Path(source_path), open_checkpoint(target), answers)
     check_complete(source)
-    table = (speculation or SPECULATION) if isinstance(source.config, DrafterConfig) else None
-    SpeculationTable.from_json(table or SPECULATION)
     with unfinished(result, "conversion") as partial:
         state = _resume(partial, _identity(source, dtype))
         # Before the weights: what is wrong with a tokenizer should not come out hours later.
@@ -78,7 +74,7 @@ def convert(
         weights = _write_groups(source, partial, dtype, state, progress)
         _verify(partial, weights, progress)
         write_manifest(
-            partial, source_format=source.format, config=source.config, weights=weights, text_files=text_files, speculation=table
+            partial, source_format=source.format, config=source.config, weights=weights, text_files=text_files, speculation=speculation
         )
         partial.replace(result)
         # Last: a conversion killed before the renaming can go on, one killed after it is complete.

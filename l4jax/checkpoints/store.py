@@ -35,6 +35,7 @@ from flax import nnx
 from l4jax.checkpoints.partial import SUFFIX
 from l4jax.checkpoints.source import CheckpointError, read_json
 from l4jax.config import DrafterConfig, ModelConfig, config_from_json, config_to_json, drafter_config_from_json
+from l4jax.decoding.plan import UNMEASURED, TableJson
 from l4jax.model.drafter import build_drafter
 from l4jax.model.llama import Llama
 from l4jax.model.weights import weight_specs
@@ -188,10 +189,10 @@ def write_manifest(
     config: ModelConfig | DrafterConfig,
     weights: Mapping[str, StoredWeight],
     text_files: list[str],
-    speculation: Mapping[str, str] | None = None,
+    speculation: TableJson = UNMEASURED,
 ) -> None:
-    """Write ``checkpoint.json``; ``speculation``: how to speculate with a drafter, by numbers of rows."""
-    drafter = {"speculation": dict(speculation or {"1": "off"})} if isinstance(config, DrafterConfig) else {}
+    """Write ``checkpoint.json``; ``speculation``: how to speculate with a drafter."""
+    drafter = {"speculation": speculation} if isinstance(config, DrafterConfig) else {}
     manifest = {
         "format_version": FORMAT_VERSION,
         "source_format": source_format,
@@ -293,10 +294,10 @@ class Checkpoint(Stored):
 
 @dataclasses.dataclass(frozen=True)
 class DrafterCheckpoint(Stored):
-    """An opened drafter; ``speculation``: how best to use it, by numbers of rows."""
+    """An opened drafter; ``speculation``: how best to use it."""
 
     config: DrafterConfig
-    speculation: Mapping[str, str]
+    speculation: TableJson
 
 
 def groups_of(weights: Mapping[str, StoredWeight]) -> dict[str, list[str]]:

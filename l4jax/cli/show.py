@@ -96,7 +96,10 @@ def _describe_drafter(drafter: DrafterCheckpoint) -> list[Row]:
         ("parameters", f"{sum(math.prod(weight.shape) for weight in drafter.weights.values()):,}"),
         ("dtypes", _counts([weight.dtype for weight in drafter.weights.values()])),
         ("for", f"a model of {config.target_layers} layers, width {config.target_hidden_size}, {config.decoder.vocab_size:,} tokens"),
-        ("speculation", ", ".join(f"{rows} or more rows: {how}" for rows, how in drafter.speculation.items())),
+        *(
+            (f"speculation in {dtype}", ", ".join(f"{rows} or more rows: {how}" for rows, how in by_rows.items()))
+            for dtype, by_rows in drafter.speculation.items()
+        ),
     ]
 
 

@@ -51,6 +51,15 @@ class Speculation:
         )
 
 
+TableJson = Mapping[str, Mapping[str, str]]
+"""How to speculate, by dtype and then by number of rows, as in ``{"bfloat16": {"1": "chain:5", "8": "off"}}``; not, in other dtypes.
+
+What a pass over several tokens costs, compared with one, depends on the dtype: on a CPU it is little in bfloat16 and much in float32.
+"""
+UNMEASURED: TableJson = {dtype: {"1": "chain:3"} for dtype in ("float32", "bfloat16", "float16")}
+"""For a drafter of which nothing has been measured."""
+
+
 @dataclasses.dataclass(frozen=True)
 class SpeculationTable:
     """How to speculate at each batch size: (rows, speculation), by rows; None where decoding one by one is faster.
@@ -66,18 +75,20 @@ class SpeculationTable:
         return cls(((1, speculation),))
 
     @classmethod
-    def from_json(cls, values: Mapping[str, str]) -> SpeculationTable:
-        """From ``{"1": "chain:5", "8": "off"}``. Raises ValueError for what is no such table."""
-        entries = {}
-        for rows, text in values.items():
-            if not re.fullmatch("[1-9][0-9]{0,6}", rows) or not isinstance(text, str):
-                raise ValueError(
-                    f'the speculation table has {rows!r}: {text!r}; expected numbers of rows, as in {{"1": "chain:5", "8": "off"}}'
-                )
-            entries[int(rows)] = Speculation.parse(text)
-        if not entries:
-            raise ValueError('the speculation table is empty; expected numbers of rows, as in {"1": "chain:5", "8": "off"}')
-        return cls(tuple(sorted(entries.items(), key=lambda entry: entry[0])))
+    def from_json(cls, values: TableJson, dtype: str) -> SpeculationTable:
+        """What holds for this dtype. Raises ValueError for what is no such table."""
+        example = '{"bfloat16": {"1": "chain:5", "8": "off"}}'
+        by_dtype = {}
+        for name, by_rows in values.items():
+            if name not in UNMEASURED or not isinstance(by_rows, Mapping) or not by_rows:
+                raise ValueError(f"the speculation table has {name!r}: {by_rows!r}; expected dtypes and numbers of rows, as in {example}")
+            entries = {}
+            for rows, text in by_rows.items():
+                if not re.fullmatch("[1-9][0-9]{0,6}", rows) or not isinstance(text, str):
+                    raise ValueError(f"the speculation table has {rows!r}: {text!r}; expected numbers of rows, as in {example}")
+                entries[int(rows)] = Speculation.parse(text)
+            by_dtype[name] = cls(tuple(sorted(entries.items(), key=lambda entry: entry[0])))
+        return by_dtype.get(dtype, cls.always(None))
 
     def check_fits(self, config: ModelConfig) -> None:
         """Raise ValueError if a tree is deeper than what the model's cache has for it behind any token."""

@@ -201,8 +201,7 @@ class _Run:
             if saving:
                 self._folder.save_state(step, self._trainer.to_arrays(self._state))
             recent, tokens, began = [], 0, time.perf_counter()
-        chain = f"chain:{min(3, self._settings.ttt_steps)}"
-        save_drafter(self._folder.drafter, self._trainer.config, self._trainer.weights(self._state), {"1": chain})
+        save_drafter(self._folder.drafter, self._trainer.config, self._trainer.weights(self._state))
 
     def _held_out_values(self, state: TrainState) -> dict[str, Any]:
         """What speculation would do with the answers held out."""

@@ -129,11 +129,17 @@ def test_other_text_is_refused(text, message):
 
 
 def test_the_table_chooses_by_rows():
-    table = SpeculationTable.from_json({"8": "off", "1": "chain:5", "4": "chain:2"})
+    table = SpeculationTable.from_json({"bfloat16": {"8": "off", "1": "chain:5", "4": "chain:2"}}, "bfloat16")
     assert [table.at(n) for n in (1, 3)] == [Speculation(StaticTree.chain(5))] * 2
     assert [table.at(n) for n in (4, 7)] == [Speculation(StaticTree.chain(2))] * 2
     assert table.at(8) is None and table.at(100) is None
-    assert SpeculationTable.from_json({"2": "chain:3"}).at(1) == Speculation(StaticTree.chain(3))
-    for values, message in (({}, "is empty"), ({"x": "off"}, "has 'x'"), ({"1": 5}, "has '1': 5")):
+    assert SpeculationTable.from_json({"float32": {"2": "chain:3"}}, "float32").at(1) == Speculation(StaticTree.chain(3))
+    assert SpeculationTable.from_json({"float32": {"2": "chain:3"}}, "bfloat16").at(2) is None
+    for values, message in (
+        ({"float32": {}}, "has 'float32': {}; expected dtypes"),
+        ({"1": "off"}, "has '1': 'off'; expected dtypes"),
+        ({"float32": {"x": "off"}}, "has 'x': 'off'; expected numbers of rows"),
+        ({"float32": {"1": 5}}, "has '1': 5"),
+    ):
         with pytest.raises(ValueError, match=message):
-            SpeculationTable.from_json(values)
+            SpeculationTable.from_json(values, "float32")

@@ -109,7 +109,7 @@ def measure(arguments: argparse.Namespace, dtype: str, size: int, questions: lis
     options = {"dtype": dtype, "max_batch": size, **({"drafter": arguments.drafter} if arguments.drafter else {})}
     models = {plan: l4jax.load(arguments.checkpoint, speculation=plan, **options) for plan in arguments.plans}
     (first, *_) = models.values()
-    assert first.chat_format is not None and first.tokenizer is not None
+    assert first.chat_format is not None
     encoded = [first.chat_format.encode(question["messages"]) for question in questions]
     groups = [range(i, min(i + size, len(encoded))) for i in range(0, len(encoded), size)]
     others = peers(arguments, dtype) if size == 1 else {}
@@ -121,7 +121,7 @@ def measure(arguments: argparse.Namespace, dtype: str, size: int, questions: lis
             if number > 0:  # the first is repeated: it compiled
                 results[plan].append(result)
         for name, decode in others.items():
-            rate = decode(encoded[group[0]], first.tokenizer.decode(encoded[group[0]]))
+            rate = decode(encoded[group[0]], first.chat_format.render(questions[group[0]]["messages"]))
             if number > 0:
                 rates_of_others[name].append(rate)
     print(f"\n{dtype}, batch {size}, up to {arguments.new_tokens} new tokens")

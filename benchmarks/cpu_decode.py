@@ -23,24 +23,19 @@ import statistics
 import sys
 from pathlib import Path
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
-from worker import Ready, Repetition, Worker
+from worker import Ready, Repetition, Work, Worker
 
 PEERS = Path(__file__).parent / "peers"
+VOCAB_SIZE = 49152
 
 
 def commands(arguments: argparse.Namespace, batch: int) -> dict[str, list[str]]:
     """The worker to start for each system, by the name it is printed under."""
-    sizes = [
-        "--prompt-tokens",
-        arguments.prompt_tokens,
-        "--new-tokens",
-        arguments.new_tokens,
-        "--batch",
-        batch,
-        "--threads",
-        arguments.threads,
-    ]
+    capacity = arguments.prompt_tokens + arguments.new_tokens + 1
+    sizes = ["--capacity", capacity, "--batch", batch, "--threads", arguments.threads]
     systems = {
         f"l4jax {dtype}": [sys.executable, PEERS / "l4jax_decode.py", arguments.checkpoint, "--dtype", dtype]
         for dtype in ("float32", "bfloat16")
@@ -54,6 +49,11 @@ def commands(arguments: argparse.Namespace, batch: int) -> dict[str, list[str]]:
         for file in files:
             systems[f"llama.cpp {Path(file).stem}"] = [python, PEERS / "llama_cpp_decode.py", file]
     return {name: [str(word) for word in (*command, *sizes)] for name, command in systems.items()}
+
+
+def prompts(batch: int, tokens: int) -> list[list[int]]:
+    """Random token ids, [batch][tokens]; special tokens at either end are left out."""
+    return np.random.default_rng(0).integers(100, VOCAB_SIZE - 100, (batch, tokens)).tolist()
 
 
 def row(name: str, rates: list[float]) -> str:
@@ -72,10 +72,13 @@ def measure(arguments: argparse.Namespace, batch: int) -> None:
     ready: dict[str, Ready] = {}
     with contextlib.ExitStack() as stack:
         workers = {name: stack.enter_context(Worker(command)) for name, command in commands(arguments, batch).items()}
-        for _ in range(arguments.repetitions):
+        work = Work(prompts(batch, arguments.prompt_tokens), arguments.new_tokens)
+        for repetition in range(arguments.repetitions + 1):
             for name, worker in workers.items():
-                results.setdefault(name, []).append(worker.run())
+                found = worker.run(work)
                 ready[name] = worker.ready
+                if repetition > 0:  # the first warms up
+                    results.setdefault(name, []).append(found)
     print(f"\nbatch {batch}, prompt {arguments.prompt_tokens}, {arguments.new_tokens} new tokens, {arguments.threads} threads")
     first = next(iter(results.values()))[0]
     for name, repetitions in results.items():

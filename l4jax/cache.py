@@ -42,6 +42,32 @@ class LayerCache:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class TreeCache:
+    """One layer's cache, and the keys and values of a draft tree's nodes, which are not in it."""
+
+    layer: LayerCache
+    k_BSKh: Float[Array, "B S K h"]
+    v_BSKh: Float[Array, "B S K h"]
+
+    @classmethod
+    def around(cls, layer: LayerCache, rows: int) -> TreeCache:
+        """The cache of ``rows`` sequences, without any nodes."""
+        _, K, _, h = layer.k_PKph.shape
+        nothing = jnp.zeros((rows, 0, K, h), layer.k_PKph.dtype)
+        return cls(layer, nothing, nothing)
+
+    def extended(self, k_BNKh: Float[Array, "B N K h"], v_BNKh: Float[Array, "B N K h"]) -> TreeCache:
+        """With more nodes behind those that it has."""
+        return TreeCache(self.layer, jnp.concatenate([self.k_BSKh, k_BNKh], axis=1), jnp.concatenate([self.v_BSKh, v_BNKh], axis=1))
+
+    def accepted(self, node_BT: Int32[Array, "B T"], pages_BW: Int32[Array, "B W"], slot_BT: Int32[Array, "B T"]) -> LayerCache:
+        """The cache with these nodes written to these slots (as in :func:`write`), the others forgotten."""
+        k_BTKh, v_BTKh = (jnp.take_along_axis(a, node_BT[:, :, None, None], axis=1) for a in (self.k_BSKh, self.v_BSKh))
+        return write(self.layer, k_BTKh, v_BTKh, pages_BW, slot_BT)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class PageTables:
     """Which pages hold each row's slots, for the layers that keep everything and for the chunk-local ones."""
 

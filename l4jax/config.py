@@ -157,7 +157,90 @@ class ModelConfig:
             _check(inside, f"{name} has token {token}, which is outside the vocabulary of {self.vocab_size}; correct the one or the other")
 
 
-def config_to_json(config: ModelConfig) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DrafterConfig:
+    """An EAGLE drafter: a small decoder that continues the target's hidden states, and what it reads of the target.
+
+    ``version``: "eagle1" predicts the target's next final hidden state and uses the target's output head; "eagle3" reads the residual
+    stream in three places and has an output head of its own, over ``draft_vocab_size`` of the target's tokens.
+    ``decoder``: its layers, their RoPE and norms; ``vocab_size`` is the target's, ``max_position_embeddings`` the length it was trained at.
+    ``target_layers``, ``target_hidden_size``: of the target it was trained for; ``target_tokenizer``: the digest of that one's
+    tokenizer, if known.
+    ``aux_layers``: the target's layers whose input ("eagle3") is read; ``target_layers`` itself stands for the last one's output.
+    ``own_embedding``: it has an embedding table of its own, else it uses the target's.
+
+    Of "eagle1": ``fuse_bias``, a bias where embedding and hidden state are joined; ``first_layer_normed``, a norm before the first
+    layer's attention; ``final_normed``, a norm behind the last layer (Llama 4's drafters have both).
+    Of "eagle3": ``norm_before_residual``, the layer's residual is taken behind the norm of the hidden state; ``norm_before_fuse``, one norm
+    over the three states; ``norm_each_aux``, a norm for each of them; ``norm_fed_back``, the next step gets the normed output.
+    """
+
+    version: Literal["eagle1", "eagle3"]
+    decoder: ModelConfig
+    draft_vocab_size: int
+    target_layers: int
+    target_hidden_size: int
+    target_tokenizer: str | None
+    aux_layers: tuple[int, ...]
+    own_embedding: bool
+    fuse_bias: bool
+    first_layer_normed: bool
+    final_normed: bool
+    norm_before_residual: bool
+    norm_before_fuse: bool
+    norm_each_aux: bool
+    norm_fed_back: bool
+    sources: tuple[tuple[str, str], ...] = dataclasses.field(default=(), compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "draft_vocab_size", "target_layers", "target_hidden_size")
+        width, vocab = self.decoder.hidden_size, self.decoder.vocab_size
+        _check(self.draft_vocab_size <= vocab, f"draft_vocab_size is {self.draft_vocab_size}; expected at most the target's, {vocab}")
+        fits = self.own_embedding or width == self.target_hidden_size
+        _check(fits, f"the drafter's width is {width}; expected the target's, {self.target_hidden_size}, for it uses its embedding")
+        _check(self.decoder.moe is None, "a drafter with experts is not supported; expected dense layers")
+        if self.version == "eagle1":
+            _check(
+                width == self.target_hidden_size, f"an EAGLE-1 drafter has width {width}; expected the target's, {self.target_hidden_size}"
+            )
+            _check(self.draft_vocab_size == vocab, f"an EAGLE-1 drafter has draft_vocab_size {self.draft_vocab_size}; expected {vocab}")
+            _check(not self.aux_layers, f"an EAGLE-1 drafter has aux_layers {self.aux_layers}; expected none")
+            unused: tuple[str, ...] = ("norm_before_residual", "norm_before_fuse", "norm_each_aux", "norm_fed_back")
+        else:
+            _check(self.decoder.num_layers == 1, f"an EAGLE-3 drafter has {self.decoder.num_layers} layers; expected 1")
+            inside = self.aux_layers and all(0 <= layer <= self.target_layers for layer in self.aux_layers)
+            _check(bool(inside), f"aux_layers is {self.aux_layers}; expected layers of the target, 0 to {self.target_layers}")
+            both = self.norm_before_fuse and self.norm_each_aux
+            _check(not both, "norm_before_fuse and norm_each_aux are both true; expected at most one")
+            unused = ("fuse_bias", "first_layer_normed", "final_normed")
+        for name in unused:
+            _check(not getattr(self, name), f"{name} is true; expected false for {self.version}")
+
+
+def decoder_of(config: ModelConfig | DrafterConfig) -> ModelConfig:
+    """The layers of a model, or of a drafter."""
+    return config.decoder if isinstance(config, DrafterConfig) else config
+
+
+def check_fits(drafter: DrafterConfig, target: ModelConfig) -> None:
+    """Raise :class:`ConfigError` if the drafter was made for another model than this."""
+    for name, drafters, targets in (
+        ("a vocabulary of", drafter.decoder.vocab_size, target.vocab_size),
+        ("a hidden size of", drafter.target_hidden_size, target.hidden_size),
+        ("so many layers as", drafter.target_layers, target.num_layers),
+    ):
+        _check(
+            drafters == targets,
+            f"the drafter is for a model with {name} {drafters}, not {targets}; give this model's own drafter",
+        )
+    chunk = drafter.decoder.attention_chunk_size
+    fits = chunk in (None, target.attention_chunk_size)
+    _check(
+        fits, f"the drafter's attention_chunk_size is {chunk}, and the model's {target.attention_chunk_size}; expected the same, or null"
+    )
+
+
+def config_to_json(config: ModelConfig | DrafterConfig) -> dict[str, Any]:
     """Everything in ``config``, sources included, as values that JSON keeps exactly."""
     return typing.cast(dict[str, Any], _to_json(dataclasses.asdict(config)))
 
@@ -165,6 +248,11 @@ def config_to_json(config: ModelConfig) -> dict[str, Any]:
 def config_from_json(values: Mapping[str, Any]) -> ModelConfig:
     """What :func:`config_to_json` was given. Raises :class:`ConfigError` where a field is missing, unknown or of another type."""
     return typing.cast(ModelConfig, _from_json(ModelConfig, values, "config"))
+
+
+def drafter_config_from_json(values: Mapping[str, Any]) -> DrafterConfig:
+    """As :func:`config_from_json`, of a drafter."""
+    return typing.cast(DrafterConfig, _from_json(DrafterConfig, values, "drafter"))
 
 
 def _to_json(value: Any) -> Any:
@@ -202,7 +290,7 @@ def _from_json(kind: Any, value: Any, where: str) -> Any:
     return value
 
 
-def flat_fields(config: ModelConfig) -> dict[str, Any]:
+def flat_fields(config: ModelConfig | DrafterConfig) -> dict[str, Any]:
     """Every value by its dotted name (``moe.num_experts``), ``sources`` left out; the names that ``sources`` uses."""
 
     def walk(part: Any, prefix: str) -> dict[str, Any]:

@@ -20,13 +20,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from l4jax.batch import NO_ROUNDS, Batch, NewTokens, Request, TokenLogprob
 from l4jax.checkpoints.store import open_checkpoint
 from l4jax.config import ModelConfig
 from l4jax.decoding.generate import BURST
 from l4jax.decoding.params import SamplingParams
+from l4jax.decoding.speculate import BeyondTraining
 from l4jax.paths import cache_root
 from l4jax.placement import Placement
-from l4jax.runner import NewTokens, Request, Runner, TokenLogprob
+from l4jax.runner import Runner
+from l4jax.speculator import LoadedDrafter, open_fitting_drafter, speculator_for
 from l4jax.spread import H100_RING
 from l4jax.text.chat import ChatFormat, load_chat_format
 from l4jax.text.load import load_tokenizer
@@ -49,6 +52,7 @@ class Stats:
     ``first_token_seconds``: from the start until the first token was there; ``decode_seconds``: from then until the last was.
     ``decode_tokens_per_second``: the rate after the first burst of tokens, during which a program may have been compiled; of
     all tokens after the first if there was but one burst, and 0 if there was none.
+    ``rounds``: of speculation, in which ``drafted`` tokens were drafted; ``accepted[i]``: rounds in which the one at depth i + 1 stood.
     """
 
     prompt_tokens: int
@@ -56,6 +60,14 @@ class Stats:
     first_token_seconds: float
     decode_seconds: float
     decode_tokens_per_second: float
+    rounds: int
+    drafted: int
+    accepted: tuple[int, ...]
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens that a round gives on average, before stop tokens cut it short: 1 + accepted / rounds; 1 without speculation."""
+        return 1.0 + sum(self.accepted) / self.rounds if self.rounds else 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +117,9 @@ class LLM:
         weights: Mapping[str, jax.Array],
         *,
         mesh: str | MeshSpec = ONE_DEVICE,
+        drafter: LoadedDrafter | None = None,
+        speculation: str = "auto",
+        beyond_training: BeyondTraining = "window",
         tokenizer: Tokenizer | None = None,
         chat_format: ChatFormat | None = None,
         max_batch: int | None = None,
@@ -112,7 +127,7 @@ class LLM:
         ring_hardware: RingHardware = H100_RING,
     ) -> None:
         """``weights`` by the names of ``l4jax.model.weights.weight_specs``; the other arguments are those of :func:`load`."""
-        placement = Placement.on(config, mesh)
+        self.placement = placement = Placement.on(config, mesh)
         max_batch = 8 * placement.spec.data if max_batch is None else max_batch
         _check_max_batch(max_batch)
         if prefill_lengths is not None and min(prefill_lengths, default=0) < 1:
@@ -121,7 +136,13 @@ class LLM:
         self.tokenizer = tokenizer
         self.chat_format = chat_format
         self.max_batch = max_batch
-        self.runner = Runner(placement, weights, prefill_lengths=prefill_lengths, ring_hardware=ring_hardware)
+        speculator = speculator_for(config, placement, drafter, speculation, beyond_training)
+        self.runner = Runner(placement, weights, speculator=speculator, prefill_lengths=prefill_lengths, ring_hardware=ring_hardware)
+
+    @property
+    def weights(self) -> dict[str, jax.Array]:
+        """The weights by name, as they lie on the mesh."""
+        return self.runner.weights
 
     @property
     def weight_bytes(self) -> int:
@@ -183,7 +204,7 @@ class LLM:
                 for prompt in [*prompts, [0]]:
                     # A prompt of the greatest length leaves room for the prefill's token alone.
                     room = dataclasses.replace(params, max_tokens=min(2, max_length - len(prompt)))
-                    self.runner.start([Request(prompt, room, 0, ())] * min(rows, max_batch)).run_to_end()
+                    Batch(self.runner, [Request(prompt, room, 0, ())] * min(rows, max_batch)).run_to_end()
 
     def _stream(self, token_ids: list[int], params: SamplingParams | None) -> Stream:
         if self.tokenizer is None:
@@ -257,11 +278,13 @@ class _Run:
     def bursts(self, steps: Callable[[int], int]) -> Iterator[list[str]]:
         """Run to the end; after each burst, the new text of every row. ``steps(i)``: tokens in the i-th burst at most."""
         started = time.perf_counter()
-        batch = self._llm.runner.start(self._requests)
+        batch = Batch(self._llm.runner, self._requests)
         burst = 0
         while True:
             new = batch.step(steps(burst - 1) if burst else 1)
             elapsed = time.perf_counter() - started
+            for row, rounds in zip(self._rows, batch.rounds, strict=True):
+                row.rounds = rounds
             yield [row.extend(tokens, batch.done[i], elapsed) for i, (row, tokens) in enumerate(zip(self._rows, new, strict=True))]
             for i, row in enumerate(self._rows):
                 if row.stopped and not batch.done[i]:
@@ -288,6 +311,7 @@ class _Row:
         self._progress: list[tuple[int, float]] = []
         self._ended = False
         self.stopped = False
+        self.rounds = NO_ROUNDS
 
     def extend(self, new: NewTokens, done: bool, elapsed: float) -> str:
         """Take in new tokens; the text that may be shown now. ``stopped`` is set once a stop string has appeared."""
@@ -328,6 +352,9 @@ class _Row:
                 first_token_seconds=first_seconds,
                 decode_seconds=last_seconds - first_seconds,
                 decode_tokens_per_second=(last - begun) / (last_seconds - begun_seconds) if last > begun else 0.0,
+                rounds=self.rounds.rounds,
+                drafted=self.rounds.drafted,
+                accepted=self.rounds.accepted,
             ),
         )
 
@@ -337,6 +364,9 @@ def load(
     *,
     mesh: str | MeshSpec = ONE_DEVICE,
     dtype: DType | None = None,
+    drafter: str | os.PathLike[str] | None = None,
+    speculation: str = "auto",
+    beyond_training: BeyondTraining = "window",
     max_batch: int | None = None,
     prefill_lengths: Sequence[int] | None = None,
     ring_hardware: RingHardware = H100_RING,
@@ -345,11 +375,15 @@ def load(
 
     ``mesh``: the devices to run on, such as "tensor=4,expert=2" or a file of ``configs/meshes``; one device by default. Every
     device reads only its part of the weights. ``dtype``: what weights and cache are held in; None takes what most of the
-    checkpoint's bytes are stored in. At most
-    ``max_batch`` prompts are decoded together (default: 8 for each rank along ``data``). ``prefill_lengths``: prompts are worked off in
-    pieces, padded to one of these lengths (default: 32, 128 and 512 for each rank that shares their tokens). ``ring_hardware``: what
-    decides which ring passes them (``sharding.select``). Compiled programs are kept on disk between processes, unless JAX's own setting
-    says where or not.
+    checkpoint's bytes are stored in. ``drafter``: the folder of one that was trained for this model (default: ``drafter`` in the
+    checkpoint's folder, if it is there); ``speculation``: "auto" (what the drafter's table says for the number of prompts), "off",
+    "chain:5", "tree:eagle26" or "dynamic:steps=5,topk=4,nodes=16"; ``beyond_training``: what a drafter does where the text is longer
+    than what it was trained on, "window" (look back that far) or "stop".
+
+    At most ``max_batch`` prompts are decoded together (default: 8 for each rank along ``data``). ``prefill_lengths``: prompts are
+    worked off in pieces, padded to one of these lengths (default: 32, 128 and 512 for each rank that shares their tokens).
+    ``ring_hardware``: what decides which ring passes them (``sharding.select``). Compiled programs are kept on disk between processes,
+    unless JAX's own setting says where or not.
     """
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype is {dtype!r}; expected float32, bfloat16, float16 or None (as stored)")
@@ -358,9 +392,12 @@ def load(
     _enable_compilation_cache()
     checkpoint = open_checkpoint(path)
     placement = Placement.on(checkpoint.config, mesh)
+    opened = None if speculation == "off" else open_fitting_drafter(drafter or checkpoint.drafter, checkpoint)
     hosts.check_same(
         {
             "the checkpoint's digest": checkpoint.digest,
+            "the drafter's digest": "none" if opened is None else opened.digest,
+            "speculation": f"{speculation}, {beyond_training}",
             "the mesh": str(placement.spec),
             "dtype": str(dtype),
             "max_batch": str(max_batch),
@@ -372,10 +409,14 @@ def load(
         "start every process with the same checkpoint, arguments and versions",
     )
     tokenizer = load_tokenizer(checkpoint.directory)
+    held_in = jnp.dtype(dtype or checkpoint.dtype)
     return LLM(
         checkpoint.config,
-        checkpoint.restore(placement, None if dtype is None else jnp.dtype(dtype)),
+        checkpoint.restore(placement, held_in),
         mesh=placement.spec,
+        drafter=None if opened is None else LoadedDrafter.restored(opened, placement, held_in),
+        speculation=speculation,
+        beyond_training=beyond_training,
         tokenizer=tokenizer,
         chat_format=None if tokenizer is None else load_chat_format(checkpoint.directory, tokenizer),
         max_batch=max_batch,

@@ -8,14 +8,16 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from l4jax.arrays import global_array
-from l4jax.config import ModelConfig
+from l4jax.config import DrafterConfig, ModelConfig
+from l4jax.model.drafter import Drafter, build_drafter
 from l4jax.model.llama import Llama
 from l4jax.model.weights import weight_specs
-from sharding.mesh import MeshSpec
+from sharding.mesh import ONE_DEVICE, MeshSpec
 from sharding.rules import check_divides, sharding
 
 
@@ -45,10 +47,14 @@ class Placement:
         self.spec = MeshSpec.of(mesh)
         self.config = repeat_kv_heads(config, self.spec.tensor)
         self._copies = self.config.num_kv_heads // config.num_kv_heads
-        self._stored = weight_specs(Llama(config))
-        self._specs = weight_specs(Llama(self.config))
+        self._stored = weight_specs(self.build(config))
+        self._specs = weight_specs(self.build(self.config))
         for name, spec in self._specs.items():
             check_divides(name, spec.shape, spec.axes, self.spec)
+
+    def build(self, config: ModelConfig, mesh: MeshSpec = ONE_DEVICE) -> nnx.Module:
+        """The module whose weights these are."""
+        return Llama(config, mesh)
 
     @classmethod
     def on(cls, config: ModelConfig, mesh: str | MeshSpec) -> Placement:
@@ -93,7 +99,10 @@ class Placement:
 
     def abstract_weights(self, dtype: jnp.dtype) -> dict[str, jax.ShapeDtypeStruct]:
         """The shapes of all weights as they lie on the mesh."""
-        return {name: jax.ShapeDtypeStruct(spec.shape, dtype, sharding=self.weight_sharding(name)) for name, spec in self._specs.items()}
+        return {
+            name: jax.ShapeDtypeStruct(spec.shape, spec.dtype(dtype), sharding=self.weight_sharding(name))
+            for name, spec in self._specs.items()
+        }
 
     @functools.cached_property
     def _kv_mesh(self) -> Mesh:
@@ -115,3 +124,16 @@ class Placement:
 
         group, copy = PartitionSpec("kv_head"), PartitionSpec(("kv_head", "copy"))
         return jax.jit(jax.shard_map(share, mesh=self._kv_mesh, in_specs=group, out_specs=copy, check_vma=False))
+
+
+class DrafterPlacement(Placement):
+    """Where a drafter's weights go on its target's mesh; ``config`` is its decoder as the mesh computes it."""
+
+    def __init__(self, drafter: DrafterConfig, mesh: Mesh) -> None:
+        self._drafter = drafter
+        super().__init__(drafter.decoder, mesh)
+        self.drafter = dataclasses.replace(drafter, decoder=self.config)
+
+    def build(self, config: ModelConfig, mesh: MeshSpec = ONE_DEVICE) -> Drafter:
+        """The drafter with this decoder."""
+        return build_drafter(dataclasses.replace(self._drafter, decoder=config), mesh)

@@ -16,15 +16,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Array, Float, Float32, Int32
 
 from l4jax.cache import CACHE_AXES, LayerCache, PageTables
+from l4jax.decoding.draft import DraftState
 from l4jax.decoding.generate import DecodeState, DecodeTokens, decode_tokens
+from l4jax.decoding.plan import Speculation
 from l4jax.decoding.sampling import Logprobs, SamplingFeatures, SamplingRows, TokenCounts, sample
+from l4jax.decoding.speculate import BeyondTraining, RoundCounts, SpeculationState, prefill_drafter, speculate_tokens
+from l4jax.decoding.tree import NONE
+from l4jax.model.drafter import Drafter
 from l4jax.model.llama import Llama
 from l4jax.model.step import PieceLayout, Spread, last_state
 from l4jax.model.weights import BoundModel, weight_specs
-from l4jax.placement import Placement
+from l4jax.placement import DrafterPlacement, Placement
 from sharding.rules import partition
 
 PREFILL_LENGTHS = (32, 128, 512)
@@ -35,10 +40,10 @@ Leaves = tuple[Array, ...]
 
 
 class Programs:
-    """The programs of one model on one mesh, compiled on first use for each set of shapes."""
+    """The programs of one model on one mesh, compiled on first use for each set of shapes; of a drafter too, if there is one."""
 
-    def __init__(self, placement: Placement) -> None:
-        model = Llama(placement.config, placement.spec)
+    def __init__(self, placement: Placement, drafter: DrafterPlacement | None = None) -> None:
+        model = Llama(placement.config, placement.spec, taps=drafter.drafter.aux_layers if drafter else ())
         self.model = BoundModel(model)
         self._mesh = placement.mesh
         self._data, self._vocab = placement.spec.along("data"), placement.spec.along("tensor")
@@ -57,6 +62,24 @@ class Programs:
         self.decode = self._program(self._decode, (leaves, state, row, row, everywhere), (state, everywhere), donated=1)
         logits = PartitionSpec(self._data.axes or None, self._ranks.axes or None, self._vocab.axes or None)
         self.logits = self._program(self._logits, piece, (cache, logits), donated=1)
+        if drafter is None:
+            return
+        module = drafter.build(drafter.config, placement.spec)
+        self.drafter = BoundModel(module)
+        draft_leaves = tuple(spec(*weight.axes) for weight in weight_specs(module).values())
+        drafting: Any = DraftState(cache=cache, hidden_BD=row)
+        self.draft_prefill = self._program(
+            self._draft_prefill,
+            (leaves, draft_leaves, (cache, cache), row, row, row, row, row, layout, row, counts, row),
+            ((cache, cache), everywhere, everywhere, everywhere),
+            donated=2,
+        )
+        self.speculate = self._program(
+            self._speculate,
+            (leaves, draft_leaves, SpeculationState(state, drafting), row, row, row, everywhere),
+            (SpeculationState(state, drafting), everywhere, everywhere),
+            donated=2,
+        )
 
     def _program(self, body: Callable[..., Any], in_specs: Any, out_specs: Any, *, donated: int) -> jax.stages.Wrapped:
         def program(*arguments: Any, **static: Any) -> Any:
@@ -65,7 +88,7 @@ class Programs:
             mapped = jax.shard_map(on_device, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
             return mapped(*arguments)
 
-        return jax.jit(program, donate_argnums=donated, static_argnames=("features", "spread"))
+        return jax.jit(program, donate_argnums=donated, static_argnames=("features", "spread", "plan", "beyond"))
 
     def _prefill(
         self,
@@ -84,15 +107,81 @@ class Programs:
     ) -> tuple[Cache, Int32[Array, "B"], Logprobs | None]:
         """Put a piece of each row's prompt in the cache; the first token of the output, for rows whose prompt it ends."""
         model: Llama = self.model.bind(leaves)
-        x_BTD, cache = model(token_BT, start_B, new_B, cache, tables, layout, spread)
-        if layout is None:
-            last_BD = jnp.take_along_axis(x_BTD, jnp.maximum(new_B - 1, 0)[:, None, None], axis=1)[:, 0]
-        else:
-            last_BD = last_state(x_BTD, layout.position_NBT[self._ranks.index()], start_B + new_B - 1, self._ranks)
+        x_BTD, _, cache = model(token_BT, start_B, new_B, cache, tables, layout, spread)
+        token_B, logprobs = self._first_token(model, x_BTD, start_B, new_B, layout, rows, counts, features)
+        return cache, *self._of_all_rows((token_B, logprobs))
+
+    def _first_token(
+        self,
+        model: Llama,
+        x_BTD: Array,
+        start_B: Array,
+        new_B: Array,
+        layout: PieceLayout | None,
+        rows: SamplingRows,
+        counts: TokenCounts | None,
+        features: SamplingFeatures,
+    ) -> tuple[Int32[Array, "B"], Logprobs | None]:
+        last_BD = last_state(x_BTD, start_B, new_B, layout, self._ranks)
         token_B, logprobs = sample(model.logits(last_BD), rows, counts, jnp.zeros_like(new_B), features, self._vocab)
-        token_B = self._ranks.of_first(token_B)  # as in decoding
-        token_B, logprobs = jax.tree.map(lambda rows: self._data.concatenate(rows, axis=0), (token_B, logprobs))
-        return cache, token_B, logprobs
+        return self._ranks.of_first(token_B), logprobs  # as in decoding
+
+    def _of_all_rows(self, tree: Any) -> Any:
+        """What each rank along ``data`` has of its rows, on all of them: every host gives out every row's tokens."""
+        return jax.tree.map(lambda rows: self._data.concatenate(rows, axis=0), tree)
+
+    def _draft_prefill(
+        self,
+        leaves: Leaves,
+        draft_leaves: Leaves,
+        caches: tuple[Cache, Cache],
+        token_BT: Int32[Array, "B T"],
+        start_B: Int32[Array, "B"],
+        new_B: Int32[Array, "B"],
+        tables: PageTables,
+        draft_tables: PageTables,
+        layout: PieceLayout | None,
+        rows: SamplingRows,
+        counts: TokenCounts | None,
+        following_B: Int32[Array, "B"],
+        *,
+        features: SamplingFeatures,
+        spread: Spread | None,
+        beyond: BeyondTraining,
+    ) -> tuple[tuple[Cache, Cache], Int32[Array, "B"], Logprobs | None, Float[Array, "B D"]]:
+        """As :meth:`_prefill`, and the drafter's part: its cache, and its output at the piece's last token.
+
+        ``following_B``: the prompt's token behind the piece, NONE where the prompt ends with it.
+        """
+        model: Llama = self.model.bind(leaves)
+        drafter: Drafter = self.drafter.bind(draft_leaves)
+        cache, draft_cache = caches
+        x_BTD, feature_BTf, cache = model(token_BT, start_B, new_B, cache, tables, layout, spread)
+        token_B, logprobs = self._first_token(model, x_BTD, start_B, new_B, layout, rows, counts, features)
+        following_B = jnp.where(following_B == NONE, token_B, following_B)
+        piece = (token_BT, following_B, feature_BTf, start_B, new_B)
+        hidden_BD, draft_cache = prefill_drafter(drafter, model, draft_cache, *piece, draft_tables, layout, spread, beyond)
+        return (cache, draft_cache), *self._of_all_rows((token_B, logprobs, hidden_BD))
+
+    def _speculate(
+        self,
+        leaves: Leaves,
+        draft_leaves: Leaves,
+        state: SpeculationState,
+        tables: PageTables,
+        draft_tables: PageTables,
+        rows: SamplingRows,
+        steps: Int32[Array, ""],
+        *,
+        features: SamplingFeatures,
+        plan: Speculation,
+        beyond: BeyondTraining,
+    ) -> tuple[SpeculationState, DecodeTokens, RoundCounts]:
+        """Rounds of speculation, until a row has ``steps`` tokens, in one dispatch."""
+        model: Llama = self.model.bind(leaves)
+        drafter: Drafter = self.drafter.bind(draft_leaves)
+        state, out, counted = speculate_tokens(model, drafter, state, tables, draft_tables, rows, steps, features, plan, beyond)
+        return state, self._tokens_of_all_rows(out), self._of_all_rows(counted)
 
     def _decode(
         self,
@@ -106,9 +195,11 @@ class Programs:
     ) -> tuple[DecodeState, DecodeTokens]:
         """Up to ``steps`` tokens for every unfinished row, in one dispatch."""
         state, out = decode_tokens(self.model.bind(leaves), state, tables, rows, steps, features)
-        # Every host gives out every row's tokens.
+        return state, self._tokens_of_all_rows(out)
+
+    def _tokens_of_all_rows(self, out: DecodeTokens) -> DecodeTokens:
         token_SB, logprobs = jax.tree.map(lambda rows: self._data.concatenate(rows, axis=1), (out.token_SB, out.logprobs))
-        return state, DecodeTokens(token_SB, logprobs, out.steps, self._data.concatenate(out.done_B, axis=0))
+        return DecodeTokens(token_SB, logprobs, out.steps, self._data.concatenate(out.done_B, axis=0))
 
     def _logits(
         self,
@@ -124,5 +215,5 @@ class Programs:
     ) -> tuple[Cache, Float32[Array, "B T V"]]:
         """Next-token logits at every position of a piece; with a layout, in its order, one rank's after the other's."""
         model: Llama = self.model.bind(leaves)
-        x_BTD, cache = model(token_BT, start_B, new_B, cache, tables, layout, spread)
+        x_BTD, _, cache = model(token_BT, start_B, new_B, cache, tables, layout, spread)
         return cache, model.logits(x_BTD)

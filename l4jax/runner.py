@@ -9,16 +9,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from l4jax.arrays import global_array, host_array, to_host
-from l4jax.cache import CACHE_AXES, PAGE_SIZE, CacheShape, LayerCache
-from l4jax.decoding.generate import BURST, DecodeState, DecodeTokens
-from l4jax.decoding.params import SamplingParams
-from l4jax.decoding.sampling import NOT_FINITE, Logprobs, SamplingFeatures, SamplingRows, TokenCounts, batch_features, sampling_rows
-from l4jax.placement import Placement
+from l4jax.cache import CACHE_AXES, PAGE_SIZE, CacheShape, LayerCache, PageTables
+from l4jax.config import ModelConfig
+from l4jax.decoding.generate import DecodeState, DecodeTokens
+from l4jax.decoding.plan import Speculation, SpeculationTable
+from l4jax.decoding.sampling import NOT_FINITE, Logprobs, SamplingFeatures, SamplingRows, TokenCounts
+from l4jax.decoding.speculate import BeyondTraining, RoundCounts, SpeculationState
+from l4jax.placement import DrafterPlacement, Placement
 from l4jax.programs import PREFILL_LENGTHS, Programs
 from l4jax.spread import H100_RING, Spreader, in_order
 from sharding import hosts
@@ -31,32 +32,6 @@ NOT_FINITE_ADVICE = (
 _MIN_CAPACITY = 1024
 # A prefill program takes several rows only up to this many tokens on each rank: past it the matmuls gain nothing from more rows.
 _PREFILL_TOKENS = 2048
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """A prompt with everything decided: its seed drawn, its end tokens collected, its ``max_tokens`` within the context."""
-
-    token_ids: Sequence[int]
-    params: SamplingParams
-    seed: int
-    stop_ids: Sequence[int]
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenLogprob:
-    """Log-probability of a token given out, and the likeliest alternatives as (token id, log-probability), best first."""
-
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class NewTokens:
-    """What one step of a batch added to one row; ``logprobs`` is None unless the request asked for them."""
-
-    token_ids: list[int]
-    logprobs: list[TokenLogprob] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +51,22 @@ class _Piece:
         return host_array(self.token_BT, np.int32), host_array(self.start_B, np.int32), host_array(self.new_B, np.int32)
 
 
+@dataclasses.dataclass(frozen=True)
+class Speculator:
+    """A drafter on its target's mesh, how to speculate with it, and what it does beyond the length it was trained at.
+
+    ``asked_for``: the user has said how; then a prompt that cannot be speculated for is an error.
+    """
+
+    placement: DrafterPlacement
+    weights: Mapping[str, jax.Array]
+    table: SpeculationTable
+    beyond: BeyondTraining
+    asked_for: bool
+
+
 class Runner:
-    """A model's programs, its weights on the device and the KV cache they share.
+    """A model's programs, its weights on the device and the KV cache they share; a drafter's too, if there is one.
 
     The cache grows to the largest batch and length seen and stays; page tables pick the rows that a program works on. So
     program shapes depend on the batch's size bucket and on nothing else once the cache has its final size; where tokens are spread
@@ -91,16 +80,19 @@ class Runner:
         placement: Placement,
         weights: Mapping[str, jax.Array],
         *,
+        speculator: Speculator | None = None,
         prefill_lengths: Sequence[int] | None = None,
         ring_hardware: RingHardware = H100_RING,
     ) -> None:
-        """``weights`` as they are stored, or as ``placement`` has placed them.
+        """``weights`` (the drafter's too) as they are stored, or as their placement has placed them.
 
         ``prefill_lengths``: what pieces of prompts are padded to; :data:`PREFILL_LENGTHS` for each token rank by default.
         """
         self.config = placement.config
-        self.programs = Programs(placement)
+        self.programs = Programs(placement, speculator.placement if speculator else None)
         self._placement = placement
+        self._speculator = speculator
+        self._draft_leaves = self.programs.drafter.leaves(speculator.placement.place_all(speculator.weights)) if speculator else ()
         self._leaves = self.programs.model.leaves(placement.place_all(weights))
         self._dtype = self._leaves[0].dtype
         self._data = placement.spec.data
@@ -110,7 +102,8 @@ class Runner:
         self.prefill_lengths = tuple(sorted(prefill_lengths or (length * self._ranks for length in PREFILL_LENGTHS)))
         self._shape = CacheShape(rows=0, capacity=0)
         self._cache: tuple[LayerCache, ...] = ()
-        self._batch: Batch | None = None
+        self._draft_cache: tuple[LayerCache, ...] = ()
+        self._claim: object | None = None
 
     @property
     def cache_shape(self) -> CacheShape:
@@ -118,15 +111,22 @@ class Runner:
         return self._shape
 
     @property
+    def weights(self) -> dict[str, Array]:
+        """The model's weights by name, as they lie on the mesh."""
+        return dict(zip(self.programs.model.names, self._leaves, strict=True))
+
+    @property
     def weight_bytes(self) -> int:
-        """Bytes of all weights, each counted once; KV heads that a mesh repeats, as often as it does."""
-        return sum(leaf.nbytes for leaf in self._leaves)
+        """Bytes of all weights, the drafter's included, each counted once; KV heads that a mesh repeats, as often as it does."""
+        return sum(leaf.nbytes for leaf in self._all_leaves)
+
+    @property
+    def _all_leaves(self) -> tuple[Array, ...]:
+        return (*self._leaves, *self._draft_leaves)
 
     def row_bucket(self, rows: int) -> int:
         """Rows that a program for this many sequences is compiled with: the next power of two, on each rank along ``data``."""
-        # XLA's CPU backend widens a whole bfloat16 matrix to multiply one row, and uses native kernels from two rows on.
-        fewest = 2 if self._device.platform == "cpu" and self._dtype == jnp.bfloat16 else 1
-        return self._data * max(fewest, 1 << (-(-rows // self._data) - 1).bit_length())
+        return self._data * (1 << (-(-rows // self._data) - 1).bit_length())
 
     def warmup_lengths(self, longest: int) -> list[int]:
         """Prompts of these lengths, up to ``longest`` tokens, are prefilled by every program that any up to there is."""
@@ -146,7 +146,7 @@ class Runner:
         capacity = max(tokens, min(context, max(_MIN_CAPACITY, 1 << (tokens - 1).bit_length())))
         shape = CacheShape(max(self._shape.rows, rows), max(self._shape.capacity, capacity), self._ranks)
         # A call that was interrupted may have donated the cache and never received the new one.
-        lost = not self._cache or any(leaf.is_deleted() for leaf in jax.tree.leaves(self._cache))
+        lost = not self._cache or any(leaf.is_deleted() for leaf in jax.tree.leaves((self._cache, self._draft_cache)))
         if shape == self._shape and not lost:
             return
         available = self._available_bytes()
@@ -163,7 +163,9 @@ class Runner:
             raise ValueError(refused)
         self.discard_cache()  # freed before the new one is allocated
         try:
-            self._cache = shape.allocate(self.config, self._dtype, self._placement.array_sharding(*CACHE_AXES))
+            sharding = self._placement.array_sharding(*CACHE_AXES)
+            self._cache, *draft_cache = (shape.allocate(config, self._dtype, sharding) for config in self._cached)
+            self._draft_cache = draft_cache[0] if draft_cache else ()
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -172,14 +174,20 @@ class Runner:
 
     def discard_cache(self) -> None:
         """Free the cache; the next call has a new one, and generations that used it are lost."""
-        self._batch = None
-        self._cache = ()
+        self._claim = None
+        self._cache = self._draft_cache = ()
         self._shape = CacheShape(rows=0, capacity=0)
 
     def _needed_bytes(self, shape: CacheShape) -> int:
         if self._device.platform == "cpu":  # all of its devices share the machine's memory
-            return shape.nbytes(self.config, self._dtype)
-        return shape.device_nbytes(self.config, self._dtype, self._placement.array_sharding(*CACHE_AXES))
+            return sum(shape.nbytes(config, self._dtype) for config in self._cached)
+        sharding = self._placement.array_sharding(*CACHE_AXES)
+        return sum(shape.device_nbytes(config, self._dtype, sharding) for config in self._cached)
+
+    @property
+    def _cached(self) -> list[ModelConfig]:
+        """The decoders that have a cache."""
+        return [self.config, *([self._speculator.placement.config] if self._speculator else [])]
 
     def _available_bytes(self) -> float:
         """What a device of the least favoured process has beside the weights."""
@@ -187,15 +195,15 @@ class Runner:
 
     def _own_available_bytes(self) -> float:
         if self._device.platform == "cpu":
-            held = sum(shard.data.nbytes for leaf in self._leaves for shard in leaf.addressable_shards)
+            held = sum(shard.data.nbytes for leaf in self._all_leaves for shard in leaf.addressable_shards)
             return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") - held
-        held = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in self._leaves)
+        held = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in self._all_leaves)
         return (self._device.memory_stats() or {}).get("bytes_limit", math.inf) - held
 
     def logits(self, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Next-token logits at every position of each prompt, float32 [T, V]."""
         self.reserve(len(prompts), max(map(len, prompts)))
-        self._batch = None
+        self._claim = None
         collected: list[list[np.ndarray]] = [[] for _ in prompts]
         per_rank = self.row_bucket(len(prompts)) // self._data
         for piece in self._pieces(prompts, per_rank):
@@ -213,44 +221,103 @@ class Runner:
                     collected[prompt].append(host[row, : piece.new_B[row]])
         return [np.concatenate(parts) for parts in collected]
 
-    def start(self, requests: Sequence[Request]) -> Batch:
-        """Prefill a batch of requests; it holds the cache until the next call of ``start`` or ``logits``."""
-        self.reserve(len(requests), max(len(r.token_ids) + r.params.max_tokens for r in requests))
-        self._batch = None  # should the prefill fail, nobody holds the cache
-        self._batch = Batch(self, requests)
-        return self._batch
+    def claim_cache(self) -> object:
+        """What stands for the right to use the cache, from now until the next call of this or of ``logits``."""
+        self._claim = object()
+        return self._claim
 
-    def check_holds_cache(self, batch: Batch) -> None:
-        """Raise RuntimeError if another call has used the cache since this batch was started."""
-        if batch is not self._batch:
+    def check_claim(self, claim: object) -> None:
+        """Raise RuntimeError if another call has used the cache since this claim was given out."""
+        if claim is not self._claim:
             raise RuntimeError("this generation was left unfinished and another call has used the cache since; start it again")
 
-    def prefill(
-        self, prompts: Sequence[Sequence[int]], rows: SamplingRows, counts: TokenCounts | None, features: SamplingFeatures
-    ) -> tuple[np.ndarray, list[Logprobs | None]]:
-        """Put the prompts in the cache; the first token of each, and its log-probabilities (of one row).
+    def speculation(self, prompts: Sequence[Sequence[int]]) -> Speculation | None:
+        """How a batch of these prompts is speculated for, if at all.
 
+        Prompts that are too long for a drafter which stops at the length that it was trained at are decoded one by one, or are a
+        ValueError if speculation was asked for.
+        """
+        if self._speculator is None:
+            return None
+        speculation = self._speculator.table.at(-(-len(prompts) // self._data))
+        trained = self._speculator.placement.config.max_position_embeddings
+        longest = max(map(len, prompts))
+        if speculation is None or self._speculator.beyond == "window" or longest <= trained:
+            return speculation
+        if self._speculator.asked_for:
+            raise ValueError(
+                f"a prompt has {longest} tokens, and the drafter was trained at lengths up to {trained} and is told to stop there; "
+                'load with speculation="off", or with beyond_training="window", which lets it look back that far'
+            )
+        return None
+
+    def prefill(
+        self,
+        prompts: Sequence[Sequence[int]],
+        rows: SamplingRows,
+        counts: TokenCounts | None,
+        features: SamplingFeatures,
+        *,
+        drafting: bool,
+    ) -> tuple[np.ndarray, list[Logprobs | None], np.ndarray | None]:
+        """Put the prompts in the cache, with ``drafting`` also in the drafter's.
+
+        Returns the first token of each, its log-probabilities (of one row), and what the drafter, if it is drafting, makes of each prompt's
+        last token: [rows, D].
         ``rows`` and ``counts`` are those of the batch that will be decoded: of its bucket's size.
         """
         first = np.zeros(len(prompts), np.int32)
         logprobs: list[Logprobs | None] = [None] * len(prompts)
+        hidden_BD = None
         per_rank = len(rows.temperature_B) // self._data
         for piece in self._pieces(prompts, per_rank):
             tables = self._shape.identity_tables(self.config, piece.prompt_B % per_rank)
             piece_rows, piece_counts = jax.tree.map(lambda leaf, prompt_B=piece.prompt_B: leaf[prompt_B], (rows, counts))
             layout, spread = self._spreader.spread(piece.start_B, piece.new_B, piece.token_BT.shape[1], tables)
-            inputs = (*piece.inputs(), tables, layout, piece_rows, piece_counts)
-            self._cache, token_B, piece_logprobs = self.programs.prefill(
-                self._leaves, self._cache, *inputs, features=features, spread=spread
-            )
+            sampling = (layout, piece_rows, piece_counts)
+            if drafting:
+                assert self._speculator is not None
+                following = [
+                    -1 if p < 0 else (*prompts[p], -1)[s + n] for p, s, n in zip(piece.prompt_B, piece.start_B, piece.new_B, strict=True)
+                ]
+                inputs = (
+                    *piece.inputs(),
+                    tables,
+                    self._draft_tables(piece.prompt_B % per_rank),
+                    *sampling,
+                    host_array(following, np.int32),
+                )
+                caches, token_B, piece_logprobs, piece_hidden_BD = self.programs.draft_prefill(
+                    self._leaves,
+                    self._draft_leaves,
+                    (self._cache, self._draft_cache),
+                    *inputs,
+                    features=features,
+                    spread=spread,
+                    beyond=self._speculator.beyond,
+                )
+                self._cache, self._draft_cache = caches
+            else:
+                self._cache, token_B, piece_logprobs = self.programs.prefill(
+                    self._leaves, self._cache, *piece.inputs(), tables, *sampling, features=features, spread=spread
+                )
             ends = [i for i, p in enumerate(piece.prompt_B) if p >= 0 and piece.start_B[i] + piece.new_B[i] == len(prompts[p])]
             if ends:
                 token_B, piece_logprobs = jax.device_get((token_B, piece_logprobs))
                 self.check_tokens(token_B[ends])
+                if drafting:
+                    piece_hidden_BD = jax.device_get(piece_hidden_BD)
+                    if hidden_BD is None:
+                        hidden_BD = np.zeros((len(rows.temperature_B), piece_hidden_BD.shape[1]), piece_hidden_BD.dtype)
+                    hidden_BD[piece.prompt_B[ends]] = piece_hidden_BD[ends]
             for i in ends:
                 first[piece.prompt_B[i]] = token_B[i]
                 logprobs[piece.prompt_B[i]] = jax.tree.map(lambda leaf, i=i: leaf[i], piece_logprobs)
-        return first, logprobs
+        return first, logprobs, hidden_BD
+
+    def _draft_tables(self, rows: np.ndarray) -> PageTables:
+        assert self._speculator is not None
+        return self._shape.identity_tables(self._speculator.placement.config, rows)
 
     def check_tokens(self, tokens: np.ndarray) -> None:
         """Raise ValueError where the logits were not finite. The cache is discarded: it has NaNs, which do not stay in their row."""
@@ -265,6 +332,36 @@ class Runner:
             name: global_array(getattr(state, name), row) for name in ("token_B", "length_B", "produced_B", "done_B")
         }
         return dataclasses.replace(state, **committed, counts=jax.tree.map(lambda leaf: global_array(leaf, counts), state.counts))
+
+    def commit_hidden(self, hidden_BD: np.ndarray) -> Array:
+        """The drafter's output on the devices, as a round returns it."""
+        return global_array(hidden_BD, self._placement.array_sharding("batch"))
+
+    def speculate(
+        self, state: SpeculationState, rows: SamplingRows, steps: int, features: SamplingFeatures, plan: Speculation
+    ) -> tuple[SpeculationState, DecodeTokens, RoundCounts]:
+        """As :meth:`decode`, by rounds of speculation."""
+        assert self._speculator is not None
+        B = len(state.decode.token_B)
+        numbers = np.arange(B) % (B // self._data)
+        tables = (self._shape.identity_tables(self.config, numbers), self._draft_tables(numbers))
+        state = SpeculationState(
+            dataclasses.replace(state.decode, cache=self._cache), dataclasses.replace(state.draft, cache=self._draft_cache)
+        )
+        state, tokens, counted = self.programs.speculate(
+            self._leaves,
+            self._draft_leaves,
+            state,
+            *tables,
+            rows,
+            np.int32(steps),
+            features=features,
+            plan=plan,
+            beyond=self._speculator.beyond,
+        )
+        self._cache, self._draft_cache = state.decode.cache, state.draft.cache
+        without = SpeculationState(dataclasses.replace(state.decode, cache=()), dataclasses.replace(state.draft, cache=()))
+        return without, tokens, counted
 
     def decode(self, state: DecodeState, rows: SamplingRows, steps: int, features: SamplingFeatures) -> tuple[DecodeState, DecodeTokens]:
         """One burst over the resident cache; the state comes without a cache and goes back without one."""
@@ -303,85 +400,3 @@ class Runner:
 
     def _length_bucket(self, tokens: int) -> int:
         return next((n for n in self.prefill_lengths if n >= tokens), self.prefill_lengths[-1])
-
-
-class Batch:
-    """Requests that are decoded together, from their first token to the last one's end."""
-
-    def __init__(self, runner: Runner, requests: Sequence[Request]) -> None:
-        self._runner = runner
-        self._requests = requests
-        # Rows that fill up the bucket repeat the last request and are finished from the start.
-        padding = runner.row_bucket(len(requests)) - len(requests)
-        padded = [*requests, *[requests[-1]] * padding]
-        params = [r.params for r in padded]
-        self._features = batch_features(params)
-        self._rows = sampling_rows(params, [r.seed for r in padded], [r.stop_ids for r in padded], runner.config.vocab_size)
-        counts = self._prompt_counts(padded) if self._features.adjusted else None
-        prompts = [r.token_ids for r in requests]
-        first, first_logprobs = runner.prefill(prompts, self._rows, counts, self._features)
-        self._first: list[NewTokens] | None = [
-            NewTokens([int(token)], self._logprobs(row, [logprobs]))
-            for row, (token, logprobs) in enumerate(zip(first, first_logprobs, strict=True))
-        ]
-        done = [row >= len(requests) or r.params.max_tokens == 1 or int(first[row]) in r.stop_ids for row, r in enumerate(padded)]
-        token_B = [*first.tolist(), *[0] * padding]
-        if counts is not None:
-            output_BV = np.zeros(counts.output_BV.shape, np.int32)
-            output_BV[np.arange(len(padded)), token_B] = 1
-            counts = dataclasses.replace(counts, output_BV=host_array(output_BV, np.int32))
-        state = DecodeState(
-            cache=(),
-            token_B=host_array(token_B, np.int32),
-            length_B=host_array([len(r.token_ids) for r in padded], np.int32),
-            produced_B=host_array([1] * len(padded), np.int32),
-            done_B=host_array(done, bool),
-            counts=counts,
-        )
-        self._state = runner.commit(state)
-        self.done = done[: len(requests)]
-
-    def finish(self, row: int) -> None:
-        """End a row from outside (a stop string was found)."""
-        self.done[row] = True
-        done_B = [*self.done, *[True] * (len(self._state.done_B) - len(self.done))]
-        self._state = self._runner.commit(dataclasses.replace(self._state, done_B=host_array(done_B, bool)))
-
-    def step(self, steps: int) -> list[NewTokens]:
-        """The next tokens of each row: the first call gives the prefill's, each later one up to ``steps``."""
-        if self._first is not None:
-            first, self._first = self._first, None
-            return first
-        self._runner.check_holds_cache(self)
-        self._state, tokens = self._runner.decode(self._state, self._rows, steps, self._features)
-        token_SB, logprobs, taken, done_B = jax.device_get((tokens.token_SB, tokens.logprobs, tokens.steps, tokens.done_B))
-        self._runner.check_tokens(token_SB[:taken])
-        self.done = [bool(done_B[row]) for row in range(len(self._requests))]
-        result = []
-        for row in range(len(self._requests)):
-            count = int((token_SB[:taken, row] >= 0).sum())
-            at_step = [None if logprobs is None else jax.tree.map(lambda leaf, s=s, row=row: leaf[s, row], logprobs) for s in range(count)]
-            result.append(NewTokens(token_SB[:count, row].tolist(), self._logprobs(row, at_step)))
-        return result
-
-    def run_to_end(self) -> None:
-        """Decode until every row is done, and drop the tokens."""
-        while not all(self.done):
-            self.step(BURST)
-
-    def _logprobs(self, row: int, logprobs: Sequence[Logprobs | None]) -> list[TokenLogprob] | None:
-        wanted = self._requests[row].params.logprobs
-        if wanted is None:
-            return None
-        return [
-            TokenLogprob(float(entry.chosen_B), tuple(zip(entry.top_id_BN[:wanted].tolist(), entry.top_BN[:wanted].tolist(), strict=True)))
-            for entry in logprobs
-            if entry is not None
-        ]
-
-    def _prompt_counts(self, requests: Sequence[Request]) -> TokenCounts:
-        V = self._runner.config.vocab_size
-        in_prompt_BV = np.zeros((len(requests), V), bool)
-        for row, request in zip(in_prompt_BV, requests, strict=True):
-            row[np.asarray(request.token_ids)] = True
-        return TokenCounts(host_array(in_prompt_BV, bool), host_array(np.zeros(in_prompt_BV.shape), np.int32))

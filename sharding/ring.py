@@ -32,13 +32,15 @@ def pass_kv(
     axis_name: str | tuple[str, ...],
     scale: float,
     chunk: int | Int32[Array, ""] | None = None,
+    window: int | None = None,
     segments: Sequence[int] | None = None,
 ) -> Partial:
     """Attention of this rank's queries over all ranks' keys, the keys and values going round: N - 1 transfers of both in one message.
 
     Positions of slot ``[rank, row, slot]`` are the same on every rank; those of keys ascend, with empty slots behind them only, in
     each of the ``segments``: the sizes of runs of slots that make up S, one run by default (cached and new keys, say). A query at
-    position p sees keys at positions up to p; with ``chunk``, only those of its own attention chunk. Scores are multiplied by
+    position p sees keys at positions up to p; with ``chunk``, only those of its own attention chunk, with ``window``, the last so many.
+    Scores are multiplied by
     ``scale``. Returns this rank's output and log-sum-exp.
     """
     ranks, rank = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
@@ -51,7 +53,7 @@ def pass_kv(
         arriving = _to_next(kv_2BSKh, axis_name) if hop < ranks - 1 else kv_2BSKh
         with jax.named_scope(f"ring_hop_{hop}"):
             key_position_BS = key_position_NBS[(rank - hop) % ranks]
-            partial = attend_positions(q_BTKGh, kv_2BSKh, query_position_BT, key_position_BS, chunk, segments, scale=scale)
+            partial = attend_positions(q_BTKGh, kv_2BSKh, query_position_BT, key_position_BS, chunk, window, segments, scale=scale)
             merged = partial if merged is None else merge_attention([merged, partial])
         kv_2BSKh, merged = jax.lax.optimization_barrier((arriving, merged))
     assert merged is not None
@@ -68,6 +70,7 @@ def pass_q(
     axis_name: str | tuple[str, ...],
     scale: float,
     chunk: int | Int32[Array, ""] | None = None,
+    window: int | None = None,
     segments: Sequence[int] | None = None,
 ) -> Partial:
     """As :func:`pass_kv`, the queries going round: N - 1 transfers of them, then each rank's results go back in one all-to-all."""
@@ -79,7 +82,9 @@ def pass_q(
         arriving = _to_next(q_BTKGh, axis_name) if hop < ranks - 1 else q_BTKGh
         with jax.named_scope(f"ring_hop_{hop}"):
             query_position_BT = query_position_NBT[(rank - hop) % ranks]
-            out_BTKGh, lse_BTKG = attend_positions(q_BTKGh, kv_2BSKh, query_position_BT, key_position_BS, chunk, segments, scale=scale)
+            out_BTKGh, lse_BTKG = attend_positions(
+                q_BTKGh, kv_2BSKh, query_position_BT, key_position_BS, chunk, window, segments, scale=scale
+            )
             result = jnp.concatenate([out_BTKGh, lse_BTKG[..., None]], axis=-1)
         q_BTKGh, result = jax.lax.optimization_barrier((arriving, result))
         results.append(result)
@@ -100,6 +105,7 @@ def attend_positions(
     query_position_BT: Int32[Array, "B T"],
     key_position_BS: Int32[Array, "B S"],
     chunk: int | Int32[Array, ""] | None = None,
+    window: int | None = None,
     segments: Sequence[int] | None = None,
     *,
     scale: float,
@@ -111,13 +117,19 @@ def attend_positions(
     partials, first = [], 0
     for size in segments or (slots,):
         run = slice(first, first + size)
-        partials.append(_attend_run(q_BTKGh, kv_2BSKh[:, :, run], query_position_BT, key_position_BS[:, run], chunk, scale))
+        partials.append(_attend_run(q_BTKGh, kv_2BSKh[:, :, run], query_position_BT, key_position_BS[:, run], chunk, window, scale))
         first += size
     return partials[0] if len(partials) == 1 else merge_attention(partials)
 
 
 def _attend_run(
-    q_BTKGh: Array, kv_2BSKh: Array, query_position_BT: Array, key_position_BS: Array, chunk: int | Array | None, scale: float
+    q_BTKGh: Array,
+    kv_2BSKh: Array,
+    query_position_BT: Array,
+    key_position_BS: Array,
+    chunk: int | Array | None,
+    window: int | None,
+    scale: float,
 ) -> Partial:
     """Keys lie in ascending order, so those that a query sees are an interval of slots."""
     sorted_BS = jnp.where(key_position_BS == EMPTY, jnp.int32(2**31 - 1), key_position_BS)
@@ -127,5 +139,9 @@ def _attend_run(
 
     # An empty query slot is at position -1 and sees nothing.
     end_BT = slots_below(query_position_BT + 1)
-    start_BT = jnp.zeros_like(end_BT) if chunk is None else slots_below(query_position_BT // chunk * chunk)
+    start_BT = jnp.zeros_like(end_BT)
+    if chunk is not None:
+        start_BT = slots_below(query_position_BT // chunk * chunk)
+    if window is not None:
+        start_BT = jnp.maximum(start_BT, slots_below(query_position_BT + 1 - window))
     return attend(q_BTKGh, kv_2BSKh[0], kv_2BSKh[1], start_BT, end_BT, scale=scale)

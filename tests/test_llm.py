@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from l4jax import LLM, SamplingParams
+from l4jax.batch import Batch, Request
 from l4jax.cache import CacheShape
 from l4jax.placement import Placement
-from l4jax.runner import Request, Runner
+from l4jax.runner import Runner
 from sharding.mesh import ONE_DEVICE
 from tests.tiny import llama3_like, maverick_like, prompts, scout_like, weights
 
@@ -162,7 +163,7 @@ def test_pages_may_lie_anywhere(monkeypatch):
 
 def test_a_generation_that_lost_the_cache_says_so(scout):
     runner = scout.runner
-    batch = runner.start([Request([1, 2], greedy(9), 0, ())])
+    batch = Batch(runner, [Request([1, 2], greedy(9), 0, ())])
     batch.step(1)
     scout.generate([[3]], greedy(2))
     with pytest.raises(RuntimeError, match="left unfinished"):

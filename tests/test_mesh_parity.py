@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from l4jax import LLM, SamplingParams, load
+from l4jax.batch import Batch
 from l4jax.config import MoEConfig
 from l4jax.model.llama import Llama
 from l4jax.model.weights import weight_specs
@@ -147,7 +148,7 @@ def test_results_said_to_be_equal_on_every_device_are():
     """Nothing checks it at run time: every device's copy of a replicated result, bit for bit."""
     config = CONFIGS["scout"]
     llm = LLM(config, weights(config), mesh="data=2,sequence=2,tensor=2")
-    batch = llm.runner.start([llm._request(p, SamplingParams(max_tokens=9, seed=1)) for p in prompts(config, LENGTHS)])
+    batch = Batch(llm.runner, [llm._request(p, SamplingParams(max_tokens=9, seed=1)) for p in prompts(config, LENGTHS)])
     batch.step(1)
     batch.step(4)
     assert_copies_are_equal(dataclasses.replace(batch._state, cache=llm.runner._cache))
@@ -172,7 +173,7 @@ def test_ranks_that_round_differently_agree_on_every_token():
     placed["norm.scale"] = jax.make_array_from_single_device_arrays(scale.shape, scale.sharding, differing)
     llm = LLM(config, placed, mesh="sequence=2")
     for seed in range(4):
-        batch = llm.runner.start([llm._request(p, SamplingParams(max_tokens=40, seed=seed)) for p in prompts(config, (3, 9))])
+        batch = Batch(llm.runner, [llm._request(p, SamplingParams(max_tokens=40, seed=seed)) for p in prompts(config, (3, 9))])
         while not all(batch.done):
             batch.step(8)
             assert_copies_are_equal(dataclasses.replace(batch._state, cache=()))

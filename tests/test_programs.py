@@ -10,35 +10,49 @@ import pytest
 from l4jax import LLM, SamplingParams
 from l4jax.cache import PAGE_SIZE, CacheShape
 from l4jax.config import MoEConfig
+from l4jax.decoding.draft import DraftState
 from l4jax.decoding.generate import DecodeState
+from l4jax.decoding.plan import Speculation
 from l4jax.decoding.sampling import batch_features, sampling_rows
-from l4jax.model.llama import Llama
-from l4jax.model.weights import weight_specs
-from l4jax.placement import Placement
+from l4jax.decoding.speculate import SpeculationState
+from l4jax.placement import DrafterPlacement, Placement
 from l4jax.programs import Programs
 from sharding.mesh import ONE_DEVICE, MeshSpec
-from tests.tiny import llama3_like, maverick_like, prompts, scout_like, weights
+from tests.tiny import drafter, llama3_like, maverick_like, prompts, scout_like, weights
 
 
-def decode_memory(config, pages_per_row):
-    """(bytes of the cache, XLA's memory analysis of the decode program) for four rows of this many pages."""
+def decode_memory(config, pages_per_row, plan=None):
+    """(bytes of the cache, XLA's memory analysis of the decode program) for four rows of this many pages; by speculation with a plan."""
     B, shape = 4, CacheShape(rows=4, capacity=pages_per_row * PAGE_SIZE)
-    programs = Programs(Placement.on(config, ONE_DEVICE))
-    leaves = tuple(jax.ShapeDtypeStruct(spec.shape, jnp.float32) for spec in weight_specs(Llama(config)).values())
+    placement, draft_placement = Placement.on(config, ONE_DEVICE), DrafterPlacement(drafter(config), ONE_DEVICE.build())
+    programs = Programs(placement, draft_placement)
+    leaves = programs.model.leaves(placement.abstract_weights(jnp.dtype(jnp.float32)))
     params = [SamplingParams()] * B
     cache = jax.eval_shape(lambda: shape.allocate(config, jnp.dtype(jnp.float32), None))
     ints = jax.ShapeDtypeStruct((B,), jnp.int32)
     state = DecodeState(cache, ints, ints, ints, jax.ShapeDtypeStruct((B,), jnp.bool_), None)
     rows = sampling_rows(params, [0] * B, [[]] * B, config.vocab_size)
     tables = shape.identity_tables(config, range(B))
-    compiled = programs.decode.lower(leaves, state, tables, rows, np.int32(8), features=batch_features(params)).compile()
-    return sum(leaf.size * 4 for leaf in jax.tree.leaves(cache)), compiled.memory_analysis()
+    features = batch_features(params)
+    if plan is None:
+        compiled = programs.decode.lower(leaves, state, tables, rows, np.int32(8), features=features).compile()
+        return sum(leaf.size * 4 for leaf in jax.tree.leaves(cache)), compiled.memory_analysis()
+    draft_config = draft_placement.config
+    draft_cache = jax.eval_shape(lambda: shape.allocate(draft_config, jnp.dtype(jnp.float32), None))
+    hidden_BD = jax.ShapeDtypeStruct((B, draft_config.hidden_size), jnp.float32)
+    draft_leaves = programs.drafter.leaves(draft_placement.abstract_weights(jnp.dtype(jnp.float32)))
+    both = SpeculationState(state, DraftState(draft_cache, hidden_BD))
+    all_tables = (tables, shape.identity_tables(draft_config, range(B)))
+    arguments = (leaves, draft_leaves, both, *all_tables, rows, np.int32(8))
+    compiled = programs.speculate.lower(*arguments, features=features, plan=Speculation.parse(plan), beyond="window").compile()
+    return sum(leaf.size * 4 for leaf in jax.tree.leaves((cache, draft_cache))), compiled.memory_analysis()
 
 
+@pytest.mark.parametrize("plan", [None, "chain:3", "dynamic:steps=3,topk=2,nodes=6"])
 @pytest.mark.parametrize("config", [scout_like(), maverick_like(), llama3_like()], ids=["scout", "maverick", "llama3"])
-def test_decode_donates_the_cache_and_makes_no_second_copy(config):
-    small_cache, small = decode_memory(config, 8)
-    large_cache, large = decode_memory(config, 64)
+def test_decode_donates_the_cache_and_makes_no_second_copy(config, plan):
+    small_cache, small = decode_memory(config, 8, plan)
+    large_cache, large = decode_memory(config, 64, plan)
     assert small.alias_size_in_bytes >= small_cache
     assert large.alias_size_in_bytes >= large_cache
     # Eight times the cache, the same temporaries (but for the page table that the loop carries): nothing is copied.

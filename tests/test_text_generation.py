@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from l4jax import LLM, SamplingParams
+from l4jax.batch import Batch
 from l4jax.text.chat import ChatFormat
 from l4jax.text.hf_tokenizer import HfTokenizer
 from tests.text import small
@@ -84,7 +85,7 @@ def test_one_row_stops_while_others_go_on(llm):
 def test_tokens_do_not_depend_on_the_bursts(llm):
     expected = llm.generate("the dog", PARAMS)[0].token_ids
     for bursts in ([1], [3, 1, 7], [32]):
-        batch = llm.runner.start([llm._request(TOKENIZER.encode("the dog"), PARAMS)])
+        batch = Batch(llm.runner, [llm._request(TOKENIZER.encode("the dog"), PARAMS)])
         tokens: list[int] = []
         for steps in itertools.cycle(bursts):
             tokens += batch.step(steps)[0].token_ids

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from l4jax.config import ModelConfig, MoEConfig, RopeScaling
+from l4jax.config import DrafterConfig, ModelConfig, MoEConfig, RopeScaling
+from l4jax.decoding.plan import SpeculationTable
+from l4jax.model.drafter import build_drafter
 from l4jax.model.llama import Llama
 from l4jax.model.weights import random_weights
+from l4jax.speculator import LoadedDrafter
 
 
 def scout_like(**changes: Any) -> ModelConfig:
@@ -68,9 +72,40 @@ def llama3_like(**changes: Any) -> ModelConfig:
     )
 
 
+def few_tokens(make: Callable[..., ModelConfig]) -> ModelConfig:
+    """Such a model with 8 tokens, so that a drafter that knows nothing often guesses right, and two layers, its last ones."""
+    config = make(vocab_size=8, tie_word_embeddings=False)
+    moe = config.moe and dataclasses.replace(config.moe, moe_layers=config.moe.moe_layers[2:])
+    return dataclasses.replace(config, num_layers=2, rope_layers=config.rope_layers[2:], moe=moe)
+
+
 def weights(config: ModelConfig, seed: int = 0, dtype: jnp.dtype | None = None) -> dict[str, jax.Array]:
     """Random weights for a tiny model, float32 unless said otherwise."""
     return random_weights(Llama(config), jax.random.key(seed), dtype or jnp.dtype(jnp.float32))
+
+
+def drafter(config: ModelConfig, version: Literal["eagle1", "eagle3"] = "eagle3", **changes: Any) -> DrafterConfig:
+    """One layer for this model, trained at 64 positions; EAGLE-3's reads the inputs of layers 1, 2 and 3."""
+    decoder = llama3_like(num_layers=1, rope_layers=(True,), rope_scaling=None, max_position_embeddings=64, tie_word_embeddings=False)
+    decoder = dataclasses.replace(decoder, vocab_size=config.vocab_size, hidden_size=config.hidden_size)
+    values: dict[str, Any] = {
+        "version": version,
+        "decoder": decoder,
+        "draft_vocab_size": config.vocab_size,
+        "target_layers": config.num_layers,
+        "target_hidden_size": config.hidden_size,
+        "target_tokenizer": None,
+        "aux_layers": (1, 2, 3) if version == "eagle3" else (),
+    }
+    flags = ("own_embedding", "fuse_bias", "first_layer_normed", "final_normed")
+    flags += ("norm_before_residual", "norm_before_fuse", "norm_each_aux", "norm_fed_back")
+    return DrafterConfig(**values | dict.fromkeys(flags, False) | changes)
+
+
+def loaded_drafter(config: DrafterConfig, seed: int = 1) -> LoadedDrafter:
+    """With random float32 weights, and a table that says not to speculate."""
+    weights = random_weights(build_drafter(config), jax.random.key(seed), jnp.dtype(jnp.float32))
+    return LoadedDrafter(config, weights, SpeculationTable.always(None))
 
 
 def prompts(config: ModelConfig, lengths: tuple[int, ...], seed: int = 0) -> list[list[int]]:

@@ -7,11 +7,11 @@ import os
 import time
 
 import jax
-from worker import Ready, Repetition, argument_parser, prompts, serve
+from worker import Ready, Repetition, Work, argument_parser, serve
 
 import l4jax
+from l4jax.batch import Batch, Request
 from l4jax.decoding.generate import BURST
-from l4jax.runner import Request
 
 
 def main() -> None:
@@ -20,13 +20,12 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of weights, activations and cache")
     arguments = parser.parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
-    llm = l4jax.load(arguments.model, dtype=arguments.dtype)
-    params = l4jax.SamplingParams(max_tokens=arguments.new_tokens + 1, temperature=0.0, ignore_eos=True)
-    token_BT = prompts(llm.config.vocab_size, arguments.batch, arguments.prompt_tokens).tolist()
+    llm = l4jax.load(arguments.model, dtype=arguments.dtype, speculation="off", max_batch=arguments.batch)
 
-    def repeat() -> Repetition:
+    def repeat(work: Work) -> Repetition:
+        params = l4jax.SamplingParams(max_tokens=work.new_tokens + 1, temperature=0.0, ignore_eos=True)
         start = time.perf_counter()
-        batch = llm.runner.start([Request(tokens, params, 0, ()) for tokens in token_BT])
+        batch = Batch(llm.runner, [Request(tokens, params, 0, ()) for tokens in work.prompts])
         rows = [new.token_ids for new in batch.step(1)]
         prefilled = time.perf_counter()
         while not all(batch.done):

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import llama_cpp as lib
 import numpy as np
-from worker import Ready, Repetition, argument_parser, prompts, serve
+from worker import Ready, Repetition, Work, argument_parser, serve
 
 # enum ggml_type
 CACHE_TYPES = {"f32": 0, "f16": 1}
@@ -73,23 +73,22 @@ def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--cache", choices=list(CACHE_TYPES), default="f16", help="type of the KV cache (default: llama.cpp's own, f16)")
     arguments = parser.parse_args()
-    batch, length, new = arguments.batch, arguments.prompt_tokens, arguments.new_tokens
     llama = Llama(
         arguments.model,
-        batch=batch,
-        capacity=length + new + 1,
-        step_tokens=max(length, batch),
+        batch=arguments.batch,
+        capacity=arguments.capacity,
+        step_tokens=max(arguments.capacity, arguments.batch),
         threads=arguments.threads,
         cache=arguments.cache,
     )
-    ids = prompts(llama.vocab_size, batch, length).tolist()
 
-    def repeat() -> Repetition:
+    def repeat(work: Work) -> Repetition:
+        ids, batch, length = work.prompts, len(work.prompts), len(work.prompts[0])
         llama.clear()
         start = time.perf_counter()
         chosen = [llama.step(ids[row], range(length), [row] * length, [length - 1]) for row in range(batch)]
         prefilled = time.perf_counter()
-        for i in range(new):
+        for i in range(work.new_tokens):
             tokens = llama.step([row[-1] for row in chosen], [length + i] * batch, range(batch), range(batch))
             for row, token in zip(chosen, tokens, strict=True):
                 row.append(token)

@@ -14,7 +14,7 @@ import time
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, DynamicCache
-from worker import Ready, Repetition, argument_parser, prompts, serve
+from worker import Ready, Repetition, Work, argument_parser, serve
 
 
 @torch.inference_mode()
@@ -26,9 +26,9 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     transformers.utils.logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype)).eval()
-    ids_BT = torch.from_numpy(prompts(model.config.vocab_size, arguments.batch, arguments.prompt_tokens))
 
-    def repeat() -> Repetition:
+    def repeat(work: Work) -> Repetition:
+        ids_BT = torch.tensor(work.prompts)
         cache = DynamicCache(config=model.config)
         chosen = []
 
@@ -40,7 +40,7 @@ def main() -> None:
         start = time.perf_counter()
         token_B1 = step(ids_BT)
         prefilled = time.perf_counter()
-        for _ in range(arguments.new_tokens):
+        for _ in range(work.new_tokens):
             token_B1 = step(token_B1)
         end = time.perf_counter()
         return Repetition(prefilled - start, end - prefilled, torch.cat(chosen, 1).tolist())

@@ -1,11 +1,11 @@
 """Peers are timed by workers: programs that load a model once and then do one repetition whenever they are asked to.
 
 So the systems compared can take turns on the same machine, minutes apart at most, each in its own Python environment. A worker
-speaks JSON lines on standard output: first, when it is loaded and warm, a :class:`Ready`; then for every line ``run`` on its
-standard input a :class:`Repetition`. It ends when its input does.
+speaks JSON lines on standard output: first, when it is loaded, a :class:`Ready`; then for every line on its
+standard input, a :class:`Work`, a :class:`Repetition`. It ends when its input does.
 
-A repetition starts from an empty cache, processes ``batch`` prompts of ``prompt_tokens`` and chooses each row's first token
-(prefill), then makes ``new_tokens`` greedy steps (decode). All systems get the same token ids.
+A repetition starts from an empty cache, processes the prompts, of equal lengths, and chooses each row's first token (prefill), then makes
+``new_tokens`` greedy steps (decode), past any end token. All systems get the same token ids.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 
 @dataclasses.dataclass(frozen=True)
 class Ready:
@@ -28,6 +26,14 @@ class Ready:
     weights: str
     cache: str
     weight_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Prompts, [batch][tokens], and how many tokens to choose for each behind the first."""
+
+    prompts: list[list[int]]
+    new_tokens: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,26 +49,17 @@ def argument_parser(description: str | None) -> argparse.ArgumentParser:
     """The options that every worker has."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="the model's folder or file")
-    parser.add_argument("--prompt-tokens", type=int, default=512)
-    parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--capacity", type=int, default=1024, help="most tokens of a prompt and what comes behind it")
+    parser.add_argument("--batch", type=int, default=1, help="most prompts at once")
     parser.add_argument("--threads", type=int, default=2)
     return parser
 
 
-def prompts(vocab_size: int, batch: int, tokens: int) -> np.ndarray:
-    """Random token ids, int64 [batch, tokens], the same in every system; special tokens at either end are left out."""
-    return np.random.default_rng(0).integers(100, vocab_size - 100, (batch, tokens))
-
-
-def serve(ready: Ready, repeat: Callable[[], Repetition]) -> None:
-    """Warm up, then one repetition a line of standard input."""
-    repeat()
+def serve(ready: Ready, repeat: Callable[[Work], Repetition]) -> None:
+    """One repetition a line of standard input."""
     print(json.dumps(dataclasses.asdict(ready)), flush=True)
     for line in sys.stdin:
-        if line.strip() != "run":
-            raise SystemExit(f"got {line.strip()!r} on standard input; expected 'run'")
-        print(json.dumps(dataclasses.asdict(repeat())), flush=True)
+        print(json.dumps(dataclasses.asdict(repeat(Work(**json.loads(line))))), flush=True)
 
 
 class Worker:
@@ -76,10 +73,10 @@ class Worker:
         self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.ready = Ready(**self._read())
 
-    def run(self) -> Repetition:
+    def run(self, work: Work) -> Repetition:
         """One repetition; the caller sees to it that nothing else runs meanwhile."""
         assert self._process.stdin is not None
-        self._process.stdin.write("run\n")
+        self._process.stdin.write(json.dumps(dataclasses.asdict(work)) + "\n")
         self._process.stdin.flush()
         return Repetition(**self._read())
 

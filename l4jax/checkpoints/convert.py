@@ -14,22 +14,27 @@ from typing import Any, Literal
 
 import numpy as np
 
+from l4jax.checkpoints.eagle import EagleSource
 from l4jax.checkpoints.licences import write_notice
 from l4jax.checkpoints.open import open_source
 from l4jax.checkpoints.partial import LOCK, check_destination, unfinished
 from l4jax.checkpoints.source import CheckpointError, Recipe, Source
 from l4jax.checkpoints.store import (
     DTYPES,
+    TABLE_DTYPES,
     StoredWeight,
     checksum,
     group_weights,
     groups_of,
     load_verified,
+    module_of,
+    open_checkpoint,
     save_group,
     write_manifest,
 )
-from l4jax.config import config_to_json
-from l4jax.model.llama import Llama
+from l4jax.config import config_to_json, decoder_of
+from l4jax.config_formats.eagle import NO_ANSWERS, HeadAnswers
+from l4jax.decoding.plan import UNMEASURED, TableJson
 from l4jax.model.weights import weight_specs
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -42,35 +47,44 @@ def convert(
     destination: str | os.PathLike[str],
     *,
     dtype: DType | None = None,
+    target: str | os.PathLike[str] | None = None,
+    answers: HeadAnswers = NO_ANSWERS,
+    speculation: TableJson = UNMEASURED,
     progress: Progress | None = None,
 ) -> None:
-    """Convert a Hugging Face, Meta or GGUF checkpoint into a folder that ``l4jax.load`` reads.
+    """Convert a Hugging Face, Meta or GGUF checkpoint, or an EAGLE head, into a folder that ``l4jax.load`` reads.
 
-    ``dtype`` None keeps what the source has (quantised GGUF tensors become float32). Everything is made in
-    ``DEST.partial``, verified there, and renamed to ``DEST`` at the end; an interrupted conversion goes on where it stopped
-    when the same call is made again. Raises :class:`CheckpointError` for a source that cannot be used, a destination that
-    exists or is being written, and a full disk.
+    With ``target``, a converted model, the source is a head that was trained for it; ``answers`` are for what its files leave open,
+    ``speculation`` says how to speculate with it by default.
+
+    ``dtype`` None keeps what the source has (quantised GGUF tensors become float32). Everything is made in ``DEST.partial``,
+    verified there, and renamed to ``DEST`` at the end; an interrupted conversion goes on where it stopped when the same call is made
+    again. Raises :class:`CheckpointError` for a source that cannot be used, a destination that exists or is being written, and a full
+    disk.
     """
-    target = check_destination(destination)
-    source = open_source(source_path)
+    result = check_destination(destination)
+    source = open_source(source_path) if target is None else EagleSource(Path(source_path), open_checkpoint(target), answers)
     check_complete(source)
-    with unfinished(target, "conversion") as partial:
+    with unfinished(result, "conversion") as partial:
         state = _resume(partial, _identity(source, dtype))
         # Before the weights: what is wrong with a tokenizer should not come out hours later.
         text_files = source.write_text_files(partial)
-        text_files += write_notice(partial, text_files, architecture=source.config.architecture, source_format=source.format)
+        architecture = decoder_of(source.config).architecture
+        text_files += write_notice(partial, text_files, architecture=architecture, source_format=source.format)
         weights = _write_groups(source, partial, dtype, state, progress)
         _verify(partial, weights, progress)
-        write_manifest(partial, source_format=source.format, config=source.config, weights=weights, text_files=text_files)
-        partial.replace(target)
+        write_manifest(
+            partial, source_format=source.format, config=source.config, weights=weights, text_files=text_files, speculation=speculation
+        )
+        partial.replace(result)
         # Last: a conversion killed before the renaming can go on, one killed after it is complete.
-        (target / _PROGRESS).unlink()
-        (target / LOCK).unlink()
+        (result / _PROGRESS).unlink()
+        (result / LOCK).unlink()
 
 
 def check_complete(source: Source) -> None:
     """Every weight has a recipe, every source tensor is used exactly once or ignored by design."""
-    wanted = set(weight_specs(Llama(source.config)))
+    wanted = set(weight_specs(module_of(source.config)))
     missing = sorted(wanted - source.recipes.keys())
     if missing:
         raise CheckpointError(f"the source has no tensors for {len(missing)} weights, {missing[0]} the first; is a shard missing?")
@@ -109,7 +123,7 @@ def _write_groups(
     """Write the groups that are not there yet; what is known of all weights."""
     weights = {name: StoredWeight(**{**w, "shape": tuple(w["shape"])}) for name, w in state["weights"].items()}
     nbytes = {name: _nbytes(source, recipe, dtype) for name, recipe in source.recipes.items()}
-    specs = weight_specs(Llama(source.config))
+    specs = weight_specs(module_of(source.config))
     groups = group_weights(nbytes)
     missing = [group for group, names in groups.items() if not (weights.keys() >= set(names) and (partial / "weights" / group).is_dir())]
     _check_space(partial, sum(nbytes[name] for group in missing for name in groups[group]))
@@ -118,7 +132,8 @@ def _write_groups(
         if group in missing:
             for unfinished_group in (partial / "weights").glob(f"{group}*"):
                 shutil.rmtree(unfinished_group)
-            arrays = {name: _make(source, name, source.recipes[name], dtype) for name in names}
+            tables = {name for name, spec in specs.items() if spec.init == "numbers"}
+            arrays = {name: _make(source, name, source.recipes[name], None if name in tables else dtype) for name in names}
             for name, array in arrays.items():
                 if name in specs and array.shape != specs[name].shape:
                     raise CheckpointError(
@@ -153,7 +168,7 @@ def _make(source: Source, name: str, recipe: Recipe, dtype: DType | None) -> np.
             array = array.astype(DTYPES[dtype])
         if not _all_finite(array):
             raise CheckpointError(f"weight {name} has values too large for {dtype}; choose another dtype")
-    if array.dtype.name not in DTYPES:
+    if array.dtype.name not in (*DTYPES, *TABLE_DTYPES):
         raise CheckpointError(f"weight {name} is {array.dtype.name}; expected {', '.join(DTYPES)}; choose a dtype to convert to")
     return array
 

@@ -1,53 +1,74 @@
-"""Export: a checkpoint back to Hugging Face safetensors, bit for bit what a Hugging Face source had."""
+"""Export: a checkpoint back to Hugging Face safetensors, bit for bit what a Hugging Face source had; drafters as published heads."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from l4jax.checkpoints.partial import LOCK, check_destination, unfinished
 from l4jax.checkpoints.recipes import halve
-from l4jax.checkpoints.store import DTYPES, SOURCE_CONFIG, Checkpoint, is_vision, load_verified, open_checkpoint
+from l4jax.checkpoints.store import (
+    SOURCE_CONFIG,
+    Checkpoint,
+    DrafterCheckpoint,
+    Stored,
+    is_vision,
+    load_verified,
+    open_checkpoint,
+    open_drafter,
+)
 from l4jax.config import ModelConfig
 from l4jax.config_formats import config_to_hf
+from l4jax.config_formats.eagle_write import config_to_eagle
+
+Format = Literal["hf", "eagle", "speculators"]
 
 _SHARD_BYTES = 5_000_000_000
 _SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_SAFETENSORS_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I64": 8, "BOOL": 1}
 
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """A Hugging Face tensor: its shape, and how it is cut out of one of our weights."""
+    """A Hugging Face tensor: its shape, how it is cut out of one of our weights, and its type in the file if that is not the weight's."""
 
     weight: str
     shape: tuple[int, ...]
     cut: Callable[[np.ndarray], np.ndarray]
+    dtype: str | None = None
 
 
-def export(checkpoint_path: str | os.PathLike[str], destination: str | os.PathLike[str]) -> None:
+def export(checkpoint_path: str | os.PathLike[str], destination: str | os.PathLike[str], *, to: Format = "hf") -> None:
     """Write a checkpoint as a Hugging Face folder: safetensors in shards of 5 GB, ``config.json``, tokenizer files.
 
-    Made in ``DEST.partial`` and renamed at the end. Raises :class:`CheckpointError` if the destination exists, the checkpoint
-    is damaged or the disk is full.
+    ``to``: "hf" for a model; for a drafter "eagle", as SafeAILab's code reads it, or "speculators". Made in ``DEST.partial`` and renamed
+    at the end. Raises :class:`CheckpointError` if the destination exists, the checkpoint is damaged or the disk is full.
     """
-    checkpoint, target = open_checkpoint(checkpoint_path), check_destination(destination)
+    checkpoint = open_checkpoint(checkpoint_path) if to == "hf" else open_drafter(checkpoint_path)
+    target = check_destination(destination)
+    if isinstance(checkpoint, DrafterCheckpoint):
+        config = json.dumps(config_to_eagle(checkpoint.config, checkpoint.dtype, to), indent=2).encode() + b"\n"
+        exports = eagle_exports(checkpoint, to)
+    else:
+        config, exports = _config(checkpoint), hf_exports(checkpoint)
     with unfinished(target, "export") as partial:
         for entry in partial.iterdir():
             if entry.name != LOCK:
                 entry.unlink()
-        _write_shards(checkpoint, hf_exports(checkpoint), partial)
+        _write_shards(checkpoint, exports, partial)
         for name in checkpoint.text_files:
             if name != SOURCE_CONFIG:
                 shutil.copyfile(checkpoint.directory / name, partial / name)
-        (partial / "config.json").write_bytes(_config(checkpoint))
+        (partial / "config.json").write_bytes(config)
         partial.replace(target)
         (target / LOCK).unlink()
 
@@ -85,24 +106,12 @@ def hf_exports(checkpoint: Checkpoint) -> dict[str, Export]:
     return exports | {name.removeprefix("vision."): Export(name, weight.shape, _same) for name, weight in vision.items()}
 
 
-def _layer(config: ModelConfig, ours: str, theirs: str, layer: int) -> dict[str, Export]:
-    D, h, H, K = config.hidden_size, config.head_dim, config.num_heads, config.num_kv_heads
-    halves = config.architecture == "llama"
-    qkv, moe = f"{ours}attention.qkv", config.moe
-
-    def rows(part: slice) -> Callable[[np.ndarray], np.ndarray]:
-        turned = halves and part != slice(-1, None)  # values are not rotated
-        return lambda fused: (halve(fused[:, part]) if turned else fused[:, part]).reshape(-1, D)
-
-    exports = {
-        f"{theirs}input_layernorm.weight": Export(f"{ours}attention_norm.scale", (D,), _same),
-        f"{theirs}self_attn.q_proj.weight": Export(qkv, (H * h, D), rows(slice(None, -2))),
-        f"{theirs}self_attn.k_proj.weight": Export(qkv, (K * h, D), rows(slice(-2, -1))),
-        f"{theirs}self_attn.v_proj.weight": Export(qkv, (K * h, D), rows(slice(-1, None))),
-        f"{theirs}self_attn.o_proj.weight": Export(f"{ours}attention.out", (D, H * h), lambda out: out.reshape(D, -1)),
-        f"{theirs}post_attention_layernorm.weight": Export(f"{ours}feed_forward_norm.scale", (D,), _same),
-    }
-    ours, theirs = f"{ours}feed_forward.", f"{theirs}{'mlp' if halves else 'feed_forward'}."
+def _layer(config: ModelConfig, ours: str, theirs: str, layer: int, *, attention_normed: bool = True) -> dict[str, Export]:
+    D, moe = config.hidden_size, config.moe
+    exports = {f"{theirs}input_layernorm.weight": Export(f"{ours}attention_norm.scale", (D,), _same)} if attention_normed else {}
+    exports |= _attention(config, f"{ours}attention.", f"{theirs}self_attn.", D)
+    exports[f"{theirs}post_attention_layernorm.weight"] = Export(f"{ours}feed_forward_norm.scale", (D,), _same)
+    ours, theirs = f"{ours}feed_forward.", f"{theirs}{'mlp' if config.architecture == 'llama' else 'feed_forward'}."
     if moe is None or not moe.moe_layers[layer]:
         return exports | _swiglu(ours, theirs, D, config.intermediate_size)
     E, F = moe.num_experts, moe.intermediate_size
@@ -117,6 +126,22 @@ def _layer(config: ModelConfig, ours: str, theirs: str, layer: int) -> dict[str,
     )
 
 
+def _attention(config: ModelConfig, ours: str, theirs: str, input_size: int) -> dict[str, Export]:
+    D, h, H, K = config.hidden_size, config.head_dim, config.num_heads, config.num_kv_heads
+    halves = config.architecture == "llama"
+
+    def rows(part: slice) -> Callable[[np.ndarray], np.ndarray]:
+        turned = halves and part != slice(-1, None)  # values are not rotated
+        return lambda fused: (halve(fused[:, part]) if turned else fused[:, part]).reshape(-1, input_size)
+
+    return {
+        f"{theirs}q_proj.weight": Export(f"{ours}qkv", (H * h, input_size), rows(slice(None, -2))),
+        f"{theirs}k_proj.weight": Export(f"{ours}qkv", (K * h, input_size), rows(slice(-2, -1))),
+        f"{theirs}v_proj.weight": Export(f"{ours}qkv", (K * h, input_size), rows(slice(-1, None))),
+        f"{theirs}o_proj.weight": Export(f"{ours}out", (D, H * h), lambda out: out.reshape(D, -1)),
+    }
+
+
 def _swiglu(ours: str, theirs: str, D: int, F: int) -> dict[str, Export]:
     return {
         f"{theirs}gate_proj.weight": Export(f"{ours}gate_up", (F, D), lambda w: w[0]),
@@ -125,16 +150,59 @@ def _swiglu(ours: str, theirs: str, D: int, F: int) -> dict[str, Export]:
     }
 
 
+def eagle_exports(checkpoint: DrafterCheckpoint, to: Format) -> dict[str, Export]:
+    """Every tensor of a published head, by its name there; the inverse of ``eagle.EagleSource``."""
+    config, speculators = checkpoint.config, to == "speculators"
+    decoder, version = config.decoder, config.version
+    D, V, width = decoder.hidden_size, config.draft_vocab_size, config.target_hidden_size
+    exports: dict[str, Export] = {}
+
+    def same(key: str, weight: str) -> None:
+        exports[key] = Export(weight, checkpoint.weights[weight].shape, _same)
+
+    if config.own_embedding:
+        same("embed_tokens.weight", "embed")
+    if version == "eagle1":
+        fuse = "fusion_fc" if speculators else "fc"
+        same(f"{fuse}.weight", "fuse")
+        if config.fuse_bias:
+            same(f"{fuse}.bias", "fuse_bias")
+        for i in range(decoder.num_layers):
+            theirs = "transformer." if speculators else f"layers.{i}."
+            exports |= _layer(decoder, f"layers.{i}.", theirs, i, attention_normed=i > 0 or config.first_layer_normed)
+        if config.final_normed:
+            same("norm.weight", "norm.scale")
+        return exports
+    theirs = "layers.0." if speculators else "midlayer."
+    same("fc.weight", "fuse")
+    if config.norm_before_fuse:
+        same("input_norm.weight", "fuse_norm.scale")
+    for i in range(len(config.aux_layers) if config.norm_each_aux else 0):
+        exports[f"fc_norm.{i}.weight"] = Export(f"aux_norms.{i}.scale", (width,), _same)
+    same(f"{theirs}input_layernorm.weight", "layer.embedding_norm.scale")
+    same(f"{theirs}hidden_norm.weight", "layer.hidden_norm.scale")
+    exports |= _attention(decoder, "layer.attention.", f"{theirs}self_attn.", 2 * D)
+    same(f"{theirs}post_attention_layernorm.weight", "layer.feed_forward_norm.scale")
+    exports |= _swiglu("layer.feed_forward.", f"{theirs}mlp.", D, decoder.intermediate_size)
+    same("norm.weight", "norm.scale")
+    same("lm_head.weight", "head")
+    exports["d2t"] = Export("token_ids", (V,), lambda ids: ids.astype(np.int64) - np.arange(V), "I64")
+    exports["t2d"] = Export("token_ids", (decoder.vocab_size,), lambda ids: np.isin(np.arange(decoder.vocab_size), ids), "BOOL")
+    return exports
+
+
 def _same(weight: np.ndarray) -> np.ndarray:
     return weight
 
 
-def _write_shards(checkpoint: Checkpoint, exports: Mapping[str, Export], directory: Path) -> None:
+def _write_shards(checkpoint: Stored, exports: Mapping[str, Export], directory: Path) -> None:
     """One file if all fits into one shard, else shards and an index. Holds one group of weights at a time."""
 
+    def dtype(key: str) -> str:
+        return exports[key].dtype or _SAFETENSORS_NAMES[checkpoint.weights[exports[key].weight].dtype]
+
     def nbytes(key: str) -> int:
-        stored = checkpoint.weights[exports[key].weight]
-        return int(np.prod(exports[key].shape, dtype=np.int64)) * DTYPES[stored.dtype].itemsize
+        return math.prod(exports[key].shape) * _SAFETENSORS_BYTES[dtype(key)]
 
     shards: list[list[str]] = [[]]
     size = 0
@@ -150,8 +218,7 @@ def _write_shards(checkpoint: Checkpoint, exports: Mapping[str, Export], directo
     for name, keys in zip(names, shards, strict=True):
         described, offset = {}, 0
         for key in keys:
-            dtype = _SAFETENSORS_NAMES[checkpoint.weights[exports[key].weight].dtype]
-            described[key] = {"dtype": dtype, "shape": list(exports[key].shape), "data_offsets": [offset, offset + nbytes(key)]}
+            described[key] = {"dtype": dtype(key), "shape": list(exports[key].shape), "data_offsets": [offset, offset + nbytes(key)]}
             offset += nbytes(key)
         header = json.dumps({"__metadata__": {"format": "pt"}, **described}).encode()
         header += b" " * (-len(header) % 8)  # the data begins aligned
@@ -168,7 +235,7 @@ def _write_shards(checkpoint: Checkpoint, exports: Mapping[str, Export], directo
 class _Groups:
     """Weights by name; the group last asked for is in memory."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Stored) -> None:
         self._checkpoint = checkpoint
         self._group = ""
         self._arrays: dict[str, Any] = {}

@@ -22,6 +22,7 @@ from l4jax.config import ModelConfig
 from l4jax.config_formats import config_from_hf
 
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_TABLES = {"I64": np.dtype(np.int64), "I32": np.dtype(np.int32), "BOOL": np.dtype(np.bool_)}  # of a drafter's vocabulary
 _COPIED = (
     *("tokenizer*", "special_tokens_map.json", "chat_template*", "generation_config.json"),
     *("preprocessor_config.json", "processor_config.json"),
@@ -37,6 +38,30 @@ class HFSource:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self.config: ModelConfig = config_from_hf(read_json(directory / "config.json"))
+        self._files = SafetensorsFiles(directory)
+        self.fingerprint: Mapping[str, list[int]] = self._files.fingerprint
+        self.tensors: Mapping[str, TensorInfo] = self._files.tensors
+        self.ignored = frozenset(key for key in self.tensors if key.endswith("rotary_emb.inv_freq"))
+        if self.config.tie_word_embeddings:
+            # Some writers store the tied head a second time.
+            self.ignored |= {key for key in self.tensors if key.endswith("lm_head.weight")}
+        self.recipes: Mapping[str, Recipe] = hf_recipes(self.config, self.tensors)
+
+    def read(self, key: str) -> np.ndarray:
+        """The tensor, memory-mapped."""
+        return self._files.read(key)
+
+    def write_text_files(self, directory: Path) -> list[str]:
+        """Copy tokenizer, chat template, generation defaults and licence files."""
+        names = copy_files(self._directory, _COPIED, directory)
+        shutil.copyfile(self._directory / "config.json", directory / SOURCE_CONFIG)
+        return [*names, SOURCE_CONFIG]
+
+
+class SafetensorsFiles:
+    """The tensors of a folder's safetensors files."""
+
+    def __init__(self, directory: Path) -> None:
         self._entries: dict[str, _Entry] = {}
         files = _weight_files(directory)
         for file, expected in files.items():
@@ -49,21 +74,10 @@ class HFSource:
             self._entries |= entries
         self.fingerprint: Mapping[str, list[int]] = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
         self.tensors: Mapping[str, TensorInfo] = {key: entry.info for key, entry in self._entries.items()}
-        self.ignored = frozenset(key for key in self.tensors if key.endswith("rotary_emb.inv_freq"))
-        if self.config.tie_word_embeddings:
-            # Some writers store the tied head a second time.
-            self.ignored |= {key for key in self.tensors if key.endswith("lm_head.weight")}
-        self.recipes: Mapping[str, Recipe] = hf_recipes(self.config, self.tensors)
 
     def read(self, key: str) -> np.ndarray:
         """The tensor, memory-mapped."""
         return self._entries[key].map()
-
-    def write_text_files(self, directory: Path) -> list[str]:
-        """Copy tokenizer, chat template, generation defaults and licence files."""
-        names = copy_files(self._directory, _COPIED, directory)
-        shutil.copyfile(self._directory / "config.json", directory / SOURCE_CONFIG)
-        return [*names, SOURCE_CONFIG]
 
 
 class _Entry:
@@ -90,23 +104,11 @@ def hf_recipes(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> dict[s
     Raises :class:`CheckpointError` where a tensor's shape is not what the configuration says.
     """
     prefix = "language_model." if any(key.startswith("language_model.") for key in tensors) else ""
-    K, h, D, V = config.num_kv_heads, config.head_dim, config.hidden_size, config.vocab_size
-    H = config.num_heads
-    halves = config.architecture == "llama"
+    D, V = config.hidden_size, config.vocab_size
     wanted = Wanted(tensors)
     wanted.same("embed", f"{prefix}model.embed_tokens.weight", (V, D))
     for i in range(config.num_layers):
-        ours, theirs = f"layers.{i}.", f"{prefix}model.layers.{i}."
-        wanted.same(f"{ours}attention_norm.scale", f"{theirs}input_layernorm.weight", (D,))
-        wanted.add(
-            f"{ours}attention.qkv",
-            [(f"{theirs}self_attn.{x}_proj.weight", (n * h, D)) for x, n in (("q", H), ("k", K), ("v", K))],
-            lambda parts: fuse_qkv(parts, K, h, halves=halves),
-            "q, k, v grouped by KV head" + ("; q, k rows from half-split to interleaved pairs" if halves else ""),
-        )
-        wanted.reshaped(f"{ours}attention.out", f"{theirs}self_attn.o_proj.weight", (D, H * h), (D, K, H // K, h))
-        wanted.same(f"{ours}feed_forward_norm.scale", f"{theirs}post_attention_layernorm.weight", (D,))
-        _feed_forward(wanted, config, i, f"{ours}feed_forward.", f"{theirs}{'mlp' if halves else 'feed_forward'}.")
+        layer_recipes(wanted, config, i, f"layers.{i}.", f"{prefix}model.layers.{i}.")
     wanted.same("norm.scale", f"{prefix}model.norm.weight", (D,))
     if not config.tie_word_embeddings:
         wanted.same("head", f"{prefix}lm_head.weight", (V, D))
@@ -116,14 +118,37 @@ def hf_recipes(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> dict[s
     return wanted.recipes
 
 
+def layer_recipes(wanted: Wanted, config: ModelConfig, layer: int, ours: str, theirs: str, *, attention_normed: bool = True) -> None:
+    """How a decoder layer is made; ``attention_normed``: there is a norm before its attention."""
+    D = config.hidden_size
+    if attention_normed:
+        wanted.same(f"{ours}attention_norm.scale", f"{theirs}input_layernorm.weight", (D,))
+    attention_recipes(wanted, config, f"{ours}attention.", f"{theirs}self_attn.", input_size=D)
+    wanted.same(f"{ours}feed_forward_norm.scale", f"{theirs}post_attention_layernorm.weight", (D,))
+    _feed_forward(wanted, config, layer, f"{ours}feed_forward.", f"{theirs}{'mlp' if config.architecture == 'llama' else 'feed_forward'}.")
+
+
+def attention_recipes(wanted: Wanted, config: ModelConfig, ours: str, theirs: str, *, input_size: int) -> None:
+    """How a layer's attention is made, that projects from this width."""
+    K, h, H, D = config.num_kv_heads, config.head_dim, config.num_heads, config.hidden_size
+    halves = config.architecture == "llama"
+    wanted.add(
+        f"{ours}qkv",
+        [(f"{theirs}{x}_proj.weight", (n * h, input_size)) for x, n in (("q", H), ("k", K), ("v", K))],
+        lambda parts: fuse_qkv(parts, K, h, halves=halves),
+        "q, k, v grouped by KV head" + ("; q, k rows from half-split to interleaved pairs" if halves else ""),
+    )
+    wanted.reshaped(f"{ours}out", f"{theirs}o_proj.weight", (D, H * h), (D, K, H // K, h))
+
+
 def _feed_forward(wanted: Wanted, config: ModelConfig, layer: int, ours: str, theirs: str) -> None:
     D, moe = config.hidden_size, config.moe
     if moe is None or not moe.moe_layers[layer]:
-        _swiglu(wanted, ours, theirs, D, config.intermediate_size)
+        swiglu_recipes(wanted, ours, theirs, D, config.intermediate_size)
         return
     E, F = moe.num_experts, moe.intermediate_size
     wanted.same(f"{ours}router", f"{theirs}router.weight", (E, D))
-    _swiglu(wanted, f"{ours}shared.", f"{theirs}shared_expert.", D, F)
+    swiglu_recipes(wanted, f"{ours}shared.", f"{theirs}shared_expert.", D, F)
     if wanted.has(f"{theirs}experts.gate_up_proj"):
         wanted.reshaped(f"{ours}experts_gate_up", f"{theirs}experts.gate_up_proj", (E, D, 2 * F), (E, D, 2, F))
         wanted.same(f"{ours}experts_down", f"{theirs}experts.down_proj", (E, F, D))
@@ -143,7 +168,8 @@ def _feed_forward(wanted: Wanted, config: ModelConfig, layer: int, ours: str, th
     )
 
 
-def _swiglu(wanted: Wanted, ours: str, theirs: str, D: int, F: int) -> None:
+def swiglu_recipes(wanted: Wanted, ours: str, theirs: str, D: int, F: int) -> None:
+    """How a dense feed-forward block of width ``F`` is made."""
     wanted.add(f"{ours}gate_up", [(f"{theirs}{x}_proj.weight", (F, D)) for x in ("gate", "up")], stack_gate_up, "gate, up stacked")
     wanted.same(f"{ours}down", f"{theirs}down_proj.weight", (D, F))
 
@@ -201,10 +227,11 @@ def _read_header(file: Path) -> dict[str, _Entry]:
 def _entry(file: Path, data: int, key: str, tensor: Mapping[str, Any]) -> _Entry:
     """A tensor as the header describes it; ``data`` is where the values begin."""
     name, shape, (begin, end) = tensor["dtype"], tuple(map(operator.index, tensor["shape"])), tensor["data_offsets"]
-    if name not in _DTYPES:
+    known = {**_DTYPES, **_TABLES}
+    if name not in known:
         raise CheckpointError(f"{file.name}: tensor {key} has dtype {name}; expected {', '.join(_DTYPES)}")
-    if min((begin, *shape)) < 0 or end - begin != math.prod(shape) * _DTYPES[name].itemsize:
+    if min((begin, *shape)) < 0 or end - begin != math.prod(shape) * known[name].itemsize:
         raise CheckpointError(
             f"{file.name}: tensor {key} has {end - begin} bytes; its shape and dtype need another number; fetch the file again"
         )
-    return _Entry(file, data + begin, TensorInfo(shape, _DTYPES[name]))
+    return _Entry(file, data + begin, TensorInfo(shape, known[name]))

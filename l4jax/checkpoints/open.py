@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from l4jax.checkpoints.source import CheckpointError, Source
+from l4jax.checkpoints.source import CheckpointError, ModelSource
 
 
-def open_source(path: str | os.PathLike[str]) -> Source:
+def open_source(path: str | os.PathLike[str]) -> ModelSource:
     """Open a Hugging Face folder, a Meta folder or a GGUF file. Raises :class:`CheckpointError` if it is none of them."""
     source = Path(path)
     if not source.exists():

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from l4jax.config import ModelConfig
+from l4jax.config import DrafterConfig, ModelConfig
 
 
 class CheckpointError(ValueError):
@@ -43,8 +43,13 @@ class Source(Protocol):
     """An opened checkpoint of some format. Opening it reads headers only."""
 
     format: str
-    """"hf", "meta" or "gguf"."""
-    config: ModelConfig
+    """"hf", "meta", "gguf" or "eagle head (...)"."""
+
+    @property
+    def config(self) -> ModelConfig | DrafterConfig:
+        """What it is a checkpoint of."""
+        ...
+
     tensors: Mapping[str, TensorInfo]
     """Every tensor in the files, by its own name."""
     ignored: frozenset[str]
@@ -61,6 +66,15 @@ class Source(Protocol):
 
     def write_text_files(self, directory: Path) -> list[str]:
         """Copy or derive tokenizer and chat template (and licence files) into ``directory``; the names written."""
+        ...
+
+
+class ModelSource(Source, Protocol):
+    """An opened checkpoint of a model."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's configuration."""
         ...
 
 

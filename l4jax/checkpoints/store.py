@@ -30,10 +30,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
+from flax import nnx
 
 from l4jax.checkpoints.partial import SUFFIX
 from l4jax.checkpoints.source import CheckpointError, read_json
-from l4jax.config import ModelConfig, config_from_json, config_to_json
+from l4jax.config import DrafterConfig, ModelConfig, config_from_json, config_to_json, drafter_config_from_json
+from l4jax.decoding.plan import UNMEASURED, TableJson
+from l4jax.model.drafter import build_drafter
 from l4jax.model.llama import Llama
 from l4jax.model.weights import weight_specs
 from l4jax.placement import Placement
@@ -47,6 +50,8 @@ DTYPES: Mapping[str, np.dtype] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
+TABLE_DTYPES = ("int32",)
+"""Of what is no number to compute with, and is never cast."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,13 +183,21 @@ def _not_of_tensorstore(record: logging.LogRecord) -> bool:
 
 
 def write_manifest(
-    directory: Path, *, source_format: str, config: ModelConfig, weights: Mapping[str, StoredWeight], text_files: list[str]
+    directory: Path,
+    *,
+    source_format: str,
+    config: ModelConfig | DrafterConfig,
+    weights: Mapping[str, StoredWeight],
+    text_files: list[str],
+    speculation: TableJson = UNMEASURED,
 ) -> None:
-    """Write ``checkpoint.json``."""
+    """Write ``checkpoint.json``; ``speculation``: how to speculate with a drafter."""
+    drafter = {"speculation": speculation} if isinstance(config, DrafterConfig) else {}
     manifest = {
         "format_version": FORMAT_VERSION,
         "source_format": source_format,
-        "config": config_to_json(config),
+        "drafter" if drafter else "config": config_to_json(config),
+        **drafter,
         "weights": {name: dataclasses.asdict(weight) for name, weight in weights.items()},
         "weight_files": _file_sizes(directory),
         "text_files": text_files,
@@ -199,12 +212,11 @@ def _file_sizes(directory: Path) -> dict[str, int]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    """An opened checkpoint; nothing of the weights has been read yet."""
+class Stored:
+    """An opened checkpoint's weights; nothing of them has been read yet."""
 
     directory: Path
     source_format: str
-    config: ModelConfig
     weights: Mapping[str, StoredWeight]
     text_files: tuple[str, ...]
 
@@ -218,6 +230,8 @@ class Checkpoint:
         """What most bytes of the decoder's weights are stored in. (Norms in float32 beside matrices in bfloat16 are common.)"""
         nbytes: Counter[str] = Counter()
         for weight in map(self.weights.__getitem__, self.decoder_weights):
+            if weight.dtype in TABLE_DTYPES:
+                continue
             nbytes[weight.dtype] += math.prod(weight.shape) * DTYPES[weight.dtype].itemsize
         return nbytes.most_common(1)[0][0]
 
@@ -252,9 +266,38 @@ class Checkpoint:
                         f"weight {name} in {self.directory} has shape {arrays[name].shape}; "
                         f"expected {self.weights[name].shape}; the checkpoint is damaged, convert it again"
                     )
-                cast = arrays.pop(name).astype(DTYPES[self.dtype] if dtype is None else dtype)
+                cast = arrays.pop(name)
+                if self.weights[name].dtype not in TABLE_DTYPES:
+                    cast = cast.astype(DTYPES[self.dtype] if dtype is None else dtype)
                 restored[name] = placement.place(name, cast)
         return restored
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint(Stored):
+    """An opened model."""
+
+    config: ModelConfig
+
+    @property
+    def tokenizer_digest(self) -> str | None:
+        """SHA-256 of the tokenizer's file, by which a drafter knows its model's; None without one."""
+        files = [self.directory / name for name in ("tokenizer.json", "tokenizer.model") if name in self.text_files]
+        return hashlib.sha256(files[0].read_bytes()).hexdigest() if files else None
+
+    @property
+    def drafter(self) -> Path | None:
+        """The folder of the drafter that comes with it."""
+        folder = self.directory / "drafter"
+        return folder if folder.is_dir() else None
+
+
+@dataclasses.dataclass(frozen=True)
+class DrafterCheckpoint(Stored):
+    """An opened drafter; ``speculation``: how best to use it."""
+
+    config: DrafterConfig
+    speculation: TableJson
 
 
 def groups_of(weights: Mapping[str, StoredWeight]) -> dict[str, list[str]]:
@@ -265,8 +308,35 @@ def groups_of(weights: Mapping[str, StoredWeight]) -> dict[str, list[str]]:
     return by_group
 
 
+def module_of(config: ModelConfig | DrafterConfig) -> nnx.Module:
+    """What a checkpoint's weights are bound to."""
+    return build_drafter(config) if isinstance(config, DrafterConfig) else Llama(config)
+
+
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Read a checkpoint's manifest. Raises :class:`CheckpointError` if ``path`` is not a complete checkpoint."""
+    """Read a model's manifest. Raises :class:`CheckpointError` if ``path`` is not a complete checkpoint of one."""
+    stored, manifest = _open(path)
+    if "drafter" in manifest:
+        raise CheckpointError(f"{stored.directory} holds a drafter; expected a model: give the drafter beside it, as drafter")
+    with _damage_to(stored.directory / MANIFEST):
+        config = config_from_json(manifest["config"])
+    _check_weights(stored, module_of(config))
+    return Checkpoint(**vars(stored), config=config)
+
+
+def open_drafter(path: str | os.PathLike[str]) -> DrafterCheckpoint:
+    """As :func:`open_checkpoint`, of a drafter."""
+    stored, manifest = _open(path)
+    if "drafter" not in manifest:
+        raise CheckpointError(f"{stored.directory} holds a model; expected a drafter, as `l4jax train-drafter` makes them")
+    with _damage_to(stored.directory / MANIFEST):
+        config, speculation = drafter_config_from_json(manifest["drafter"]), dict(manifest["speculation"])
+    _check_weights(stored, module_of(config))
+    return DrafterCheckpoint(**vars(stored), config=config, speculation=speculation)
+
+
+def _open(path: str | os.PathLike[str]) -> tuple[Stored, dict[str, Any]]:
+    """What all checkpoints have, and the manifest."""
     directory = Path(path)
     if not directory.exists():
         raise CheckpointError(f"{directory} does not exist; expected a folder made by `l4jax convert`")
@@ -278,20 +348,30 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if manifest.get("format_version") != FORMAT_VERSION:
         version = manifest.get("format_version")
         raise CheckpointError(f"{directory} has format version {version}; expected {FORMAT_VERSION}; convert it again")
-    try:
+    with _damage_to(directory / MANIFEST):
         weights = {name: StoredWeight(**{**w, "shape": tuple(w["shape"])}) for name, w in manifest["weights"].items()}
         sizes: dict[str, int] = dict(manifest["weight_files"])
-        checkpoint = Checkpoint(
-            directory, manifest["source_format"], config_from_json(manifest["config"]), weights, tuple(manifest["text_files"])
-        )
-    except (AttributeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{directory / MANIFEST} is damaged ({error!r}); convert the checkpoint again") from error
-    for name, spec in weight_specs(Llama(checkpoint.config)).items():
-        if name not in weights or weights[name].shape != spec.shape or weights[name].dtype not in DTYPES:
-            raise CheckpointError(f"{directory / MANIFEST} has no entry that fits weight {name}; it is damaged, convert again")
+        stored = Stored(directory, manifest["source_format"], weights, tuple(manifest["text_files"]))
     for file, size in sizes.items():
         found = (directory / file).stat().st_size if (directory / file).is_file() else None
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes; expected {size}"
             raise CheckpointError(f"{directory / file} {state}; the checkpoint is damaged, convert it again")
-    return checkpoint
+    return stored, manifest
+
+
+@contextmanager
+def _damage_to(manifest: Path) -> Iterator[None]:
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{manifest} is damaged ({error!r}); convert the checkpoint again") from error
+
+
+def _check_weights(stored: Stored, module: nnx.Module) -> None:
+    """Raise :class:`CheckpointError` unless there is an entry for each weight that fits it."""
+    for name, spec in weight_specs(module).items():
+        weight = stored.weights.get(name)
+        dtypes = TABLE_DTYPES if spec.init == "numbers" else tuple(DTYPES)
+        if weight is None or weight.shape != spec.shape or weight.dtype not in dtypes:
+            raise CheckpointError(f"{stored.directory / MANIFEST} has no entry that fits weight {name}; it is damaged, convert again")

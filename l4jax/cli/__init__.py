@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-COMMANDS = ("generate", "convert", "export", "show", "demo")
+COMMANDS = ("generate", "convert", "export", "show", "demo", "train-drafter")
 
 STARTED = time.perf_counter()
 """When the command began, on the clock of ``time.perf_counter``."""
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"l4jax {importlib.metadata.version('l4jax')}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS:
-        importlib.import_module(f"l4jax.cli.{command}").register(subparsers)
+        importlib.import_module(f"l4jax.cli.{command.replace('-', '_')}").register(subparsers)
     arguments = parser.parse_args(argv)
     try:
         status: int = arguments.run(arguments)

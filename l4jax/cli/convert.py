@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Declare the command's arguments."""
     parser = subparsers.add_parser(
         "convert",
-        help="turn a Hugging Face, Meta or GGUF checkpoint into one that l4jax loads",
-        description="Turn a Hugging Face folder, a Meta folder or a GGUF file into a checkpoint that l4jax loads. "
+        help="turn a Hugging Face, Meta or GGUF checkpoint, or an EAGLE head, into one that l4jax loads",
+        description="Turn a Hugging Face folder, a Meta folder or a GGUF file into a checkpoint that l4jax loads; or, with --target, an "
+        "EAGLE head into a drafter for that model. "
         "An interrupted conversion goes on where it stopped when the same command is given again.",
     )
     parser.add_argument("source", help="a folder with safetensors or consolidated.*.pth, or a .gguf file")
     parser.add_argument("destination", help="the folder to make; it must not exist")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="store the weights in this (default: as the source)")
+    parser.add_argument("--target", help="the source is an EAGLE head; the model it was trained for: a folder made by l4jax convert")
+    parser.add_argument(
+        "--aux-layers", type=_layers, metavar="I,J,K", help="of a head whose files leave it open: the target's layers whose input it reads"
+    )
+    for name, what in (("residual", "takes its residual behind the norm"), ("fed-back", "feeds its normed state back")):
+        option = "--norm-before-residual" if name == "residual" else "--norm-fed-back"
+        parser.add_argument(option, choices=("yes", "no"), help=f"of a head whose files leave it open: whether it {what}")
     parser.add_argument("--dry-run", action="store_true", help="check the source and print which tensors make which weight; write nothing")
     parser.set_defaults(run=run)
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(map(int, text.split(",")))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of layers; expected numbers, as in 2,16,29") from error
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -26,10 +42,22 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     from l4jax.checkpoints.convert import check_complete, convert
+    from l4jax.checkpoints.eagle import EagleSource
     from l4jax.checkpoints.open import open_source
+    from l4jax.checkpoints.source import Source
+    from l4jax.checkpoints.store import open_checkpoint
+    from l4jax.config_formats.eagle import NO_ANSWERS, HeadAnswers
 
+    yes = {None: None, "yes": True, "no": False}
+    answers = HeadAnswers(arguments.aux_layers, yes[arguments.norm_before_residual], yes[arguments.norm_fed_back])
+    if arguments.target is None and answers != NO_ANSWERS:
+        raise ValueError("--aux-layers, --norm-before-residual and --norm-fed-back are for EAGLE heads; give --target, the head's model")
     if arguments.dry_run:
-        source = open_source(arguments.source)
+        source: Source = (
+            open_source(arguments.source)
+            if arguments.target is None
+            else EagleSource(Path(arguments.source), open_checkpoint(arguments.target), answers)
+        )
         check_complete(source)
         for name, recipe in source.recipes.items():
             parts = ", ".join(f"{key} {list(source.tensors[key].shape)} {source.tensors[key].dtype.name}" for key in recipe.keys)
@@ -44,6 +72,8 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.source,
             arguments.destination,
             dtype=arguments.dtype,
+            target=arguments.target,
+            answers=answers,
             progress=lambda stage, done, total: bar.update(task, completed=done, total=total, description=stage),
         )
     print(f"{arguments.destination} is complete and verified")

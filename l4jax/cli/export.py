@@ -9,12 +9,13 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Declare the command's arguments."""
     parser = subparsers.add_parser(
         "export",
-        help="write a checkpoint as Hugging Face safetensors",
-        description="Write a checkpoint as a Hugging Face folder; one that came from such a folder comes out bit for bit the same.",
+        help="write a checkpoint as Hugging Face safetensors, or a drafter as a published EAGLE head",
+        description="Write a checkpoint as a Hugging Face folder; one that came from such a folder comes out bit for bit the same. "
+        "A drafter is written as an EAGLE head, as SafeAILab's code and speculators read it.",
     )
     parser.add_argument("checkpoint", help="a folder made by l4jax convert")
     parser.add_argument("destination", help="the folder to make; it must not exist")
-    parser.add_argument("--to", choices=("hf",), required=True, help="the format: hf, Hugging Face safetensors")
+    parser.add_argument("--to", choices=("hf", "eagle", "speculators"), required=True, help="hf: a model; eagle, speculators: a drafter")
     parser.set_defaults(run=run)
 
 
@@ -22,6 +23,6 @@ def run(arguments: argparse.Namespace) -> int:
     """Export, and say where to."""
     from l4jax.checkpoints.export import export
 
-    export(arguments.checkpoint, arguments.destination)
+    export(arguments.checkpoint, arguments.destination, to=arguments.to)
     print(f"{arguments.destination} is complete")
     return 0

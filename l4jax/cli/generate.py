@@ -29,6 +29,18 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--coordinator-timeout", type=float, default=300.0, metavar="SECONDS", help="how long to wait for the others (default: 300)"
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="hold weights and cache in this (default: as stored)")
+    parser.add_argument("--drafter", help="the folder of a drafter made for the model (default: the one in its folder, if there is one)")
+    parser.add_argument(
+        "--speculation",
+        default="auto",
+        help="off, chain:5, tree:eagle26, dynamic:steps=5,topk=4,nodes=16, or auto (the default: what the drafter says)",
+    )
+    parser.add_argument(
+        "--beyond-training",
+        choices=("window", "stop"),
+        default="window",
+        help="what a drafter does with longer texts than it learned",
+    )
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
     parser.add_argument("--top-k", type=int, default=0)
@@ -65,7 +77,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--processes and --process-id need --coordinator HOST:PORT, where process 0 listens")
     names = {field.name for field in dataclasses.fields(l4jax.SamplingParams)}
     params = l4jax.SamplingParams(**{name: value for name, value in vars(args).items() if name in names})
-    llm = l4jax.load(args.checkpoint, mesh=args.mesh, dtype=args.dtype, max_batch=1)
+    speculation = {"drafter": args.drafter, "speculation": args.speculation, "beyond_training": args.beyond_training}
+    llm = l4jax.load(args.checkpoint, mesh=args.mesh, dtype=args.dtype, max_batch=1, **speculation)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     if args.chat:
         system = [] if args.system is None else [{"role": "system", "content": args.system}]
@@ -85,7 +98,8 @@ def run(args: argparse.Namespace) -> int:
     print(
         f"{stats.prompt_tokens} prompt tokens, first token after {stats.first_token_seconds:.2f} s; "
         f"{stats.output_tokens} tokens, {stats.decode_tokens_per_second:.1f} tokens/s; "
-        f"finished by {completion.finish_reason}, seed {completion.seed}",
+        f"finished by {completion.finish_reason}, seed {completion.seed}"
+        + (f"; {stats.rounds} rounds of speculation, acceptance length {stats.acceptance_length:.2f}" if stats.rounds else ""),
         file=sys.stderr,
     )
     return 0

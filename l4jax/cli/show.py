@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from l4jax.checkpoints.source import Source
-    from l4jax.checkpoints.store import Checkpoint
-    from l4jax.config import ModelConfig
+    from l4jax.checkpoints.source import ModelSource
+    from l4jax.checkpoints.store import Checkpoint, DrafterCheckpoint
+    from l4jax.config import DrafterConfig, ModelConfig
 
 Row = tuple[str, ...]
 
@@ -41,17 +41,20 @@ def run(arguments: argparse.Namespace) -> int:
     _print("Checkpoint", ("", ""), about)
     _print("Configuration", ("field", "value", "source"), _configuration(config))
     if arguments.verify:
-        from l4jax.checkpoints.store import open_checkpoint
+        from l4jax.checkpoints.store import open_checkpoint, open_drafter
+        from l4jax.config import DrafterConfig
 
-        open_checkpoint(arguments.checkpoint).verify()
+        opened = open_drafter if isinstance(config, DrafterConfig) else open_checkpoint
+        opened(arguments.checkpoint).verify()
         print("every weight is what was written")
     return 0
 
 
-def _describe(name: str) -> tuple[list[Row], ModelConfig]:
+def _describe(name: str) -> tuple[list[Row], ModelConfig | DrafterConfig]:
     """What there is to say besides the configuration, and the configuration."""
     from l4jax.checkpoints.open import open_source
-    from l4jax.checkpoints.store import MANIFEST, open_checkpoint
+    from l4jax.checkpoints.source import read_json
+    from l4jax.checkpoints.store import MANIFEST, open_checkpoint, open_drafter
     from l4jax.data import configs_path
 
     path = Path(name)
@@ -62,6 +65,9 @@ def _describe(name: str) -> tuple[list[Row], ModelConfig]:
         config = _read_config(path)
         return [("path", str(path)), ("format", "Hugging Face config.json"), *_decoder(config)], config
     if (path / MANIFEST).exists():
+        if "drafter" in read_json(path / MANIFEST):
+            drafter = open_drafter(path)
+            return _describe_drafter(drafter), drafter.config
         checkpoint = open_checkpoint(path)
         return _describe_checkpoint(checkpoint), checkpoint.config
     source = open_source(path)
@@ -82,7 +88,22 @@ def _describe_checkpoint(checkpoint: Checkpoint) -> list[Row]:
     ]
 
 
-def _describe_source(path: Path, source: Source) -> list[Row]:
+def _describe_drafter(drafter: DrafterCheckpoint) -> list[Row]:
+    config = drafter.config
+    return [
+        ("path", str(drafter.directory)),
+        ("format", f"l4jax drafter, from {drafter.source_format}"),
+        ("parameters", f"{sum(math.prod(weight.shape) for weight in drafter.weights.values()):,}"),
+        ("dtypes", _counts([weight.dtype for weight in drafter.weights.values()])),
+        ("for", f"a model of {config.target_layers} layers, width {config.target_hidden_size}, {config.decoder.vocab_size:,} tokens"),
+        *(
+            (f"speculation in {dtype}", ", ".join(f"{rows} or more rows: {how}" for rows, how in by_rows.items()))
+            for dtype, by_rows in drafter.speculation.items()
+        ),
+    ]
+
+
+def _describe_source(path: Path, source: ModelSource) -> list[Row]:
     from l4jax.checkpoints.store import is_vision
 
     vision = [key for name, recipe in source.recipes.items() if is_vision(name) for key in recipe.keys]
@@ -160,7 +181,7 @@ def _text(directory: Path) -> list[Row]:
     ]
 
 
-def _configuration(config: ModelConfig) -> list[Row]:
+def _configuration(config: ModelConfig | DrafterConfig) -> list[Row]:
     from l4jax.config import flat_fields
 
     sources = dict(config.sources)

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32
 
 from l4jax.cache import LayerCache, PageTables
-from l4jax.decoding.sampling import NOT_FINITE, Logprobs, SamplingFeatures, SamplingRows, TokenCounts, empty_logprobs, local_index, sample
+from l4jax.decoding.sampling import NOT_FINITE, Logprobs, SamplingFeatures, SamplingRows, TokenCounts, empty_logprobs, sample
 from l4jax.model.llama import Llama
-from sharding.ranks import Ranks
+from sharding.ranks import Ranks, local_index
 
 BURST = 32
 """Most tokens of a row that one dispatch produces, and so the most that wait to be streamed."""
@@ -73,7 +73,7 @@ def decode_tokens(
         state, out = carry
         active_B = ~state.done_B
         active_1B = active_B.astype(jnp.int32)
-        x_BTD, cache = model(state.token_B[:, None], state.length_B, active_1B, state.cache, tables)
+        x_BTD, _, cache = model(state.token_B[:, None], state.length_B, active_1B, state.cache, tables)
         token_B, logprobs = sample(model.logits(x_BTD[:, 0]), rows, state.counts, state.produced_B, features, vocab)
         # Ranks that repeat each other's work may differ in its last bit, and would choose and stop each for itself.
         token_B = model.ranks.of_first(token_B)

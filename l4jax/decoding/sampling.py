@@ -15,11 +15,11 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float32, Int32, UInt32
+from jaxtyping import Array, Bool, Float32, Int32, Key, UInt32
 
 from l4jax.arrays import host_array
 from l4jax.decoding.params import MAX_LOGPROBS, SamplingParams
-from sharding.ranks import ONE, Ranks
+from sharding.ranks import ONE, Ranks, local_index
 
 NOT_FINITE = -2
 """In the place of a token: the logits had a NaN or an infinity, or no token at all was left."""
@@ -130,24 +130,37 @@ def sample(
     A row whose logits are not finite gets :data:`NOT_FINITE`. The result is the same on every rank of ``vocab``.
     """
     with jax.named_scope("sample"):
-        adjusted_BV = logits_BV
-        if features.adjusted:
-            assert counts is not None
-            adjusted_BV = adjust_logits(logits_BV, rows, counts, vocab)
-        highest_B = _highest(adjusted_BV, vocab)
-        token_B = _find(adjusted_BV, highest_B, vocab)
+        adjusted_BV, highest_B, token_B = _likeliest(logits_BV, rows, counts, features, vocab)
         if features.random:
             weights_BV = truncated_weights(adjusted_BV, rows, highest_B, vocab)
             drawn_B = draw(weights_BV, uniform(rows.key_B2, position_B), vocab)
             token_B = jnp.where(rows.temperature_B > 0, drawn_B, token_B)
         token_B = jnp.where(jnp.isfinite(highest_B), token_B, NOT_FINITE)
-        return token_B, _logprobs(logits_BV, token_B, vocab) if features.logprobs else None
+        return token_B, token_logprobs(logits_BV, token_B, vocab) if features.logprobs else None
 
 
-def local_index(token: Int32[Array, "*B"], size: int, vocab: Ranks) -> Int32[Array, "*B"]:
-    """Where these tokens are among the ``size`` that this rank has; ``size`` for one that it has not."""
-    index = token - vocab.index() * size
-    return jnp.where((index >= 0) & (index < size), index, size)
+def probabilities(
+    logits_BV: Float32[Array, "B V"], rows: SamplingRows, counts: TokenCounts | None, features: SamplingFeatures, vocab: Ranks = ONE
+) -> tuple[Float32[Array, "B V"], Bool[Array, "B"]]:
+    """The distribution that :func:`sample` draws from, all on one token at temperature 0; and in which rows it is one."""
+    adjusted_BV, highest_B, token_B = _likeliest(logits_BV, rows, counts, features, vocab)
+    index_B = local_index(token_B, logits_BV.shape[1], vocab)
+    weights_BV = jax.nn.one_hot(index_B, logits_BV.shape[1], dtype=jnp.float32)
+    if features.random:
+        drawn_BV = truncated_weights(adjusted_BV, rows, highest_B, vocab)
+        weights_BV = jnp.where(rows.temperature_B[:, None] > 0, drawn_BV, weights_BV)
+    return weights_BV / vocab.sum(jnp.sum(weights_BV, axis=-1))[:, None], jnp.isfinite(highest_B)
+
+
+def _likeliest(
+    logits_BV: Array, rows: SamplingRows, counts: TokenCounts | None, features: SamplingFeatures, vocab: Ranks
+) -> tuple[Array, Array, Array]:
+    """The adjusted logits, the highest of each row, and its token."""
+    if features.adjusted:
+        assert counts is not None
+        logits_BV = adjust_logits(logits_BV, rows, counts, vocab)
+    highest_B = _highest(logits_BV, vocab)
+    return logits_BV, highest_B, _find(logits_BV, highest_B, vocab)
 
 
 def _highest(logits_BV: Array, vocab: Ranks) -> Array:
@@ -224,14 +237,18 @@ def _cut(weights_BV: Array, enough: Callable[[Array, Array], Array], unlimited_B
     return jnp.where(bits_BV >= low_B[:, None], weights_BV, 0.0)
 
 
-def uniform(key_B2: UInt32[Array, "B 2"], position_B: Int32[Array, "B"]) -> Float32[Array, "B"]:
-    """One number in [0, 1) a row, a function of (seed, output position) alone."""
+def position_keys(key_B2: UInt32[Array, "B 2"], position_B: Int32[Array, "B"]) -> Key[Array, "B"]:
+    """A key a row, a function of (seed, output position) alone."""
 
     def one(key_2: Array, position: Array) -> Array:
-        key = jax.random.wrap_key_data(key_2, impl="threefry2x32")
-        return jax.random.uniform(jax.random.fold_in(key, position))
+        return jax.random.fold_in(jax.random.wrap_key_data(key_2, impl="threefry2x32"), position)
 
     return jax.vmap(one)(key_B2, position_B)
+
+
+def uniform(key_B2: UInt32[Array, "B 2"], position_B: Int32[Array, "B"]) -> Float32[Array, "B"]:
+    """One number in [0, 1) a row, a function of (seed, output position) alone."""
+    return jax.vmap(jax.random.uniform)(position_keys(key_B2, position_B))
 
 
 def draw(weights_BV: Float32[Array, "B V"], uniform_B: Float32[Array, "B"], vocab: Ranks = ONE) -> Int32[Array, "B"]:
@@ -274,15 +291,29 @@ def empty_logprobs(leading: tuple[int, ...], vocab_size: int) -> Logprobs:
     return Logprobs(jnp.zeros(leading, jnp.float32), jnp.zeros(top, jnp.float32), jnp.zeros(top, jnp.int32))
 
 
-def _logprobs(logits_BV: Array, token_B: Array, vocab: Ranks) -> Logprobs:
+def token_logprobs(logits_BV: Float32[Array, "B V"], token_B: Int32[Array, "B"], vocab: Ranks = ONE) -> Logprobs:
+    """Log-probabilities of these tokens and of the likeliest ones."""
     V = logits_BV.shape[1]
-    shifted_BV = logits_BV - _highest(logits_BV, vocab)[:, None]
-    logprobs_BV = shifted_BV - jnp.log(vocab.sum(jnp.sum(jnp.exp(shifted_BV), axis=-1, keepdims=True)))
+    logprobs_BV = log_probabilities(logits_BV, vocab)
     index_B = local_index(token_B, V, vocab)
     chosen_B = vocab.sum(jnp.where(index_B < V, _pick(logprobs_BV, jnp.minimum(index_B, V - 1)), 0.0))
-    # The likeliest of all are among the likeliest of each rank.
-    top_BN, top_id_BN = jax.lax.top_k(logprobs_BV, min(MAX_LOGPROBS, V))
+    return Logprobs(chosen_B, *highest_tokens(logprobs_BV, min(MAX_LOGPROBS, V * vocab.count), vocab))
+
+
+def log_probabilities(logits_BV: Float32[Array, "B V"], vocab: Ranks = ONE) -> Float32[Array, "B V"]:
+    """The log-softmax."""
+    shifted_BV = logits_BV - _highest(logits_BV, vocab)[:, None]
+    return shifted_BV - jnp.log(vocab.sum(jnp.sum(jnp.exp(shifted_BV), axis=-1, keepdims=True)))
+
+
+def highest_tokens(values_BV: Float32[Array, "B V"], count: int, vocab: Ranks = ONE) -> tuple[Float32[Array, "B N"], Int32[Array, "B N"]]:
+    """The ``count`` highest values of each row and their tokens, highest first; of equal ones the lower token comes first."""
+    V = values_BV.shape[1]
+    # The highest of all are among the highest of each rank.
+    top_BN, top_id_BN = jax.lax.top_k(values_BV, min(count, V))
+    if vocab.count == 1:
+        return top_BN, top_id_BN.astype(jnp.int32)
     top_BN = vocab.concatenate(top_BN, axis=1)
     top_id_BN = vocab.concatenate(top_id_BN.astype(jnp.int32) + vocab.index() * V, axis=1)
-    top_BN, place_BN = jax.lax.top_k(top_BN, min(MAX_LOGPROBS, V * vocab.count))
-    return Logprobs(chosen_B, top_BN, jnp.take_along_axis(top_id_BN, place_BN, axis=1))
+    top_BN, place_BN = jax.lax.top_k(top_BN, count)
+    return top_BN, jnp.take_along_axis(top_id_BN, place_BN, axis=1)

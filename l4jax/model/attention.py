@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from l4jax.cache import LayerCache, is_local, read, write
+from l4jax.cache import LayerCache, TreeCache, is_local, read, write
 from l4jax.config import ModelConfig
+from l4jax.model.linear import linear
 from l4jax.model.norm import rms_normalize
+from l4jax.model.packed import PackedCache, attend_packed
 from l4jax.model.rotary import rotate
-from l4jax.model.step import KeyIntervals, RingKeys, Spread, StepInputs
+from l4jax.model.step import KeyIntervals, PackedKeys, RingKeys, Spread, StepInputs, TreeKeys
 from l4jax.model.weights import WeightSpec, declare
 from pallas_kernels.flash_attention import attend, attend_pages
-from sharding.merge import merge_attention
+from pallas_kernels.tree_attention import tree_attention
+from sharding.merge import Partial, merge_attention
 from sharding.mesh import MeshSpec
 from sharding.ring import attend_positions, pass_kv, pass_q
 
@@ -30,24 +35,34 @@ class Attention(nnx.Module):
     each device along ``tensor`` has some of the groups, and each of the token ranks some of the keys.
     """
 
-    def __init__(self, config: ModelConfig, layer: int, mesh: MeshSpec) -> None:
+    def __init__(self, config: ModelConfig, layer: int, mesh: MeshSpec, *, input_size: int | None = None) -> None:
+        """``input_size``: the width of what is projected, if it is not the model's."""
         K, h, D = config.num_kv_heads, config.head_dim, config.hidden_size
         G = config.num_heads // K
+        width = input_size or D
         self.config = config
         self.scale = config.head_dim**-0.5
         self.heads, self.ranks = mesh.along("tensor"), mesh.token_ranks
         self.uses_rope = config.rope_layers[layer]
         self.is_local = is_local(config, layer)
-        self.qkv = declare(WeightSpec((K, G + 2, h, D), ("kv_heads", None, "head_dim", "embed"), fan_in=D))
+        self.qkv = declare(WeightSpec((K, G + 2, h, width), ("kv_heads", None, "head_dim", "embed"), fan_in=width))
         self.out = declare(WeightSpec((D, K, G, h), ("embed", "kv_heads", None, "head_dim"), fan_in=K * G * h))
 
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], step: StepInputs, cache: LayerCache, spread: Spread | None = None
-    ) -> tuple[Float[Array, "B T D"], LayerCache]:
-        """Attention of the new tokens, projected back to the model width, and the cache with their keys and values in it."""
-        B, T, D = x_BTD.shape
+        self,
+        x_BTi: Float[Array, "B T i"],
+        step: StepInputs,
+        cache: LayerCache | TreeCache | PackedCache,
+        spread: Spread | None = None,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Attention of the new tokens, projected back to the model width, and the cache (of the kind it was) with their keys and values.
+
+        Nodes of a draft tree need a :class:`TreeCache`, training's packed sequences a :class:`PackedCache`, other tokens a
+        :class:`LayerCache`.
+        """
+        B, T, width = x_BTi.shape
         K, groups, h, _ = self.qkv.shape
-        qkv = jnp.einsum("btd,fd->btf", x_BTD, self.qkv[...].reshape(-1, D)).reshape(B, T, K, groups, h)
+        qkv = linear(x_BTi, self.qkv[...].reshape(-1, width)).reshape(B, T, K, groups, h)
         # Queries and keys go through rotation and norm together: both are per head.
         qk_BTKgh, v_BTKh = qkv[:, :, :, :-1], qkv[:, :, :, -1]
         if self.uses_rope:
@@ -56,35 +71,56 @@ class Attention(nnx.Module):
                 qk_BTKgh = rms_normalize(qk_BTKgh, self.config.rms_norm_eps)
         q_BTKGh, k_BTKh = qk_BTKgh[:, :, :, :-1], qk_BTKgh[:, :, :, -1]
         if not self.uses_rope and self.config.attn_temperature_tuning:
-            q_BTKGh = (q_BTKGh.astype(jnp.float32) * step.temperature_BT[:, :, None, None, None]).astype(x_BTD.dtype)
+            q_BTKGh = (q_BTKGh.astype(jnp.float32) * step.temperature_BT[:, :, None, None, None]).astype(x_BTi.dtype)
 
         keys, pages_BW = (step.local, step.tables.local_BW) if self.is_local else (step.full, step.tables.full_BW)
-        if isinstance(keys, RingKeys):
-            assert spread is not None
-            attended_BTKGh = self._ring(q_BTKGh, k_BTKh, v_BTKh, cache, keys, step, spread)
+        if isinstance(keys, TreeKeys):
+            assert isinstance(cache, TreeCache)
+            cache = cache.extended(k_BTKh, v_BTKh)
+            attended_BTKGh = self._tree(q_BTKGh, cache, keys, pages_BW)
+        elif isinstance(keys, PackedKeys):
+            assert isinstance(cache, PackedCache)
+            cache = cache.extended(k_BTKh, v_BTKh)
+            attended_BTKGh = attend_packed(q_BTKGh, cache, keys, scale=self.scale)
         else:
-            attended_BTKGh = self._replicated(q_BTKGh, k_BTKh, v_BTKh, cache, keys, pages_BW)
+            assert isinstance(cache, LayerCache)
+            if isinstance(keys, RingKeys):
+                assert spread is not None
+                attended_BTKGh = self._ring(q_BTKGh, k_BTKh, v_BTKh, cache, keys, step, spread)
+            else:
+                attended_BTKGh = self._replicated(q_BTKGh, k_BTKh, v_BTKh, cache, keys, pages_BW)
+            # The pages must be read before they are overwritten. Said as a data dependence, it lets XLA write in place.
+            attended_BTKGh, k_BTKh, v_BTKh = jax.lax.optimization_barrier((attended_BTKGh, k_BTKh, v_BTKh))
+            if isinstance(keys, RingKeys) and keys.send_NBC is not None:
+                k_BTKh, v_BTKh = self._exchange(k_BTKh, v_BTKh, keys.send_NBC)
+            cache = write(cache, k_BTKh, v_BTKh, pages_BW, keys.slot_BM if isinstance(keys, RingKeys) else keys.slot_BT)
+        attended_BTf = attended_BTKGh.astype(x_BTi.dtype).reshape(B, T, -1)
+        out_Df = self.out[...].reshape(self.out.shape[0], -1)
+        return self.heads.sum(linear(attended_BTf, out_Df)), cache
 
-        # The pages must be read before they are overwritten. Said as a data dependence, it lets XLA write in place.
-        attended_BTKGh, k_BTKh, v_BTKh = jax.lax.optimization_barrier((attended_BTKGh, k_BTKh, v_BTKh))
-        if isinstance(keys, RingKeys) and keys.send_NBC is not None:
-            k_BTKh, v_BTKh = self._exchange(k_BTKh, v_BTKh, keys.send_NBC)
-        cache = write(cache, k_BTKh, v_BTKh, pages_BW, keys.slot_BM if isinstance(keys, RingKeys) else keys.slot_BT)
-        attended_BTf = attended_BTKGh.astype(x_BTD.dtype).reshape(B, T, -1)
-        return self.heads.sum(jnp.einsum("btf,df->btd", attended_BTf, self.out[...].reshape(D, -1))), cache
+    def _tree(self, q_BNKGh: Array, cache: TreeCache, keys: TreeKeys, pages_BW: Array) -> Float[Array, "B N K G h"]:
+        """Every rank has the tree's nodes, which one of them counts, and its own part of what is cached."""
+        pools = (cache.layer.k_PKph, cache.layer.v_PKph, pages_BW, keys.cached_start_BN, keys.cached_end_BN)
+        return self._of_all_ranks(tree_attention(q_BNKGh, cache.k_BSKh, cache.v_BSKh, keys.sees_BNS, *pools, scale=self.scale))
+
+    def _of_all_ranks(self, partial: Partial) -> Float[Array, "B T K G h"]:
+        """What each rank has attended, merged."""
+        if self.ranks.count == 1:
+            return partial[0]
+        # One message for both.
+        gathered = self.ranks.gather(jnp.concatenate([partial[0], partial[1][..., None]], axis=-1))
+        return merge_attention([(part[..., :-1], part[..., -1]) for part in gathered])[0]
 
     def _replicated(
         self, q_BTKGh: Array, k_BTKh: Array, v_BTKh: Array, cache: LayerCache, keys: KeyIntervals, pages_BW: Array
     ) -> Float[Array, "B T K G h"]:
         """Every rank has the new tokens, and its own part of what is cached."""
-        no_start_BT = jnp.zeros_like(keys.cached_end_BT)
-        out_BTKGh, lse_BTKG = attend_pages(q_BTKGh, cache.k_PKph, cache.v_PKph, pages_BW, no_start_BT, keys.cached_end_BT, scale=self.scale)
-        new = attend(q_BTKGh, k_BTKh, v_BTKh, keys.new_start_BT, keys.new_end_BT, scale=self.scale)
-        if self.ranks.count == 1:
-            return merge_attention([(out_BTKGh, lse_BTKG), new])[0]
-        # One message for both.
-        gathered = self.ranks.gather(jnp.concatenate([out_BTKGh, lse_BTKG[..., None]], axis=-1))
-        return merge_attention([*((part[..., :-1], part[..., -1]) for part in gathered), new])[0]
+        pools = (cache.k_PKph, cache.v_PKph, pages_BW, keys.cached_start_BT, keys.cached_end_BT)
+        cached = attend_pages(q_BTKGh, *pools, scale=self.scale)
+        # The new tokens, which every rank has, are counted by one.
+        new_end_BT = jnp.where(self.ranks.index() == 0, keys.new_end_BT, 0)
+        new = attend(q_BTKGh, k_BTKh, v_BTKh, keys.new_start_BT, new_end_BT, scale=self.scale)
+        return self._of_all_ranks(merge_attention([cached, new]))
 
     def _ring(
         self, q_BTKGh: Array, k_BTKh: Array, v_BTKh: Array, cache: LayerCache, keys: RingKeys, step: StepInputs, spread: Spread
@@ -102,7 +138,7 @@ class Attention(nnx.Module):
             k_BTKh, v_BTKh = jnp.concatenate([cached_k_BSKh, k_BTKh], axis=1), jnp.concatenate([cached_v_BSKh, v_BTKh], axis=1)
         ring = pass_kv if spread.variant == "pass_kv" else pass_q
         positions = (step.position_NBT, keys.key_position_NBS)
-        options = {"axis_name": self.ranks.axes, "scale": self.scale, "chunk": chunk, "segments": segments}
+        options = {"axis_name": self.ranks.axes, "scale": self.scale, "chunk": chunk, "window": keys.window, "segments": segments}
         return ring(q_BTKGh, k_BTKh, v_BTKh, *positions, **options)[0]
 
     def _exchange(self, k_BTKh: Array, v_BTKh: Array, send_NBC: Array) -> tuple[Array, Array]:

@@ -3,27 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from l4jax.cache import LayerCache, PageTables
+from l4jax.cache import LayerCache, PageTables, TreeCache, is_local
 from l4jax.config import ModelConfig
 from l4jax.model.attention import Attention
 from l4jax.model.feed_forward import MixtureOfExperts, SwiGLU
+from l4jax.model.linear import linear
 from l4jax.model.norm import RMSNorm
-from l4jax.model.step import PieceLayout, Spread, StepInputs, spread_step_inputs, step_inputs, tokens_at
+from l4jax.model.packed import PackedCache
+from l4jax.model.step import (
+    PieceLayout,
+    Spread,
+    StepInputs,
+    full_intervals,
+    local_intervals,
+    packed_step_inputs,
+    spread_step_inputs,
+    step_inputs,
+    tokens_at,
+    tree_step_inputs,
+)
 from l4jax.model.weights import WeightSpec, declare
 from sharding.mesh import ONE_DEVICE, MeshSpec
+from sharding.ranks import Ranks, local_index
 
 
 class DecoderLayer(nnx.Module):
-    """Pre-norm residual block: attention, then a dense or mixture-of-experts feed-forward."""
+    """Pre-norm residual block: attention, then a dense or mixture-of-experts feed-forward.
 
-    def __init__(self, config: ModelConfig, layer: int, mesh: MeshSpec) -> None:
-        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+    ``attention_normed``: False for the first layer of most EAGLE-1 drafters, which has no norm before its attention.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, mesh: MeshSpec, *, attention_normed: bool = True) -> None:
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if attention_normed else None
         self.attention = Attention(config, layer, mesh)
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         has_experts = config.moe is not None and config.moe.moe_layers[layer]
@@ -33,11 +51,16 @@ class DecoderLayer(nnx.Module):
             self.feed_forward = SwiGLU(config.hidden_size, config.intermediate_size, mesh)
 
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], step: StepInputs, cache: LayerCache, spread: Spread | None
-    ) -> tuple[Float[Array, "B T D"], LayerCache]:
-        """The layer's output, residuals included, and its cache with the new tokens in it."""
+        self,
+        x_BTD: Float[Array, "B T D"],
+        step: StepInputs,
+        cache: LayerCache | TreeCache | PackedCache,
+        spread: Spread | None = None,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """The layer's output, residuals included, and its cache (of the kind it was) with the new tokens in it."""
         with jax.named_scope("attention"):
-            attended_BTD, cache = self.attention(self.attention_norm(x_BTD), step, cache, spread)
+            normed_BTD = x_BTD if self.attention_norm is None else self.attention_norm(x_BTD)
+            attended_BTD, cache = self.attention(normed_BTD, step, cache, spread)
         x_BTD = x_BTD + attended_BTD
         with jax.named_scope("feed_forward"):
             normed_BTD = self.feed_forward_norm(x_BTD)
@@ -55,11 +78,15 @@ class Llama(nnx.Module):
     """A Llama 3 or Llama 4 text decoder. Its weights are abstract until bound (see ``l4jax.programs``).
 
     On a mesh it is called inside ``jax.shard_map``, with each device's share of weights, rows and cache.
+
+    ``taps``: numbers of the layers whose input a drafter reads (``num_layers``: the last one's output). Beside its final hidden states
+    every call gives out what a drafter reads: those inputs one behind the other, or without taps the final states.
     """
 
-    def __init__(self, config: ModelConfig, mesh: MeshSpec = ONE_DEVICE) -> None:
+    def __init__(self, config: ModelConfig, mesh: MeshSpec = ONE_DEVICE, *, taps: Sequence[int] = ()) -> None:
         V, D = config.vocab_size, config.hidden_size
         self.config = config
+        self.taps = tuple(taps)
         self.mesh = mesh
         self.vocab, self.ranks = mesh.along("tensor"), mesh.token_ranks
         self.embed = declare(WeightSpec((V, D), ("vocab", "embed")))
@@ -77,8 +104,8 @@ class Llama(nnx.Module):
         tables: PageTables,
         layout: PieceLayout | None = None,
         spread: Spread | None = None,
-    ) -> tuple[Float[Array, "B T D"], tuple[LayerCache, ...]]:
-        """Hidden states after the final norm, and the cache with the new tokens' keys and values in it.
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T f"], tuple[LayerCache, ...]]:
+        """Hidden states after the final norm, what a drafter reads, and the cache with the new tokens' keys and values in it.
 
         Row ``b`` has ``start_B[b]`` tokens in the cache and gets ``new_B[b]`` more, the first ones of ``token_BT[b]``;
         the states of the padding after them mean nothing. With a ``layout``, each rank along ``sequence`` takes the tokens
@@ -90,27 +117,76 @@ class Llama(nnx.Module):
             assert spread is not None
             step = spread_step_inputs(self.config, layout, start_B, tables, self.ranks, aligned=spread.aligned)
             token_BT = tokens_at(token_BT, layout.position_NBT[self.ranks.index()], start_B)
-        with jax.named_scope("embed"):
-            x_BTD = self._embed(token_BT)
-        written = []
+        return self._layers(token_BT, step, cache, spread)
+
+    def tree(
+        self,
+        token_BN: Int32[Array, "B N"],
+        start_B: Int32[Array, "B"],
+        depth_BN: Int32[Array, "B N"],
+        valid_BN: Bool[Array, "B N"],
+        sees_BNN: Bool[Array, "B N N"],
+        cache: Sequence[LayerCache],
+        tables: PageTables,
+    ) -> tuple[Float[Array, "B N D"], Float[Array, "B N f"], tuple[TreeCache, ...]]:
+        """As for new tokens, for the nodes of draft trees whose roots follow the ``start_B[b]`` cached tokens of row ``b``.
+
+        ``sees_BNN``: each node's ancestors and itself. The cache is as it was, the nodes' keys and values beside it.
+        """
+        step = tree_step_inputs(self.config, start_B, depth_BN, valid_BN, sees_BNN, tables, self.ranks)
+        return self._layers(token_BN, step, [TreeCache.around(layer, len(token_BN)) for layer in cache])
+
+    def packed(self, token_BT: Int32[Array, "B T"], first_BT: Int32[Array, "B T"]) -> tuple[Float[Array, "B T D"], Float[Array, "B T f"]]:
+        """Final hidden states, and what a drafter reads, of sequences packed into rows: each token's begins at ``first_BT`` in its row."""
+        step = packed_step_inputs(self.config, first_BT)
+        final_BTD, feature_BTf, _ = self._layers(token_BT, step, [PackedCache()] * self.config.num_layers)
+        return final_BTD, feature_BTf
+
+    def accept(
+        self,
+        nodes: Sequence[TreeCache],
+        node_BT: Int32[Array, "B T"],
+        start_B: Int32[Array, "B"],
+        new_B: Int32[Array, "B"],
+        tables: PageTables,
+    ) -> tuple[LayerCache, ...]:
+        """The cache with the first ``new_B[b]`` of these nodes behind the ``start_B[b]`` tokens it has, the others forgotten."""
+        T, chunk = node_BT.shape[1], self.config.attention_chunk_size
+        full = (tables.full_BW, full_intervals(start_B, new_B, T, self.ranks).slot_BT)
+        local = full if chunk is None else (tables.local_BW, local_intervals(start_B, new_B, T, chunk, self.ranks).slot_BT)
+        return tuple(layer.accepted(node_BT, *(local if is_local(self.config, i) else full)) for i, layer in enumerate(nodes))
+
+    def _layers(
+        self, token_BT: Array, step: StepInputs, cache: Sequence[LayerCache | TreeCache | PackedCache], spread: Spread | None = None
+    ) -> tuple[Array, Array, tuple[Any, ...]]:
+        x_BTD = self.embedding(token_BT)
+        inputs, written = [x_BTD], []
         for index, (layer, layer_cache) in enumerate(zip(self.layers, cache, strict=True)):
             with jax.named_scope(f"layer_{index}"):
                 x_BTD, layer_cache = layer(x_BTD, step, layer_cache, spread)
                 written.append(layer_cache)
-        return self.norm(x_BTD), tuple(written)
+                inputs.append(x_BTD)
+        final_BTD = self.norm(x_BTD)
+        feature_BTf = jnp.concatenate([inputs[tap] for tap in self.taps], axis=-1) if self.taps else final_BTD
+        return final_BTD, feature_BTf, tuple(written)
 
-    def _embed(self, token_BT: Int32[Array, "B T"]) -> Float[Array, "B T D"]:
-        table_VD = self.embed[...]
-        if self.vocab.count == 1:
-            return table_VD[token_BT]
-        # Each rank looks up its own tokens; to index a table that is cut would have it gathered whole.
-        local_BT = token_BT - self.vocab.index() * table_VD.shape[0]
-        inside_BT = (local_BT >= 0) & (local_BT < table_VD.shape[0])
-        x_BTD = table_VD[jnp.where(inside_BT, local_BT, 0)]
-        return self.vocab.sum(jnp.where(inside_BT[:, :, None], x_BTD, jnp.zeros((), x_BTD.dtype)))
+    def embedding(self, token_BT: Int32[Array, "B T"]) -> Float[Array, "B T D"]:
+        """The tokens' embeddings."""
+        with jax.named_scope("embed"):
+            return embed(self.embed[...], token_BT, self.vocab)
 
     def logits(self, x_BTD: Float[Array, "*B D"]) -> Float32[Array, "*B V"]:
         """Next-token logits of final hidden states, in float32; on a mesh, those of this rank's part of the vocabulary."""
         with jax.named_scope("head"):
             table_VD = self.embed[...] if self.config.tie_word_embeddings else self.head[...]
-            return jnp.einsum("...d,vd->...v", x_BTD, table_VD, preferred_element_type=jnp.float32)
+            return linear(x_BTD, table_VD, dtype=jnp.dtype(jnp.float32))
+
+
+def embed(table_VD: Float[Array, "V D"], token_BT: Int32[Array, "B T"], vocab: Ranks) -> Float[Array, "B T D"]:
+    """The tokens' rows of a table that is cut over the ranks of ``vocab``."""
+    if vocab.count == 1:
+        return table_VD[token_BT]
+    # Each rank looks up its own tokens; to index a table that is cut would have it gathered whole.
+    index_BT = local_index(token_BT, table_VD.shape[0], vocab)
+    x_BTD = table_VD.at[index_BT].get(mode="fill", fill_value=0)
+    return vocab.sum(x_BTD)

@@ -2,7 +2,7 @@
 
 New tokens are either *replicated*, every rank of the ``sequence`` axis computing all of them (decoding; one device), or
 *spread*, each rank having some of them (prefill over several ranks). In both, each rank has its part of the KV cache:
-``cache.rank_of`` says which.
+``cache.rank_of`` says which. Replicated tokens are a run, each after the other, or the nodes of a draft tree.
 """
 
 from __future__ import annotations
@@ -24,16 +24,43 @@ from sharding.select import Variant
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KeyIntervals:
-    """Replicated tokens: what each attends in one kind of layer, and where that layer keeps it.
+    """A run of replicated tokens: what each attends in one kind of layer, and where that layer keeps it.
 
-    ``cached_end_BT``: this rank's cache slots [0, end). ``new_start_BT``, ``new_end_BT``: the step's own tokens [start, end).
-    ``slot_BT``: the slot that the token's key is written to, -1 where this rank does not keep it.
+    ``cached_start_BT``, ``cached_end_BT``: this rank's cache slots [start, end). ``new_start_BT``, ``new_end_BT``: the step's own
+    tokens [start, end). ``slot_BT``: the slot that the token's key is written to, -1 where this rank does not keep it.
     """
 
+    cached_start_BT: Int32[Array, "B T"]
     cached_end_BT: Int32[Array, "B T"]
     new_start_BT: Int32[Array, "B T"]
     new_end_BT: Int32[Array, "B T"]
     slot_BT: Int32[Array, "B T"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TreeKeys:
+    """Nodes of a draft tree: what each attends in one kind of layer. Nothing of theirs is cached until it is accepted.
+
+    ``cached_start_BN``, ``cached_end_BN``: this rank's cache slots [start, end). ``sees_BNS``: which of the tree's keys, those of
+    nodes computed before and then these.
+    """
+
+    cached_start_BN: Int32[Array, "B N"]
+    cached_end_BN: Int32[Array, "B N"]
+    sees_BNS: Bool[Array, "B N S"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PackedKeys:
+    """Training's sequences, packed into rows: which of their own pass's keys [start, end) each token sees.
+
+    In later passes of an unrolled drafter it is the first pass's keys; of those since then a token sees its own chain's (``model.packed``).
+    """
+
+    start_BT: Int32[Array, "B T"]
+    end_BT: Int32[Array, "B T"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,13 +94,14 @@ class RingKeys:
 
     ``cached_BW``: pages of cached keys that each rank brings. ``key_position_NBS``: position of every key of every rank.
     ``send_NBC``: which of its tokens a rank sends to each rank to be cached there; None if each keeps its own. ``slot_BM``: the
-    slots of those it keeps, -1 where there is none.
+    slots of those it keeps, -1 where there is none. ``window``: how many of the last keys a query sees, if not all.
     """
 
     cached_BW: Int32[Array, "B W"]
     key_position_NBS: Int32[Array, "N B S"]
     send_NBC: Int32[Array, "N B C"] | None
     slot_BM: Int32[Array, "B M"]
+    window: int | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -82,28 +110,33 @@ class StepInputs:
     """Rotation angles and query temperature of this rank's tokens, page tables, and what is attended in each kind of layer.
 
     ``valid_BT`` is False for padding.
-    ``position_NBT`` is None for replicated tokens; ``full`` and ``local`` are then :class:`KeyIntervals`, else :class:`RingKeys`.
+    ``position_NBT`` is None for replicated tokens; ``full`` and ``local`` are then :class:`KeyIntervals`, :class:`TreeKeys` or
+    :class:`PackedKeys`, else :class:`RingKeys`.
     """
 
     angles: tuple[Float32[Array, "B T i"], Float32[Array, "B T i"]]
     temperature_BT: Float32[Array, "B T"]
     valid_BT: Bool[Array, "B T"]
-    full: KeyIntervals | RingKeys
-    local: KeyIntervals | RingKeys
+    full: KeyIntervals | TreeKeys | PackedKeys | RingKeys
+    local: KeyIntervals | TreeKeys | PackedKeys | RingKeys
     tables: PageTables
     position_NBT: Int32[Array, "N B T"] | None
 
 
-def full_intervals(start_B: Int32[Array, "B"], new_B: Int32[Array, "B"], T: int, ranks: Ranks = ONE) -> KeyIntervals:
-    """Plain causal attention: everything cached, and the new tokens up to oneself."""
+def full_intervals(
+    start_B: Int32[Array, "B"], new_B: Int32[Array, "B"], T: int, ranks: Ranks = ONE, *, window: int | None = None
+) -> KeyIntervals:
+    """Plain causal attention: everything cached, and the new tokens up to oneself; with ``window``, the last so many of them all."""
     index_1T = jnp.arange(T, dtype=jnp.int32)[None, :]
     start_B1 = start_B[:, None]
     position_BT = start_B1 + index_1T
     rank = ranks.index()
     kept_BT = (index_1T < new_B[:, None]) & (rank_of(position_BT, ranks.count, None) == rank)
+    first_BT = jnp.zeros_like(position_BT) if window is None else jnp.maximum(position_BT + 1 - window, 0)
     return KeyIntervals(
+        cached_start_BT=slots_before(first_BT, rank, ranks.count),
         cached_end_BT=jnp.broadcast_to(slots_before(start_B1, rank, ranks.count), position_BT.shape),
-        new_start_BT=jnp.zeros(position_BT.shape, jnp.int32),
+        new_start_BT=jnp.maximum(first_BT - start_B1, 0),
         new_end_BT=jnp.broadcast_to(index_1T + 1, position_BT.shape),
         slot_BT=jnp.where(kept_BT, slot_of(position_BT, ranks.count, None), -1),
     )
@@ -121,6 +154,7 @@ def local_intervals(start_B: Int32[Array, "B"], new_B: Int32[Array, "B"], T: int
     last_B1 = start_B1 + new_B[:, None] - 1
     kept_BT = (index_1T < new_B[:, None]) & (chunk_BT >= last_B1 // chunk) & mine_BT
     return KeyIntervals(
+        cached_start_BT=jnp.zeros_like(position_BT),
         cached_end_BT=jnp.where(mine_BT, jnp.maximum(start_B1 - chunk_BT * chunk, 0), 0),
         new_start_BT=jnp.maximum(chunk_BT * chunk - start_B1, 0),
         new_end_BT=jnp.broadcast_to(index_1T + 1, position_BT.shape),
@@ -183,24 +217,92 @@ def attention_temperature(config: ModelConfig, position_BT: Int32[Array, "B T"])
 
 
 def step_inputs(
-    config: ModelConfig, start_B: Int32[Array, "B"], new_B: Int32[Array, "B"], T: int, tables: PageTables, ranks: Ranks = ONE
+    config: ModelConfig,
+    start_B: Int32[Array, "B"],
+    new_B: Int32[Array, "B"],
+    T: int,
+    tables: PageTables,
+    ranks: Ranks = ONE,
+    *,
+    window: int | None = None,
 ) -> StepInputs:
-    """For ``new_B[b]`` replicated tokens (padded to T) that follow the ``start_B[b]`` cached ones in row ``b``."""
+    """For ``new_B[b]`` replicated tokens (padded to T) that follow the ``start_B[b]`` cached ones in row ``b``.
+
+    ``window`` is as in :func:`full_intervals`.
+    """
     index_1T = jnp.arange(T, dtype=jnp.int32)[None, :]
     position_BT = start_B[:, None] + index_1T
-    full = full_intervals(start_B, new_B, T, ranks)
+    full = full_intervals(start_B, new_B, T, ranks, window=window)
     chunk = config.attention_chunk_size
     local = full if chunk is None else local_intervals(start_B, new_B, T, chunk, ranks)
     angles, temperature_BT = rotary_angles(config, position_BT), attention_temperature(config, position_BT)
     return StepInputs(angles, temperature_BT, index_1T < new_B[:, None], full, local, tables, None)
 
 
-def spread_step_inputs(
-    config: ModelConfig, layout: PieceLayout, start_B: Int32[Array, "B"], tables: PageTables, ranks: Ranks, *, aligned: bool
+def tree_step_inputs(
+    config: ModelConfig,
+    start_B: Int32[Array, "B"],
+    depth_BN: Int32[Array, "B N"],
+    valid_BN: Bool[Array, "B N"],
+    sees_BNS: Bool[Array, "B N S"],
+    tables: PageTables,
+    ranks: Ranks = ONE,
+    *,
+    window: int | None = None,
 ) -> StepInputs:
-    """For tokens that are spread over ranks, behind the ``start_B[b]`` cached ones in row ``b``."""
+    """For nodes of draft trees, ``depth_BN[b, n]`` positions behind the ``start_B[b]`` cached tokens of row ``b``.
+
+    Valid ones must lie in the attention chunk of the first position; ``window`` is as in :func:`full_intervals`.
+    """
+    position_BN = start_B[:, None] + depth_BN
+    # Of the ranks, which all have the nodes, one counts them.
+    sees_BNS = sees_BNS & (ranks.index() == 0)
+
+    def keys(chunk: int | None) -> TreeKeys:
+        one_B = jnp.ones_like(start_B)
+        of_root = full_intervals(start_B, one_B, 1, ranks) if chunk is None else local_intervals(start_B, one_B, 1, chunk, ranks)
+        first_BN = jnp.zeros_like(position_BN)
+        if chunk is None and window is not None:
+            first_BN = slots_before(jnp.maximum(position_BN + 1 - window, 0), ranks.index(), ranks.count)
+        return TreeKeys(first_BN, jnp.broadcast_to(of_root.cached_end_BT, position_BN.shape), sees_BNS)
+
+    full, chunk = keys(None), config.attention_chunk_size
+    angles, temperature_BN = rotary_angles(config, position_BN), attention_temperature(config, position_BN)
+    return StepInputs(angles, temperature_BN, valid_BN, full, full if chunk is None else keys(chunk), tables, None)
+
+
+def packed_step_inputs(config: ModelConfig, first_BT: Int32[Array, "B T"], passes: int = 0) -> StepInputs:
+    """For sequences packed into rows, nothing of which is cached; ``first_BT``: where in its row each token's sequence begins.
+
+    ``passes``: how many passes over the same tokens an unrolled drafter has made before.
+    """
+    B, T = first_BT.shape
+    index_1T = jnp.arange(T, dtype=jnp.int32)[None, :]
+    position_BT = index_1T - first_BT
+    end_BT = jnp.broadcast_to(index_1T + 1 - passes, (B, T))
+    full, chunk = PackedKeys(first_BT, end_BT), config.attention_chunk_size
+    local = full if chunk is None else PackedKeys(first_BT + position_BT // chunk * chunk, end_BT)
+    angles, temperature_BT = rotary_angles(config, position_BT), attention_temperature(config, position_BT)
+    no_pages = jnp.zeros((B, 0), jnp.int32)
+    return StepInputs(angles, temperature_BT, jnp.ones((B, T), bool), full, local, PageTables(no_pages, no_pages), None)
+
+
+def spread_step_inputs(
+    config: ModelConfig,
+    layout: PieceLayout,
+    start_B: Int32[Array, "B"],
+    tables: PageTables,
+    ranks: Ranks,
+    *,
+    aligned: bool,
+    window: int | None = None,
+) -> StepInputs:
+    """For tokens that are spread over ranks, behind the ``start_B[b]`` cached ones in row ``b``.
+
+    ``window`` is as in :func:`full_intervals`.
+    """
     position_BT = layout.position_NBT[ranks.index()]
-    full = ring_keys(layout, start_B, tables, ranks, None, aligned=aligned)
+    full = dataclasses.replace(ring_keys(layout, start_B, tables, ranks, None, aligned=aligned), window=window)
     chunk = config.attention_chunk_size
     local = full if chunk is None else ring_keys(layout, start_B, tables, ranks, chunk, aligned=aligned)
     angles, temperature_BT = rotary_angles(config, position_BT), attention_temperature(config, position_BT)
@@ -213,10 +315,12 @@ def tokens_at(token_BT: Int32[Array, "B T"], position_BT: Int32[Array, "B t"], s
 
 
 def last_state(
-    x_BTD: Float[Array, "B T D"], position_BT: Int32[Array, "B T"], last_B: Int32[Array, "B"], ranks: Ranks
+    x_BTD: Float[Array, "B T D"], start_B: Int32[Array, "B"], new_B: Int32[Array, "B"], layout: PieceLayout | None, ranks: Ranks
 ) -> Float[Array, "B D"]:
-    """The state at position ``last_B[b]`` of each row, on every rank; zeros where no rank has it."""
-    here_BT = position_BT == last_B[:, None]
+    """The state of each row's last new token, on every rank; with a layout, zeros where no rank has it."""
+    if layout is None:
+        return jnp.take_along_axis(x_BTD, jnp.maximum(new_B - 1, 0)[:, None, None], axis=1)[:, 0]
+    here_BT = layout.position_NBT[ranks.index()] == (start_B + new_B - 1)[:, None]
     index_B = jnp.argmax(here_BT, axis=1)
     x_BD = jnp.take_along_axis(x_BTD, index_B[:, None, None], axis=1)[:, 0]
     return ranks.sum(jnp.where(jnp.any(here_BT, axis=1)[:, None], x_BD, jnp.zeros((), x_BD.dtype)))

@@ -15,20 +15,25 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-Initializer = Literal["normal", "ones"]
+Initializer = Literal["normal", "ones", "zeros", "numbers"]
 
 
 @dataclasses.dataclass(frozen=True)
 class WeightSpec:
     """A weight's shape, the logical axis of each dimension (None: never sharded) and its random initialiser.
 
-    ``fan_in`` is the number of inputs that each output sums over; "normal" draws with variance 1 / ``fan_in``.
+    ``fan_in`` is the number of inputs that each output sums over; "normal" draws with variance 1 / ``fan_in``. "numbers" is for a table of
+    int32, 0, 1, 2, ...; all other weights are of the model's own dtype.
     """
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     init: Initializer = "normal"
     fan_in: int = 1
+
+    def dtype(self, model_dtype: jnp.dtype) -> jnp.dtype:
+        """What it is held in, in a model of this dtype."""
+        return jnp.dtype(jnp.int32) if self.init == "numbers" else model_dtype
 
     @property
     def size(self) -> int:
@@ -44,7 +49,7 @@ class Weight(nnx.Param[Any]):
 
 def declare(spec: WeightSpec) -> Weight:
     """An abstract weight: shape known, no memory behind it."""
-    return Weight(jax.ShapeDtypeStruct(spec.shape, jnp.float32), spec=spec)
+    return Weight(jax.ShapeDtypeStruct(spec.shape, spec.dtype(jnp.dtype(jnp.float32))), spec=spec)
 
 
 def weight_specs(model: nnx.Module) -> dict[str, WeightSpec]:
@@ -56,8 +61,10 @@ def random_weights(model: nnx.Module, key: jax.Array, dtype: jnp.dtype) -> dict[
     """Weights drawn from each declaration's initialiser."""
 
     def draw(spec: WeightSpec, key: jax.Array) -> jax.Array:
-        if spec.init == "ones":
-            return jnp.ones(spec.shape, dtype)
+        if spec.init == "numbers":
+            return jnp.arange(spec.size, dtype=jnp.int32).reshape(spec.shape)
+        if spec.init in ("ones", "zeros"):
+            return jnp.full(spec.shape, 1.0 if spec.init == "ones" else 0.0, dtype)
         return (jax.random.normal(key, spec.shape, jnp.float32) * spec.fan_in**-0.5).astype(dtype)
 
     specs = weight_specs(model)

@@ -12,12 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from l4jax.cache import CACHE_AXES, CacheShape, LayerCache
-from l4jax.config import ModelConfig
+from l4jax.cache import CACHE_AXES, CacheShape, LayerCache, PageTables
+from l4jax.config import DrafterConfig, ModelConfig
+from l4jax.decoding.draft import DraftState
 from l4jax.decoding.generate import DecodeState
 from l4jax.decoding.params import SamplingParams
-from l4jax.decoding.sampling import batch_features, sampling_rows
-from l4jax.placement import Placement
+from l4jax.decoding.plan import Speculation
+from l4jax.decoding.sampling import SamplingFeatures, SamplingRows, batch_features, sampling_rows
+from l4jax.decoding.speculate import SpeculationState
+from l4jax.placement import DrafterPlacement, Placement
 from l4jax.planning.ledger import Collective, Ledger
 from l4jax.programs import Programs
 from l4jax.spread import Spreader
@@ -70,22 +73,44 @@ def first_layers(config: ModelConfig, layers: int) -> ModelConfig:
 class AbstractModel:
     """A model at full size of which only shapes exist, on a mesh of devices that need not."""
 
-    def __init__(self, config: ModelConfig, mesh: MeshSpec, devices: Sequence[jax.Device], dtype: jnp.dtype) -> None:
-        self._placement = Placement(config, mesh.build(devices))
-        self._programs = Programs(self._placement)
+    def __init__(
+        self, config: ModelConfig, mesh: MeshSpec, devices: Sequence[jax.Device], dtype: jnp.dtype, drafter: DrafterConfig | None = None
+    ) -> None:
+        on = mesh.build(devices)
+        self._placement = Placement(config, on)
+        self._draft_placement = DrafterPlacement(drafter, on) if drafter else None
+        self._programs = Programs(self._placement, self._draft_placement)
         self._dtype = dtype
         self._leaves = self._programs.model.leaves(self._placement.abstract_weights(dtype))
 
     def decode(self, rows: int, capacity: int, params: SamplingParams) -> CompiledProgram:
         """The decode program for ``rows`` sequences of up to ``capacity`` tokens."""
+        state, tables, settings, features = self._decoding(rows, capacity, params)
+        return self._compiled(self._programs.decode.lower(self._leaves, state, tables, settings, np.int32(1), features=features))
+
+    def speculate(self, rows: int, capacity: int, params: SamplingParams, plan: Speculation) -> CompiledProgram:
+        """The program of rounds of speculation, likewise, with the model's drafter."""
+        placement = self._draft_placement
+        if placement is None:
+            raise ValueError("the model has no drafter to speculate with; expected AbstractModel(..., drafter=...)")
+        state, tables, settings, features = self._decoding(rows, capacity, params)
+        shape = self._shape(rows, capacity)
+        hidden_BD: Any = jax.ShapeDtypeStruct(
+            (rows, placement.config.hidden_size), self._dtype, sharding=self._placement.array_sharding("batch")
+        )
+        draft = DraftState(self._cache(shape, placement.config), hidden_BD)
+        leaves = self._programs.drafter.leaves(placement.abstract_weights(self._dtype))
+        draft_tables = shape.identity_tables(placement.config, range(rows))
+        arguments = (self._leaves, leaves, SpeculationState(state, draft), tables, draft_tables, settings, np.int32(1))
+        return self._compiled(self._programs.speculate.lower(*arguments, features=features, plan=plan, beyond="window"))
+
+    def _decoding(self, rows: int, capacity: int, params: SamplingParams) -> tuple[DecodeState, PageTables, SamplingRows, SamplingFeatures]:
         shape = self._shape(rows, capacity)
         ints = self._rows(rows)
         state = DecodeState(self._cache(shape), ints, ints, ints, self._rows(rows, dtype=jnp.bool_), None)
         every = [params] * rows
         settings = sampling_rows(every, [0] * rows, [[]] * rows, self._placement.config.vocab_size)
-        tables = shape.identity_tables(self._placement.config, range(rows))
-        features = batch_features(every)
-        return self._compiled(self._programs.decode.lower(self._leaves, state, tables, settings, np.int32(1), features=features))
+        return state, shape.identity_tables(self._placement.config, range(rows)), settings, batch_features(every)
 
     def prefill(self, tokens: int, cached: int, capacity: int, params: SamplingParams, variant: Variant | None = None) -> CompiledProgram:
         """The prefill program for one piece of ``tokens`` tokens of a single sequence, behind ``cached`` ones.
@@ -115,11 +140,10 @@ class AbstractModel:
     def _rows(self, *shape: int, dtype: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self._placement.array_sharding("batch"))
 
-    def _cache(self, shape: CacheShape) -> tuple[LayerCache, ...]:
+    def _cache(self, shape: CacheShape, config: ModelConfig | None = None) -> tuple[LayerCache, ...]:
         sharding = self._placement.array_sharding(*CACHE_AXES)
-        pools: list[Any] = [
-            jax.ShapeDtypeStruct(pool, self._dtype, sharding=sharding) for pool in shape.layer_shapes(self._placement.config)
-        ]
+        shapes = shape.layer_shapes(config or self._placement.config)
+        pools: list[Any] = [jax.ShapeDtypeStruct(pool, self._dtype, sharding=sharding) for pool in shapes]
         return tuple(LayerCache(pool, pool) for pool in pools)
 
     def _compiled(self, lowered: jax.stages.Lowered) -> CompiledProgram:

@@ -1,15 +1,15 @@
 """Interval attention in plain JAX: over new keys in one piece, over a paged KV cache page by page.
 
 A query attends the keys with index in [start, end): causal, chunk-local, prefix and padding masks are all intervals.
-Both functions return the attention output and the log of the softmax denominator in float32 (float64 for float64 inputs); a query
-whose interval is empty gets zeros and -inf, which :func:`sharding.merge.merge_attention` takes as nothing.
+All functions return the attention output and the log of the softmax denominator in float32 (float64 for float64 inputs); a query
+that sees no key gets zeros and -inf, which :func:`sharding.merge.merge_attention` takes as nothing.
 """
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 Partial = tuple[Float[Array, "B T K G h"], Float[Array, "B T K G"]]
 
@@ -24,9 +24,20 @@ def attend(
     scale: float,
 ) -> Partial:
     """Attention of each query over the keys in its interval; scores are multiplied by ``scale``."""
+    return attend_masked(q_BTKGh, k_BSKh, v_BSKh, _inside(start_BT, end_BT, jnp.int32(0), k_BSKh.shape[1]), scale=scale)
+
+
+def attend_masked(
+    q_BTKGh: Float[Array, "B T K G h"],
+    k_BSKh: Float[Array, "B S K h"],
+    v_BSKh: Float[Array, "B S K h"],
+    visible_BTS: Bool[Array, "B T S"],
+    *,
+    scale: float,
+) -> Partial:
+    """Attention of each query over the keys that are visible to it, for the few masks that are no intervals: those of draft trees."""
     k_BKSh, v_BKSh = (jnp.swapaxes(a, 1, 2) for a in (k_BSKh, v_BSKh))
-    scores_BKTGS = _scores(q_BTKGh, k_BKSh, start_BT, end_BT, jnp.int32(0), scale)
-    return _normalize(_softmax_block(scores_BKTGS, v_BKSh))
+    return _normalize(_softmax_block(_scores(q_BTKGh, k_BKSh, visible_BTS, scale), v_BKSh))
 
 
 def attend_pages(
@@ -41,7 +52,7 @@ def attend_pages(
 ) -> Partial:
     """Attention over a paged cache: key ``s`` of row ``b`` is token ``s % p`` of page ``pages_BW[b, s // p]``.
 
-    Reads the pages up to the longest row's end and no further, however large the cache is.
+    Reads the pages from the earliest start to the longest row's end and no others, however large the cache is.
     """
     B, T, K, G, h = q_BTKGh.shape
     page_size = k_PKph.shape[2]
@@ -50,8 +61,8 @@ def attend_pages(
         page_B = jax.lax.dynamic_index_in_dim(pages_BW, index, axis=1, keepdims=False)
         k_BKph = k_PKph.at[page_B].get(mode="promise_in_bounds")
         v_BKph = v_PKph.at[page_B].get(mode="promise_in_bounds")
-        scores_BKTGp = _scores(q_BTKGh, k_BKph, start_BT, end_BT, (index * page_size).astype(jnp.int32), scale)
-        return _merge_block(carry, _softmax_block(scores_BKTGp, v_BKph))
+        visible_BTp = _inside(start_BT, end_BT, (index * page_size).astype(jnp.int32), page_size)
+        return _merge_block(carry, _softmax_block(_scores(q_BTKGh, k_BKph, visible_BTp, scale), v_BKph))
 
     accumulator = _accumulator(q_BTKGh)
     nothing = (
@@ -59,16 +70,20 @@ def attend_pages(
         jnp.full((B, K, T, G), -jnp.inf, accumulator),
         jnp.zeros((B, K, T, G), accumulator),
     )
-    pages_in_use = (jnp.max(end_BT) + page_size - 1) // page_size
-    return _normalize(jax.lax.fori_loop(0, pages_in_use, step, nothing))
+    first, last = jnp.min(start_BT) // page_size, (jnp.max(end_BT) + page_size - 1) // page_size
+    return _normalize(jax.lax.fori_loop(first, last, step, nothing))
 
 
-def _scores(q_BTKGh: Array, k_BKSh: Array, start_BT: Array, end_BT: Array, first_key: Array, scale: float) -> Array:
+def _inside(start_BT: Array, end_BT: Array, first_key: Array, keys: int) -> Array:
+    """Which of ``keys`` keys, numbered from ``first_key``, lie in each query's interval: [B, T, S]."""
+    key_11S = (first_key + jnp.arange(keys, dtype=jnp.int32))[None, None, :]
+    return (key_11S >= start_BT[:, :, None]) & (key_11S < end_BT[:, :, None])
+
+
+def _scores(q_BTKGh: Array, k_BKSh: Array, visible_BTS: Array, scale: float) -> Array:
     """Masked scores [B, K, T, G, S]."""
     # Scaled here and not in the queries: in half precision those would be rounded once more.
     scores_BKTGS = scale * jnp.einsum("btkgh,bksh->bktgs", q_BTKGh, k_BKSh, preferred_element_type=_accumulator(q_BTKGh))
-    key_11S = (first_key + jnp.arange(k_BKSh.shape[2], dtype=jnp.int32))[None, None, :]
-    visible_BTS = (key_11S >= start_BT[:, :, None]) & (key_11S < end_BT[:, :, None])
     return jnp.where(visible_BTS[:, None, :, None, :], scores_BKTGS, -jnp.inf)
 
 

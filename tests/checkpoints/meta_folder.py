@@ -22,6 +22,7 @@ _STORAGE_NAMES = {
     np.dtype(np.float16): "HalfStorage",
     np.dtype(ml_dtypes.bfloat16): "BFloat16Storage",
     np.dtype(np.int64): "LongStorage",
+    np.dtype(np.bool_): "BoolStorage",
 }
 
 

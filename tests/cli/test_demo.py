@@ -11,6 +11,7 @@ import pytest
 
 from l4jax import smollm2
 from l4jax.checkpoints.source import CheckpointError
+from l4jax.data import configs_path
 
 
 def test_answers_and_says_how_fast(smollm2_checkpoint: Path) -> None:
@@ -20,7 +21,10 @@ def test_answers_and_says_how_fast(smollm2_checkpoint: Path) -> None:
     question, _, answer, *_, tokens, first, memory = done.stdout.splitlines()
     assert question == "> What is the capital of France, and why is it famous?"
     assert answer.startswith("The capital of France is Paris.")
-    assert re.fullmatch(r"24 tokens, \d+\.\d tokens/s", tokens)
+    speeds = r"24 tokens, \d+\.\d tokens/s with speculation, acceptance length (\d\.\d\d); \d+\.\d tokens/s without, the same .*tokens"
+    found = re.fullmatch(speeds, tokens)
+    assert found is not None, tokens
+    assert float(found[1]) > 1
     assert re.match(r"first text \d+\.\d s after the command started, ", first)
     assert re.fullmatch(r"peak memory \d\.\d\d GB", memory)
 
@@ -30,8 +34,9 @@ def conversions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The destinations of conversions, which make a folder that stands for a checkpoint; the user's cache is ``tmp_path``."""
     made: list[Path] = []
 
-    def convert(source: Path, destination: Path) -> None:
-        assert source == tmp_path / "l4jax" / "model.gguf"
+    def convert(source: Path, destination: Path, *, target: Path | None = None, speculation: object = None) -> None:
+        of_head = source == configs_path() / "drafters" / "smollm2-135m-instruct"
+        assert target == tmp_path / "l4jax" / "smollm2-135m-instruct" if of_head else source == tmp_path / "l4jax" / "model.gguf"
         destination.mkdir()
         (destination / "checkpoint.json").touch()
         made.append(destination)
@@ -44,6 +49,7 @@ def conversions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     monkeypatch.setattr(smollm2, "fetch", lambda cache: cache / "model.gguf")
     monkeypatch.setattr(smollm2, "convert", convert)
     monkeypatch.setattr(smollm2, "open_checkpoint", open_checkpoint)
+    monkeypatch.setattr(smollm2, "open_drafter", open_checkpoint)
     return made
 
 
@@ -51,12 +57,19 @@ def test_converts_once(tmp_path: Path, conversions: list[Path]) -> None:
     checkpoint = tmp_path / "l4jax" / "smollm2-135m-instruct"
     assert smollm2.ensure_checkpoint() == checkpoint
     assert smollm2.ensure_checkpoint() == checkpoint
-    assert conversions == [checkpoint]
+    assert conversions == [checkpoint, checkpoint / "drafter"]
+
+
+def test_a_drafter_of_another_head_is_made_again(tmp_path: Path, conversions: list[Path]) -> None:
+    drafter = smollm2.ensure_checkpoint() / "drafter"
+    (drafter / "head.sha256").write_text("another")
+    smollm2.ensure_checkpoint()
+    assert conversions[2:] == [drafter]
 
 
 def test_a_checkpoint_that_does_not_open_is_made_again(tmp_path: Path, conversions: list[Path]) -> None:
     checkpoint = tmp_path / "l4jax" / "smollm2-135m-instruct"
     (checkpoint / "weights").mkdir(parents=True)
     smollm2.ensure_checkpoint()
-    assert conversions == [checkpoint]
+    assert conversions == [checkpoint, checkpoint / "drafter"]
     assert not (checkpoint / "weights").exists()

@@ -15,8 +15,10 @@ import jax.numpy as jnp
 import pytest
 
 from l4jax import SamplingParams
+from l4jax.config import DrafterConfig
 from l4jax.config_formats import config_from_hf
 from l4jax.data import configs_path
+from l4jax.decoding.plan import Speculation
 from l4jax.planning.compile import AbstractModel, first_layers
 from l4jax.planning.target import H100_MEMORY_BYTES, h100_devices
 from sharding.mesh import MeshSpec
@@ -121,6 +123,35 @@ def test_scout_caches_a_million_tokens_on_eight_ranks():
     spread = AbstractModel(config, MeshSpec(sequence=8), h100_devices(8), BF16).cache_bytes(1, tokens)
     expected = 12 * 4096 * tokens // 8 + 36 * 4096 * 8192
     assert abs(spread - expected) <= 0.03 * expected
+
+
+def test_rounds_of_speculation_keep_the_cache_in_place_and_gather_no_logits():
+    """The first layers of Scout with an EAGLE-3 head of the size of the public ones, a tree of 26 nodes, top-p on."""
+    config = first_layers(case("llama-4-scout-17b-16e-instruct", "tensor=8").config, 4)
+    one_dense_layer = {"num_layers": 1, "rope_layers": (True,), "moe": None, "attention_chunk_size": None, "use_qk_norm": False}
+    own = {"intermediate_size": 32768, "rope_scaling": None, "max_position_embeddings": 2048, "attn_temperature_tuning": False}
+    decoder = dataclasses.replace(config, **one_dense_layer, **own)
+    flags = ("own_embedding", "fuse_bias", "first_layer_normed", "final_normed")
+    flags += ("norm_before_residual", "norm_before_fuse", "norm_each_aux", "norm_fed_back")
+    drafter = DrafterConfig(
+        version="eagle3",
+        decoder=decoder,
+        draft_vocab_size=32000,
+        target_layers=4,
+        target_hidden_size=config.hidden_size,
+        target_tokenizer=None,
+        aux_layers=(1, 2, 3),
+        **dict.fromkeys(flags, False),
+    )
+    plan = Speculation.parse("tree:eagle26")
+    model = AbstractModel(config, MeshSpec(tensor=8), h100_devices(8), BF16, drafter)
+    program = model.speculate(ROWS, 8 * CAPACITY, SamplingParams(top_p=0.9), plan)
+    assert program.donated_bytes >= model.cache_bytes(ROWS, 8 * CAPACITY)
+    # The nodes' logits and their like; a second copy of the keys of the layer that keeps everything would be more.
+    logits = ROWS * plan.tree.size * config.vocab_size // 8 * 4
+    assert program.temporary_bytes < 4 * logits < ROWS * 8 * CAPACITY * config.head_dim * BF16.itemsize
+    # What every node of the tree sums up is the largest message: logits of the nodes, or their candidates, are not sent.
+    assert max(max(collective.nbytes) for collective in program.collectives) <= ROWS * plan.tree.size * config.hidden_size * BF16.itemsize
 
 
 @pytest.mark.parametrize("variant", ["pass_kv", "pass_q"])

@@ -1,0 +1,125 @@
+"""Published EAGLE heads: a folder with ``config.json`` and the weights, as safetensors or ``pytorch_model.bin``.
+
+Each format names the same weights in its own way; all of a format's names are mandatory, for an engine that fills up a missing one drafts
+badly and says nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from l4jax.checkpoints.hf import SafetensorsFiles, attention_recipes, layer_recipes, swiglu_recipes
+from l4jax.checkpoints.recipes import Wanted
+from l4jax.checkpoints.source import CheckpointError, Recipe, TensorInfo, copy_files, read_json
+from l4jax.checkpoints.store import Checkpoint
+from l4jax.checkpoints.torch_zip import TorchFile
+from l4jax.config import DrafterConfig, check_fits
+from l4jax.config_formats.eagle import HeadAnswers, drafter_config_from_eagle, head_format
+
+_LICENCES = ("license*", "use_policy*", "notice*")
+
+
+class EagleSource:
+    """An opened head (see :class:`l4jax.checkpoints.source.Source`), for a target that it is checked against."""
+
+    def __init__(self, directory: Path, target: Checkpoint, answers: HeadAnswers) -> None:
+        self._directory, self._target = directory, target
+        values = read_json(directory / "config.json")
+        form = head_format(values)
+        self.format = f"eagle head ({form})"
+        self._files: SafetensorsFiles | _TorchFiles = (
+            _TorchFiles(directory) if (directory / "pytorch_model.bin").exists() else SafetensorsFiles(directory)
+        )
+        self.fingerprint: Mapping[str, list[int]] = self._files.fingerprint
+        # Some writers put the module's own name before all others.
+        prefix = "model." if "model.fc.weight" in self._files.tensors else ""
+        self._names = {key.removeprefix(prefix): key for key in self._files.tensors}
+        self.tensors: Mapping[str, TensorInfo] = {name: self._files.tensors[key] for name, key in self._names.items()}
+        self.config: DrafterConfig = drafter_config_from_eagle(values, self.tensors, target.config, target.tokenizer_digest, answers)
+        check_fits(self.config, target.config)
+        # EAGLE-1 drafts with its target's head, of which some writers store a copy.
+        self.ignored = frozenset({"lm_head.weight"} & self.tensors.keys() if self.config.version == "eagle1" else ())
+        recipes = _eagle1_recipes if self.config.version == "eagle1" else _eagle3_recipes
+        self.recipes: Mapping[str, Recipe] = recipes(self.config, self.tensors, speculators=form == "speculators")
+
+    def read(self, key: str) -> np.ndarray:
+        """The tensor, memory-mapped."""
+        return self._files.read(self._names[key])
+
+    def write_text_files(self, directory: Path) -> list[str]:
+        """Copy licence files: the head's own, or else the target's, from which it was distilled."""
+        return copy_files(self._directory, _LICENCES, directory) or copy_files(self._target.directory, _LICENCES, directory)
+
+
+class _TorchFiles:
+    """The tensors of a ``pytorch_model.bin``."""
+
+    def __init__(self, directory: Path) -> None:
+        path = directory / "pytorch_model.bin"
+        self._file = TorchFile(path)
+        self.tensors: Mapping[str, TensorInfo] = {key: tensor.info for key, tensor in self._file.tensors.items()}
+        self.fingerprint: Mapping[str, list[int]] = {path.name: [path.stat().st_size, path.stat().st_mtime_ns]}
+
+    def read(self, key: str) -> np.ndarray:
+        return self._file.read(key)
+
+
+def _eagle1_recipes(config: DrafterConfig, tensors: Mapping[str, TensorInfo], *, speculators: bool) -> dict[str, Recipe]:
+    decoder, wanted = config.decoder, Wanted(tensors)
+    D = decoder.hidden_size
+    fuse = "fusion_fc" if speculators else "fc"
+    if config.own_embedding:
+        wanted.same("embed", "embed_tokens.weight", (decoder.vocab_size, D))
+    wanted.same("fuse", f"{fuse}.weight", (D, 2 * D))
+    if config.fuse_bias:
+        wanted.same("fuse_bias", f"{fuse}.bias", (D,))
+    for i in range(decoder.num_layers):
+        theirs = "transformer." if speculators else f"layers.{i}."
+        layer_recipes(wanted, decoder, i, f"layers.{i}.", theirs, attention_normed=i > 0 or config.first_layer_normed)
+    if config.final_normed:
+        wanted.same("norm.scale", "norm.weight", (D,))
+    return wanted.recipes
+
+
+def _eagle3_recipes(config: DrafterConfig, tensors: Mapping[str, TensorInfo], *, speculators: bool) -> dict[str, Recipe]:
+    decoder, wanted = config.decoder, Wanted(tensors)
+    D, V, width, count = decoder.hidden_size, config.draft_vocab_size, config.target_hidden_size, len(config.aux_layers)
+    theirs = "layers.0." if speculators else "midlayer."
+    if config.own_embedding:
+        wanted.same("embed", "embed_tokens.weight", (decoder.vocab_size, D))
+    wanted.same("fuse", "fc.weight", (D, count * width))
+    if config.norm_before_fuse:
+        wanted.same("fuse_norm.scale", "input_norm.weight", (count * width,))
+    for i in range(count if config.norm_each_aux else 0):
+        wanted.same(f"aux_norms.{i}.scale", f"fc_norm.{i}.weight", (width,))
+    wanted.same("layer.embedding_norm.scale", f"{theirs}input_layernorm.weight", (D,))
+    wanted.same("layer.hidden_norm.scale", f"{theirs}hidden_norm.weight", (D,))
+    attention_recipes(wanted, decoder, "layer.attention.", f"{theirs}self_attn.", input_size=2 * D)
+    wanted.same("layer.feed_forward_norm.scale", f"{theirs}post_attention_layernorm.weight", (D,))
+    swiglu_recipes(wanted, "layer.feed_forward.", f"{theirs}mlp.", D, decoder.intermediate_size)
+    wanted.same("norm.scale", "norm.weight", (D,))
+    wanted.same("head", "lm_head.weight", (V, D))
+    if decoder.vocab_size == V and "d2t" not in tensors:
+        wanted.add("token_ids", [], lambda _: np.arange(V, dtype=np.int32), "all tokens")
+        return wanted.recipes
+    # ModelOpt writes no t2d: it says nothing that d2t does not.
+    parts: list[tuple[str, tuple[int, ...]]] = [("d2t", (V,))]
+    if "t2d" in tensors or not tensors.keys() >= {"d2t"}:
+        parts.append(("t2d", (decoder.vocab_size,)))
+    wanted.add("token_ids", parts, lambda parts: _token_ids(parts, decoder.vocab_size), "d2t: offsets from a draft token to the target's")
+    return wanted.recipes
+
+
+def _token_ids(parts: Sequence[np.ndarray], vocab_size: int) -> np.ndarray:
+    """The target's token for each of the draft vocabulary."""
+    ids = np.arange(len(parts[0])) + parts[0].astype(np.int64)
+    if ids.min() < 0 or ids.max() >= vocab_size or len(np.unique(ids)) < len(ids):
+        raise CheckpointError(
+            f"tensor d2t does not lead to different tokens of the target's {vocab_size}; expected offsets, target = draft + d2t[draft]"
+        )
+    if len(parts) > 1 and not np.array_equal(np.flatnonzero(parts[1]), np.sort(ids)):
+        raise CheckpointError("tensors d2t and t2d name other tokens; expected t2d to be true at the tokens that d2t leads to")
+    return ids.astype(np.int32)

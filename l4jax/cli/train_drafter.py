@@ -1,0 +1,80 @@
+"""``l4jax train-drafter``: distil an EAGLE drafter from a model, for speculative decoding."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare the command's arguments."""
+    parser = subparsers.add_parser(
+        "train-drafter",
+        help="train a drafter for a model's speculative decoding",
+        description="Let a model answer prompts, and train an EAGLE drafter on what it says. "
+        "An interrupted run goes on where it stopped when the same command is given again.",
+    )
+    parser.add_argument("target", help="the model: a folder made by l4jax convert")
+    parser.add_argument(
+        "--data", required=True, help='JSONL: {"messages": [...]} or {"prompt": "..."} a line, or answers.jsonl of another run'
+    )
+    parser.add_argument("--out", required=True, help="the run's folder; the drafter comes to be in its folder drafter")
+    parser.add_argument("--version", choices=("eagle3", "eagle1"), default="eagle3")
+    parser.add_argument("--layers", type=int, default=1, help="of an EAGLE-1 drafter (default: 1)")
+    parser.add_argument(
+        "--intermediate-size", type=int, default=0, metavar="N", help="of the drafter's feed-forward blocks (default: the target's)"
+    )
+    parser.add_argument("--draft-vocab", type=int, default=8192, help="EAGLE-3: how many tokens it can guess (default: 8192)")
+    parser.add_argument("--ttt-steps", type=int, default=7, help="passes over its own output; depth of the chains measured (default: 7)")
+    parser.add_argument("--length", type=int, default=2048, help="most tokens of a prompt and its answer (default: 2048)")
+    parser.add_argument("--batch", type=int, default=8, help="rows of so many tokens in a step (default: 8)")
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--lr", type=float, default=1e-4, help="highest learning rate (default: 1e-4)")
+    parser.add_argument("--warmup", type=int, default=100, help="steps until it is reached (default: 100)")
+    parser.add_argument("--held-out", type=float, default=0.02, help="share of the prompts kept for evaluation (default: 0.02)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="of the answers (default: 0.8)")
+    parser.add_argument("--max-tokens", type=int, default=512, help="of an answer (default: 512)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--report-every", type=int, default=20, metavar="STEPS")
+    parser.add_argument("--save-every", type=int, default=200, metavar="STEPS", help="keep the state, and measure on what is held out")
+    parser.add_argument("--answer-batch", type=int, default=32, help="prompts answered together (default: 32)")
+    parser.add_argument("--keep-states", action="store_true", help="keep the target's states in memory: only the first epoch computes them")
+    parser.add_argument("--mesh", default="data=1", help="devices, as data=N: each takes its share of a batch's rows (default: one)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="hold the target in this (default: as stored)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, with reports on stderr."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    import l4jax
+    from l4jax.checkpoints.store import open_checkpoint
+    from l4jax.training.run import Settings, train_drafter
+
+    names = {field.name for field in dataclasses.fields(Settings)}
+    settings = Settings(**{name: value for name, value in vars(args).items() if name in names})
+    for name in ("report_every", "save_every"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name} is {getattr(args, name)}; expected at least 1")
+    target = open_checkpoint(args.target)
+    llm = l4jax.load(args.target, mesh=args.mesh, dtype=args.dtype, max_batch=args.answer_batch)
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("answers", total=None)
+        drafter = train_drafter(
+            llm,
+            Path(args.data),
+            Path(args.out),
+            settings,
+            target_digest=target.digest,
+            target_tokenizer=target.tokenizer_digest,
+            report_every=args.report_every,
+            save_every=args.save_every,
+            keep_states=args.keep_states,
+            log=lambda line: bar.console.print(line, markup=False, highlight=False, soft_wrap=True),
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    print(f"{drafter} is complete")
+    return 0

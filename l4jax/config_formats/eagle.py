@@ -1,0 +1,227 @@
+"""DrafterConfig from the ``config.json`` of published EAGLE heads.
+
+A head's file says neither which model it is for nor, mostly, all that decides its outputs. What it leaves open is taken from what its
+format documents, or asked for; auxiliary layers, which formats number in two ways, come out as the layers whose *input* is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import Any, Literal
+
+from l4jax.config import ConfigError, DrafterConfig, ModelConfig
+from l4jax.config_formats.fields import convert, shorten
+from l4jax.config_formats.hf import config_from_hf
+
+HeadFormat = Literal["eagle", "speculators", "llama4"]
+"""What a head's names and numbers follow: SafeAILab's code (SpecForge, SGLang and ModelOpt write it too), speculators, or Meta's heads."""
+
+_LLAMA4 = "EagleLlama4ForCausalLM"
+_IDS = "eagle_aux_hidden_state_layer_ids"
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadAnswers:
+    """What the user says of a head where its files leave it open; None: as they say.
+
+    ``aux_layers``: layers whose input is read. ``norm_before_residual``, ``norm_fed_back``: as in :class:`DrafterConfig`.
+    """
+
+    aux_layers: tuple[int, ...] | None = None
+    norm_before_residual: bool | None = None
+    norm_fed_back: bool | None = None
+
+
+NO_ANSWERS = HeadAnswers()
+
+
+def head_format(values: Mapping[str, Any]) -> HeadFormat:
+    """Which format a head's ``config.json`` is of."""
+    if "speculators_config" in values or "speculators_model_type" in values:
+        return "speculators"
+    return "llama4" if _LLAMA4 in (values.get("architectures") or ()) else "eagle"
+
+
+def drafter_config_from_eagle(
+    values: Mapping[str, Any],
+    tensors: Collection[str],
+    target: ModelConfig,
+    target_tokenizer: str | None,
+    answers: HeadAnswers,
+) -> DrafterConfig:
+    """Read a head's ``config.json``; ``tensors`` are the names in its weight files, which say what its layers have.
+
+    Raises :class:`ConfigError` for what the drafters do not compute, and where the files leave open what the user has not said.
+    """
+    form = head_format(values)
+    version = _version(values, form, tensors)
+    layer = values.get("transformer_layer_config", {}) if form == "speculators" else values
+    if not isinstance(layer, Mapping):
+        raise ConfigError(f"config.json: transformer_layer_config is {shorten(layer)}; expected an object")
+    decoder = _decoder(layer, version, form)
+    said = _Said(values, form)
+    own_embedding = "embed_tokens.weight" in tensors
+    common: dict[str, Any] = {
+        "version": version,
+        "decoder": decoder,
+        "target_layers": target.num_layers,
+        "target_tokenizer": target_tokenizer,
+        "own_embedding": own_embedding,
+    }
+    if version == "eagle1":
+        _refuse_answers(answers)
+        if said.flag("layernorms"):
+            raise ConfigError("config.json: layernorms is true, the norms of HASS heads, which is not supported; expected false")
+        bias = said.flag("fusion_bias" if form == "speculators" else "bias")
+        bias_key = "fusion_fc.bias" if form == "speculators" else "fc.bias"
+        if bias is not None and bias != (bias_key in tensors):
+            has = "has" if bias_key in tensors else "lacks"
+            raise ConfigError(
+                f"config.json says {'a' if bias else 'no'} bias, and the head {has} tensor {bias_key}: they are not of one head"
+            )
+        norms = form == "llama4"
+        return DrafterConfig(
+            **common,
+            draft_vocab_size=decoder.vocab_size,
+            target_hidden_size=decoder.hidden_size,
+            aux_layers=(),
+            fuse_bias=bias_key in tensors,
+            first_layer_normed=norms,
+            final_normed=norms,
+            norm_before_residual=False,
+            norm_before_fuse=False,
+            norm_each_aux=False,
+            norm_fed_back=False,
+            sources=decoder.sources,
+        )
+    if said.flag("use_aux_hidden_state") is False:
+        raise ConfigError("config.json: use_aux_hidden_state is false, a head that reads one state, which is not supported; expected true")
+    before_fuse, each_aux = bool(said.flag("norm_before_fc")), bool(said.flag("fc_norm"))
+    for key, stated in (("input_norm.weight", before_fuse), ("fc_norm.0.weight", each_aux)):
+        if stated != (key in tensors):
+            raise ConfigError(
+                f"config.json and the tensors disagree on {key}: the file says {str(stated).lower()}; they are not of one head"
+            )
+    return DrafterConfig(
+        **common,
+        draft_vocab_size=_integer(values, "draft_vocab_size", decoder.vocab_size),
+        target_hidden_size=_integer(values, "target_hidden_size", decoder.hidden_size),
+        aux_layers=_aux_layers(said, target.num_layers, answers.aux_layers),
+        fuse_bias=False,
+        first_layer_normed=False,
+        final_normed=False,
+        norm_before_residual=_norm_before_residual(said, answers.norm_before_residual),
+        norm_before_fuse=before_fuse,
+        norm_each_aux=each_aux,
+        norm_fed_back=_norm_fed_back(said, answers.norm_fed_back),
+        sources=decoder.sources,
+    )
+
+
+class _Said:
+    """A head's own fields, at the top or in ``eagle_config``."""
+
+    def __init__(self, values: Mapping[str, Any], form: HeadFormat) -> None:
+        nested = values.get("eagle_config") or {}
+        if not isinstance(nested, Mapping):
+            raise ConfigError(f"config.json: eagle_config is {shorten(nested)}; expected an object")
+        self.form = form
+        self.nested_ids, self.top_ids = nested.get(_IDS), values.get(_IDS)
+        self._values = {**values, **{key: value for key, value in nested.items() if value is not None}}
+
+    def flag(self, key: str) -> bool | None:
+        """True or false, or None where it is not there."""
+        value = self._values.get(key)
+        return None if value is None else bool(convert(value, bool, f"config.json: {key}"))
+
+
+def _version(values: Mapping[str, Any], form: HeadFormat, tensors: Collection[str]) -> Literal["eagle1", "eagle3"]:
+    if form == "speculators":
+        kind = values.get("speculators_model_type")
+        if kind not in ("eagle", "eagle3"):
+            raise ConfigError(
+                f'config.json: speculators_model_type is {shorten(kind)}, which is not supported; expected "eagle" or "eagle3"'
+            )
+        return "eagle1" if kind == "eagle" else "eagle3"
+    return "eagle3" if any(key in ("d2t", "t2d") or key.startswith("midlayer.") for key in tensors) else "eagle1"
+
+
+def _decoder(layer: Mapping[str, Any], version: str, form: HeadFormat) -> ModelConfig:
+    """The head's layers. What its file leaves out has the default of transformers' configuration, as in the code that heads come from."""
+    values = dict(layer)
+    quantized = values.get("quantization_config") or {}
+    if isinstance(quantized, Mapping) and quantized.get("quant_algo") is None and quantized.get("quant_method") in (None, "modelopt"):
+        values.pop("quantization_config", None)  # ModelOpt writes one that says: not quantised
+    values |= {"tie_word_embeddings": False}
+    if form == "llama4":
+        values |= {"architectures": ["Llama4ForCausalLM"], "model_type": "llama4_text"}
+        config = config_from_hf({**values, "moe_layers": values.get("moe_layers", [])})
+        if config.moe is not None and any(config.moe.moe_layers):
+            raise ConfigError("config.json: moe_layers names layers with experts; expected a head of dense layers, moe_layers []")
+        return dataclasses.replace(config, moe=None)
+    values |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    config = config_from_hf({"num_hidden_layers": 1, **values})
+    if version == "eagle3" and config.num_layers != 1:
+        raise ConfigError(f"config.json: num_hidden_layers is {config.num_layers}; expected 1, which EAGLE-3 heads have")
+    return config
+
+
+def _integer(values: Mapping[str, Any], key: str, default: int) -> int:
+    value = values.get(key)
+    return default if value is None else int(convert(value, int, f"config.json: {key}"))
+
+
+def _aux_layers(said: _Said, layers: int, answer: tuple[int, ...] | None) -> tuple[int, ...]:
+    """Layers whose input is read.
+
+    ModelOpt and SpecForge number, in ``eagle_config``, the layers whose output is read; speculators, at the top, those whose input is.
+    Of others' numbers at the top only the usual ones are known in both ways of numbering.
+    """
+    usual = (2, layers // 2, layers - 3)
+    if answer is not None:
+        return answer
+    ids = said.top_ids if said.nested_ids is None else said.nested_ids
+    if ids is None:
+        return usual
+    if not isinstance(ids, list) or not all(type(i) is int for i in ids):
+        raise ConfigError(f"config.json: {_IDS} is {shorten(ids)}; expected a list of layers")
+    outputs_plus_one = tuple(i + 1 for i in ids)
+    if said.nested_ids is not None or outputs_plus_one == usual:
+        return outputs_plus_one
+    if said.form == "speculators" or tuple(ids) == usual:
+        return tuple(ids)
+    raise ConfigError(
+        f"config.json: {_IDS} is {ids}, and it is not said whether these layers' inputs or outputs are read; give the layers whose input "
+        f"is, --aux-layers {','.join(map(str, outputs_plus_one))} if they number outputs"
+    )
+
+
+def _norm_before_residual(said: _Said, answer: bool | None) -> bool:
+    stated = said.flag("norm_before_residual")
+    if answer is not None:
+        return answer
+    if stated is None and said.form == "speculators":
+        raise ConfigError(
+            "config.json has no norm_before_residual, for which versions of speculators have other defaults; "
+            "give --norm-before-residual yes or no"
+        )
+    return bool(stated)
+
+
+def _norm_fed_back(said: _Said, answer: bool | None) -> bool:
+    stated = said.flag("norm_output")
+    if answer is not None:
+        return answer
+    if stated and said.form != "speculators":
+        raise ConfigError(
+            "config.json: norm_output is true, which in speculators feeds the normed state back and in SpecForge does not; "
+            "give --norm-fed-back yes or no"
+        )
+    return bool(stated)
+
+
+def _refuse_answers(answers: HeadAnswers) -> None:
+    for name, value in vars(answers).items():
+        if value is not None:
+            raise ConfigError(f"--{name.replace('_', '-')} is given, which EAGLE-1 heads do not have; leave it out")

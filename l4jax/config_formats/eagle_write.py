@@ -1,0 +1,54 @@
+"""The ``config.json`` of a published EAGLE head from a DrafterConfig."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from l4jax.config import ConfigError, DrafterConfig
+from l4jax.config_formats.hf_write import config_to_hf
+
+
+def config_to_eagle(config: DrafterConfig, dtype: str, to: Literal["hf", "eagle", "speculators"]) -> dict[str, Any]:
+    """What ``drafter_config_from_eagle`` reads back as an equal configuration, in this format.
+
+    Raises :class:`ConfigError` for a drafter that the format has no way to describe.
+    """
+    decoder, eagle3 = config.decoder, config.version == "eagle3"
+    layer = config_to_hf(decoder, dtype)
+    # As readers before transformers 5 look for them too.
+    layer["rope_theta"], layer["torch_dtype"] = decoder.rope_theta, dtype
+    norms = {
+        "norm_before_residual": config.norm_before_residual,
+        "norm_before_fc": config.norm_before_fuse,
+        "fc_norm": config.norm_each_aux,
+        "norm_output": config.norm_fed_back,
+    }
+    sizes = {"draft_vocab_size": config.draft_vocab_size, "target_hidden_size": config.target_hidden_size}
+    if to == "speculators":
+        if decoder.architecture != "llama" or decoder.num_layers != 1:
+            raise ConfigError("the drafter has layers of Llama 4, or several, which speculators has no format for; export it --to eagle")
+        kind = "eagle3" if eagle3 else "eagle"
+        verifier: dict[str, Any] = {"name_or_path": None, "architectures": []}
+        proposal = {"proposal_type": "greedy", "speculative_tokens": 5}
+        aux = {"eagle_aux_hidden_state_layer_ids": list(config.aux_layers)}
+        return {
+            "architectures": ["Eagle3Speculator" if eagle3 else "EagleSpeculator"],
+            "speculators_model_type": kind,
+            "speculators_config": {
+                "algorithm": kind,
+                "default_proposal_method": "greedy",
+                "proposal_methods": [proposal],
+                "verifier": verifier,
+            },
+            "transformer_layer_config": layer,
+            "torch_dtype": dtype,
+            **({**sizes, **norms, **aux} if eagle3 else {"fusion_bias": config.fuse_bias, "layernorms": False}),
+        }
+    if not eagle3:
+        return layer | ({"bias": config.fuse_bias} if decoder.architecture == "llama" else {"architectures": ["EagleLlama4ForCausalLM"]})
+    if config.norm_fed_back or 0 in config.aux_layers:
+        what = "feeds its normed state back" if config.norm_fed_back else "reads the embedding"
+        raise ConfigError(f"the drafter {what}, which this format has no way to say; export it --to speculators")
+    del norms["norm_output"]
+    eagle = {"eagle_aux_hidden_state_layer_ids": [i - 1 for i in config.aux_layers], "use_aux_hidden_state": True}
+    return layer | {"architectures": ["LlamaForCausalLMEagle3"], **sizes, **norms, "eagle_config": eagle}

@@ -1,0 +1,230 @@
+"""Drafting: a drafter grows a tree of guesses behind each row's last token, a level a pass.
+
+Nothing of it is cached: the keys of the tree's inner nodes are kept beside the drafter's cache until the round is over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Int32
+
+from l4jax.cache import LayerCache, PageTables, TreeCache
+from l4jax.decoding.sampling import SamplingRows, highest_tokens, log_probabilities, position_keys
+from l4jax.decoding.tree import NONE, DynamicTree, StaticTree, TreeTables, tree_tables
+from l4jax.decoding.verify import Draft
+from l4jax.model.drafter import Drafter
+from l4jax.model.llama import Llama
+from l4jax.model.step import tree_step_inputs
+from sharding.ranks import local_index
+
+_NODES = 1 << 31  # what is folded into a position's key for nodes; smaller numbers are verification's
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DraftState:
+    """What a drafter carries from round to round: its cache, and its output at its last entry, which the root's children come from.
+
+    It has an entry for each token in the target's cache.
+    """
+
+    cache: tuple[LayerCache, ...]
+    hidden_BD: Float[Array, "B D"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Drafting:
+    """What grows trees: drafter and target, a round's state, and how far a query of the drafter looks back (None: over everything)."""
+
+    drafter: Drafter
+    target: Llama
+    state: DraftState
+    length_B: Array
+    tables: PageTables
+    window: int | None
+
+    def start(self) -> tuple[TreeCache, ...]:
+        """The drafter's cache without any nodes."""
+        return tuple(TreeCache.around(layer, len(self.length_B)) for layer in self.state.cache)
+
+    def run(
+        self, token_BM: Array, hidden_BMD: Array, depth: int, sees_BMS: Array, cache: tuple[TreeCache, ...]
+    ) -> tuple[Array, tuple[TreeCache, ...]]:
+        """One pass over nodes of this depth, from their parents' hidden states; ``sees_BMS``: those run before, and themselves."""
+        B, M = token_BM.shape
+        # The root's own entry is the last in the drafter's cache, so its children come right behind.
+        depth_BM = jnp.full((B, M), depth - 1, jnp.int32)
+        decoder, ranks = self.drafter.config.decoder, self.drafter.ranks
+        step = tree_step_inputs(decoder, self.length_B, depth_BM, jnp.ones((B, M), bool), sees_BMS, self.tables, ranks, window=self.window)
+        return self.drafter(self.target, token_BM, hidden_BMD, step, cache)
+
+    def logits(self, hidden_BMD: Array) -> Array:
+        """Logits over the draft vocabulary."""
+        return self.drafter.logits(self.target, hidden_BMD)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """What the children of a static tree's inner nodes were drawn from: probabilities over the draft vocabulary, by inner node."""
+
+    draft_BIV: Float32[Array, "B I V"]
+
+
+def draft_static(
+    drafting: Drafting, tree: StaticTree, root_B: Int32[Array, "B"], rows: SamplingRows | None, position_B: Int32[Array, "B"]
+) -> tuple[Int32[Array, "B N"], Drawn | None]:
+    """Tokens of a static tree's nodes: each node's children are its likeliest tokens.
+
+    With ``rows`` they are drawn without replacement instead, from the drafter's distribution at each row's temperature (where that
+    is 0, they are the likeliest), by numbers keyed by seed, output position and node; and what they were drawn from is returned.
+    ``position_B`` is the output position of what follows the root.
+    """
+    B, vocab = len(root_B), drafting.drafter.vocab
+    inner = [node for node in range(tree.size) if tree.children(node)]
+    tokens = [root_B[:, None]]
+    distributions = []
+    cache = drafting.start()
+    ran: list[int] = []
+    hidden_BMD = drafting.state.hidden_BD[:, None]
+    for depth in range(tree.depth):
+        parents = [node for node in inner if tree.depths[node] == depth]
+        if depth > 0:
+            before = [node for node in range(tree.size) if tree.depths[node] == depth - 1 and tree.children(node)]
+            level = [node for node in range(tree.size) if tree.depths[node] == depth]
+            ran += parents
+            from_parent = np.array([before.index(tree.parents[node]) for node in parents])
+            token_BM = tokens[-1][:, np.array([level.index(node) for node in parents])]
+            sees = np.array([[_is_above(tree, other, node) for other in ran] for node in parents])
+            sees_BMS = jnp.broadcast_to(jnp.asarray(sees)[None], (B, *sees.shape))
+            hidden_BMD, cache = drafting.run(token_BM, hidden_BMD[:, from_parent], depth, sees_BMS, cache)
+        logits_BMV = drafting.logits(hidden_BMD)
+        if rows is not None:
+            probability_BMV, logits_BMV = _perturbed(logits_BMV, rows, position_B + depth, parents, drafting)
+            distributions.append(probability_BMV)
+        most = max(len(tree.children(node)) for node in parents)
+        _, top_id = highest_tokens(logits_BMV.reshape(-1, logits_BMV.shape[-1]), most, vocab)
+        children = [(parents.index(parent), tree.children(parent).index(child)) for parent in parents for child in tree.children(parent)]
+        parent_index, rank_index = (np.array(index) for index in zip(*children, strict=True))
+        tokens.append(drafting.drafter.target_tokens(top_id.reshape(B, len(parents), most)[:, parent_index, rank_index]))
+    return jnp.concatenate(tokens, axis=1), Drawn(jnp.concatenate(distributions, axis=1)) if distributions else None
+
+
+def _is_above(tree: StaticTree, other: int, node: int) -> bool:
+    while node > other:
+        node = tree.parents[node]
+    return node == other
+
+
+def _perturbed(logits_BMV: Array, rows: SamplingRows, position_B: Array, nodes: list[int], drafting: Drafting) -> tuple[Array, Array]:
+    """Probabilities, and log-probabilities with Gumbel noise: their highest, in order, are drawn without replacement (Gumbel-top-k)."""
+    vocab = drafting.drafter.vocab
+    V = logits_BMV.shape[-1]
+    temperature_B = jnp.where(rows.temperature_B > 0, rows.temperature_B, 1.0)
+    scaled_BMV = logits_BMV / temperature_B[:, None, None]
+    log_BMV = log_probabilities(scaled_BMV.reshape(-1, V), vocab).reshape(scaled_BMV.shape)
+
+    def noise(key: Array) -> Array:
+        # Drawn for the whole vocabulary on every rank, which takes its part: the numbers must not depend on the mesh.
+        own = jnp.stack([jax.random.gumbel(jax.random.fold_in(key, _NODES + node), (V * vocab.count,)) for node in nodes])
+        return jax.lax.dynamic_slice_in_dim(own, vocab.index() * V, V, axis=1)
+
+    noise_BMV = jax.vmap(noise)(position_keys(rows.key_B2, position_B))
+    # Where only one token can be accepted the likeliest are the best guesses, and acceptance does not ask how they were drawn.
+    return jnp.exp(log_BMV), log_BMV + jnp.where(rows.temperature_B[:, None, None] > 0, noise_BMV, 0.0)
+
+
+def target_probabilities(drafting: Drafting, drawn: Drawn, tree: StaticTree, node_B: Int32[Array, "B"], V: int) -> Float32[Array, "B V"]:
+    """What the children of these nodes were drawn from, over this rank's ``V`` tokens of the target's vocabulary; zeros for a leaf."""
+    inner = [node for node in range(tree.size) if tree.children(node)]
+    index_of = np.full(tree.size, len(inner), np.int32)
+    index_of[inner] = np.arange(len(inner))
+    vocab = drafting.drafter.vocab
+    draft_BV = drawn.draft_BIV.at[jnp.arange(len(node_B), dtype=jnp.int32), jnp.asarray(index_of)[node_B]].get(mode="fill", fill_value=0)
+    if not drafting.drafter.reduced_vocabulary:
+        return draft_BV
+    draft_BV = vocab.concatenate(draft_BV, axis=1)
+    token_V = drafting.drafter.target_tokens(jnp.arange(draft_BV.shape[1], dtype=jnp.int32))
+    nothing_BV = jnp.zeros((len(node_B), V), jnp.float32)
+    return nothing_BV.at[:, local_index(token_V, V, vocab)].add(draft_BV, mode="drop")
+
+
+def draft_dynamic(drafting: Drafting, tree: DynamicTree, root_B: Int32[Array, "B"]) -> tuple[Int32[Array, "B N"], Int32[Array, "B N"]]:
+    """Tokens and parents of dynamic trees (EAGLE-2, arXiv 2406.16858, section 4): expanded, then reranked.
+
+    A node's score is the log-probability of the way to it, as the drafter has it. Of equal scores the node that was grown first comes
+    first, which a parent always was: none is cut off from its child.
+    """
+    B, k = len(root_B), tree.topk
+    log_BV = log_probabilities(drafting.logits(drafting.state.hidden_BD), drafting.drafter.vocab)
+    score_Bk, id_Bk = highest_tokens(log_BV, k, drafting.drafter.vocab)
+    token_Bk = drafting.drafter.target_tokens(id_Bk)
+    pool_token, pool_score, pool_parent = [token_Bk], [score_Bk], [jnp.full((B, k), NONE, jnp.int32)]
+    # The frontier: the nodes that are to be expanded, and which of the pool's and of those run before they are and see.
+    frontier_Bk = jnp.broadcast_to(jnp.arange(k, dtype=jnp.int32)[None], (B, k))
+    hidden_BkD = jnp.broadcast_to(drafting.state.hidden_BD[:, None], (B, k, drafting.state.hidden_BD.shape[1]))
+    above_BkS = jnp.zeros((B, k, 0), bool)
+    itself_BkS = jnp.broadcast_to(jnp.eye(k, dtype=bool)[None], (B, k, k))
+    cache = drafting.start()
+    pooled = k
+    for depth in range(1, tree.steps):
+        sees_BkS = jnp.concatenate([above_BkS, itself_BkS], axis=2)
+        hidden_BkD, cache = drafting.run(token_Bk, hidden_BkD, depth, sees_BkS, cache)
+        log_MV = log_probabilities(drafting.logits(hidden_BkD).reshape(B * k, -1), drafting.drafter.vocab)
+        log_Mk, id_Mk = highest_tokens(log_MV, k, drafting.drafter.vocab)
+        child_score_Bc = (score_Bk[:, :, None] + log_Mk.reshape(B, k, k)).reshape(B, k * k)
+        child_token_Bc = drafting.drafter.target_tokens(id_Mk).reshape(B, k * k)
+        pool_token.append(child_token_Bc)
+        pool_score.append(child_score_Bc)
+        pool_parent.append(jnp.repeat(frontier_Bk, k, axis=1))
+        score_Bk, chosen_Bk = jax.lax.top_k(child_score_Bc, k)
+        from_Bk = chosen_Bk.astype(jnp.int32) // k
+        token_Bk = jnp.take_along_axis(child_token_Bc, chosen_Bk, axis=1)
+        frontier_Bk = pooled + chosen_Bk.astype(jnp.int32)
+        hidden_BkD = jnp.take_along_axis(hidden_BkD, from_Bk[:, :, None], axis=1)
+        above_BkS = jnp.take_along_axis(sees_BkS, from_Bk[:, :, None], axis=1)
+        pooled += k * k
+    token_BP, score_BP, parent_BP = (jnp.concatenate(part, axis=1) for part in (pool_token, pool_score, pool_parent))
+    return _rerank(token_BP, score_BP, parent_BP, root_B, tree.nodes)
+
+
+def _rerank(token_BP: Array, score_BP: Array, parent_BP: Array, root_B: Array, nodes: int) -> tuple[Array, Array]:
+    """The best ``nodes`` - 1 of the pool behind the root, in the order they were grown in."""
+    B, P = token_BP.shape
+    _, best_Bn = jax.lax.top_k(score_BP, nodes - 1)
+    kept_Bn = jnp.sort(best_Bn.astype(jnp.int32), axis=1)
+    row_B1 = jnp.arange(B, dtype=jnp.int32)[:, None]
+    number_BP = jnp.zeros((B, P), jnp.int32).at[row_B1, kept_Bn].set(jnp.arange(1, nodes, dtype=jnp.int32)[None])
+    parent_Bn = jnp.take_along_axis(parent_BP, kept_Bn, axis=1)
+    parent_Bn = jnp.where(parent_Bn == NONE, 0, jnp.take_along_axis(number_BP, jnp.maximum(parent_Bn, 0), axis=1))
+    token_BN = jnp.concatenate([root_B[:, None], jnp.take_along_axis(token_BP, kept_Bn, axis=1)], axis=1)
+    return token_BN, jnp.concatenate([jnp.full((B, 1), NONE, jnp.int32), parent_Bn], axis=1)
+
+
+def grow(
+    drafting: Drafting,
+    shape: StaticTree | DynamicTree,
+    root_B: Int32[Array, "B"],
+    room_B: Int32[Array, "B"],
+    active_B: Bool[Array, "B"],
+    rows: SamplingRows | None,
+    position_B: Int32[Array, "B"],
+) -> tuple[Draft, Drawn | None]:
+    """Trees of this shape behind each row's root; nodes deeper than ``room_B`` levels are not valid.
+
+    ``rows`` and ``position_B`` are as in :func:`draft_static`.
+    """
+    drawn = None
+    with jax.named_scope("draft"):
+        if isinstance(shape, StaticTree):
+            token_BN, drawn = draft_static(drafting, shape, root_B, rows, position_B)
+            parent_BN = jnp.broadcast_to(jnp.asarray(shape.parents, jnp.int32)[None], token_BN.shape)
+        else:
+            assert rows is None, "a reranked tree's children are no longer in the order they were drawn in"
+            token_BN, parent_BN = draft_dynamic(drafting, shape, root_B)
+        tree: TreeTables = tree_tables(parent_BN, shape.depth)
+        return Draft(token_BN, tree, (tree.depth_BN <= room_B[:, None]) & active_B[:, None]), drawn

@@ -1,0 +1,107 @@
+"""How to speculate: the tree, how its tokens are drafted, and from text what of both a user wants."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from l4jax.config import ModelConfig
+from l4jax.data import configs_path
+from l4jax.decoding.tree import DynamicTree, StaticTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Speculation:
+    """A tree, and whether its tokens are drawn from the drafter's distribution (``sampled``) or are its likeliest."""
+
+    tree: StaticTree | DynamicTree
+    sampled: bool = False
+
+    def __post_init__(self) -> None:
+        if self.sampled and isinstance(self.tree, DynamicTree):
+            raise ValueError(
+                "speculation with a dynamic tree cannot be sampled: its nodes are chosen by their probability after they are drawn, and "
+                "what is left no longer has the distribution that accepting them relies on; expected a chain or a static tree"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> Speculation | None:
+        """Read "chain:5", "tree:eagle26" (of ``configs/trees``, or a .json file) or "dynamic:steps=5,topk=4,nodes=16"; None for "off".
+
+        A chain or tree may end in ",sampled".
+        """
+        kind, _, rest = text.partition(":")
+        sampled = rest.endswith(",sampled")
+        rest = rest.removesuffix(",sampled")
+        if text == "off":
+            return None
+        if kind == "chain" and re.fullmatch(r"[1-9][0-9]{0,2}", rest):
+            return cls(StaticTree.chain(int(rest)), sampled)
+        if kind == "tree" and rest:
+            path = Path(rest) if rest.endswith(".json") else configs_path() / "trees" / f"{rest}.json"
+            return cls(StaticTree.from_file(path), sampled)
+        sizes = dict(part.split("=", 1) for part in rest.split(",") if "=" in part)
+        if kind == "dynamic" and sizes.keys() == {"steps", "topk", "nodes"} and all(re.fullmatch("[0-9]{1,6}", n) for n in sizes.values()):
+            return cls(DynamicTree(**{name: int(size) for name, size in sizes.items()}), sampled)
+        raise ValueError(
+            f'speculation is {text!r}; expected "auto", "off", "chain:5", "tree:eagle26" (or a .json file of paths) or '
+            '"dynamic:steps=5,topk=4,nodes=16"; chains and trees may end in ",sampled"'
+        )
+
+
+TableJson = Mapping[str, Mapping[str, str]]
+"""How to speculate, by dtype and then by number of rows, as in ``{"bfloat16": {"1": "chain:5", "8": "off"}}``; not, in other dtypes.
+
+What a pass over several tokens costs, compared with one, depends on the dtype: on a CPU it is little in bfloat16 and much in float32.
+"""
+UNMEASURED: TableJson = {dtype: {"1": "chain:3"} for dtype in ("float32", "bfloat16", "float16")}
+"""For a drafter of which nothing has been measured."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeculationTable:
+    """How to speculate at each batch size: (rows, speculation), by rows; None where decoding one by one is faster.
+
+    An entry holds from its number of rows up to the next entry's; below the first, the first holds.
+    """
+
+    entries: tuple[tuple[int, Speculation | None], ...]
+
+    @classmethod
+    def always(cls, speculation: Speculation | None) -> SpeculationTable:
+        """The same at every batch size."""
+        return cls(((1, speculation),))
+
+    @classmethod
+    def from_json(cls, values: TableJson, dtype: str) -> SpeculationTable:
+        """What holds for this dtype. Raises ValueError for what is no such table."""
+        example = '{"bfloat16": {"1": "chain:5", "8": "off"}}'
+        by_dtype = {}
+        for name, by_rows in values.items():
+            if name not in UNMEASURED or not isinstance(by_rows, Mapping) or not by_rows:
+                raise ValueError(f"the speculation table has {name!r}: {by_rows!r}; expected dtypes and numbers of rows, as in {example}")
+            entries = {}
+            for rows, text in by_rows.items():
+                if not re.fullmatch("[1-9][0-9]{0,6}", rows) or not isinstance(text, str):
+                    raise ValueError(f"the speculation table has {rows!r}: {text!r}; expected numbers of rows, as in {example}")
+                entries[int(rows)] = Speculation.parse(text)
+            by_dtype[name] = cls(tuple(sorted(entries.items(), key=lambda entry: entry[0])))
+        return by_dtype.get(dtype, cls.always(None))
+
+    def check_fits(self, config: ModelConfig) -> None:
+        """Raise ValueError if a tree is deeper than what the model's cache has for it behind any token."""
+        most = min(config.max_position_embeddings, config.attention_chunk_size or config.max_position_embeddings) - 1
+        for _, speculation in self.entries:
+            if speculation is not None and speculation.tree.depth > most:
+                depth, size = speculation.tree.depth, speculation.tree.size
+                raise ValueError(
+                    f"a draft tree of {size} nodes is {depth} levels deep, too large for the cache; expected at most {most} levels, "
+                    "one less than the model's context and attention chunk"
+                )
+
+    def at(self, rows: int) -> Speculation | None:
+        """How to speculate with so many rows."""
+        fitting = [speculation for least, speculation in self.entries if least <= rows]
+        return fitting[-1] if fitting else self.entries[0][1]

@@ -1,0 +1,218 @@
+"""Speculative decoding: draft a tree, let the model see all of it in one pass, give out what stands, and again, many rounds a dispatch.
+
+A round's tokens are those that decoding one by one gives (see ``decoding.verify``). Rows go on at their own pace.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from l4jax.cache import LayerCache, PageTables, is_local
+from l4jax.config import ModelConfig
+from l4jax.decoding.draft import Drafting, DraftState, grow, target_probabilities
+from l4jax.decoding.generate import BURST, DecodeState, DecodeTokens, is_final
+from l4jax.decoding.plan import Speculation
+from l4jax.decoding.sampling import SamplingFeatures, SamplingRows, empty_logprobs
+from l4jax.decoding.tree import NONE, StaticTree
+from l4jax.decoding.verify import Verified, drawn, rejection, verify
+from l4jax.model.drafter import Drafter
+from l4jax.model.llama import Llama
+from l4jax.model.step import PieceLayout, Spread, last_state, spread_step_inputs, step_inputs, tokens_at
+
+BeyondTraining = Literal["window", "stop"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SpeculationState:
+    """What a round carries on: what a decode step does, and the drafter's part."""
+
+    decode: DecodeState
+    draft: DraftState
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RoundCounts:
+    """Since the dispatch began: each row's rounds, its drafted tokens, and in how many rounds at least so many of them stood.
+
+    ``accepted_BL[b, i]``: rounds in which the drafted token at depth i + 1 stood, whether or not it was given out.
+    """
+
+    rounds_B: Int32[Array, "B"]
+    drafted_B: Int32[Array, "B"]
+    accepted_BL: Int32[Array, "B L"]
+
+
+def room(config: ModelConfig, drafter: Drafter, length_B: Int32[Array, "B"], depth: int, beyond: BeyondTraining) -> Int32[Array, "B"]:
+    """Levels that a tree may have behind the root at position ``length_B``, at most ``depth``.
+
+    In chunk-local layers all of it must lie in the root's attention chunk (arXiv 2508.08192, on iRoPE). A drafter that stops where its
+    training did drafts no further.
+    """
+    room_B = jnp.full_like(length_B, depth)
+    for decoder in (config, drafter.config.decoder):
+        if decoder.attention_chunk_size is not None and any(is_local(decoder, i) for i in range(decoder.num_layers)):
+            room_B = jnp.minimum(room_B, decoder.attention_chunk_size - 1 - length_B % decoder.attention_chunk_size)
+    if beyond == "stop":
+        # The node at depth d is at the drafter's position length + d - 1; the deepest is never run.
+        room_B = jnp.minimum(room_B, drafter.config.decoder.max_position_embeddings + 1 - length_B)
+    return jnp.maximum(room_B, 0)
+
+
+def window(drafter: Drafter, beyond: BeyondTraining) -> int | None:
+    """How far the drafter looks back."""
+    return drafter.config.decoder.max_position_embeddings if beyond == "window" else None
+
+
+def speculate_tokens(
+    model: Llama,
+    drafter: Drafter,
+    state: SpeculationState,
+    tables: PageTables,
+    draft_tables: PageTables,
+    rows: SamplingRows,
+    steps: Int32[Array, ""],
+    features: SamplingFeatures,
+    plan: Speculation,
+    beyond: BeyondTraining,
+) -> tuple[SpeculationState, DecodeTokens, RoundCounts]:
+    """Rounds until a row has ``steps`` new tokens (at most BURST, and those of the round) or every row has finished.
+
+    Tokens come as decoding without speculation gives them out, each row's own behind each other.
+    """
+    data, vocab = model.mesh.along("data"), model.mesh.along("tensor")
+    B, L = len(state.decode.token_B), plan.tree.depth + 1
+    row_B1 = jnp.arange(B, dtype=jnp.int32)[:, None]
+    width = BURST - 1 + L
+
+    def unfinished(carry: tuple[SpeculationState, DecodeTokens, RoundCounts, Array]) -> Array:
+        state, out, _, _ = carry
+        return (data.max(out.steps) < jnp.minimum(steps, BURST)) & data.any(jnp.any(~state.decode.done_B))
+
+    def one_round(
+        carry: tuple[SpeculationState, DecodeTokens, RoundCounts, Array],
+    ) -> tuple[SpeculationState, DecodeTokens, RoundCounts, Array]:
+        state, out, counted, given_B = carry
+        now = state.decode
+        active_B = ~now.done_B
+        drafting = Drafting(drafter, model, state.draft, now.length_B, draft_tables, window(drafter, beyond))
+        room_B = room(model.config, drafter, now.length_B, plan.tree.depth, beyond)
+        drawing = rows if plan.sampled else None
+        draft, distribution = grow(drafting, plan.tree, now.token_B, room_B, active_B, drawing, now.produced_B)
+        with jax.named_scope("verify"):
+            x_BND, feature_BNf, nodes = model.tree(
+                draft.token_BN, now.length_B, draft.tree.depth_BN, draft.valid_BN, draft.tree.sees_BNN, now.cache, tables
+            )
+            logits_BNV = model.logits(x_BND)
+            rule = drawn(rows, features, vocab)
+            if distribution is not None:
+                assert isinstance(plan.tree, StaticTree)
+                tree, V = plan.tree, logits_BNV.shape[2]
+                rule = rejection(rows, features, lambda node_B: target_probabilities(drafting, distribution, tree, node_B, V), vocab)
+            verified = verify(
+                logits_BNV,
+                draft,
+                rule,
+                plan.tree.depth,
+                now.counts,
+                now.produced_B,
+                active_B,
+                logprobs=features.logprobs,
+                vocab=vocab,
+                repeating=model.ranks,
+            )
+        kept_B, done_B = _until_final(verified, now.produced_B, rows, active_B)
+        last_B1 = jnp.maximum(kept_B - 1, 0)[:, None]
+        token_B = jnp.where(active_B, jnp.take_along_axis(verified.token_BL, last_B1, axis=1)[:, 0], now.token_B)
+
+        # Of the tree's keys, those of the tokens that stay are cached: the root's, and all but the last of what is given out.
+        cache = model.accept(nodes, verified.node_BL, now.length_B, kept_B, tables)
+        # The drafter goes over the same tokens with the target's hidden states, in the place of its own guesses.
+        feature_BLf = jnp.take_along_axis(feature_BNf, verified.node_BL[:, :, None], axis=1)
+        passed_BL = jnp.concatenate([now.token_B[:, None], verified.token_BL[:, :-1]], axis=1)
+        piece = (passed_BL, token_B, feature_BLf, now.length_B, kept_B)
+        hidden_BD, draft_cache = prefill_drafter(drafter, model, state.draft.cache, *piece, draft_tables, None, None, beyond)
+        hidden_BD = jnp.where(active_B[:, None], hidden_BD, state.draft.hidden_BD)
+
+        given_BL = jnp.arange(L, dtype=jnp.int32)[None, :] < kept_B[:, None]
+        place_BL = jnp.where(given_BL, given_B[:, None] + jnp.arange(L, dtype=jnp.int32)[None, :], width)
+
+        def record(buffer: Array, value_BL: Array) -> Array:
+            return buffer.at[place_BL, row_B1].set(value_BL, mode="drop")
+
+        given_B = given_B + kept_B
+        out = DecodeTokens(
+            token_SB=record(out.token_SB, verified.token_BL),
+            logprobs=jax.tree.map(record, out.logprobs, verified.logprobs),
+            steps=jnp.max(given_B),
+            done_B=now.done_B | done_B,
+        )
+        reached_BL = jnp.arange(1, L, dtype=jnp.int32)[None, :] <= verified.accepted_B[:, None]
+        counted = RoundCounts(
+            rounds_B=counted.rounds_B + active_B.astype(jnp.int32),
+            drafted_B=counted.drafted_B + jnp.sum(draft.valid_BN[:, 1:], axis=1, dtype=jnp.int32),
+            accepted_BL=counted.accepted_BL + (reached_BL & active_B[:, None]).astype(jnp.int32),
+        )
+        decode = DecodeState(cache, token_B, now.length_B + kept_B, now.produced_B + kept_B, out.done_B, verified.counts)
+        return SpeculationState(decode, DraftState(draft_cache, hidden_BD)), out, counted, given_B
+
+    logprobs = empty_logprobs((width, B), model.config.vocab_size) if features.logprobs else None
+    nothing = DecodeTokens(jnp.full((width, B), NONE, jnp.int32), logprobs, jnp.int32(0), state.decode.done_B)
+    zeros_B = jnp.zeros(B, jnp.int32)
+    start = (state, nothing, RoundCounts(zeros_B, zeros_B, jnp.zeros((B, L - 1), jnp.int32)), zeros_B)
+    state, out, counted, _ = jax.lax.while_loop(unfinished, one_round, start)
+    return state, dataclasses.replace(out, steps=data.max(out.steps)), counted
+
+
+def _until_final(verified: Verified, produced_B: Array, rows: SamplingRows, active_B: Array) -> tuple[Array, Array]:
+    """How many of a round's tokens are given out: up to the first that ends its row; and the rows that end."""
+    L = verified.token_BL.shape[1]
+    index_1L = jnp.arange(L, dtype=jnp.int32)[None, :]
+    given_BL = (index_1L <= verified.accepted_B[:, None]) & active_B[:, None]
+    of_each = jax.vmap(is_final, in_axes=(1, 1, None), out_axes=1)
+    final_BL = given_BL & of_each(verified.token_BL, produced_B[:, None] + 1 + index_1L, rows)
+    done_B = jnp.any(final_BL, axis=1)
+    kept_B = jnp.where(done_B, jnp.argmax(final_BL, axis=1).astype(jnp.int32) + 1, verified.accepted_B + 1)
+    return jnp.where(active_B, kept_B, 0), done_B
+
+
+def prefill_drafter(
+    drafter: Drafter,
+    model: Llama,
+    cache: tuple[LayerCache, ...],
+    token_BT: Int32[Array, "B T"],
+    following_B: Int32[Array, "B"],
+    feature_BTf: Float[Array, "B t f"],
+    start_B: Int32[Array, "B"],
+    new_B: Int32[Array, "B"],
+    tables: PageTables,
+    layout: PieceLayout | None,
+    spread: Spread | None,
+    beyond: BeyondTraining,
+) -> tuple[Float[Array, "B D"], tuple[LayerCache, ...]]:
+    """The drafter's entries for ``new_B[b]`` tokens behind the ``start_B[b]`` cached ones, from the target's features at them.
+
+    ``following_B``: the token behind the last of them. With a ``layout``, each rank has the features of its tokens. Returns the
+    drafter's output at the last, and its cache.
+    """
+    with jax.named_scope("draft_entries"):
+        config, T = drafter.config.decoder, token_BT.shape[1]
+        last_BT = jnp.arange(T, dtype=jnp.int32)[None, :] == new_B[:, None] - 1
+        next_BT = jnp.where(last_BT, following_B[:, None], jnp.roll(token_BT, -1, axis=1))
+        if layout is None:
+            step = step_inputs(config, start_B, new_B, T, tables, drafter.ranks, window=window(drafter, beyond))
+        else:
+            assert spread is not None
+            step = spread_step_inputs(
+                config, layout, start_B, tables, drafter.ranks, aligned=spread.aligned, window=window(drafter, beyond)
+            )
+            next_BT = tokens_at(next_BT, layout.position_NBT[drafter.ranks.index()], start_B)
+        # A token that could not be chosen ends its row: which embedding it gets does not matter.
+        hidden_BTD, cache = drafter(model, jnp.maximum(next_BT, 0), drafter.read(feature_BTf), step, cache, spread)
+        return last_state(hidden_BTD, start_B, new_B, layout, drafter.ranks), cache

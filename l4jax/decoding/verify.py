@@ -1,0 +1,228 @@
+"""Which drafted tokens stand, and what follows them: rules under which speculation does not change what the model says.
+
+:func:`drawn` draws each token as decoding without speculation would, and a drafted one stands if it is the one drawn. That holds
+for any tree, however it was drafted; and since draws are keyed by (seed, output position), the tokens are the same as without
+speculation. At temperature 0 it is greedy verification. (The point-mass rule: "accept x with probability p(x), else strike it out
+and go on", as EAGLE-2's code has it, gives the same distribution.)
+
+:func:`rejection` is multi-round rejection (arXiv 2402.14160, algorithm 2) for children that were drawn from the drafter's
+distribution one after the other without replacement. More of them stand at temperatures above 0, and tokens have the same
+distribution as without speculation, but are not the same tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float32, Int32
+
+from l4jax.decoding.generate import count_token
+from l4jax.decoding.sampling import (
+    NOT_FINITE,
+    Logprobs,
+    SamplingFeatures,
+    SamplingRows,
+    TokenCounts,
+    draw,
+    empty_logprobs,
+    position_keys,
+    probabilities,
+    sample,
+    token_logprobs,
+    uniform,
+)
+from l4jax.decoding.tree import NONE, TreeTables
+from sharding.ranks import ONE, Ranks, local_index
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Draft:
+    """Drafted trees: each node's token and its tables. Nodes that are not ``valid_BN`` are no candidates (nor are those below them)."""
+
+    token_BN: Int32[Array, "B N"]
+    tree: TreeTables
+    valid_BN: Bool[Array, "B N"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Verified:
+    """What a round gives out: ``token_BL``, the tokens of the ``accepted_B`` nodes that stand and the one that follows, then NONE.
+
+    ``node_BL``: the root and those nodes, then zeros. ``counts`` has all of the tokens.
+    """
+
+    token_BL: Int32[Array, "B L"]
+    node_BL: Int32[Array, "B L"]
+    accepted_B: Int32[Array, "B"]
+    counts: TokenCounts | None
+    logprobs: Logprobs | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class At:
+    """Where verification stands: a node of each row, its logits, the counts with the tokens on the way to it, and how many those are.
+
+    ``position_B``: the output position of the token that follows the node.
+    """
+
+    node_B: Int32[Array, "B"]
+    logits_BV: Float32[Array, "B V"]
+    counts: TokenCounts | None
+    position_B: Int32[Array, "B"]
+
+
+Rule = Callable[[At, Draft], tuple[Int32[Array, "B"], Int32[Array, "B"]]]
+"""Decides on the token that follows a node; gives it and the child that it is, NONE if it is none."""
+
+
+def verify(
+    logits_BNV: Float32[Array, "B N V"],
+    draft: Draft,
+    rule: Rule,
+    depth: int,
+    counts: TokenCounts | None,
+    position_B: Int32[Array, "B"],
+    active_B: Bool[Array, "B"],
+    *,
+    logprobs: bool,
+    vocab: Ranks = ONE,
+    repeating: Ranks = ONE,
+) -> Verified:
+    """Go down each row's tree, of at most this depth, from the model's logits at its nodes.
+
+    ``position_B``: the output position of what follows the root. Rows that are not active give out nothing. ``repeating``: ranks that
+    do the same work, and take the decisions of the first of them.
+    """
+    B, _, V = logits_BNV.shape
+    L = depth + 1
+
+    def put(buffer: Array, value: Array, level: Array) -> Array:
+        return jax.lax.dynamic_update_index_in_dim(buffer, value, level, 0)
+
+    def descending(carry: tuple[Array, Array, Array, Verified]) -> Array:
+        level, _, alive_B, _ = carry
+        return (level < L) & jnp.any(alive_B)
+
+    def descend(carry: tuple[Array, Array, Array, Verified]) -> tuple[Array, Array, Array, Verified]:
+        level, node_B, alive_B, out = carry
+        logits_BV = jnp.take_along_axis(logits_BNV, node_B[:, None, None], axis=1)[:, 0]
+        token_B, child_B = repeating.of_first(jnp.stack(rule(At(node_B, logits_BV, out.counts, position_B + level), draft)))
+        stands_B = alive_B & (child_B != NONE)
+        of_token = token_logprobs(logits_BV, token_B, vocab) if logprobs else None
+        out = Verified(
+            token_BL=put(out.token_BL, jnp.where(alive_B, token_B, NONE), level),
+            node_BL=put(out.node_BL, jnp.where(alive_B, node_B, 0), level),
+            accepted_B=out.accepted_B + stands_B.astype(jnp.int32),
+            counts=None if out.counts is None else count_token(out.counts, token_B, alive_B, vocab),
+            logprobs=jax.tree.map(lambda buffer, value: put(buffer, value, level), out.logprobs, of_token),
+        )
+        return level + 1, jnp.where(stands_B, child_B, node_B), stands_B, out
+
+    nothing = Verified(
+        token_BL=jnp.full((L, B), NONE, jnp.int32),
+        node_BL=jnp.zeros((L, B), jnp.int32),
+        accepted_B=jnp.zeros(B, jnp.int32),
+        counts=counts,
+        logprobs=empty_logprobs((L, B), V * vocab.count) if logprobs else None,
+    )
+    start = (jnp.int32(0), jnp.zeros(B, jnp.int32), active_B, nothing)
+    out = jax.lax.while_loop(descending, descend, start)[3]
+    by_row = jax.tree.map(lambda buffer: jnp.swapaxes(buffer, 0, 1), (out.token_BL, out.node_BL, out.logprobs))
+    return Verified(by_row[0], by_row[1], out.accepted_B, out.counts, by_row[2])
+
+
+def drawn(rows: SamplingRows, features: SamplingFeatures, vocab: Ranks = ONE) -> Rule:
+    """A child stands if it is the token that decoding without speculation gives; for trees drafted in any way."""
+    features = dataclasses.replace(features, logprobs=False)
+
+    def rule(at: At, draft: Draft) -> tuple[Array, Array]:
+        token_B, _ = sample(at.logits_BV, rows, at.counts, at.position_B, features, vocab)
+        is_it_BN = (draft.tree.parent_BN == at.node_B[:, None]) & (draft.token_BN == token_B[:, None]) & draft.valid_BN
+        child_B = jnp.argmax(is_it_BN, axis=1).astype(jnp.int32)
+        return token_B, jnp.where(jnp.any(is_it_BN, axis=1), child_B, NONE)
+
+    return rule
+
+
+DraftProbabilities = Callable[[Int32[Array, "B"]], Float32[Array, "B V"]]
+"""The distribution over the target's vocabulary (this rank's part of it) that a node's children were drawn from."""
+
+
+def rejection(rows: SamplingRows, features: SamplingFeatures, drafted: DraftProbabilities, vocab: Ranks = ONE) -> Rule:
+    """Multi-round rejection; a node's children must have been drawn from ``drafted`` without replacement, in the order they lie in.
+
+    The first child x stands with probability min(1, p(x) / q(x)). If it does not, p becomes what is left of it, max(p - q, 0), q
+    loses x, and the next child is tried; after the last the token is drawn from p. Each q is that which the child was drawn from: the
+    drafter's, given the siblings before it.
+    """
+
+    def rule(at: At, draft: Draft) -> tuple[Array, Array]:
+        p_BV, finite_B = probabilities(at.logits_BV, rows, at.counts, features, vocab)
+        V = p_BV.shape[1]
+
+        def of_token(values_BV: Array, token_B: Array) -> Array:
+            index_B = local_index(token_B, V, vocab)
+            value_B = jnp.take_along_axis(values_BV, jnp.minimum(index_B, V - 1)[:, None], axis=1)[:, 0]
+            return vocab.sum(jnp.where(index_B < V, value_B, 0.0))
+
+        def existing(child_B: Array) -> Array:
+            valid_B = jnp.take_along_axis(draft.valid_BN, jnp.maximum(child_B, 0)[:, None], axis=1)[:, 0]
+            return jnp.where((child_B != NONE) & valid_B, child_B, NONE)
+
+        def trying(carry: tuple[Array, Array, Array, Array, Array]) -> Array:
+            child_B, accepted_B, *_ = carry
+            return jnp.any((child_B != NONE) & (accepted_B == NONE))
+
+        def attempt(carry: tuple[Array, Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array, Array]:
+            child_B, accepted_B, tried, p_BV, q_BV = carry
+            open_B = (child_B != NONE) & (accepted_B == NONE)
+            token_B = jnp.take_along_axis(draft.token_BN, jnp.maximum(child_B, 0)[:, None], axis=1)[:, 0]
+            chance_B = attempt_uniform(rows, at.position_B, tried)
+            stands_B = open_B & (chance_B * of_token(q_BV, token_B) < of_token(p_BV, token_B))
+            rejected_B = open_B & ~stands_B
+            left_BV = _normalized(jnp.maximum(p_BV - q_BV, 0.0), p_BV, vocab)
+            following_B = jnp.take_along_axis(draft.tree.next_sibling_BN, jnp.maximum(child_B, 0)[:, None], axis=1)[:, 0]
+            return (
+                jnp.where(rejected_B, existing(following_B), child_B),
+                jnp.where(stands_B, child_B, accepted_B),
+                tried + 1,
+                jnp.where(rejected_B[:, None], left_BV, p_BV),
+                jnp.where(rejected_B[:, None], without(q_BV, token_B, vocab), q_BV),
+            )
+
+        first_B = existing(jnp.take_along_axis(draft.tree.first_child_BN, at.node_B[:, None], axis=1)[:, 0])
+        start = (first_B, jnp.full_like(first_B, NONE), jnp.int32(0), p_BV, drafted(at.node_B))
+        _, accepted_B, _, p_BV, _ = jax.lax.while_loop(trying, attempt, start)
+        token_B = jnp.take_along_axis(draft.token_BN, jnp.maximum(accepted_B, 0)[:, None], axis=1)[:, 0]
+        token_B = jnp.where(accepted_B != NONE, token_B, draw(p_BV, uniform(rows.key_B2, at.position_B), vocab))
+        return jnp.where(finite_B, token_B, NOT_FINITE), jnp.where(finite_B, accepted_B, NONE)
+
+    return rule
+
+
+def attempt_uniform(rows: SamplingRows, position_B: Int32[Array, "B"], tried: Int32[Array, ""]) -> Float32[Array, "B"]:
+    """The number in [0, 1) that decides on the ``tried``-th child, independent of what draws tokens."""
+
+    def one(key: Array) -> Array:
+        return jax.random.uniform(jax.random.fold_in(key, tried))
+
+    return jax.vmap(one)(position_keys(rows.key_B2, position_B))
+
+
+def without(q_BV: Float32[Array, "B V"], token_B: Int32[Array, "B"], vocab: Ranks = ONE) -> Float32[Array, "B V"]:
+    """The distribution of what is drawn after these tokens have been, which are not put back."""
+    row_B = jnp.arange(len(token_B), dtype=jnp.int32)
+    left_BV = q_BV.at[row_B, local_index(token_B, q_BV.shape[1], vocab)].set(0.0, mode="drop")
+    return _normalized(left_BV, left_BV, vocab)
+
+
+def _normalized(weights_BV: Array, otherwise_BV: Array, vocab: Ranks) -> Array:
+    """Weights as probabilities; where rounding has left none of them, others."""
+    total_B1 = vocab.sum(jnp.sum(weights_BV, axis=-1))[:, None]
+    return jnp.where(total_B1 > 0, weights_BV / jnp.where(total_B1 > 0, total_B1, 1.0), otherwise_BV)

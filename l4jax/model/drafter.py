@@ -1,0 +1,203 @@
+"""EAGLE drafters: small decoders that guess the target's next tokens from its hidden states.
+
+A drafter's i-th entry joins the target's hidden state at position i with the token that follows, x_{i+1}, and lies at position i of its
+own KV cache; its output stands for the target's state at i + 1, from which x_{i+2} is guessed. Where the target has not been yet, the
+drafter's own output takes the place of the target's state.
+
+EAGLE-1: arXiv 2401.15077, and with dense Llama 4 layers arXiv 2508.08192. EAGLE-3: arXiv 2503.01840.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int32
+
+from l4jax.cache import LayerCache, TreeCache
+from l4jax.config import DrafterConfig
+from l4jax.model.attention import Attention
+from l4jax.model.feed_forward import SwiGLU
+from l4jax.model.linear import linear
+from l4jax.model.llama import DecoderLayer, Llama, embed
+from l4jax.model.norm import RMSNorm
+from l4jax.model.packed import PackedCache
+from l4jax.model.step import Spread, StepInputs
+from l4jax.model.weights import Weight, WeightSpec, declare
+from sharding.mesh import ONE_DEVICE, MeshSpec
+
+Caches = Sequence[LayerCache | TreeCache | PackedCache]
+
+
+class Drafter(nnx.Module):
+    """What both versions share. A hidden state that goes in or out is as wide as the drafter; :meth:`read` makes it of the target's."""
+
+    def __init__(self, config: DrafterConfig, mesh: MeshSpec) -> None:
+        self.config = config
+        self.vocab, self.ranks = mesh.along("tensor"), mesh.token_ranks
+        self.fuse: Weight
+        self.reduced_vocabulary = False
+        if config.own_embedding:
+            self.embed = declare(WeightSpec((config.decoder.vocab_size, config.decoder.hidden_size), ("vocab", "embed")))
+
+    def read(self, feature_BTf: Float[Array, "B T f"]) -> Float[Array, "B T D"]:
+        """The hidden state that the target's features (what a :class:`Llama` with this drafter's taps gives out) stand for."""
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        target: Llama,
+        token_BT: Int32[Array, "B T"],
+        hidden_BTD: Float[Array, "B T D"],
+        step: StepInputs,
+        cache: Caches,
+        spread: Spread | None = None,
+    ) -> tuple[Float[Array, "B T D"], tuple[Any, ...]]:
+        """Hidden states that take the next entries' place of the target's, and the cache (of the kind it was) with these entries."""
+        raise NotImplementedError
+
+    def logits(self, target: Llama, hidden_BTD: Float[Array, "*B D"]) -> Float32[Array, "*B V"]:
+        """Logits over the draft vocabulary, of output hidden states; on a mesh those of this rank's part of it."""
+        raise NotImplementedError
+
+    def target_tokens(self, draft_BT: Int32[Array, "*B"]) -> Int32[Array, "*B"]:
+        """The target's tokens that these of the draft vocabulary are."""
+        return draft_BT
+
+    def _embedding(self, target: Llama, token_BT: Array) -> Array:
+        with jax.named_scope("embed"):
+            x_BTD = embed(self.embed[...], token_BT, self.vocab) if self.config.own_embedding else target.embedding(token_BT)
+            return x_BTD.astype(self.fuse.dtype)  # in training the drafter is in float32, whatever the target is in
+
+
+class Eagle1(Drafter):
+    """Joins embedding and hidden state, and continues with decoder layers to the target's next final state."""
+
+    def __init__(self, config: DrafterConfig, mesh: MeshSpec = ONE_DEVICE) -> None:
+        super().__init__(config, mesh)
+        decoder = config.decoder
+        D = decoder.hidden_size
+        self.fuse = declare(WeightSpec((D, 2 * D), ("embed", None), fan_in=2 * D))
+        if config.fuse_bias:
+            self.fuse_bias = declare(WeightSpec((D,), ("embed",), init="zeros"))
+        self.layers = nnx.List(
+            [DecoderLayer(decoder, i, mesh, attention_normed=i > 0 or config.first_layer_normed) for i in range(decoder.num_layers)]
+        )
+        if config.final_normed:
+            self.norm = RMSNorm(D, decoder.rms_norm_eps)
+
+    def read(self, feature_BTf: Float[Array, "B T f"]) -> Float[Array, "B T D"]:
+        """The target's final hidden state, as it is."""
+        return feature_BTf
+
+    def __call__(
+        self,
+        target: Llama,
+        token_BT: Int32[Array, "B T"],
+        hidden_BTD: Float[Array, "B T D"],
+        step: StepInputs,
+        cache: Caches,
+        spread: Spread | None = None,
+    ) -> tuple[Float[Array, "B T D"], tuple[Any, ...]]:
+        """One pass of the layers, over new entries."""
+        joined_BTi = jnp.concatenate([self._embedding(target, token_BT), hidden_BTD], axis=-1)
+        x_BTD = linear(joined_BTi, self.fuse[...])
+        if self.config.fuse_bias:
+            x_BTD = x_BTD + jnp.broadcast_to(self.fuse_bias[...], x_BTD.shape)
+        written = []
+        for layer, layer_cache in zip(self.layers, cache, strict=True):
+            x_BTD, layer_cache = layer(x_BTD, step, layer_cache, spread)
+            written.append(layer_cache)
+        return self.norm(x_BTD) if self.config.final_normed else x_BTD, tuple(written)
+
+    def logits(self, target: Llama, hidden_BTD: Float[Array, "*B D"]) -> Float32[Array, "*B V"]:
+        """The target's own head's."""
+        return target.logits(hidden_BTD.astype(target.embed.dtype))
+
+
+class Eagle3Layer(nnx.Module):
+    """A decoder layer whose attention sees the embedding beside the hidden state, each behind a norm of its own."""
+
+    def __init__(self, config: DrafterConfig, mesh: MeshSpec) -> None:
+        decoder = config.decoder
+        D, eps = decoder.hidden_size, decoder.rms_norm_eps
+        self.norm_before_residual = config.norm_before_residual
+        self.embedding_norm, self.hidden_norm = RMSNorm(D, eps), RMSNorm(D, eps)
+        self.attention = Attention(decoder, 0, mesh, input_size=2 * D)
+        self.feed_forward_norm = RMSNorm(D, eps)
+        self.feed_forward = SwiGLU(D, decoder.intermediate_size, mesh)
+
+    def __call__(
+        self,
+        embedding_BTD: Float[Array, "B T D"],
+        hidden_BTD: Float[Array, "B T D"],
+        step: StepInputs,
+        cache: LayerCache | TreeCache | PackedCache,
+        spread: Spread | None = None,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """The layer's output, residuals included, and its cache with the new entries in it."""
+        normed_BTD = self.hidden_norm(hidden_BTD)
+        joined_BTi = jnp.concatenate([self.embedding_norm(embedding_BTD), normed_BTD], axis=-1)
+        attended_BTD, cache = self.attention(joined_BTi, step, cache, spread)
+        x_BTD = (normed_BTD if self.norm_before_residual else hidden_BTD) + attended_BTD
+        return x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD)), cache
+
+
+class Eagle3(Drafter):
+    """Joins the residual stream of three of the target's layers, and has a head of its own over the likeliest tokens."""
+
+    def __init__(self, config: DrafterConfig, mesh: MeshSpec = ONE_DEVICE) -> None:
+        super().__init__(config, mesh)
+        D, eps = config.decoder.hidden_size, config.decoder.rms_norm_eps
+        width = config.target_hidden_size
+        if config.norm_before_fuse:
+            self.fuse_norm = RMSNorm(len(config.aux_layers) * width, eps)
+        if config.norm_each_aux:
+            self.aux_norms = nnx.List([RMSNorm(width, eps) for _ in config.aux_layers])
+        joined = len(config.aux_layers) * width
+        self.fuse = declare(WeightSpec((D, joined), ("embed", None), fan_in=joined))
+        self.layer = Eagle3Layer(config, mesh)
+        self.norm = RMSNorm(D, eps)
+        self.head = declare(WeightSpec((config.draft_vocab_size, D), ("vocab", "embed"), fan_in=D))
+        self.reduced_vocabulary = True
+        self.token_ids = declare(WeightSpec((config.draft_vocab_size,), (None,), init="numbers"))
+
+    def read(self, feature_BTf: Float[Array, "B T f"]) -> Float[Array, "B T D"]:
+        """The three residual streams joined."""
+        if self.config.norm_before_fuse:
+            feature_BTf = self.fuse_norm(feature_BTf)
+        if self.config.norm_each_aux:
+            parts = jnp.split(feature_BTf, len(self.aux_norms), axis=-1)
+            feature_BTf = jnp.concatenate([norm(part) for norm, part in zip(self.aux_norms, parts, strict=True)], axis=-1)
+        return linear(feature_BTf, self.fuse[...])
+
+    def __call__(
+        self,
+        target: Llama,
+        token_BT: Int32[Array, "B T"],
+        hidden_BTD: Float[Array, "B T D"],
+        step: StepInputs,
+        cache: Caches,
+        spread: Spread | None = None,
+    ) -> tuple[Float[Array, "B T D"], tuple[Any, ...]]:
+        """One pass of the layer, over new entries."""
+        x_BTD, written = self.layer(self._embedding(target, token_BT), hidden_BTD, step, cache[0], spread)
+        return self.norm(x_BTD) if self.config.norm_fed_back else x_BTD, (written,)
+
+    def logits(self, target: Llama, hidden_BTD: Float[Array, "*B D"]) -> Float32[Array, "*B V"]:
+        """Its own head's, behind the final norm."""
+        with jax.named_scope("draft_head"):
+            normed_BTD = hidden_BTD if self.config.norm_fed_back else self.norm(hidden_BTD)
+            return linear(normed_BTD, self.head[...], dtype=jnp.dtype(jnp.float32))
+
+    def target_tokens(self, draft_BT: Int32[Array, "*B"]) -> Int32[Array, "*B"]:
+        """The target's tokens that the drafter's ids stand for."""
+        return self.token_ids[...][draft_BT]
+
+
+def build_drafter(config: DrafterConfig, mesh: MeshSpec = ONE_DEVICE) -> Drafter:
+    """The module of this configuration's version; its weights are abstract until bound."""
+    return Eagle1(config, mesh) if config.version == "eagle1" else Eagle3(config, mesh)

@@ -1,0 +1,85 @@
+"""Attention without a KV cache, for training: over sequences packed into rows, and over an unrolled drafter's passes.
+
+A drafter is trained on what it will read: first the target's hidden states, then its own output of the pass before, one position on
+(EAGLE-3's training-time test, arXiv 2503.01840). Pass i's entry at position t is the i-th behind the last true one of a chain of drafts,
+which is the first pass's at t - i; so it sees the first pass's keys up to there, and then its chain's: pass j's at t - (i - j).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Shaped
+
+from l4jax.model.step import PackedKeys
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedCache:
+    """One layer's keys and values of every pass so far."""
+
+    k_BTKh: tuple[Float[Array, "B T K h"], ...] = ()
+    v_BTKh: tuple[Float[Array, "B T K h"], ...] = ()
+
+    def extended(self, k_BTKh: Float[Array, "B T K h"], v_BTKh: Float[Array, "B T K h"]) -> PackedCache:
+        """With another pass."""
+        return PackedCache((*self.k_BTKh, k_BTKh), (*self.v_BTKh, v_BTKh))
+
+
+_BLOCKS = 4
+
+
+def attend_packed(q_BTKGh: Float[Array, "B T K G h"], cache: PackedCache, keys: PackedKeys, *, scale: float) -> Float[Array, "B T K G h"]:
+    """Attention of the last pass's queries; scores are multiplied by ``scale``."""
+    T, last = q_BTKGh.shape[1], len(cache.k_BTKh) - 1
+    chain_k, chain_v = ([shifted(x_BTKh, j - last) for j, x_BTKh in enumerate(of)][1:] for of in (cache.k_BTKh, cache.v_BTKh))
+    size = -(-T // _BLOCKS)
+    blocks = []
+    for begin in range(0, T, size):
+        # Keys behind a block's last query are out of sight of all its queries.
+        end = min(begin + size, T)
+        mine = slice(begin, end)
+        inside_BTS = _inside(keys.start_BT[:, mine], keys.end_BT[:, mine], end)
+        first = (cache.k_BTKh[0][:, :end], cache.v_BTKh[0][:, :end])
+        chain = [(k_BTKh[:, mine], v_BTKh[:, mine]) for k_BTKh, v_BTKh in zip(chain_k, chain_v, strict=True)]
+        blocks.append(_attend_block(q_BTKGh[:, mine], first, inside_BTS, chain, scale))
+    return jnp.concatenate(blocks, axis=1)
+
+
+def _attend_block(
+    q_BTKGh: Array, first: tuple[Array, Array], inside_BTS: Array, chain: Sequence[tuple[Array, Array]], scale: float
+) -> Float[Array, "B T K G h"]:
+    """Attention over those of the first pass's keys and values that are inside, and over each query's own of the later passes."""
+    # One softmax, and not a merge of two: a query for which nothing of the first pass is left has itself, and no gradient is 0 / 0.
+    k_BSKh, v_BSKh = first
+    first_BKGTS = scale * jnp.einsum("btkgh,bskh->bkgts", q_BTKGh, k_BSKh, preferred_element_type=jnp.float32)
+    first_BKGTS = jnp.where(inside_BTS[:, None, None], first_BKGTS, -jnp.inf)
+    scores = [scale * jnp.einsum("btkgh,btkh->bkgt", q_BTKGh, k_BTKh, preferred_element_type=jnp.float32) for k_BTKh, _ in chain]
+    highest_BKGT = jnp.max(first_BKGTS, axis=-1)
+    for score_BKGT in scores:
+        highest_BKGT = jnp.maximum(highest_BKGT, score_BKGT)
+    highest_BKGT = jax.lax.stop_gradient(highest_BKGT)
+    weight_BKGTS = jnp.exp(first_BKGTS - highest_BKGT[..., None])
+    total_BKGT = jnp.sum(weight_BKGTS, axis=-1)
+    out_BTKGh = jnp.einsum("bkgts,bskh->btkgh", weight_BKGTS.astype(v_BSKh.dtype), v_BSKh, preferred_element_type=jnp.float32)
+    for score_BKGT, (_, v_BTKh) in zip(scores, chain, strict=True):
+        weight_BKGT = jnp.exp(score_BKGT - highest_BKGT)
+        total_BKGT = total_BKGT + weight_BKGT
+        out_BTKGh = out_BTKGh + jnp.einsum("bkgt,btkh->btkgh", weight_BKGT.astype(v_BTKh.dtype), v_BTKh, preferred_element_type=jnp.float32)
+    return out_BTKGh / jnp.moveaxis(total_BKGT, 3, 1)[..., None]
+
+
+def shifted(x_BT: Shaped[Array, "B T *D"], by: int) -> Shaped[Array, "B T *D"]:
+    """At each position what is ``by`` positions further on in the row; zeros (False) beyond its ends."""
+    if by == 0:
+        return x_BT
+    nothing = jnp.zeros_like(x_BT[:, : min(abs(by), x_BT.shape[1])])
+    return jnp.concatenate([x_BT[:, by:], nothing] if by > 0 else [nothing, x_BT[:, :by]], axis=1)
+
+
+def _inside(start_BT: Array, end_BT: Array, keys: int) -> Bool[Array, "B T S"]:
+    key_11S = jnp.arange(keys, dtype=jnp.int32)[None, None]
+    return (key_11S >= start_BT[:, :, None]) & (key_11S < end_BT[:, :, None])

@@ -1,0 +1,78 @@
+"""New drafters: their shape, which follows the target's, and the weights that training begins with."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from l4jax.config import DrafterConfig, ModelConfig
+from l4jax.model.drafter import build_drafter
+from l4jax.model.weights import random_weights
+
+Version = Literal["eagle1", "eagle3"]
+
+
+def new_drafter(
+    target: ModelConfig,
+    version: Version,
+    *,
+    layers: int,
+    draft_vocab: int,
+    length: int,
+    intermediate_size: int = 0,
+    target_tokenizer: str | None = None,
+) -> DrafterConfig:
+    """A drafter for this model, of dense layers like its own with plain RoPE, to be trained at this length.
+
+    ``intermediate_size``: 0 for the target's. ``target_tokenizer``: the digest of the target's tokenizer, if it has one.
+
+    EAGLE-1 has the norms that published drafters of the model's architecture have; EAGLE-3 reads, as published ones do, the states that
+    enter an early layer, the middle one and a late one.
+    """
+    decoder = dataclasses.replace(
+        target,
+        architecture="llama",
+        num_layers=layers,
+        intermediate_size=intermediate_size or target.intermediate_size,
+        rope_layers=(True,) * layers,
+        rope_scaling=None,
+        attention_chunk_size=None,
+        use_qk_norm=False,
+        attn_temperature_tuning=False,
+        tie_word_embeddings=False,
+        moe=None,
+        vision=None,
+        max_position_embeddings=length,
+        sources=(),
+    )
+    count = target.num_layers
+    taps = (2, count // 2, count - 3) if count >= 8 else (count // 3, 2 * count // 3, count)
+    normed = version == "eagle1" and target.architecture == "llama4"
+    return DrafterConfig(
+        version=version,
+        decoder=decoder,
+        draft_vocab_size=draft_vocab,
+        target_layers=count,
+        target_hidden_size=target.hidden_size,
+        target_tokenizer=target_tokenizer,
+        aux_layers=taps if version == "eagle3" else (),
+        own_embedding=False,
+        fuse_bias=False,
+        first_layer_normed=normed,
+        final_normed=normed,
+        norm_before_residual=False,
+        norm_before_fuse=False,
+        norm_each_aux=False,
+        norm_fed_back=False,
+    )
+
+
+def first_weights(config: DrafterConfig, token_ids: np.ndarray, seed: int) -> dict[str, Array]:
+    """Weights to begin with: random ones, float32, and the draft vocabulary."""
+    weights = random_weights(build_drafter(config), jax.random.key(seed), jnp.dtype(jnp.float32))
+    return weights | ({"token_ids": jnp.asarray(token_ids, jnp.int32)} if config.version == "eagle3" else {})

@@ -1,0 +1,108 @@
+"""A training run's folder: whose run it is, its metrics, and its states, from which an interrupted run goes on.
+
+====================  =======================================================================
+``run.json``          the settings that decide the outcome; a run with others is refused the folder
+``answers.jsonl``     the target's answers, as they come
+``metrics.jsonl``     an object for each report
+``states/STEP/``      the state after so many steps, an Orbax checkpoint; the last two are kept
+``drafter/``          the trained drafter: when it is there the run is complete
+====================  =======================================================================
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from l4jax.checkpoints.source import CheckpointError
+from l4jax.checkpoints.store import load_group, save_group
+
+ANSWERS_DEPEND_ON = ("target", "data", "dtype", "length", "temperature", "max_tokens", "seed")
+"""Settings that a run's answers come from; the others may be changed until a state is kept."""
+_STATES_KEPT = 2
+
+
+class RunFolder:
+    """The folder of one run; see :func:`claim`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.answers, self.metrics, self.drafter = path / "answers.jsonl", path / "metrics.jsonl", path / "drafter"
+        self._states = path / "states"
+
+    def save_state(self, step: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """Keep the state after ``step`` steps; the one before the last is removed."""
+        directory = self._states / f"{step:08}"
+        if not directory.exists():
+            save_group(directory, arrays)
+        for old in self._saved()[:-_STATES_KEPT]:
+            shutil.rmtree(self._states / f"{old:08}")
+
+    def load_state(self, names: Sequence[str]) -> tuple[int, dict[str, np.ndarray]] | None:
+        """The last state kept, of these arrays; what was reported after it is cut off from the metrics. None if there is none."""
+        saved = self._saved()
+        if not saved:
+            self.metrics.write_text("", encoding="utf-8")
+            return None
+        directory = self._states / f"{saved[-1]:08}"
+        try:
+            arrays = load_group(directory, names)
+        except CheckpointError as error:
+            raise ValueError(f"the state in {directory} cannot be read; remove it, and the run goes on from the one before") from error
+        lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= saved[-1]]
+        _write_atomically(self.metrics, "".join(kept))
+        return saved[-1], arrays
+
+    def _saved(self) -> list[int]:
+        if not self._states.is_dir():
+            return []
+        return sorted(int(entry.name) for entry in self._states.iterdir() if re.fullmatch("[0-9]{8,}", entry.name))
+
+    def report(self, values: Mapping[str, Any]) -> None:
+        """Add an object to the metrics."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(dict(values)) + "\n")
+
+
+@contextmanager
+def claim(path: Path, settings: Mapping[str, Any]) -> Iterator[RunFolder]:
+    """A run's folder, made or taken up again, to oneself while the context lasts.
+
+    Raises ValueError if it is in use, another run's, or anything else.
+    """
+    if path.exists() and not (path.is_dir() and ((path / "lock").is_file() or not any(path.iterdir()))):
+        raise ValueError(f"{path} is in the way: it is no folder of a training run; choose another, or remove it")
+    path.mkdir(parents=True, exist_ok=True)
+    with (path / "lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{path} is being written by another process; wait for it to end") from None
+        run = path / "run.json"
+        earlier = json.loads(run.read_text(encoding="utf-8")) if run.exists() else settings
+        begun = (path / "states").is_dir()
+        for name in sorted(earlier.keys() | settings.keys()):
+            if earlier.get(name) != settings.get(name) and (begun or name in ANSWERS_DEPEND_ON):
+                raise ValueError(
+                    f"{path} is another run's: its {name} is {earlier.get(name)!r}, and this one's {settings.get(name)!r}; "
+                    "give the same settings to go on with it, or another folder"
+                )
+        _write_atomically(run, json.dumps(dict(settings), indent=1) + "\n")
+        for unfinished in (path / "states").glob("*tmp*"):
+            shutil.rmtree(unfinished)
+        yield RunFolder(path)
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".new")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,233 @@
+"""A whole training run: answers, batches, steps, reports; each part goes on where an interrupted run has left it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from l4jax.decoding.params import SamplingParams
+from l4jax.llm import LLM
+from l4jax.training.batches import Rows, batch, batches_in, draft_vocabulary, pack
+from l4jax.training.data import Example, Generation, Progress, answer, read_prompts
+from l4jax.training.drafters import Version, first_weights, new_drafter
+from l4jax.training.evaluate import replay
+from l4jax.training.folder import RunFolder, claim
+from l4jax.training.kept import KeptStates
+from l4jax.training.losses import Measured, TargetStates
+from l4jax.training.output import save_drafter
+from l4jax.training.trainer import Trainer, TrainState
+
+Log = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What decides a run's outcome, beside its target and its data.
+
+    ``layers``: of an EAGLE-1 drafter. ``intermediate_size``: of the drafter's feed-forward blocks (0: the target's). ``draft_vocab``:
+    tokens that an EAGLE-3 drafter can guess. ``ttt_steps``: passes that an EAGLE-3 drafter is trained for, each over the output of the
+    one before; and the length of the chains that both kinds are measured by. ``length``: tokens of a row, and the most that a prompt
+    and its answer have together. ``batch``: rows of a step. ``held_out``: the share of prompts kept for evaluation. ``temperature``,
+    ``max_tokens``: of the answers.
+    """
+
+    version: Version = "eagle3"
+    layers: int = 1
+    intermediate_size: int = 0
+    draft_vocab: int = 8192
+    ttt_steps: int = 7
+    length: int = 2048
+    batch: int = 8
+    epochs: int = 1
+    lr: float = 1e-4
+    warmup: int = 100
+    held_out: float = 0.02
+    temperature: float = 0.8
+    max_tokens: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in (
+            "layers",
+            "intermediate_size",
+            "draft_vocab",
+            "ttt_steps",
+            "length",
+            "batch",
+            "epochs",
+            "warmup",
+            "max_tokens",
+            "seed",
+        ):
+            lowest = {"length": 3, "max_tokens": 2, "warmup": 0, "seed": 0, "intermediate_size": 0}.get(name, 1)
+            if getattr(self, name) < lowest:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least {lowest}")
+        if self.version == "eagle3" and self.layers != 1:
+            raise ValueError(f"layers is {self.layers}; expected 1 for an EAGLE-3 drafter")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr is {self.lr}; expected a number above 0")
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"held_out is {self.held_out}; expected a share from 0 to below 1")
+        SamplingParams(temperature=self.temperature)
+
+
+def train_drafter(
+    llm: LLM,
+    data: Path,
+    out: Path,
+    settings: Settings,
+    *,
+    target_digest: str,
+    target_tokenizer: str | None,
+    report_every: int,
+    save_every: int,
+    keep_states: bool,
+    log: Log,
+    progress: Progress,
+) -> Path:
+    """Train a drafter for a loaded target on the prompts of ``data``; the folder of the finished one, in ``out``.
+
+    ``target_digest``, ``target_tokenizer``: of the target's checkpoint, and of its tokenizer file, if it has one. ``keep_states``: the
+    target passes over each row once, and its states stay in the host's memory.
+
+    Every ``save_every`` steps the state is kept and measured on the prompts held out; every ``report_every`` steps, and then, ``log``
+    and the metrics get a report. Raises ValueError for data or settings that cannot be used, and for a folder that is another run's.
+    """
+    if settings.batch % llm.placement.spec.data or llm.placement.spec.size != llm.placement.spec.data:
+        raise ValueError(f"the mesh is {llm.placement.spec}; expected data=N, where N divides the batch of {settings.batch}")
+    if settings.length > llm.config.max_position_embeddings:
+        raise ValueError(f"length is {settings.length}; expected at most the target's context of {llm.config.max_position_embeddings}")
+    prompts = read_prompts(data, llm)
+    digest = hashlib.sha256(data.read_bytes()).hexdigest()
+    whose = {"target": target_digest, "data": digest, "dtype": llm.weights["embed"].dtype.name, **dataclasses.asdict(settings)}
+    with claim(out, whose) as folder:
+        if folder.drafter.exists():
+            log(f"{folder.drafter} is complete")
+            return folder.drafter
+        how = Generation(settings.temperature, settings.max_tokens, settings.length, settings.seed)
+        examples = answer(llm, prompts, how, folder.answers, progress)
+        llm.runner.discard_cache()
+        log(f"{len(examples)} answers; {len(prompts) - len(examples)} prompts left no room for one in {settings.length} tokens")
+        _Run(llm, examples, settings, folder, target_tokenizer, keep_states, log).to_end(report_every, save_every)
+        return folder.drafter
+
+
+class _Run:
+    """The steps of a run, once there are answers."""
+
+    def __init__(
+        self,
+        llm: LLM,
+        examples: Sequence[Example],
+        settings: Settings,
+        folder: RunFolder,
+        target_tokenizer: str | None,
+        keep_states: bool,
+        log: Log,
+    ) -> None:
+        usable = [example for example in examples if len(example.answer or ()) >= 2]
+        train = [example for example in usable if not example.is_held_out(settings.held_out)]
+        held_out = [example for example in usable if example.is_held_out(settings.held_out)]
+        if not train:
+            raise ValueError(
+                f"of {len(examples)} answers none that is trained on has 2 tokens or more ({len(held_out)} are held out); "
+                "expected more prompts, or a greater length"
+            )
+        full = settings.version == "eagle1"
+        token_ids = np.arange(llm.config.vocab_size, dtype=np.int32) if full else draft_vocabulary(train, settings.draft_vocab)
+        config = new_drafter(
+            llm.config,
+            settings.version,
+            layers=settings.layers,
+            intermediate_size=settings.intermediate_size,
+            draft_vocab=len(token_ids),
+            length=settings.length,
+            target_tokenizer=target_tokenizer,
+        )
+        self._rows, self._held_out = pack(train, settings.length, settings.seed), pack(held_out, settings.length, settings.seed)
+        self._steps = settings.epochs * batches_in(self._rows, settings.batch)
+        self._settings, self._folder, self._log = settings, folder, log
+        self._trainer = Trainer(
+            config,
+            llm,
+            token_ids,
+            passes=settings.ttt_steps,
+            rate=settings.lr,
+            warmup=settings.warmup,
+            steps=self._steps,
+            seed=settings.seed,
+        )
+        self._target_states: Callable[[Rows], TargetStates] = self._trainer.target_states
+        if keep_states:
+            self._target_states = KeptStates(self._trainer.target_states)
+        saved = folder.load_state(self._trainer.array_names)
+        self._start, self._state = 0, self._trainer.first_state(first_weights(config, token_ids, settings.seed))
+        if saved is not None:
+            self._start, self._state = saved[0], self._trainer.from_arrays(saved[1])
+        answer_tokens = sum(len(example.answer or ()) for example in train)
+        log(
+            f"{len(train)} sequences with {answer_tokens} answer tokens in {len(self._rows.number_B)} rows; {len(held_out)} held out; "
+            f"step {self._start} of {self._steps}"
+        )
+
+    def to_end(self, report_every: int, save_every: int) -> None:
+        """All the steps there still are, and the drafter."""
+        recent: list[tuple[jax.Array, Measured]] = []
+        tokens, began = 0, time.perf_counter()
+        for step in range(self._start + 1, self._steps + 1):
+            rows = batch(self._rows, self._settings.batch, step - 1, self._settings.seed)
+            self._state, of_step = self._trainer.step(self._state, rows, self._target_states(rows), step)
+            recent.append(of_step)
+            tokens += _tokens(rows)
+            saving = step % save_every == 0 or step == self._steps
+            if not saving and step % report_every:
+                continue
+            values = {"step": step, **_summary(jax.device_get(recent))}
+            values["tokens_per_second"] = round(tokens / (time.perf_counter() - began), 1)
+            if not math.isfinite(values["loss"]):
+                raise ValueError(f"the loss is {values['loss']} at step {step}; expected a number: lower lr")
+            if saving:
+                values |= self._held_out_values(self._state)
+            self._folder.report(values)
+            self._log(_line(values, self._steps))
+            if saving:
+                self._folder.save_state(step, self._trainer.to_arrays(self._state))
+            recent, tokens, began = [], 0, time.perf_counter()
+        save_drafter(self._folder.drafter, self._trainer.config, self._trainer.weights(self._state))
+
+    def _held_out_values(self, state: TrainState) -> dict[str, Any]:
+        """What speculation would do with the answers held out."""
+        if len(self._held_out.number_B) == 0:
+            return {}
+        found = replay(self._trainer, state, self._held_out, self._settings.batch, self._settings.ttt_steps)
+        by_depth = [round(count / max(found.rounds, 1), 4) for count in found.accepted]
+        return {"held_out_acceptance_length": round(found.acceptance_length, 4), "held_out_accepted": by_depth}
+
+
+def _tokens(rows: Rows) -> int:
+    """Tokens of a batch, padding (sequences of one token) left out."""
+    index_1T = np.arange(rows.first_BT.shape[1])[None]
+    begins = rows.first_BT == index_1T
+    return int(np.count_nonzero(~begins) + np.count_nonzero(begins[:, :-1] & ~begins[:, 1:]))
+
+
+def _summary(recent: Sequence[tuple[Any, Measured]]) -> dict[str, Any]:
+    """The mean loss of some steps, and the share of guesses, by pass, whose likeliest token is the target's."""
+    hits_I, guesses_I = (np.sum([getattr(m, name) for _, m in recent], axis=0) for name in ("hits_I", "guesses_I"))
+    accuracy = [round(float(hits / max(guessed, 1.0)), 4) for hits, guessed in zip(hits_I, guesses_I, strict=True)]
+    return {"loss": float(np.mean([loss for loss, _ in recent])), "accuracy": accuracy}
+
+
+def _line(values: dict[str, Any], steps: int) -> str:
+    accuracy = " ".join(f"{share:.2f}" for share in values["accuracy"])
+    line = f"step {values['step']}/{steps}: loss {values['loss']:.4f}, accuracy {accuracy}, {values['tokens_per_second']:.0f} tokens/s"
+    held_out = values.get("held_out_acceptance_length")
+    return line if held_out is None else f"{line}; held out: acceptance length {held_out:.2f}"

@@ -1,0 +1,335 @@
+"""Published EAGLE heads: read, they compute what the published equations say; and what is not clear is refused in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import l4jax
+from l4jax import LLM, cli
+from l4jax.checkpoints.convert import convert
+from l4jax.checkpoints.export import export
+from l4jax.checkpoints.store import StoredWeight, checksum, load_verified, open_drafter, save_group, write_manifest
+from l4jax.config import ModelConfig
+from l4jax.model.drafter import build_drafter
+from l4jax.model.llama import Llama
+from l4jax.model.weights import BoundModel
+from l4jax.training.batches import Rows
+from l4jax.training.losses import unroll
+from tests import tiny
+from tests.checkpoints import heads
+from tests.checkpoints.heads import BASE, TARGET_LAYERS, D, F, H, K, Reading, Reference, V, h
+from tests.checkpoints.meta_folder import write_torch_file
+
+PASSES = 3
+
+
+def target_config(**changes: Any) -> ModelConfig:
+    sizes = {"num_layers": TARGET_LAYERS, "rope_layers": (True,) * TARGET_LAYERS, "num_heads": H, "num_kv_heads": K, "head_dim": h}
+    sizes |= {"vocab_size": V, "hidden_size": D, "rope_theta": 500000.0, "tie_word_embeddings": False}
+    return tiny.llama3_like(**(sizes | changes))
+
+
+def save_target(folder: Path, config: ModelConfig, tokenizer: str | None = "{}") -> Path:
+    arrays = {name: np.asarray(weight) for name, weight in tiny.weights(config).items()}
+    save_group(folder / "weights" / "00000", arrays)
+    stored = {name: StoredWeight("00000", a.shape, a.dtype.name, checksum(a)) for name, a in arrays.items()}
+    if tokenizer is not None:
+        (folder / "tokenizer.json").write_text(tokenizer)
+    write_manifest(
+        folder, source_format="hf", config=config, weights=stored, text_files=["tokenizer.json"] if tokenizer is not None else []
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_target(tmp_path_factory.mktemp("target"), target_config())
+
+
+@dataclasses.dataclass
+class Head:
+    config: dict[str, Any]
+    tensors: heads.Tensors
+    reading: Reading
+    aux_layers: tuple[int, ...] = (2, 6, 9)
+
+
+EAGLE3 = Reading("eagle3")
+SPECULATORS = {"speculators_model_type": "eagle3", "speculators_config": {"algorithm": "eagle3"}, "draft_vocab_size": heads.DRAFT}
+
+
+def eagle3_head(seed: int = 0, **config: Any) -> Head:
+    """As SafeAILab and SpecForge write them."""
+    return Head({**BASE, "draft_vocab_size": heads.DRAFT, **config}, heads.eagle3_tensors(seed), EAGLE3)
+
+
+def nvidia_head() -> Head:
+    ids = {"eagle_aux_hidden_state_layer_ids": [1, 5, 8], "use_aux_hidden_state": True, "use_last_layernorm": True}
+    head = eagle3_head(1, architectures=["LlamaForCausalLMEagle3"], eagle_config=ids, rope_theta=20000.0, norm_before_residual=False)
+    head.config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": None}
+    del head.tensors["t2d"]
+    return dataclasses.replace(head, reading=dataclasses.replace(EAGLE3, theta=20000.0))
+
+
+def speculators_head(*, norms: str, **config: Any) -> Head:
+    tensors = heads.eagle3_tensors(2, "layers.0.")
+    rng = np.random.default_rng(3)
+    if norms == "one":
+        tensors["input_norm.weight"] = heads.norm_scale(rng, 3 * D)
+    if norms == "each":
+        tensors |= {f"fc_norm.{i}.weight": heads.norm_scale(rng) for i in range(3)}
+    tensors["embed_tokens.weight"] = heads.random(rng, V, D)
+    values = {**SPECULATORS, "transformer_layer_config": dict(BASE), "norm_before_residual": True, **config}
+    values |= {"norm_before_fc": norms == "one", "fc_norm": norms == "each", "norm_output": norms == "each"}
+    values["eagle_aux_hidden_state_layer_ids"] = [2, 5, 10]
+    reading = Reading("eagle3", ("layers.0.",), residual_normed=True, aux_norms=norms, fed_back_normed=norms == "each")
+    return Head(values, tensors, reading, aux_layers=(2, 5, 10))
+
+
+def eagle1_head() -> Head:
+    rng = np.random.default_rng(4)
+    tensors = {**heads.layer_tensors(rng, "layers.0.", D), "fc.weight": heads.random(rng, D, 2 * D), "fc.bias": heads.norm_scale(rng)}
+    tensors["embed_tokens.weight"] = heads.random(rng, V, D)
+    return Head({**BASE, "bias": True, "architectures": ["LlamaForCausalLM"]}, tensors, Reading("eagle1", ("layers.0.",)), ())
+
+
+def speculators_eagle1_head() -> Head:
+    rng = np.random.default_rng(5)
+    tensors = {**heads.layer_tensors(rng, "transformer.", D), "fusion_fc.weight": heads.random(rng, D, 2 * D)}
+    config = {"speculators_model_type": "eagle", "fusion_bias": False, "layernorms": False, "transformer_layer_config": dict(BASE)}
+    return Head(config, tensors, Reading("eagle1", ("transformer.",), fuse="fusion_fc"), ())
+
+
+def llama4_head() -> Head:
+    """Two dense layers with all their norms, under names that begin with the module's."""
+    rng = np.random.default_rng(6)
+    tensors = {"fc.weight": heads.random(rng, D, 2 * D), "norm.weight": heads.norm_scale(rng)}
+    for i in range(2):
+        tensors |= heads.layer_tensors(rng, f"layers.{i}.", D, "feed_forward")
+        tensors[f"layers.{i}.input_layernorm.weight"] = heads.norm_scale(rng)
+    config = {**BASE, "architectures": ["EagleLlama4ForCausalLM"], "model_type": "llama4_text", "num_hidden_layers": 2}
+    config |= {"intermediate_size_mlp": F, "moe_layers": [], "no_rope_layers": [1, 1], "use_qk_norm": False, "rope_theta": 10000.0}
+    config |= {"attn_temperature_tuning": False, "attention_chunk_size": 8}
+    reading = Reading("eagle1", ("layers.0.", "layers.1."), "feed_forward", interleaved=True, first_layer_normed=True)
+    return Head(config, {f"model.{key}": value for key, value in tensors.items()}, reading, ())
+
+
+HEADS = {
+    "eagle3": eagle3_head,
+    "nvidia": nvidia_head,
+    "speculators": lambda: speculators_head(norms="none"),
+    "speculators, one norm": lambda: speculators_head(norms="one"),
+    "speculators, EAGLE-3.1": lambda: speculators_head(norms="each"),
+    "eagle1": eagle1_head,
+    "speculators eagle1": speculators_eagle1_head,
+    "llama4": llama4_head,
+}
+
+
+def target_of(name: str, target: Path, tmp_path: Path) -> Path:
+    if name != "llama4":
+        return target
+    return save_target(tmp_path / "llama4", target_config(architecture="llama4", attention_chunk_size=8, rope_scaling=None))
+
+
+def drafted(drafter_path: Path, target_config: ModelConfig, tokens: list[int], feature_Tf: np.ndarray) -> list[np.ndarray]:
+    """What the converted drafter makes of the same, as logits over its vocabulary."""
+    opened = open_drafter(drafter_path)
+    arrays = load_verified(drafter_path / "weights" / "00000", opened.weights)
+    drafter = BoundModel(build_drafter(opened.config))
+    model = BoundModel(Llama(target_config))
+    token_BT = jnp.asarray([tokens], jnp.int32)
+    rows = Rows(token_BT, jnp.zeros_like(token_BT), jnp.ones_like(token_BT, bool), jnp.zeros(1, jnp.int32))
+
+    @jax.jit
+    def run(weights: Mapping[str, jax.Array], targets: Mapping[str, jax.Array], feature_BTf: jax.Array) -> list[jax.Array]:
+        bound, llama = drafter.bind(drafter.leaves(weights)), model.bind(model.leaves(targets))
+        outs = unroll(bound, llama, rows, bound.read(feature_BTf), PASSES)
+        return [bound.logits(llama, out_BTD[0, len(tokens) - 2]) for out_BTD in outs]
+
+    weights = {name: jnp.asarray(array) for name, array in arrays.items()}
+    return [np.asarray(z) for z in run(weights, tiny.weights(target_config), jnp.asarray(feature_Tf[None]))]
+
+
+def compared(head: Head, drafter_path: Path, config: ModelConfig, reading: Reading) -> float:
+    """The largest difference of the logits from the reference's, of the largest logit."""
+    rng = np.random.default_rng(7)
+    tokens = rng.integers(0, V, 7).tolist()
+    width = D * (3 if reading.version == "eagle3" else 1)
+    feature_Tf = rng.normal(0, 2, (7, width)).astype(np.float32)
+    weights = tiny.weights(config)
+    tensors = {key.removeprefix("model."): value for key, value in head.tensors.items()}
+    expected = Reference(tensors, reading, np.asarray(weights["embed"]), np.asarray(weights["head"])).drafted(tokens, feature_Tf, PASSES)
+    found = drafted(drafter_path, config, tokens, feature_Tf)
+    return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(found, expected, strict=True))
+
+
+TRAPS: dict[str, list[dict[str, Any]]] = {
+    "eagle3": [
+        {"embedding_first": False},
+        {"residual_normed": True},
+        {"fed_back_normed": True},
+        {"theta": 500000.0},
+        {"interleaved": True},
+        {"final_normed": False},
+    ],
+    "nvidia": [{"theta": 10000.0}],
+    "speculators": [{"residual_normed": False}, {"embed": False}],
+    "speculators, one norm": [{"aux_norms": "none"}],
+    "speculators, EAGLE-3.1": [{"aux_norms": "none"}, {"fed_back_normed": False}],
+    "eagle1": [{"bias": False}, {"embedding_first": False}, {"embed": False}],
+    "speculators eagle1": [{"interleaved": True}],
+    "llama4": [{"final_normed": False}, {"first_layer_normed": False}, {"interleaved": False}],
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_computes_what_the_equations_say_and_goes_back(name: str, target: Path, tmp_path: Path) -> None:
+    head = HEADS[name]()
+    source, its_target = heads.write(tmp_path / "head", head.config, head.tensors), target_of(name, target, tmp_path)
+    config = target_config() if name != "llama4" else target_config(architecture="llama4", attention_chunk_size=8, rope_scaling=None)
+    convert(source, tmp_path / "drafter", target=its_target)
+    opened = open_drafter(tmp_path / "drafter")
+    assert opened.config.aux_layers == head.aux_layers
+    assert opened.config.target_tokenizer is not None
+    assert compared(head, tmp_path / "drafter", config, head.reading) < 1e-5
+    for wrong in TRAPS[name]:
+        assert compared(head, tmp_path / "drafter", config, dataclasses.replace(head.reading, **wrong)) > 1e-2, wrong
+    if head.reading.version == "eagle3":
+        arrays = load_verified(tmp_path / "drafter" / "weights" / "00000", opened.weights)
+        np.testing.assert_array_equal(arrays["token_ids"], np.arange(heads.DRAFT) + head.tensors["d2t"])
+
+    to = "speculators" if "speculators" in name else "eagle"
+    export(tmp_path / "drafter", tmp_path / "exported", to=to)
+    convert(tmp_path / "exported", tmp_path / "again", target=its_target)
+    again = open_drafter(tmp_path / "again")
+    assert again.config == opened.config
+    assert {n: w.crc32 for n, w in again.weights.items()} == {n: w.crc32 for n, w in opened.weights.items()}
+
+
+def test_torch_files_are_read(target: Path, tmp_path: Path) -> None:
+    head = eagle3_head()
+    source = tmp_path / "head"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(head.config))
+    write_torch_file(source / "pytorch_model.bin", head.tensors)
+    convert(source, tmp_path / "drafter", target=target)
+    assert compared(head, tmp_path / "drafter", target_config(), head.reading) < 1e-5
+
+
+def test_the_default_layers_are_the_same_however_they_are_numbered(target: Path, tmp_path: Path) -> None:
+    """NVIDIA's and SpecForge's ids name outputs, others' inputs: 1, 5, 8 of 12 layers are 2, 6, 9."""
+    for name, config in {
+        "none": {},
+        "outputs": {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 5, 8]}},
+        "outputs, at the top": {"eagle_aux_hidden_state_layer_ids": [1, 5, 8]},
+        "inputs": {"eagle_aux_hidden_state_layer_ids": [2, 6, 9]},
+    }.items():
+        head = eagle3_head(**config)
+        convert(heads.write(tmp_path / name, head.config, head.tensors), tmp_path / f"{name} drafter", target=target)
+        assert open_drafter(tmp_path / f"{name} drafter").config.aux_layers == (2, 6, 9), name
+    head = eagle3_head(eagle_config={"eagle_aux_hidden_state_layer_ids": [0, 3, 11]})
+    convert(heads.write(tmp_path / "own", head.config, head.tensors), tmp_path / "own drafter", target=target)
+    assert open_drafter(tmp_path / "own drafter").config.aux_layers == (1, 4, 12)
+
+
+def test_a_converted_head_speculates(target: Path, tmp_path: Path) -> None:
+    convert(heads.write(tmp_path / "head", eagle3_head().config, eagle3_head().tensors), tmp_path / "drafter", target=target)
+    options = {"max_batch": 1, "drafter": tmp_path / "drafter"}
+    config = target_config()
+    plain = LLM(config, tiny.weights(config)).generate([[1, 2, 3]], l4jax.SamplingParams(max_tokens=20, temperature=0.0))
+    (tmp_path / "model").mkdir()
+    model = save_target(tmp_path / "model" / "m", config, tokenizer=None)
+    with pytest.raises(ValueError, match="is for a model with another tokenizer; give this model's own drafter"):
+        l4jax.load(model, **options)
+    convert(tmp_path / "head", tmp_path / "without tokenizer", target=model)
+    llm = l4jax.load(model, max_batch=1, drafter=tmp_path / "without tokenizer", speculation="chain:2")
+    (found,) = llm.generate([[1, 2, 3]], l4jax.SamplingParams(max_tokens=20, temperature=0.0))
+    assert found.token_ids == plain[0].token_ids and found.stats.rounds > 0
+
+
+def without(head: Head, key: str) -> Head:
+    return dataclasses.replace(head, tensors={k: v for k, v in head.tensors.items() if k != key})
+
+
+def with_tensor(head: Head, **tensors: np.ndarray) -> Head:
+    return dataclasses.replace(head, tensors={**head.tensors, **tensors})
+
+
+REFUSED = {
+    **{
+        f"no {key}": (without(eagle3_head(), key), f"the checkpoint has no tensor {key}, which the configuration asks for")
+        for key in heads.eagle3_tensors(0)
+        if key != "t2d"
+    },
+    "another tensor": (with_tensor(eagle3_head(), extra=np.zeros(3, np.float32)), "source tensor extra would be used 0 times"),
+    "absolute d2t": (
+        with_tensor(eagle3_head(), d2t=eagle3_head().tensors["d2t"] + np.arange(heads.DRAFT)),
+        "d2t does not lead to different tokens|d2t and t2d name other tokens",
+    ),
+    "other t2d": (with_tensor(eagle3_head(), t2d=np.arange(V) < heads.DRAFT), "tensors d2t and t2d name other tokens"),
+    "vocabulary": (eagle3_head(vocab_size=50), "the drafter is for a model with a vocabulary of 50, not 40; give this model's own drafter"),
+    "width": (eagle3_head(target_hidden_size=64), "hidden size of 64, not 32|width"),
+    "numbering": (
+        eagle3_head(eagle_aux_hidden_state_layer_ids=[1, 4, 7]),
+        "not said whether these .* --aux-layers 2,5,8 if they number outputs",
+    ),
+    "norm_output": (eagle3_head(norm_output=True), "norm_output is true, .*; give --norm-fed-back yes or no"),
+    "single state": (
+        eagle3_head(eagle_config={"use_aux_hidden_state": False}),
+        "use_aux_hidden_state is false, a head that reads one state",
+    ),
+    "residual": (
+        dataclasses.replace(
+            speculators_head(norms="none"),
+            config={k: v for k, v in speculators_head(norms="none").config.items() if k != "norm_before_residual"},
+        ),
+        "config.json has no norm_before_residual, .*; give --norm-before-residual yes or no",
+    ),
+    "no norm": (eagle3_head(norm_before_fc=True), "disagree on input_norm.weight"),
+    "bias": (
+        dataclasses.replace(eagle1_head(), config={**eagle1_head().config, "bias": False}),
+        "says no bias, and the head has tensor fc.bias",
+    ),
+    "quantised": (eagle3_head(quantization_config={"quant_method": "fp8"}), "quantization_config is .*, which is not supported"),
+    "experts": (
+        dataclasses.replace(llama4_head(), config={**llama4_head().config, "moe_layers": [1]}),
+        "moe_layers names layers with experts",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refuses_in_one_line_and_writes_nothing(name: str, target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    head, message = REFUSED[name]
+    heads.write(tmp_path / "head", head.config, head.tensors)
+    assert cli.main(["convert", str(tmp_path / "head"), str(tmp_path / "drafter"), "--target", str(target)]) != 0
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("converting")]  # the bar
+    assert re.search(message, said), said
+    assert not (tmp_path / "drafter").exists()
+
+
+def test_what_a_head_leaves_open_can_be_said(target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    head = eagle3_head(eagle_aux_hidden_state_layer_ids=[1, 4, 7], norm_output=True)
+    heads.write(tmp_path / "head", head.config, head.tensors)
+    common = [str(tmp_path / "head"), str(tmp_path / "drafter"), "--aux-layers", "2,5,8", "--norm-fed-back", "no"]
+    assert cli.main(["convert", *common]) != 0
+    assert "are for EAGLE heads; give --target" in capsys.readouterr().err
+    assert cli.main(["convert", *common, "--target", str(target), "--dry-run"]) == 0
+    assert "token_ids <- d2t [12] int64, t2d [40] bool: d2t: offsets" in capsys.readouterr().out
+    assert cli.main(["convert", *common, "--target", str(target)]) == 0
+    config = open_drafter(tmp_path / "drafter").config
+    assert (config.aux_layers, config.norm_fed_back) == ((2, 5, 8), False)
+    assert cli.main(["show", str(tmp_path / "drafter"), "--verify"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"aux_layers +2, 5, 8", shown) and "a model of 12 layers, width 32, 40 tokens" in shown

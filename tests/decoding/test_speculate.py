@@ -1,0 +1,300 @@
+"""Speculation changes nothing: the same tokens, on every mesh; and a tree's logits are those of its paths taken one by one."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from l4jax import LLM, SamplingParams
+from l4jax.batch import Batch, Request
+from l4jax.cache import CACHE_AXES, CacheShape
+from l4jax.decoding.sampling import TokenCounts, batch_features, probabilities, sampling_rows
+from l4jax.decoding.tree import StaticTree, tree_tables
+from l4jax.model.weights import BoundModel
+from l4jax.placement import Placement
+from tests.tiny import drafter, few_tokens, llama3_like, loaded_drafter, maverick_like, prompts, scout_like, weights
+
+PLANS = ["chain:3", "tree:eagle26", "dynamic:steps=4,topk=3,nodes=12"]
+
+
+LENGTHS = (3, 17, 40, 7)
+PARAMS = [
+    SamplingParams(max_tokens=30, temperature=0.0, logprobs=2),
+    SamplingParams(max_tokens=40, seed=3),
+    SamplingParams(max_tokens=33, seed=4, top_k=4, repetition_penalty=1.2, frequency_penalty=0.3, presence_penalty=0.2),
+    SamplingParams(max_tokens=25, seed=5, top_p=0.8, min_p=0.05, logit_bias={3: 1.0}, stop_token_ids=[6]),
+]
+
+
+@functools.cache
+def generate(config, plan, *, version="eagle3", mesh="tensor=1", max_batch=4):
+    taps = {} if version == "eagle1" else {"aux_layers": (0, 1, 2)}
+    made = loaded_drafter(drafter(config, version, **taps))
+    llm = LLM(config, weights(config), mesh=mesh, drafter=made, speculation=plan, max_batch=max_batch)
+    return llm.generate(prompts(config, LENGTHS), PARAMS)
+
+
+def assert_same(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        assert (a.token_ids, a.finish_reason) == (b.token_ids, b.finish_reason)
+        assert (a.logprobs is None) == (b.logprobs is None)
+        for x, y in zip(a.logprobs or (), b.logprobs or (), strict=True):
+            assert abs(x.logprob - y.logprob) < 1e-5
+            assert [token for token, _ in x.top] == [token for token, _ in y.top]
+
+
+@pytest.mark.parametrize(("make", "version"), [(scout_like, "eagle1"), *((m, "eagle3") for m in (scout_like, maverick_like, llama3_like))])
+def test_tokens_are_those_of_decoding_one_by_one(make, version):
+    """In one batch of four unequal rows; chunks of 8 make many short trees in the Llama 4 models."""
+    config = few_tokens(make)
+    plain = generate(config, "off")
+    found = [generate(config, plan, version=version) for plan in PLANS]
+    for completions in found:
+        assert_same(completions, plain)
+    assert sum(sum(c.stats.accepted) for completions in found for c in completions) > 20
+
+
+def test_a_row_alone_gets_the_same():
+    config = few_tokens(scout_like)
+    assert_same(generate(config, PLANS[1], max_batch=1), generate(config, "off"))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "plan"), [("tensor=2", PLANS[1]), ("sequence=2", PLANS[2]), ("expert=2,tensor=2", PLANS[2]), ("data=2,sequence=2", PLANS[1])]
+)
+def test_and_on_a_mesh(mesh, plan):
+    """Also what is drafted is the same: the drafter's cache, spread over ranks at prefill, is right."""
+    config = few_tokens(scout_like)
+    found = generate(config, plan, mesh=mesh)
+    assert_same(found, generate(config, "off"))
+    assert [c.stats.accepted for c in found] == [c.stats.accepted for c in generate(config, plan)]
+
+
+def test_a_reduced_vocabulary_that_is_cut_drafts_the_same():
+    config = dataclasses.replace(few_tokens(llama3_like), vocab_size=16)
+    reduced = drafter(config, draft_vocab_size=8, aux_layers=(0, 1, 2))
+    loaded = loaded_drafter(reduced)
+    tokens = jnp.asarray([0, 3, 4, 5, 9, 10, 12, 15], jnp.int32)
+    loaded = dataclasses.replace(loaded, weights={**loaded.weights, "token_ids": tokens})
+    params = SamplingParams(max_tokens=40, seed=1)
+    results = [
+        LLM(config, weights(config), mesh=mesh, drafter=loaded, speculation=plan).generate(prompts(config, LENGTHS), params)
+        for plan in ("tree:eagle26", "tree:eagle26,sampled")
+        for mesh in ("tensor=1", "tensor=2")
+    ]
+    plain = LLM(config, weights(config)).generate(prompts(config, LENGTHS), params)
+    assert_same(results[0], plain)
+    assert_same(results[1], plain)
+    assert_same(results[2], results[3])
+    assert [c.stats.accepted for c in results[0]] == [c.stats.accepted for c in results[1]]
+    assert results[2][0].stats.acceptance_length > 1
+
+
+def test_stats_count_rounds():
+    """A drafter that is always wrong accepts nothing; every token is then a round, but the one of the prefill."""
+    config = llama3_like(vocab_size=16)
+    loaded = loaded_drafter(drafter(config, draft_vocab_size=4))
+    never = SamplingParams(max_tokens=20, seed=1, logit_bias=dict.fromkeys(range(4), -1e9))
+    llm = LLM(config, weights(config), drafter=loaded, speculation="chain:3")
+    (found,) = llm.generate([[5, 6, 7]], never)
+    assert (found.stats.rounds, found.stats.drafted, found.stats.accepted) == (19, 57, (0, 0, 0))
+    assert found.stats.acceptance_length == 1.0
+    # Twice what can be drafted stands whenever it is the likeliest; then rounds are fewer than tokens.
+    only = SamplingParams(max_tokens=21, temperature=0.0, logit_bias=dict.fromkeys(range(1, 16), -1e9))
+    (found,) = LLM(config, weights(config), drafter=loaded, speculation="tree:eagle26").generate([[5, 6, 7]], only)
+    assert found.token_ids == [0] * 21
+    assert found.stats.acceptance_length == 1 + sum(found.stats.accepted) / found.stats.rounds
+    assert found.stats.rounds < 20 <= found.stats.rounds + sum(found.stats.accepted)
+
+
+def test_streams_and_batches_that_end_early_give_the_same_text():
+    config = few_tokens(scout_like)
+    llm = LLM(config, weights(config), drafter=loaded_drafter(drafter(config, aux_layers=(0, 1, 2))), speculation="tree:eagle26")
+    ends = [dataclasses.replace(p, max_tokens=n) for p, n in zip(PARAMS, (1, 2, 5, 9), strict=True)]
+    plain = LLM(config, weights(config)).generate(prompts(config, LENGTHS), ends)
+    assert_same(llm.generate(prompts(config, LENGTHS), ends), plain)
+    assert [len(c.token_ids) for c in plain][:3] == [1, 2, 5]
+
+
+@pytest.mark.parametrize("beyond", ["window", "stop"])
+def test_beyond_its_training_a_drafter_looks_back_so_far_or_stops(beyond):
+    config = few_tokens(llama3_like)
+    short = drafter(config, aux_layers=(0, 1, 2))
+    short = dataclasses.replace(short, decoder=dataclasses.replace(short.decoder, max_position_embeddings=16))
+    options = {"drafter": loaded_drafter(short), "speculation": "chain:3", "beyond_training": beyond}
+    params = SamplingParams(max_tokens=60, seed=1)
+    plain = LLM(config, weights(config)).generate([[1, 2, 3]], params)
+    (found,) = LLM(config, weights(config), **options).generate([[1, 2, 3]], params)
+    assert found.token_ids == plain[0].token_ids
+    tried = found.stats.drafted / found.stats.rounds
+    assert tried == 3 if beyond == "window" else tried < 1
+    if beyond == "stop":
+        with pytest.raises(
+            ValueError, match="a prompt has 17 tokens, and the drafter was trained at lengths up to 16 and is told to stop there"
+        ):
+            LLM(config, weights(config), **options).generate([[1] * 17], params)
+
+
+def test_a_tree_that_the_cache_has_no_room_for_is_refused():
+    config = few_tokens(scout_like)
+    with pytest.raises(ValueError, match="a draft tree of 9 nodes is 8 levels deep, too large for the cache; expected at most 7"):
+        generate(config, "chain:8")
+
+
+def test_a_drafter_of_another_model_is_refused():
+    config = scout_like()
+    for other, message in (
+        (scout_like(vocab_size=32), "a vocabulary of 32, not 64"),
+        (scout_like(hidden_size=48), "a hidden size of 48, not 32"),
+        (scout_like(num_layers=3, rope_layers=(True,) * 3, moe=None), "so many layers as 3, not 4"),
+    ):
+        with pytest.raises(ValueError, match=f"the drafter is for a model with {message}; give this model's own drafter"):
+            LLM(config, weights(config), drafter=loaded_drafter(drafter(other)), speculation="chain:2")
+    with pytest.raises(ValueError, match="speculation is 'chain:2', but no drafter is given"):
+        LLM(config, weights(config), speculation="chain:2")
+    with pytest.raises(ValueError, match='beyond_training is \'wndow\'; expected "window" or "stop"'):
+        LLM(config, weights(config), beyond_training="wndow")
+
+
+@pytest.mark.parametrize("mesh", ["tensor=1", "sequence=2"])
+def test_a_window_is_all_that_a_drafter_sees(mesh):
+    """What lies behind it may be anything, also where ranks share the prompt."""
+    config = llama3_like()
+    # Reading embeddings alone, the drafter knows of the past only what its own attention sees.
+    short = drafter(config, aux_layers=(0,))
+    for trained, same in ((4, True), (64, False)):
+        made = dataclasses.replace(short, decoder=dataclasses.replace(short.decoder, max_position_embeddings=trained))
+        llm = LLM(config, weights(config), mesh=mesh, drafter=loaded_drafter(made), speculation="chain:2")
+        states = []
+        for beginning in ([1] * 20, [2, 4] * 10):
+            request = Request([*beginning, 5, 9, 2, 7, 11], SamplingParams(temperature=0.0, logit_bias={0: 1e9}), 0, ())
+            states.append(np.asarray(Batch(llm.runner, [request])._draft.hidden_BD))
+        assert np.allclose(*states, rtol=1e-5, atol=1e-6) == same
+
+
+TREE = StaticTree.from_paths([[0], [1], [0, 0], [0, 1], [1, 0], [0, 1, 0]])
+
+
+@pytest.mark.parametrize(
+    ("make", "length", "mesh"),
+    [
+        *((make, length, "tensor=1") for make in (scout_like, maverick_like, llama3_like) for length in (4, 5, 20, 133)),
+        *((scout_like, length, mesh) for length, mesh in ((5, "tensor=2"), (133, "expert=2,tensor=2"), (133, "sequence=2"))),
+    ],
+)
+def test_logits_at_every_node_are_those_of_its_path(make, length, mesh):
+    """Of trees in the middle of a chunk of 8, and up to its very end; then, with a path accepted, of what follows."""
+    config = make(max_position_embeddings=512)
+    placement = Placement.on(config, mesh)
+    model = BoundModel(placement.build(placement.config, placement.spec))
+    leaves = model.leaves(placement.place_all(weights(config)))
+    (prompt,) = prompts(config, (length,))
+    tokens = [prompt[-1], *np.random.default_rng(1).integers(0, config.vocab_size, TREE.size - 1).tolist()]
+    shape = CacheShape(1, 384, placement.spec.token_ranks.count)
+    tables = shape.identity_tables(config, [0])
+    cache = shape.allocate(config, jnp.dtype(jnp.float32), placement.array_sharding(*CACHE_AXES))
+    one = jnp.ones(1, jnp.int32)
+    everywhere, vocab = PartitionSpec(), PartitionSpec(None, placement.spec.along("tensor").axes or None)
+    cut = jax.tree.map(lambda leaf: leaf.sharding.spec, (leaves, cache))
+
+    def on_mesh(body):
+        specs = {"in_specs": (*cut, *[everywhere] * (body.__code__.co_argcount - 2)), "out_specs": (vocab, cut[1])}
+        return jax.jit(jax.shard_map(body, mesh=placement.mesh, check_vma=False, **specs))
+
+    @on_mesh
+    def tree_step(leaves, cache, tables):
+        llama = model.bind(leaves)
+        start_B = (length - 1) * one
+        _, _, cache = llama(jnp.asarray([prompt[:-1]], jnp.int32), 0 * one, start_B, cache, tables)
+        found = tree_tables(jnp.asarray([TREE.parents], jnp.int32), TREE.depth)
+        x_BND, _, nodes = llama.tree(
+            jnp.asarray([tokens], jnp.int32), start_B, found.depth_BN, jnp.ones((1, TREE.size), bool), found.sees_BNN, cache, tables
+        )
+        accepted = llama.accept(nodes, jnp.asarray([[0, 1, 4, 6]], jnp.int32), start_B, 4 * one, tables)
+        return llama.logits(x_BND)[0], accepted
+
+    @on_mesh
+    def one_step(leaves, cache, tables, token, start):
+        llama = model.bind(leaves)
+        x_BTD, _, cache = llama(jnp.full((1, 1), token), jnp.full(1, start), one, cache, tables)
+        return llama.logits(x_BTD)[0], cache
+
+    llm = LLM(config, weights(config))
+    logits_NV, cache = tree_step(leaves, cache, tables)
+    chunk = config.attention_chunk_size
+    for node in range(TREE.size):
+        way, above = [], node
+        while above != 0:
+            way.insert(0, tokens[above])
+            above = TREE.parents[above]
+        if chunk is not None and (length - 1) // chunk != (length - 1 + len(way)) // chunk:
+            continue  # no draft goes there
+        expected = llm.logits([[*prompt, *way]])[0][-1]
+        assert np.abs(logits_NV[node] - expected).max() < 1e-5 * np.abs(expected).max()
+    if chunk is not None and (length - 1) // chunk != (length + 2) // chunk:
+        return
+    sequence = [*prompt, tokens[1], tokens[4], tokens[6]]
+    following = np.random.default_rng(2).integers(0, config.vocab_size, 100).tolist()
+    expected_TV = llm.logits([sequence + following])[0][len(sequence) :]
+    for i, token in enumerate(following):
+        (logits_V,), cache = one_step(leaves, cache, tables, jnp.int32(token), jnp.int32(len(sequence) + i))
+        assert np.abs(logits_V - expected_TV[i]).max() < 1e-5 * np.abs(expected_TV[i]).max()
+
+
+def test_the_compiled_loop_has_the_target_s_distribution(tmp_path):
+    """Over 200,000 rounds with temperature, top-p and repetition penalty: a chi-square test that fails by chance once in 1e9 runs.
+
+    Both with tokens that are drawn as without speculation, and with sampled drafts, whose tokens are others.
+    """
+    config = llama3_like(vocab_size=6, num_layers=2, rope_layers=(True,) * 2, hidden_size=16, intermediate_size=16)
+    prompt = [1, 4, 2]
+    params = SamplingParams(max_tokens=4, temperature=0.8, top_p=0.9, repetition_penalty=1.2, ignore_eos=True)
+    made = weights(config)
+    llm = LLM(config, made)
+    # The exact probability of each sequence of three tokens; the fourth only makes rounds.
+    expected: dict[tuple[int, ...], float] = {(): 1.0}
+    rows, features = sampling_rows([params], [0], [[]], 6), batch_features([params])
+    for _ in range(3):
+        following = {}
+        for before, chance in expected.items():
+            output_V = np.bincount(before, minlength=6) if before else np.zeros(6)
+            counts = TokenCounts(jnp.asarray([np.isin(range(6), prompt)]), jnp.asarray([output_V], jnp.int32))
+            logits_V = llm.logits([[*prompt, *before]])[0][-1]
+            found, _ = probabilities(jnp.asarray(logits_V)[None], rows, counts, features)
+            following |= {(*before, token): chance * float(p) for token, p in enumerate(found[0]) if p > 0}
+        expected = following
+    assert abs(sum(expected.values()) - 1) < 1e-5
+    loaded = loaded_drafter(drafter(config, aux_layers=(0, 1, 2)))
+    tree = tmp_path / "tree.json"
+    tree.write_text("[[0], [1], [0, 0], [0, 1]]")
+    batch = 4096
+    for plan, rounds_wanted in ((f"tree:{tree},sampled", 200_000), (f"tree:{tree}", 50_000)):
+        speculating = LLM(config, made, drafter=loaded, speculation=plan, max_batch=batch)
+        counted = dict.fromkeys(expected, 0)
+        rounds, seed, accepted = 0, 0, 0
+        while rounds < rounds_wanted:
+            each = [dataclasses.replace(params, seed=seed + i) for i in range(batch)]
+            seed += batch
+            for completion in speculating.generate([prompt] * batch, each):
+                counted[tuple(completion.token_ids[:3])] += 1  # KeyError: a token that cannot come
+                rounds += completion.stats.rounds
+                accepted += sum(completion.stats.accepted)
+        total = sum(counted.values())
+        assert accepted > total // 4
+        # Rare sequences are counted together: the approximation wants more than a few of each.
+        often = [key for key in expected if expected[key] * total >= 20]
+        rare = 1 - sum(expected[key] for key in often)
+        cells = [(counted[key], expected[key] * total) for key in often]
+        if rare * total >= 5:
+            cells.append((total - sum(n for n, _ in cells), rare * total))
+        chi_square = sum((n - mean) ** 2 / mean for n, mean in cells)
+        degrees = len(cells) - 1
+        # Wilson and Hilferty's approximation to the quantile at 1e-9, which is 6 standard deviations.
+        limit = degrees * (1 - 2 / (9 * degrees) + 5.998 * (2 / (9 * degrees)) ** 0.5) ** 3
+        assert chi_square < limit, (plan, chi_square, limit)

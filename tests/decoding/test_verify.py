@@ -1,0 +1,250 @@
+"""The rules of verification by exact enumeration: what they give out has the target's distribution, whatever was drafted.
+
+Nothing is sampled. The numbers in [0, 1) that decide are put in by the test; where a decision changes is found by bisection on the
+verifier itself, so its probabilities come out exact to float32, for every order in which children may have been drawn.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from l4jax import SamplingParams
+from l4jax.decoding import sampling, verify
+from l4jax.decoding.sampling import batch_features, sampling_rows
+from l4jax.decoding.tree import NONE, StaticTree, tree_tables
+
+V = 5
+FEATURES = batch_features([SamplingParams(temperature=1.0)])
+BISECTIONS = 26
+
+
+def distributions(count, seed, *, sharpness=2.0):
+    """Random ones, some with tokens that cannot come."""
+    rng = np.random.default_rng(seed)
+    weights = np.exp(sharpness * rng.normal(size=(count, V)))
+    weights[: count // 3, 1] = 0.0
+    return weights / weights.sum(1, keepdims=True)
+
+
+class Node:
+    """A node of each row with children, and a verifier whose chances the test decides: ``outcome(attempts [R, k], final [R])``."""
+
+    def __init__(self, p, q, tokens, monkeypatch, *, valid=None, above=None):
+        """``p``, ``q`` [R, V] (no ``q``: the rule that draws), ``tokens`` [R, k].
+
+        With ``above`` [R], it lies below a first child of the root, that token, which stands.
+        """
+        R, k = tokens.shape
+        paths = [[i] for i in range(k)] if above is None else [[0], *([0, i] for i in range(k))]
+        tree = StaticTree.from_paths(paths)
+        self.tokens = tokens
+        logits = np.zeros((R, tree.size, V))
+        lower = 0 if above is None else 1
+        with np.errstate(divide="ignore"):
+            logits[:, lower] = np.log(p)
+        if above is not None:
+            logits[:, 0] = np.where(np.arange(V) == above[:, None], 0.0, -np.inf)
+            tokens = np.concatenate([above[:, None], tokens], axis=1)
+        present = np.ones((R, tree.size), bool)
+        if valid is not None:
+            present[:, tree.size - k :] = valid
+        draft = verify.Draft(
+            jnp.asarray(np.concatenate([np.zeros((R, 1)), tokens], axis=1), jnp.int32),
+            tree_tables(jnp.broadcast_to(jnp.asarray(tree.parents, jnp.int32), (R, tree.size)), tree.depth),
+            jnp.asarray(present),
+        )
+        rows = jax.tree.map(lambda leaf: np.repeat(leaf, R, axis=0), sampling_rows([SamplingParams(temperature=1.0)], [0], [[]], V))
+        chances: list[jax.Array] = []  # those of the call that is being traced
+
+        def decide(attempts, final):
+            chances[:] = [attempts, final]
+            first = jnp.zeros(R, jnp.int32)
+            drafted = jnp.asarray(p if q is None else q, jnp.float32)
+            certain = jnp.asarray(np.zeros((R, V)) if above is None else np.arange(V) == above[:, None], jnp.float32)
+
+            def of_node(node_B):
+                return jnp.where((node_B == lower)[:, None], drafted, certain)
+
+            rule = verify.drawn(rows, FEATURES) if q is None else verify.rejection(rows, FEATURES, of_node)
+            found = verify.verify(jnp.asarray(logits, jnp.float32), draft, rule, tree.depth, None, first, jnp.ones(R, bool), logprobs=False)
+            return found.token_BL[:, lower], found.accepted_B > lower
+
+        def at_this_node(value, position_B):
+            return jnp.where(position_B == lower, value, 0.0)
+
+        monkeypatch.setattr(verify, "uniform", lambda _, position_B: at_this_node(chances[1], position_B))
+        monkeypatch.setattr(sampling, "uniform", lambda _, position_B: at_this_node(chances[1], position_B))
+        monkeypatch.setattr(
+            verify, "attempt_uniform", lambda _, position_B, tried: at_this_node(chances[0][:, jnp.minimum(tried, k - 1)], position_B)
+        )
+        self.shape = R, 0 if q is None else k  # children on which a number of their own decides
+        self.outcome = jax.jit(decide)
+
+    def _stands(self, i, attempts, final):
+        """Whether it is child ``i`` that is accepted."""
+        token, accepted = map(np.asarray, self.outcome(attempts, final))
+        return accepted & (token == self.tokens[:, i])
+
+    def distribution(self):
+        """The probability of each token to be given out here [R, V], and that it is an accepted one [R]."""
+        R, k = self.shape
+        result, left = np.zeros((R, V)), np.ones(R)
+        attempts, final = np.ones((R, max(k, 1)), np.float32), np.zeros(R, np.float32)
+        for i in range(k):
+            low, high = np.zeros(R), np.ones(R)  # accepted below, not above
+            for _ in range(BISECTIONS):
+                attempts[:, i] = (low + high) / 2
+                stands = self._stands(i, attempts, final)
+                low, high = np.where(stands, attempts[:, i], low), np.where(stands, high, attempts[:, i])
+            attempts[:, i] = low * (1 - 1e-6)
+            chance = np.where(self._stands(i, attempts, final), low, 0.0)
+            result[np.arange(R), self.tokens[:, i]] += left * chance
+            left = left * (1 - chance)
+            attempts[:, i] = 1.0
+        below = np.zeros((R, V + 1))
+        for token_id in range(V):
+            low, high = np.zeros(R), np.ones(R)
+            for _ in range(BISECTIONS):
+                middle = ((low + high) / 2).astype(np.float32)
+                token, _ = map(np.asarray, self.outcome(attempts, middle))
+                low, high = np.where(token <= token_id, middle, low), np.where(token <= token_id, high, middle)
+            below[:, token_id + 1] = low
+        below[:, V] = 1.0
+        return result + left[:, None] * np.diff(below, axis=1), 1 - left
+
+
+def orders(q, k):
+    """Every order of k tokens drawn one after the other without putting back: (tokens [O, k], probabilities [R, O])."""
+    tokens = np.array(list(itertools.permutations(range(V), k)))
+    chance, left = np.ones((len(q), len(tokens))), np.ones((len(q), len(tokens)))
+    for i in range(k):
+        chance *= q[:, tokens[:, i]] / np.where(left > 1e-12, left, 1.0)
+        left -= q[:, tokens[:, i]]
+    return tokens, chance
+
+
+def by_order(p, q, k, monkeypatch, *, verified=None, keep=None, arrange=None, above=False):
+    """The distribution given out for each (p, q), over all orders that k children may be drawn in from q.
+
+    ``verified``: what the verifier is told they were drawn from. ``arrange`` reorders each row's children, ``keep`` says which are valid.
+    """
+    tokens, chance = orders(q, k)
+    pairs, count = len(p), len(tokens)
+    R = pairs * count
+    p_RV, q_RV = np.repeat(p, count, axis=0), np.repeat(q if verified is None else verified, count, axis=0)
+    tokens_Rk = np.tile(tokens, (pairs, 1))
+    if arrange is not None:
+        tokens_Rk = arrange(tokens_Rk, np.repeat(q, count, axis=0))
+    valid = None if keep is None else keep(tokens_Rk, np.repeat(q, count, axis=0))
+    node = Node(p_RV, q_RV, tokens_Rk, monkeypatch, valid=valid, above=np.full(R, 3) if above else None)
+    found, accepted = node.distribution()
+    weighted = chance[:, :, None] * found.reshape(pairs, count, V)
+    return weighted.sum(1), (chance * accepted.reshape(pairs, count)).sum(1)
+
+
+def error(found, p):
+    """Mean total variation."""
+    return np.abs(found - p).sum(1).mean() / 2
+
+
+@pytest.mark.parametrize("above", [False, True])
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_rejection_gives_the_target_s_distribution(k, above, monkeypatch):
+    p, q = distributions(30, 0), distributions(30, 1)
+    found, accepted = by_order(p, q, k, monkeypatch, above=above)
+    assert np.abs(found - p).max() < 1e-6
+    if k == 1:
+        assert np.abs(accepted - np.minimum(p, q).sum(1)).max() < 1e-6
+
+
+def test_more_children_are_accepted_more_often(monkeypatch):
+    p, q = distributions(30, 0), distributions(30, 1)
+    rates = [by_order(p, q, k, monkeypatch)[1].mean() for k in (1, 2, 3)]
+    assert rates[0] < rates[1] < rates[2]
+
+
+@pytest.mark.parametrize("above", [False, True])
+def test_any_children_are_as_good_for_drawn_tokens(above, monkeypatch):
+    """Likeliest ones, sorted ones, pruned ones: only what the model says is given out."""
+    p, q = distributions(60, 0), distributions(60, 1)
+    for tokens in (np.argsort(-q, axis=1)[:, :3], np.argsort(q, axis=1)[:, :2], np.argsort(-p, axis=1)[:, :1]):
+        found, _ = Node(p, None, tokens, monkeypatch, above=np.full(60, 3) if above else None).distribution()
+        assert np.abs(found - p).max() < 1e-6
+
+
+def likeliest_first(tokens, q):
+    return np.take_along_axis(tokens, np.argsort(-np.take_along_axis(q, tokens, axis=1), axis=1, kind="stable"), axis=1)
+
+
+def best_two(tokens, q):
+    """Of three in their order, without the least likely."""
+    worst = np.argmin(np.take_along_axis(q, tokens, axis=1), axis=1)
+    return np.array([np.delete(row, i) for row, i in zip(tokens, worst, strict=True)])
+
+
+def test_mistakes_are_caught(monkeypatch):
+    """What engines have got wrong, each with the error that exact enumeration finds for it elsewhere as the order of magnitude."""
+    p, q = distributions(60, 0), distributions(60, 1)
+    sharper = q ** (1 / 0.6) / (q ** (1 / 0.6)).sum(1, keepdims=True)
+    mistakes = {
+        "siblings in the order of their probability": lambda: by_order(p, q, 3, monkeypatch, arrange=likeliest_first),
+        "the best two of three": lambda: by_order(p, q, 3, monkeypatch, arrange=best_two),
+        "an unlikely token dropped": lambda: by_order(
+            p, q, 1, monkeypatch, keep=lambda tokens, q: np.take_along_axis(q, tokens, axis=1) >= 0.15
+        ),
+        "drafted at another temperature": lambda: by_order(p, sharper, 1, monkeypatch, verified=q),
+        "the likeliest taken for drawn": lambda: Node(p, q, np.argsort(-q, axis=1)[:, :3], monkeypatch).distribution(),
+    }
+    for name, mistake in mistakes.items():
+        assert error(mistake()[0], p) > 1e-2, name
+    assert error(by_order(p, q, 3, monkeypatch)[0], p) < 1e-6
+    monkeypatch.setattr(verify, "without", lambda q_BV, *_: q_BV)  # later siblings as if the first had been put back
+    assert error(by_order(p, q, 3, monkeypatch)[0], p) > 5e-3
+
+
+def test_a_walk_goes_down_and_gives_what_follows():
+    """Greedy over two rows and a tree of two branches: one row takes both levels, the other only finds its first token."""
+    tree = StaticTree.from_paths([[0], [1], [0, 0], [1, 0]])
+    likeliest = {0: [4, 2], 1: [0, 0], 2: [3, 1], 3: [0, 0], 4: [1, 4]}
+    logits = np.zeros((2, 5, V), np.float32)
+    for node, tokens in likeliest.items():
+        logits[np.arange(2), node, tokens] = 9.0
+    draft = verify.Draft(
+        jnp.asarray([[0, 1, 4, 2, 3], [0, 1, 2, 4, 3]], jnp.int32),
+        tree_tables(jnp.asarray([tree.parents] * 2, jnp.int32), 2),
+        jnp.ones((2, 5), bool),
+    )
+    greedy = SamplingParams(temperature=0.0)
+    rows = sampling_rows([greedy] * 2, [0, 0], [[], []], V)
+    zeros = jnp.zeros(2, jnp.int32)
+
+    def walk(draft, active=(True, True)):
+        rule = verify.drawn(rows, batch_features([greedy]))
+        return verify.verify(jnp.asarray(logits), draft, rule, 2, None, zeros, jnp.asarray(active), logprobs=True)
+
+    found = walk(draft)
+    assert found.token_BL.tolist() == [[4, 3, 1], [2, 1, NONE]]
+    assert found.node_BL.tolist() == [[0, 2, 4], [0, 2, 0]]
+    assert found.accepted_B.tolist() == [2, 1]
+    assert found.logprobs is not None
+    assert np.abs(np.asarray(found.logprobs.chosen_B)[0] - (9 - np.log(np.exp(9.0) + 4))).max() < 1e-5
+    # What is not valid is not there; a row that is not active gives nothing.
+    short = verify.Draft(draft.token_BN, draft.tree, draft.valid_BN.at[0, 4].set(False))
+    assert walk(short).token_BL.tolist() == [[4, 3, NONE], [2, 1, NONE]]
+    assert walk(draft, active=(False, True)).token_BL.tolist() == [[NONE] * 3, [2, 1, NONE]]
+
+
+def test_logits_that_are_not_finite_end_a_row():
+    tree = StaticTree.chain(1)
+    draft = verify.Draft(jnp.zeros((1, 2), jnp.int32), tree_tables(jnp.asarray([tree.parents], jnp.int32), 1), jnp.ones((1, 2), bool))
+    params = SamplingParams()
+    rows = sampling_rows([params], [0], [[]], V)
+    for rule in (verify.drawn(rows, FEATURES), verify.rejection(rows, FEATURES, lambda _: jnp.full((1, V), 1 / V))):
+        logits = jnp.full((1, 2, V), jnp.nan)
+        found = verify.verify(logits, draft, rule, 1, None, jnp.zeros(1, jnp.int32), jnp.ones(1, bool), logprobs=False)
+        assert found.token_BL.tolist() == [[sampling.NOT_FINITE, NONE]] and found.accepted_B.tolist() == [0]

@@ -1,0 +1,91 @@
+"""Speculation gives the tokens of decoding one by one, prompt after prompt; where it does not, two tokens were as good as equal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import l4jax
+from l4jax import LLM, Completion, SamplingParams
+from l4jax.decoding.sampling import sampling_rows, uniform
+from tests.tiny import drafter, few_tokens, loaded_drafter, maverick_like, prompts, scout_like, weights
+
+PLANS = ("chain:5", "tree:eagle26", "dynamic:steps=5,topk=4,nodes=16")
+KINDS = {"greedy": {"temperature": 0.0}, "seeded": {"temperature": 1.0}}
+QUESTIONS = Path(__file__).parents[1] / "benchmarks" / "data" / "speculation_prompts.jsonl"
+# Sums in float32 are taken in another order for a tree than for one token.
+GAP = 1e-5
+
+
+def gap(llm: LLM, prompt: Sequence[int], a: Completion, b: Completion, params: SamplingParams) -> float:
+    """How near two tokens are where the answers part: relative to the highest logit, or in the cumulative distribution."""
+    at = next(i for i, (x, y) in enumerate(zip(a.token_ids, b.token_ids, strict=True)) if x != y)
+    tokens = a.token_ids[at], b.token_ids[at]
+    logits_V = llm.logits([[*prompt, *a.token_ids[:at]]])[0][-1].astype(np.float64)
+    highest = logits_V.max()
+    if params.temperature == 0:
+        return float(max(highest - logits_V[token] for token in tokens) / np.abs(logits_V).max())
+    chance_V = np.exp(logits_V - highest)
+    ends_V = np.cumsum(chance_V) / chance_V.sum()
+    assert params.seed is not None
+    key_12 = sampling_rows([params], [params.seed], [[]], len(logits_V)).key_B2
+    drawn = float(uniform(key_12, np.array([at], np.int32))[0])
+    return max(max((ends_V[token - 1] if token else 0.0) - drawn, drawn - ends_V[token]) for token in tokens)
+
+
+def answers(llm: LLM, asked: Sequence[Sequence[int]], params: Sequence[SamplingParams], batch: int) -> list[Completion]:
+    return [
+        completion
+        for start in range(0, len(asked), batch)
+        for completion in llm.generate(asked[start : start + batch], params[start : start + batch])
+    ]
+
+
+def check(make: Callable[[str], LLM], asked: list[list[int]], kind: str, batches: Sequence[int], new_tokens: int) -> None:
+    """All plans in all batch sizes against one token a pass, alone."""
+    params = [SamplingParams(max_tokens=new_tokens, seed=i, **KINDS[kind]) for i in range(len(asked))]
+    plain = make("off")
+    expected = answers(plain, asked, params, 1)
+    for plan in ("off", *PLANS):
+        llm = make(plan)
+        for batch in batches:
+            found = answers(llm, asked, params, batch)
+            drafts = sum(sum(c.stats.accepted) for c in found)
+            assert plan == "off" or drafts > 0
+            for prompt, a, b, of_prompt in zip(asked, expected, found, params, strict=True):
+                if a.token_ids != b.token_ids:
+                    apart = gap(plain, prompt, a, b, of_prompt)
+                    print(f"{plan}, batch {batch}, seed {of_prompt.seed}: {a.token_ids} and {b.token_ids}, {apart:.1e} apart")
+                    assert apart < GAP
+
+
+@pytest.mark.many_prompts
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("make", [scout_like, maverick_like])
+def test_tiny_models(make: Callable, kind: str) -> None:
+    config = few_tokens(make)
+    made, draft = weights(config), loaded_drafter(drafter(config, aux_layers=(0, 1, 2)))
+    lengths = tuple(np.random.default_rng(0).integers(2, 60, 200).tolist())
+    check(lambda plan: LLM(config, made, drafter=draft, speculation=plan, max_batch=8), prompts(config, lengths), kind, (1, 8), 32)
+
+
+def conversations() -> Iterator[list[dict[str, str]]]:
+    """200 of them: each question that no drafter was trained with, asked in five ways."""
+    questions = [json.loads(line)["messages"] for line in QUESTIONS.read_text(encoding="utf-8").splitlines()]
+    for way in ("", "In one sentence. ", "For a child of ten. ", "As a poem. ", "In French. "):
+        for *before, last in questions[:40]:
+            yield [*before, {**last, "content": way + last["content"]}]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("count", "batches", "new_tokens"), [(8, (8,), 16), pytest.param(200, (1, 8), 32, marks=pytest.mark.many_prompts)])
+def test_smollm2(smollm2_checkpoint: Path, count: int, batches: Sequence[int], new_tokens: int, kind: str) -> None:
+    models = {plan: l4jax.load(smollm2_checkpoint, dtype="float32", speculation=plan, max_batch=max(batches)) for plan in ("off", *PLANS)}
+    chat_format = models["off"].chat_format
+    assert chat_format is not None
+    asked = [chat_format.encode(messages) for messages in conversations()]
+    check(models.__getitem__, asked[:: len(asked) // count], kind, batches, new_tokens)

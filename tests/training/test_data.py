@@ -1,0 +1,87 @@
+"""Prompts, packing and the draft vocabulary."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from l4jax.training.batches import batch, batches_in, draft_vocabulary, pack
+from l4jax.training.data import Example, read_prompts
+from tests.training import small
+
+
+def example(prompt: int, *answer: int) -> Example:
+    return Example(f"{prompt:08x}", tuple(range(prompt)), answer)
+
+
+def test_packed_rows_have_every_sequence_whole() -> None:
+    rows = pack([example(3, 7, 8), example(2, 9), example(4, 5, 6), example(6, 1, 1)], 8, seed=0)
+    assert rows.token_BT.tolist() == [
+        [0, 1, 2, 3, 4, 5, 1, 1],
+        [0, 1, 2, 3, 5, 6, 0, 0],
+        [0, 1, 2, 7, 8, 0, 1, 9],
+    ]
+    assert rows.first_BT.tolist() == [
+        [0, 0, 0, 0, 0, 0, 0, 0],
+        [0, 0, 0, 0, 0, 0, 6, 7],
+        [0, 0, 0, 0, 0, 5, 5, 5],
+    ]
+    assert rows.answer_BT.astype(int).tolist() == [
+        [0, 0, 0, 0, 0, 0, 1, 1],
+        [0, 0, 0, 0, 1, 1, 0, 0],
+        [0, 0, 0, 1, 1, 0, 0, 1],
+    ]
+
+
+def test_every_epoch_has_every_row_once_in_another_order() -> None:
+    rows = pack([example(3, token, token) for token in range(10, 15)], 6, seed=0)
+    assert batches_in(rows, 2) == 3
+    epochs = [[batch(rows, 2, step, seed=1).token_BT[:, 3] for step in range(start, start + 3)] for start in (0, 3)]
+    orders = [np.concatenate(epoch).tolist() for epoch in epochs]
+    assert [sorted(order) for order in orders] == [[0, 10, 11, 12, 13, 14]] * 2
+    assert orders[0] != orders[1] and orders[0][-1] == 0  # the last batch is filled up
+
+
+def test_the_draft_vocabulary_is_what_answers_have_most() -> None:
+    examples = [example(3, 9, 9, 9, 4, 4, 7, 8), example(3, 2)]
+    assert draft_vocabulary(examples, 3).tolist() == [2, 4, 9]
+    with pytest.raises(ValueError, match=r"^the draft vocabulary is 6; expected at most 5, the different tokens of the answers; lower it$"):
+        draft_vocabulary(examples, 6)
+
+
+def test_prompts_are_read_once_each_and_held_out_by_their_own_digest(tmp_path: Path) -> None:
+    llm = small.target()
+    path = tmp_path / "prompts.jsonl"
+    prompts = [[token, token] for token in range(20)]
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in [*prompts, *prompts]) + "\n")
+    found = read_prompts(path, llm)
+    assert [list(e.prompt) for e in found] == prompts
+    assert 0 < sum(e.is_held_out(0.4) for e in found) < 20
+    path.write_text(json.dumps({"prompt_token_ids": prompts[3], "token_ids": [4]}))
+    assert read_prompts(path, llm) == [Example(found[3].key, (3, 3), (4,))]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2 is not JSON"),
+        ("[1]", "line 2 is '[1]'; expected an object"),
+        ("{}", "line 2: it has nothing; expected an object"),
+        ('{"prompt": "x", "messages": []}', "line 2: it has prompt, messages; expected an object"),
+        ('{"prompt": [1, 99]}', "line 2: it has token id 99; expected 0 to 23"),
+        ('{"prompt": []}', "line 2: it has []; expected a list of token ids, at least one"),
+        ('{"prompt_token_ids": [1]}', "line 2: it has null; expected a list of token ids"),
+        ('{"prompt": "x"}', "line 2: its prompt is text, but the target has no tokenizer"),
+        ('{"messages": []}', "line 2: it has messages, but the target has no chat template"),
+    ],
+)
+def test_a_bad_line_is_named(line: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": [1]}\n' + line + "\n")
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        read_prompts(path, small.target())
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,190 @@
+"""Whole runs: interrupted anywhere they end as if they had not been; what cannot be used is refused in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from l4jax import LLM, cli
+from l4jax.checkpoints.store import StoredWeight, checksum, load_verified, save_group, write_manifest
+from l4jax.training.folder import claim
+from l4jax.training.run import Settings, train_drafter
+from tests import tiny
+from tests.training import small
+
+SETTINGS = Settings(draft_vocab=4, ttt_steps=2, length=24, batch=2, epochs=2, lr=1e-2, warmup=1, held_out=0.3, max_tokens=10)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    of = small.config()
+    return LLM(of, tiny.weights(of), max_batch=4)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    prompts = tiny.prompts(small.config(), tuple(range(2, 14)))
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    return path
+
+
+def train(llm: LLM, data: Path, out: Path, settings: Settings = SETTINGS, **hooks: Any) -> Path:
+    options = {
+        "target_digest": "x",
+        "target_tokenizer": "y",
+        "keep_states": False,
+        "report_every": 3,
+        "save_every": 2,
+        "log": lambda line: None,
+        "progress": lambda done, total: None,
+    }
+    return train_drafter(llm, data, out, settings, **(options | hooks))
+
+
+def outcome(out: Path) -> tuple[list[str], list[dict[str, Any]], Mapping[str, np.ndarray]]:
+    """Answers, metrics without speeds, and the drafter's weights."""
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    for of_step in metrics:
+        del of_step["tokens_per_second"]
+    manifest = json.loads((out / "drafter" / "checkpoint.json").read_text())
+    stored = {name: StoredWeight(**{**w, "shape": tuple(w["shape"])}) for name, w in manifest["weights"].items()}
+    return (out / "answers.jsonl").read_text().splitlines(), metrics, load_verified(out / "drafter" / "weights" / "00000", stored)
+
+
+def test_a_run_killed_again_and_again_ends_like_one_that_was_not(
+    llm: LLM, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train(llm, data, whole)
+
+    def kill_when(wanted: str) -> Any:
+        def log(line: str) -> None:
+            if line.startswith(wanted):
+                raise Killed
+
+        return log
+
+    def kill_while_answering(done: int, total: int) -> None:
+        if done >= 4:
+            raise Killed
+
+    def killed_while_saving(directory: Path, *_: Any) -> None:
+        directory.with_name(directory.name + ".orbax-checkpoint-tmp-1").mkdir(parents=True)
+        raise Killed
+
+    with pytest.raises(Killed):
+        train(llm, data, killed, progress=kill_while_answering)
+    with (killed / "answers.jsonl").open("a") as file:
+        file.write('{"prompt_token_ids": [1')
+    with pytest.raises(Killed):
+        train(llm, data, killed, log=kill_when("step 3/"))  # after the state of step 2
+    with (killed / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    for function in ("folder.save_group", "run.save_drafter"):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"l4jax.training.{function}", killed_while_saving)
+            with pytest.raises(Killed):
+                train(llm, data, killed)
+    train(llm, data, killed)
+
+    (answers, metrics, weights), (expected_answers, expected_metrics, expected_weights) = outcome(killed), outcome(whole)
+    assert answers == expected_answers and len(answers) == 12
+    assert metrics == expected_metrics and [m["step"] for m in metrics][:4] == [2, 3, 4, 6]
+    assert metrics[0]["held_out_acceptance_length"] >= 1 and len(metrics[0]["accuracy"]) == 2
+    for name, weight in expected_weights.items():
+        np.testing.assert_array_equal(weights[name], weight, err_msg=name)
+    assert len(list((killed / "states").iterdir())) == 2
+    logged: list[str] = []
+    train(llm, data, killed, log=logged.append)
+    assert logged == [f"{killed / 'drafter'} is complete"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"length": 3}, r"of 0 answers none that is trained on has 2 tokens or more \(0 are held out\); expected more prompts"),
+        ({"held_out": 0.999}, r"of 12 answers none that is trained on has 2 tokens or more \(12 are held out\); expected more prompts"),
+        ({"batch": 0}, "batch is 0; expected at least 1"),
+        ({"lr": 0.0}, r"lr is 0.0; expected a number above 0"),
+        ({"held_out": 1.0}, "held_out is 1.0; expected a share from 0 to below 1"),
+        ({"layers": 2}, "layers is 2; expected 1 for an EAGLE-3 drafter"),
+        ({"temperature": -1.0}, "temperature is -1.0; expected 0"),
+        ({"length": 512}, "length is 512; expected at most the target's context of 256"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(changes: dict[str, Any], message: str, llm: LLM, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        train(llm, data, tmp_path / "out", dataclasses.replace(SETTINGS, **changes))
+
+
+def test_a_mesh_must_share_out_the_rows(data: Path, tmp_path: Path) -> None:
+    for mesh in ("data=4", "tensor=2"):
+        with pytest.raises(ValueError, match=rf"^the mesh is {mesh}; expected data=N, where N divides the batch of 2$"):
+            train(small.target(mesh), data, tmp_path / "out")
+
+
+def test_another_runs_folder_is_refused(llm: LLM, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with claim(out, {"seed": 0}), pytest.raises(ValueError, match="is being written by another process; wait for it to end"):
+        train(llm, data, out)
+
+    # Until there is a state, only what the answers depend on must be the same.
+    def refused(message: str, changes: dict[str, Any], **hooks: Any) -> None:
+        with pytest.raises(ValueError, match=message):
+            train(llm, data, tmp_path / "run", dataclasses.replace(SETTINGS, **changes), **hooks)
+
+    refused(r"^the draft vocabulary is 24; expected at most \d+, the different tokens of the answers; lower it$", {"draft_vocab": 24})
+    refused(r"is another run's: its temperature is 0\.8, and this one's 0\.7; give the same settings to go on", {"temperature": 0.7})
+    diverging = {"lr": 1e30, "warmup": 0, "batch": 1, "epochs": 9}
+    refused(r"^the loss is nan at step 9; expected a number: lower lr$", diverging, report_every=9, save_every=99)
+    train(llm, data, tmp_path / "run")
+    refused(r"is another run's: its lr is 0\.01, and this one's 0\.02; give the same settings", {"lr": 0.02})
+
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    with pytest.raises(ValueError, match="is in the way: it is no folder of a training run"):
+        train(llm, data, tmp_path / "full")
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(ValueError, match="has no prompts; expected a JSON object a line"):
+        train(llm, tmp_path / "empty.jsonl", tmp_path / "other")
+
+
+def test_the_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "target"
+    weights = {name: np.asarray(weight) for name, weight in tiny.weights(small.config()).items()}
+    save_group(target / "weights" / "00000", weights)
+    stored = {name: StoredWeight("00000", weight.shape, weight.dtype.name, checksum(weight)) for name, weight in weights.items()}
+    write_manifest(target, source_format="hf", config=small.config(), weights=stored, text_files=[])
+    options = {"draft-vocab": 4, "ttt-steps": 2, "length": 24, "batch": 2, "lr": 0.01, "warmup": 1, "held-out": 0.3, "max-tokens": 10}
+    command = ["train-drafter", str(target), "--data", str(data), "--out", str(tmp_path / "out")]
+    command += [f"--{name}={value}" for name, value in options.items()]
+    assert cli.main([*command, "--report-every", "1"]) == 0
+    out, err = capsys.readouterr()
+    assert out == f"{tmp_path / 'out' / 'drafter'} is complete\n"
+    assert re.search(r"^\d+ sequences with \d+ answer tokens in \d+ rows; \d+ held out; step 0 of \d+$", err, re.MULTILINE)
+    assert re.search(r"^step 1/\d+: loss \d+\.\d{4}, accuracy \d\.\d\d \d\.\d\d, \d+ tokens/s", err, re.MULTILINE)
+    assert cli.main([*command, "--report-every", "0"]) == 2
+    assert capsys.readouterr().err == "l4jax: error: report_every is 0; expected at least 1\n"
+    assert cli.main([*command, "--seed", "1"]) == 2
+    assert "out is another run's: its seed is 0, and this one's 1; give the same settings" in capsys.readouterr().err
+
+
+def test_kept_states_change_nothing(llm: LLM, data: Path, tmp_path: Path) -> None:
+    train(llm, data, tmp_path / "computed")
+    train(llm, data, tmp_path / "kept", keep_states=True)
+    computed, kept = outcome(tmp_path / "computed"), outcome(tmp_path / "kept")
+    assert kept[:2] == computed[:2]
+    for name, weight in computed[2].items():
+        np.testing.assert_array_equal(kept[2][name], weight, err_msg=name)

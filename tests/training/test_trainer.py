@@ -1,0 +1,60 @@
+"""Training on a mesh, and what a trained drafter is worth."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from l4jax import LLM, SamplingParams
+from l4jax.decoding.plan import Speculation, SpeculationTable
+from l4jax.speculator import LoadedDrafter
+from l4jax.training.batches import batch, draft_vocabulary, pack, take
+from l4jax.training.drafters import Version, first_weights
+from l4jax.training.evaluate import replay
+from tests.training import small
+
+
+@pytest.mark.parametrize("version", ["eagle3", "eagle1"])
+def test_two_devices_learn_what_one_does(version: Version) -> None:
+    losses, weights = [], []
+    for mesh in ("data=1", "data=2"):
+        llm = small.target(mesh)
+        examples = small.answered(llm, (3, 6, 2, 9, 5, 4, 7), 8)
+        ids = draft_vocabulary(examples, 6) if version == "eagle3" else np.arange(llm.config.vocab_size, dtype=np.int32)
+        trainer = small.trainer(llm, version, ids)
+        state = trainer.first_state(small.random_drafter(trainer))
+        rows = pack(examples, small.LENGTH, seed=0)
+        for step in range(3):
+            part = batch(rows, 4, step, seed=0)
+            state, (loss, _) = trainer.step(state, part, trainer.target_states(part), step)
+            losses.append(float(loss))
+        weights.append(trainer.weights(state))
+    np.testing.assert_allclose(losses[:3], losses[3:], rtol=1e-5)
+    for name, weight in weights[0].items():
+        np.testing.assert_allclose(weights[1][name], weight, atol=1e-4, err_msg=name)
+
+
+def test_learns_a_few_answers_by_heart_and_real_speculation_shows_it() -> None:
+    depth = 3
+    llm = small.target()
+    examples = small.answered(llm, (3, 6, 2, 9), 1 + 4 * (1 + depth))
+    ids = draft_vocabulary(examples, len({token for example in examples for token in example.answer or ()}))
+    trainer = small.trainer(llm, "eagle3", ids, passes=depth, steps=100)
+    state = trainer.first_state(first_weights(trainer.config, ids, seed=0))
+    rows = pack(examples, small.LENGTH, seed=0)
+    untrained = replay(trainer, state, rows, 4, depth)
+    every = take(rows, np.arange(len(rows.number_B)), 4)
+    for step in range(100):
+        state, _ = trainer.step(state, every, trainer.target_states(every), step)
+    simulated = replay(trainer, state, rows, 4, depth)
+    assert untrained.acceptance_length < 2.5 and simulated.acceptance_length > 1 + 0.9 * depth
+
+    drafter = LoadedDrafter(trainer.config, trainer.weights(state), SpeculationTable.always(Speculation.parse(f"chain:{depth}")))
+    speculating = LLM(llm.config, llm.weights, drafter=drafter)
+    params = SamplingParams(max_tokens=len(examples[0].answer or ()), temperature=0.0)
+    completions = speculating.generate([example.prompt for example in examples], params)
+    assert [tuple(c.token_ids) for c in completions] == [example.answer for example in examples]
+    rounds, accepted = sum(c.stats.rounds for c in completions), np.sum([c.stats.accepted for c in completions], axis=0)
+    assert rounds == simulated.rounds
+    # Speculation counts what stands beyond an answer's end too.
+    assert 1 + accepted.sum() / rounds == pytest.approx(simulated.acceptance_length, abs=0.2)

@@ -21,6 +21,8 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+TEMPERATURES = (0.8, 0.0)
+"""What the answers are drawn at, in turn: what is likeliest again and again, and what users see."""
 CHAT = [
     "What is {a_noun}?",
     "What is the difference between {a_noun} and {a_noun2}?",
@@ -113,7 +115,7 @@ def prompts(seed: int) -> Iterator[dict[str, object]]:
         text = template.format(**fields)
         if text not in seen:
             seen.add(text)
-            yield {"kind": kind, "messages": [{"role": "user", "content": text}]}
+            yield {"kind": kind, "messages": [{"role": "user", "content": text}], "temperature": TEMPERATURES[len(seen) // 4 % 2]}
 
 
 def _words(kind: str) -> list[str]:

@@ -106,7 +106,7 @@ def test_help_names_every_command_and_does_not_wait_for_jax() -> None:
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.splitlines()[-1] == "False False"
     for command in l4jax.cli.COMMANDS:
-        assert re.search(rf"^    {command} +\S", done.stdout, re.MULTILINE), command
+        assert re.search(rf"^    {command}\s+\S", done.stdout, re.MULTILINE), command
 
 
 def fail_with(error: BaseException) -> object:

@@ -21,11 +21,15 @@ Progress = Callable[[int, int], None]
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A prompt and the answer to it (None: not yet given); ``key`` is the prompt's SHA-256."""
+    """A prompt and the answer to it (None: not yet given); ``key`` is the prompt's SHA-256.
+
+    ``temperature``: what it is to be answered at, if not at the run's.
+    """
 
     key: str
     prompt: tuple[int, ...]
     answer: tuple[int, ...] | None
+    temperature: float | None = None
 
     def is_held_out(self, share: float) -> bool:
         """Whether it is of the share that is kept for evaluation: decided by the prompt alone, whatever else there is."""
@@ -36,7 +40,8 @@ def read_prompts(path: Path, llm: LLM) -> list[Example]:
     """The prompts of a JSONL file, each once, in its order.
 
     A line has ``messages`` (a conversation, of which a last answer is dropped: the target gives its own), ``prompt`` (text, or token ids),
-    or ``prompt_token_ids`` and ``token_ids``, an answer given before. Raises ValueError, naming the line, for any other.
+    or ``prompt_token_ids`` and ``token_ids``, an answer given before. It may have a ``temperature`` to answer at. Raises ValueError,
+    naming the line, for any other.
     """
     examples: dict[str, Example] = {}
     for number, line in _lines(path):
@@ -45,10 +50,13 @@ def read_prompts(path: Path, llm: LLM) -> list[Example]:
             for token in (*prompt, *(answer or ())):
                 if not 0 <= token < llm.config.vocab_size:
                     raise ValueError(f"it has token id {token}; expected 0 to {llm.config.vocab_size - 1}, the model's vocabulary")
+            temperature = line.get("temperature")
+            if temperature is not None:
+                SamplingParams(temperature=temperature)
         except ValueError as error:
             raise ValueError(f"{path} line {number}: {error}") from error
         key = _key(prompt)
-        examples.setdefault(key, Example(key, prompt, answer))
+        examples.setdefault(key, Example(key, prompt, answer, temperature))
     if not examples:
         raise ValueError(f"{path} has no prompts; expected a JSON object a line")
     return list(examples.values())
@@ -106,7 +114,7 @@ def _key(prompt: Sequence[int]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """How the target answers: ``length`` is the most that prompt and answer may have together."""
+    """How the target answers; ``length`` is the most that prompt and answer may have together."""
 
     temperature: float
     max_tokens: int
@@ -130,7 +138,7 @@ def answer(llm: LLM, examples: Sequence[Example], how: Generation, file: Path, p
             group = missing[start : start + llm.max_batch]
             params = [
                 SamplingParams(
-                    temperature=how.temperature,
+                    temperature=how.temperature if example.temperature is None else example.temperature,
                     max_tokens=min(how.max_tokens, how.length - len(example.prompt)),
                     seed=int(hashlib.sha256(f"{how.seed} {example.key}".encode()).hexdigest()[:16], 16),
                 )

@@ -72,7 +72,17 @@ def new_drafter(
     )
 
 
-def first_weights(config: DrafterConfig, token_ids: np.ndarray, seed: int) -> dict[str, Array]:
-    """Weights to begin with: random ones, float32, and the draft vocabulary."""
+def first_weights(config: DrafterConfig, token_ids: np.ndarray, feature_Nf: np.ndarray, seed: int) -> dict[str, Array]:
+    """Weights to begin with: random ones, float32, and the draft vocabulary.
+
+    ``feature_Nf``: some of what the drafter will read. An EAGLE-3 drafter starts with all three residual streams at the same root mean
+    square: the stream grows with depth (from 3 to 23 in SmolLM2), and the latest would drown the others.
+    """
     weights = random_weights(build_drafter(config), jax.random.key(seed), jnp.dtype(jnp.float32))
-    return weights | ({"token_ids": jnp.asarray(token_ids, jnp.int32)} if config.version == "eagle3" else {})
+    if config.version == "eagle1":
+        return weights
+    feature_NIw = feature_Nf.astype(np.float32).reshape(-1, len(config.aux_layers), config.target_hidden_size)
+    # Of the tokens the median: the first of a sequence has states a hundred times as large as the others'.
+    rms_I = np.sqrt(np.median(np.mean(feature_NIw**2, axis=-1), axis=0))
+    fuse_Df = weights["fuse"] / jnp.asarray(np.repeat(rms_I, config.target_hidden_size))[None]
+    return weights | {"fuse": fuse_Df, "token_ids": jnp.asarray(token_ids, jnp.int32)}

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from l4jax.arrays import to_host
 from l4jax.decoding.params import SamplingParams
 from l4jax.llm import LLM
 from l4jax.training.batches import Rows, batch, batches_in, draft_vocabulary, pack
@@ -169,8 +170,11 @@ class _Run:
         if keep_states:
             self._target_states = KeptStates(self._trainer.target_states)
         saved = folder.load_state(self._trainer.array_names)
-        self._start, self._state = 0, self._trainer.first_state(first_weights(config, token_ids, settings.seed))
-        if saved is not None:
+        if saved is None:
+            rows = batch(self._rows, settings.batch, 0, settings.seed)
+            feature_Nf = to_host(self._trainer.target_states(rows).feature_BTf)[_sequences(rows)]
+            self._start, self._state = 0, self._trainer.first_state(first_weights(config, token_ids, feature_Nf, settings.seed))
+        else:
             self._start, self._state = saved[0], self._trainer.from_arrays(saved[1])
         answer_tokens = sum(len(example.answer or ()) for example in train)
         log(
@@ -186,7 +190,7 @@ class _Run:
             rows = batch(self._rows, self._settings.batch, step - 1, self._settings.seed)
             self._state, of_step = self._trainer.step(self._state, rows, self._target_states(rows), step)
             recent.append(of_step)
-            tokens += _tokens(rows)
+            tokens += int(np.count_nonzero(_sequences(rows)))
             saving = step % save_every == 0 or step == self._steps
             if not saving and step % report_every:
                 continue
@@ -212,11 +216,12 @@ class _Run:
         return {"held_out_acceptance_length": round(found.acceptance_length, 4), "held_out_accepted": by_depth}
 
 
-def _tokens(rows: Rows) -> int:
-    """Tokens of a batch, padding (sequences of one token) left out."""
-    index_1T = np.arange(rows.first_BT.shape[1])[None]
-    begins = rows.first_BT == index_1T
-    return int(np.count_nonzero(~begins) + np.count_nonzero(begins[:, :-1] & ~begins[:, 1:]))
+def _sequences(rows: Rows) -> np.ndarray:
+    """Which tokens of a batch are not padding, that is sequences of one token: bool [B, T]."""
+    first_BT = np.asarray(rows.first_BT)
+    begins_BT = first_BT == np.arange(first_BT.shape[1])[None]
+    goes_on_BT = np.concatenate([~begins_BT[:, 1:], np.zeros_like(begins_BT[:, :1])], axis=1)
+    return ~begins_BT | goes_on_BT
 
 
 def _summary(recent: Sequence[tuple[Any, Measured]]) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from l4jax import SamplingParams
 from l4jax.training.batches import batch, batches_in, draft_vocabulary, pack
-from l4jax.training.data import Example, read_prompts
+from l4jax.training.data import Example, Generation, answer, read_prompts
 from tests.training import small
 
 
@@ -65,6 +66,17 @@ def test_prompts_are_read_once_each_and_held_out_by_their_own_digest(tmp_path: P
     assert read_prompts(path, llm) == [Example(found[3].key, (3, 3), (4,))]
 
 
+def test_a_line_s_temperature_goes_before_the_run_s(tmp_path: Path) -> None:
+    llm = small.target()
+    path = tmp_path / "prompts.jsonl"
+    prompts = [[token, token] for token in range(8)]
+    path.write_text("".join(json.dumps({"prompt": p, "temperature": [None, 0.0][i % 2]}) + "\n" for i, p in enumerate(prompts)))
+    how = Generation(temperature=5.0, max_tokens=12, length=small.LENGTH, seed=0)
+    answers = [e.answer for e in answer(llm, read_prompts(path, llm), how, tmp_path / "answers.jsonl", lambda done, total: None)]
+    greedy = [tuple(c.token_ids) for c in llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=12))]
+    assert [i % 2 == 1 for i in range(8)] == [one == other for one, other in zip(answers, greedy, strict=True)]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -76,6 +88,7 @@ def test_prompts_are_read_once_each_and_held_out_by_their_own_digest(tmp_path: P
         ('{"prompt": []}', "line 2: it has []; expected a list of token ids, at least one"),
         ('{"prompt_token_ids": [1]}', "line 2: it has null; expected a list of token ids"),
         ('{"prompt": "x"}', "line 2: its prompt is text, but the target has no tokenizer"),
+        ('{"prompt": [2], "temperature": -1}', "line 2: temperature is -1; expected 0 (greedy) or a positive number"),
         ('{"messages": []}', "line 2: it has messages, but the target has no chat template"),
     ],
 )

@@ -34,16 +34,30 @@ def test_two_devices_learn_what_one_does(version: Version) -> None:
         np.testing.assert_allclose(weights[1][name], weight, atol=1e-4, err_msg=name)
 
 
+def test_begins_with_residual_streams_of_one_size() -> None:
+    llm = small.target()
+    ids = np.arange(6, dtype=np.int32)
+    trainer = small.trainer(llm, "eagle3", ids)
+    count, width = len(trainer.config.aux_layers), trainer.config.target_hidden_size
+    feature_Nf = np.random.default_rng(0).normal(size=(64, count, width)) * np.array([0.1, 1.0, 30.0])[:, None]
+    feature_Nf[0] *= 1000.0  # as the first token of a sequence has it
+    weights = first_weights(trainer.config, ids, feature_Nf.reshape(64, -1), seed=0)
+    read_NID = np.einsum("niw,diw->nid", feature_Nf, np.asarray(weights["fuse"]).reshape(-1, count, width))
+    sizes_I = np.sqrt(np.median(np.mean(read_NID**2, axis=-1), axis=0))
+    np.testing.assert_allclose(sizes_I, sizes_I[0], rtol=0.2)  # of a random projection
+
+
 def test_learns_a_few_answers_by_heart_and_real_speculation_shows_it() -> None:
     depth = 3
     llm = small.target()
     examples = small.answered(llm, (3, 6, 2, 9), 1 + 4 * (1 + depth))
     ids = draft_vocabulary(examples, len({token for example in examples for token in example.answer or ()}))
     trainer = small.trainer(llm, "eagle3", ids, passes=depth, steps=100)
-    state = trainer.first_state(first_weights(trainer.config, ids, seed=0))
     rows = pack(examples, small.LENGTH, seed=0)
-    untrained = replay(trainer, state, rows, 4, depth)
     every = take(rows, np.arange(len(rows.number_B)), 4)
+    feature_Nf = np.asarray(trainer.target_states(every).feature_BTf).reshape(4 * small.LENGTH, -1)
+    state = trainer.first_state(first_weights(trainer.config, ids, feature_Nf, seed=0))
+    untrained = replay(trainer, state, rows, 4, depth)
     for step in range(100):
         state, _ = trainer.step(state, every, trainer.target_states(every), step)
     simulated = replay(trainer, state, rows, 4, depth)

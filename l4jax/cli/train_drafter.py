@@ -6,6 +6,9 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+_SHAPE = ("version", "layers", "intermediate_size", "draft_vocab")
+"""Arguments that say what drafter to make."""
+
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Declare the command's arguments."""
@@ -20,12 +23,11 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--data", required=True, help='JSONL: {"messages": [...]} or {"prompt": "..."} a line, or answers.jsonl of another run'
     )
     parser.add_argument("--out", required=True, help="the run's folder; the drafter comes to be in its folder drafter")
-    parser.add_argument("--version", choices=("eagle3", "eagle1"), default="eagle3")
-    parser.add_argument("--layers", type=int, default=1, help="of an EAGLE-1 drafter (default: 1)")
-    parser.add_argument(
-        "--intermediate-size", type=int, default=0, metavar="N", help="of the drafter's feed-forward blocks (default: the target's)"
-    )
-    parser.add_argument("--draft-vocab", type=int, default=8192, help="EAGLE-3: how many tokens it can guess (default: 8192)")
+    parser.add_argument("--start", metavar="DRAFTER", help="a drafter's folder to go on from, as it is, instead of random weights")
+    parser.add_argument("--version", choices=("eagle3", "eagle1"), help="(default: eagle3)")
+    parser.add_argument("--layers", type=int, help="of an EAGLE-1 drafter (default: 1)")
+    parser.add_argument("--intermediate-size", type=int, metavar="N", help="of the drafter's feed-forward blocks (default: the target's)")
+    parser.add_argument("--draft-vocab", type=int, help="EAGLE-3: how many tokens it can guess (default: 8192)")
     parser.add_argument("--ttt-steps", type=int, default=7, help="passes over its own output; depth of the chains measured (default: 7)")
     parser.add_argument("--length", type=int, default=2048, help="most tokens of a prompt and its answer (default: 2048)")
     parser.add_argument("--batch", type=int, default=8, help="rows of so many tokens in a step (default: 8)")
@@ -52,14 +54,21 @@ def run(args: argparse.Namespace) -> int:
 
     import l4jax
     from l4jax.checkpoints.store import open_checkpoint
+    from l4jax.speculator import open_fitting_drafter
     from l4jax.training.run import Settings, train_drafter
 
+    if args.start is not None:
+        for name in _SHAPE:
+            if getattr(args, name) is not None:
+                option = name.replace("_", "-")
+                raise ValueError(f"--{option} is given, and so is --start, whose drafter has its shape already; leave --{option} out")
     names = {field.name for field in dataclasses.fields(Settings)}
-    settings = Settings(**{name: value for name, value in vars(args).items() if name in names})
+    settings = Settings(**{name: value for name, value in vars(args).items() if name in names and value is not None})
     for name in ("report_every", "save_every"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name} is {getattr(args, name)}; expected at least 1")
     target = open_checkpoint(args.target)
+    start = open_fitting_drafter(args.start, target)
     llm = l4jax.load(args.target, mesh=args.mesh, dtype=args.dtype, max_batch=args.answer_batch)
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("answers", total=None)
@@ -75,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
             keep_states=args.keep_states,
             log=lambda line: bar.console.print(line, markup=False, highlight=False, soft_wrap=True),
             progress=lambda done, total: bar.update(task, completed=done, total=total),
+            start=start,
         )
     print(f"{drafter} is complete")
     return 0

@@ -8,14 +8,26 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+_FEW_ROWS = 16
+"""On CPUs, most rows of float32 that are multiplied from the right: with more of them transposing costs what it gains."""
+
 
 def linear(x_Bi: Float[Array, "*B i"], weight_fi: Float[Array, "f i"], *, dtype: jnp.dtype | None = None) -> Float[Array, "*B f"]:
     """``x @ weight.T``; ``dtype``: of the result, if it is not the operands'."""
     rows = math.prod(x_Bi.shape[:-1])
-    if rows == 1 and x_Bi.dtype == jnp.bfloat16 and _on_cpu():
-        # XLA's CPU backend widens the whole matrix to multiply one bfloat16 row, and uses native kernels from two rows on.
-        x_2i = jnp.concatenate([x_Bi.reshape(1, -1), jnp.zeros((1, x_Bi.shape[-1]), x_Bi.dtype)])
-        return linear(x_2i, weight_fi, dtype=dtype)[0].reshape(*x_Bi.shape[:-1], -1)
+    if rows <= _FEW_ROWS and _on_cpu():
+        x_Ri = x_Bi.reshape(rows, -1)
+        if x_Bi.dtype == jnp.bfloat16 and rows == 1:
+            # XLA's CPU backend widens the whole matrix to multiply one bfloat16 row, and uses native kernels from two rows on.
+            return _product(jnp.concatenate([x_Ri, jnp.zeros_like(x_Ri)]), weight_fi, dtype)[0].reshape(*x_Bi.shape[:-1], -1)
+        if x_Bi.dtype == jnp.float32 and rows > 1:
+            # The matrix on the left: XLA's CPU kernels take up to half the time, and put it on the right again without the barrier.
+            product_fR = jax.lax.optimization_barrier(jnp.einsum("fi,ri->fr", weight_fi, x_Ri, preferred_element_type=dtype))
+            return product_fR.T.reshape(*x_Bi.shape[:-1], -1)
+    return _product(x_Bi, weight_fi, dtype)
+
+
+def _product(x_Bi: Array, weight_fi: Array, dtype: jnp.dtype | None) -> Array:
     return jnp.einsum("...i,fi->...f", x_Bi, weight_fi, preferred_element_type=dtype)
 
 

@@ -72,6 +72,12 @@ def new_drafter(
     )
 
 
+def trained_at(config: DrafterConfig, length: int) -> DrafterConfig:
+    """The drafter once it has been trained at this length too."""
+    longest = max(config.decoder.max_position_embeddings, length)
+    return dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, max_position_embeddings=longest))
+
+
 def first_weights(config: DrafterConfig, token_ids: np.ndarray, feature_Nf: np.ndarray, seed: int) -> dict[str, Array]:
     """Weights to begin with: random ones, float32, and the draft vocabulary.
 

@@ -11,14 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from l4jax.arrays import to_host
+from l4jax.checkpoints.store import DrafterCheckpoint
+from l4jax.config import DrafterConfig, check_fits
 from l4jax.decoding.params import SamplingParams
 from l4jax.llm import LLM
+from l4jax.speculator import LoadedDrafter
 from l4jax.training.batches import Rows, batch, batches_in, draft_vocabulary, pack
 from l4jax.training.data import Example, Generation, Progress, answer, read_prompts
-from l4jax.training.drafters import Version, first_weights, new_drafter
+from l4jax.training.drafters import Version, first_weights, new_drafter, trained_at
 from l4jax.training.evaluate import replay
 from l4jax.training.folder import RunFolder, claim
 from l4jax.training.kept import KeptStates
@@ -79,6 +83,16 @@ class Settings:
             raise ValueError(f"held_out is {self.held_out}; expected a share from 0 to below 1")
         SamplingParams(temperature=self.temperature)
 
+    def of_shape(self, drafter: DrafterConfig) -> Settings:
+        """These, for a drafter that there is already."""
+        return dataclasses.replace(
+            self,
+            version=drafter.version,
+            layers=drafter.decoder.num_layers,
+            intermediate_size=drafter.decoder.intermediate_size,
+            draft_vocab=drafter.draft_vocab_size,
+        )
+
 
 def train_drafter(
     llm: LLM,
@@ -93,11 +107,13 @@ def train_drafter(
     keep_states: bool,
     log: Log,
     progress: Progress,
+    start: DrafterCheckpoint | None = None,
 ) -> Path:
     """Train a drafter for a loaded target on the prompts of ``data``; the folder of the finished one, in ``out``.
 
     ``target_digest``, ``target_tokenizer``: of the target's checkpoint, and of its tokenizer file, if it has one. ``keep_states``: the
-    target passes over each row once, and its states stay in the host's memory.
+    target passes over each row once, and its states stay in the host's memory. ``start``: a drafter of this target to go on from; its
+    shape and draft vocabulary take the place of the settings'.
 
     Every ``save_every`` steps the state is kept and measured on the prompts held out; every ``report_every`` steps, and then, ``log``
     and the metrics get a report. Raises ValueError for data or settings that cannot be used, and for a folder that is another run's.
@@ -106,9 +122,20 @@ def train_drafter(
         raise ValueError(f"the mesh is {llm.placement.spec}; expected data=N, where N divides the batch of {settings.batch}")
     if settings.length > llm.config.max_position_embeddings:
         raise ValueError(f"length is {settings.length}; expected at most the target's context of {llm.config.max_position_embeddings}")
+    loaded = None
+    if start is not None:
+        check_fits(start.config, llm.config)
+        loaded = LoadedDrafter.restored(start, llm.placement, jnp.dtype(jnp.float32))
+        settings = settings.of_shape(start.config)
     prompts = read_prompts(data, llm)
     digest = hashlib.sha256(data.read_bytes()).hexdigest()
-    whose = {"target": target_digest, "data": digest, "dtype": llm.weights["embed"].dtype.name, **dataclasses.asdict(settings)}
+    whose = {
+        "target": target_digest,
+        "data": digest,
+        "dtype": llm.weights["embed"].dtype.name,
+        "start": None if start is None else start.digest,
+        **dataclasses.asdict(settings),
+    }
     with claim(out, whose) as folder:
         if folder.drafter.exists():
             log(f"{folder.drafter} is complete")
@@ -117,7 +144,7 @@ def train_drafter(
         examples = answer(llm, prompts, how, folder.answers, progress)
         llm.runner.discard_cache()
         log(f"{len(examples)} answers; {len(prompts) - len(examples)} prompts left no room for one in {settings.length} tokens")
-        _Run(llm, examples, settings, folder, target_tokenizer, keep_states, log).to_end(report_every, save_every)
+        _Run(llm, examples, settings, folder, target_tokenizer, keep_states, log, loaded).to_end(report_every, save_every)
         return folder.drafter
 
 
@@ -133,6 +160,7 @@ class _Run:
         target_tokenizer: str | None,
         keep_states: bool,
         log: Log,
+        start: LoadedDrafter | None,
     ) -> None:
         usable = [example for example in examples if len(example.answer or ()) >= 2]
         train = [example for example in usable if not example.is_held_out(settings.held_out)]
@@ -142,16 +170,22 @@ class _Run:
                 f"of {len(examples)} answers none that is trained on has 2 tokens or more ({len(held_out)} are held out); "
                 "expected more prompts, or a greater length"
             )
-        full = settings.version == "eagle1"
-        token_ids = np.arange(llm.config.vocab_size, dtype=np.int32) if full else draft_vocabulary(train, settings.draft_vocab)
-        config = new_drafter(
-            llm.config,
-            settings.version,
-            layers=settings.layers,
-            intermediate_size=settings.intermediate_size,
-            draft_vocab=len(token_ids),
-            length=settings.length,
-            target_tokenizer=target_tokenizer,
+        if settings.version == "eagle1":
+            token_ids = np.arange(llm.config.vocab_size, dtype=np.int32)
+        else:
+            token_ids = draft_vocabulary(train, settings.draft_vocab) if start is None else to_host(start.weights["token_ids"])
+        config = (
+            new_drafter(
+                llm.config,
+                settings.version,
+                layers=settings.layers,
+                intermediate_size=settings.intermediate_size,
+                draft_vocab=len(token_ids),
+                length=settings.length,
+                target_tokenizer=target_tokenizer,
+            )
+            if start is None
+            else trained_at(start.config, settings.length)
         )
         self._rows, self._held_out = pack(train, settings.length, settings.seed), pack(held_out, settings.length, settings.seed)
         self._steps = settings.epochs * batches_in(self._rows, settings.batch)
@@ -170,12 +204,14 @@ class _Run:
         if keep_states:
             self._target_states = KeptStates(self._trainer.target_states)
         saved = folder.load_state(self._trainer.array_names)
-        if saved is None:
+        if saved is not None:
+            self._start, self._state = saved[0], self._trainer.from_arrays(saved[1])
+        elif start is not None:
+            self._start, self._state = 0, self._trainer.first_state(start.weights)
+        else:
             rows = batch(self._rows, settings.batch, 0, settings.seed)
             feature_Nf = to_host(self._trainer.target_states(rows).feature_BTf)[_sequences(rows)]
             self._start, self._state = 0, self._trainer.first_state(first_weights(config, token_ids, feature_Nf, settings.seed))
-        else:
-            self._start, self._state = saved[0], self._trainer.from_arrays(saved[1])
         answer_tokens = sum(len(example.answer or ()) for example in train)
         log(
             f"{len(train)} sequences with {answer_tokens} answer tokens in {len(self._rows.number_B)} rows; {len(held_out)} held out; "

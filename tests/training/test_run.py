@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from l4jax import LLM, cli
-from l4jax.checkpoints.store import StoredWeight, checksum, load_verified, save_group, write_manifest
+from l4jax.checkpoints.store import StoredWeight, checksum, load_verified, open_drafter, save_group, write_manifest
+from l4jax.training.drafters import trained_at
 from l4jax.training.folder import claim
 from l4jax.training.run import Settings, train_drafter
 from tests import tiny
@@ -161,6 +162,21 @@ def test_another_runs_folder_is_refused(llm: LLM, data: Path, tmp_path: Path) ->
         train(llm, tmp_path / "empty.jsonl", tmp_path / "other")
 
 
+def test_goes_on_from_a_drafter(llm: LLM, data: Path, tmp_path: Path) -> None:
+    """Its weights, shape and vocabulary, whatever the settings say; and a longer length counts as trained."""
+    first = open_drafter(train(llm, data, tmp_path / "first"))
+    hardly = dataclasses.replace(SETTINGS, lr=1e-12, length=30, draft_vocab=3, intermediate_size=8)
+    found = open_drafter(train(llm, data, tmp_path / "second", hardly, start=first))
+    assert found.config == trained_at(first.config, 30) and found.config.decoder.max_position_embeddings == 30
+    for name, weight in outcome(tmp_path / "first")[2].items():
+        np.testing.assert_allclose(outcome(tmp_path / "second")[2][name], weight, atol=1e-9, err_msg=name)
+    with pytest.raises(ValueError, match=r"is another run's: its start is '[0-9a-f]+', and this one's None; give the same settings"):
+        train(llm, data, tmp_path / "second", hardly.of_shape(first.config))
+    other = tiny.llama3_like(vocab_size=32)
+    with pytest.raises(ValueError, match="the drafter is for a model with a vocabulary of 24, not 32"):
+        train(LLM(other, tiny.weights(other)), data, tmp_path / "third", start=first)
+
+
 def test_the_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "target"
     weights = {name: np.asarray(weight) for name, weight in tiny.weights(small.config()).items()}
@@ -177,6 +193,10 @@ def test_the_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert re.search(r"^step 1/\d+: loss \d+\.\d{4}, accuracy \d\.\d\d \d\.\d\d, \d+ tokens/s", err, re.MULTILINE)
     assert cli.main([*command, "--report-every", "0"]) == 2
     assert capsys.readouterr().err == "l4jax: error: report_every is 0; expected at least 1\n"
+    assert cli.main([*command, "--start", str(tmp_path / "out" / "drafter")]) == 2
+    assert capsys.readouterr().err == (
+        "l4jax: error: --draft-vocab is given, and so is --start, whose drafter has its shape already; leave --draft-vocab out\n"
+    )
     assert cli.main([*command, "--seed", "1"]) == 2
     assert "out is another run's: its seed is 0, and this one's 1; give the same settings" in capsys.readouterr().err
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Literal
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from l4jax.arrays import host_array
 from l4jax.decoding.draft import DraftState
 from l4jax.decoding.generate import BURST, DecodeState, DecodeTokens
 from l4jax.decoding.params import SamplingParams
+from l4jax.decoding.plan import Speculation
 from l4jax.decoding.sampling import Logprobs, TokenCounts, batch_features, sampling_rows
 from l4jax.decoding.speculate import SpeculationState
 from l4jax.runner import Runner
@@ -62,7 +64,8 @@ class Batch:
     It holds the runner's cache until another batch is made or logits are asked for.
     """
 
-    def __init__(self, runner: Runner, requests: Sequence[Request]) -> None:
+    def __init__(self, runner: Runner, requests: Sequence[Request], *, plan: Speculation | Literal["auto"] | None = "auto") -> None:
+        """``plan``: how to speculate, if at all; "auto": as the runner does for such requests."""
         self._runner = runner
         self._requests = requests
         runner.reserve(len(requests), max(len(r.token_ids) + r.params.max_tokens for r in requests))
@@ -75,7 +78,8 @@ class Batch:
         self._rows = sampling_rows(params, [r.seed for r in padded], [r.stop_ids for r in padded], runner.config.vocab_size)
         counts = self._prompt_counts(padded) if self._features.adjusted else None
         prompts = [r.token_ids for r in requests]
-        self._plan = runner.speculation(prompts)
+        self._plan = runner.speculation(len(prompts), max(map(len, prompts))) if plan == "auto" else plan
+        self._lengths = list(map(len, prompts))
         first, first_logprobs, hidden_BD = runner.prefill(prompts, self._rows, counts, self._features, drafting=self._plan is not None)
         self._draft = None if hidden_BD is None else DraftState((), runner.commit_hidden(hidden_BD))
         self.rounds = [Rounds(0, 0, (0,) * self._plan.tree.depth) if self._plan else NO_ROUNDS] * len(requests)
@@ -120,10 +124,14 @@ class Batch:
         for row in range(len(self._requests)):
             count = int((token_SB[:taken, row] >= 0).sum())
             at_step = [None if logprobs is None else jax.tree.map(lambda leaf, s=s, row=row: leaf[s, row], logprobs) for s in range(count)]
+            self._lengths[row] += count
             result.append(NewTokens(token_SB[:count, row].tolist(), self._logprobs(row, at_step)))
         return result
 
     def _advance(self, steps: int) -> DecodeTokens:
+        unfinished = [length for length, done in zip(self._lengths, self.done, strict=True) if not done]
+        if min(unfinished, default=0) > self._runner.drafts_up_to:
+            self._plan = None  # no round would draft anything any more
         if self._plan is None:
             self._state, tokens = self._runner.decode(self._state, self._rows, steps, self._features)
             return tokens

@@ -217,6 +217,11 @@ class DrafterConfig:
             _check(not getattr(self, name), f"{name} is true; expected false for {self.version}")
 
 
+def usual_aux_layers(layers: int) -> tuple[int, int, int]:
+    """The layers whose input published EAGLE-3 drafters read, of a target with so many."""
+    return 2, layers // 2, layers - 3
+
+
 def decoder_of(config: ModelConfig | DrafterConfig) -> ModelConfig:
     """The layers of a model, or of a drafter."""
     return config.decoder if isinstance(config, DrafterConfig) else config

@@ -25,11 +25,12 @@ from l4jax.checkpoints.store import open_checkpoint
 from l4jax.config import ModelConfig
 from l4jax.decoding.generate import BURST
 from l4jax.decoding.params import SamplingParams
+from l4jax.decoding.plan import Speculation, SpeculationTable
 from l4jax.decoding.speculate import BeyondTraining
 from l4jax.paths import cache_root
 from l4jax.placement import Placement
 from l4jax.runner import Runner
-from l4jax.speculator import LoadedDrafter, open_fitting_drafter, speculator_for
+from l4jax.speculator import LoadedDrafter, open_fitting_drafter, speculation_table, speculator_for
 from l4jax.spread import H100_RING
 from l4jax.text.chat import ChatFormat, load_chat_format
 from l4jax.text.load import load_tokenizer
@@ -53,6 +54,7 @@ class Stats:
     ``decode_tokens_per_second``: the rate after the first burst of tokens, during which a program may have been compiled; of
     all tokens after the first if there was but one burst, and 0 if there was none.
     ``rounds``: of speculation, in which ``drafted`` tokens were drafted; ``accepted[i]``: rounds in which the one at depth i + 1 stood.
+    They count what was computed: a stop string is found once a burst of tokens is there, and the rounds behind it count too.
     """
 
     prompt_tokens: int
@@ -196,15 +198,25 @@ class LLM:
         if not 2 <= max_length <= context:
             raise ValueError(f"max_length is {max_length}; expected 2 (a prompt and a token) to {context}, the model's context")
         self.runner.reserve(max_batch, max_length)
-        sizes = sorted({self.runner.row_bucket(n) for n in range(1, max_batch + 1)})
-        prompts = [[0] * length for length in self.runner.warmup_lengths(max_length - 1)]
-        for temperature in (0.0, 1.0):
-            params = SamplingParams(max_tokens=2, temperature=temperature, seed=0, ignore_eos=True)
-            for rows in sizes:
-                for prompt in [*prompts, [0]]:
-                    # A prompt of the greatest length leaves room for the prefill's token alone.
-                    room = dataclasses.replace(params, max_tokens=min(2, max_length - len(prompt)))
-                    Batch(self.runner, [Request(prompt, room, 0, ())] * min(rows, max_batch)).run_to_end()
+        sizes_of: dict[Speculation | None, set[int]] = {}
+        for rows in range(1, max_batch + 1):
+            plans = {self.runner.speculation(rows, length) for length in (1, max_length - 1)}
+            # A row that grows longer than its drafter drafts for is decoded to its end without it.
+            for plan in plans | ({None} if self.runner.drafts_up_to < max_length else set()):
+                sizes_of.setdefault(plan, set()).add(self.runner.row_bucket(rows))
+
+        def run(prompt: list[int], tokens: int, rows: int, plan: Speculation | None) -> None:
+            for temperature in (0.0, 1.0):
+                params = SamplingParams(max_tokens=tokens, temperature=temperature, seed=0, ignore_eos=True)
+                Batch(self.runner, [Request(prompt, params, 0, ())] * min(rows, max_batch), plan=plan).run_to_end()
+
+        for plan, sizes in sizes_of.items():
+            # Pieces of prompts have the rows of any smaller batch; and whether they are drafted for, but not how, decides on a program.
+            for rows in sorted({self.runner.row_bucket(n) for n in range(1, max(sizes) + 1)}):
+                for length in self.runner.warmup_lengths(int(min(max_length - 1, self.runner.drafts_up_to if plan else math.inf))):
+                    run([0] * length, 1, rows, plan)
+            for rows in sorted(sizes):
+                run([0], 2, rows, plan)
 
     def _stream(self, token_ids: list[int], params: SamplingParams | None) -> Stream:
         if self.tokenizer is None:
@@ -262,6 +274,7 @@ class LLM:
         ends = set(params.stop_token_ids)
         if not params.ignore_eos:
             ends |= set(self.config.eos_token_ids) | set(self.chat_format.stop_token_ids if self.chat_format else ())
+        self.runner.check_speculates(len(token_ids))
         seed = secrets.randbits(64) if params.seed is None else int(params.seed)
         return Request(token_ids, dataclasses.replace(params, max_tokens=min(params.max_tokens, room)), seed, sorted(ends))
 
@@ -375,10 +388,12 @@ def load(
 
     ``mesh``: the devices to run on, such as "tensor=4,expert=2" or a file of ``configs/meshes``; one device by default. Every
     device reads only its part of the weights. ``dtype``: what weights and cache are held in; None takes what most of the
-    checkpoint's bytes are stored in. ``drafter``: the folder of one that was trained for this model (default: ``drafter`` in the
+    checkpoint's bytes are stored in.
+
+    ``drafter``: the folder of one that was trained for this model (default: ``drafter`` in the
     checkpoint's folder, if it is there); ``speculation``: "auto" (what the drafter's table says for the number of prompts), "off",
-    "chain:5", "tree:eagle26" or "dynamic:steps=5,topk=4,nodes=16"; ``beyond_training``: what a drafter does where the text is longer
-    than what it was trained on, "window" (look back that far) or "stop".
+    "chain:5", "tree:eagle26" (both also with ",sampled" behind) or "dynamic:steps=5,topk=4,nodes=16"; ``beyond_training``: what a drafter
+    does where the text is longer than what it was trained on, "window" (look back that far) or "stop".
 
     At most ``max_batch`` prompts are decoded together (default: 8 for each rank along ``data``). ``prefill_lengths``: prompts are
     worked off in pieces, padded to one of these lengths (default: 32, 128 and 512 for each rank that shares their tokens).
@@ -392,12 +407,18 @@ def load(
     _enable_compilation_cache()
     checkpoint = open_checkpoint(path)
     placement = Placement.on(checkpoint.config, mesh)
+    held_in = jnp.dtype(dtype or checkpoint.dtype)
     opened = None if speculation == "off" else open_fitting_drafter(drafter or checkpoint.drafter, checkpoint)
+    # Before anything is read: how to speculate, and whether these can.
+    own = None if opened is None else SpeculationTable.from_json(opened.speculation, held_in.name)
+    table = speculation_table(checkpoint.config, None if opened is None else opened.config, own, speculation, beyond_training)
+    if table is None:
+        opened = None
     hosts.check_same(
         {
             "the checkpoint's digest": checkpoint.digest,
             "the drafter's digest": "none" if opened is None else opened.digest,
-            "speculation": f"{speculation}, {beyond_training}",
+            "speculation": f"{table}, {beyond_training}",
             "the mesh": str(placement.spec),
             "dtype": str(dtype),
             "max_batch": str(max_batch),
@@ -409,7 +430,6 @@ def load(
         "start every process with the same checkpoint, arguments and versions",
     )
     tokenizer = load_tokenizer(checkpoint.directory)
-    held_in = jnp.dtype(dtype or checkpoint.dtype)
     return LLM(
         checkpoint.config,
         checkpoint.restore(placement, held_in),

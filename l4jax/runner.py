@@ -231,25 +231,26 @@ class Runner:
         if claim is not self._claim:
             raise RuntimeError("this generation was left unfinished and another call has used the cache since; start it again")
 
-    def speculation(self, prompts: Sequence[Sequence[int]]) -> Speculation | None:
-        """How a batch of these prompts is speculated for, if at all.
-
-        Prompts that are too long for a drafter which stops at the length that it was trained at are decoded one by one, or are a
-        ValueError if speculation was asked for.
-        """
+    @property
+    def drafts_up_to(self) -> float:
+        """Tokens of a sequence behind which nothing is drafted any more."""
         if self._speculator is None:
-            return None
-        speculation = self._speculator.table.at(-(-len(prompts) // self._data))
-        trained = self._speculator.placement.config.max_position_embeddings
-        longest = max(map(len, prompts))
-        if speculation is None or self._speculator.beyond == "window" or longest <= trained:
-            return speculation
-        if self._speculator.asked_for:
+            return 0
+        return self._speculator.placement.config.max_position_embeddings if self._speculator.beyond == "stop" else math.inf
+
+    def check_speculates(self, tokens: int) -> None:
+        """Raise ValueError if speculation was asked for and the drafter stops before the end of a prompt of so many tokens."""
+        if self._speculator is not None and self._speculator.asked_for and tokens > self.drafts_up_to:
             raise ValueError(
-                f"a prompt has {longest} tokens, and the drafter was trained at lengths up to {trained} and is told to stop there; "
-                'load with speculation="off", or with beyond_training="window", which lets it look back that far'
+                f"a prompt has {tokens} tokens, and the drafter was trained at lengths up to {self.drafts_up_to} and is told to stop "
+                'there; load with speculation="off", or with beyond_training="window", which lets it look back that far'
             )
-        return None
+
+    def speculation(self, rows: int, longest: int) -> Speculation | None:
+        """How a batch of so many prompts, of up to ``longest`` tokens, is speculated for, if at all."""
+        if self._speculator is None or longest > self.drafts_up_to:
+            return None
+        return self._speculator.table.at(-(-rows // self._data))
 
     def prefill(
         self,

@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import hashlib
 import io
+import json
 import shutil
 import subprocess
 import sys
@@ -83,8 +84,8 @@ def ensure_checkpoint() -> Path:
                 print(f"Converting {source.name}", file=sys.stderr)
                 convert(source, checkpoint)
     head = configs_path() / "drafters" / "smollm2-135m-instruct"
-    with (head / "model.safetensors").open("rb") as file:
-        _, digest = _digest(file)
+    made_of = [(head / "model.safetensors").read_bytes(), (head / "config.json").read_bytes(), json.dumps(SPECULATION).encode()]
+    digest = hashlib.sha256(b"".join(made_of)).hexdigest()
     drafter = checkpoint / "drafter"
     if not _is_drafter(drafter, digest):
         with _lock(root):
@@ -96,7 +97,7 @@ def ensure_checkpoint() -> Path:
 
 
 def _is_drafter(path: Path, head_digest: str) -> bool:
-    """Whether this is a whole drafter, made of the head with this digest."""
+    """Whether this is a whole drafter, made of what has this digest."""
     try:
         open_drafter(path)
         return (path / _HEAD_DIGEST).read_text(encoding="utf-8").strip() == head_digest

@@ -43,20 +43,33 @@ def open_fitting_drafter(path: str | os.PathLike[str] | None, target: Checkpoint
     return drafter
 
 
-def speculator_for(
-    config: ModelConfig, placement: Placement, drafter: LoadedDrafter | None, speculation: str, beyond: BeyondTraining
-) -> Speculator | None:
-    """What the runner speculates with. Raises ValueError if the drafter is another model's, or if there is none and one is asked for."""
+def speculation_table(
+    config: ModelConfig, drafter: DrafterConfig | None, own: SpeculationTable | None, speculation: str, beyond: BeyondTraining
+) -> SpeculationTable | None:
+    """How to speculate at each batch size, as the argument of ``load`` says; None if at none. ``own``: the drafter's own table.
+
+    Raises ValueError if the drafter is another model's, if there is none and one is asked for, or if it cannot draft such a tree.
+    """
     if beyond not in ("window", "stop"):
         raise ValueError(f'beyond_training is {beyond!r}; expected "window" or "stop"')
     plan = None if speculation == "auto" else Speculation.parse(speculation)
-    if speculation == "off":
+    if speculation == "off" or (drafter is None and plan is None):
         return None
-    if drafter is None:
-        if plan is None:
-            return None
+    if drafter is None or own is None:
         raise ValueError(f'speculation is {speculation!r}, but no drafter is given; load with drafter="path", or speculation="off"')
-    check_fits(drafter.config, config)
-    table = SpeculationTable.always(plan) if plan else drafter.table
-    table.check_fits(config)
-    return Speculator(DrafterPlacement(drafter.config, placement.mesh), drafter.weights, table, beyond, asked_for=plan is not None)
+    check_fits(drafter, config)
+    table = SpeculationTable.always(plan) if plan else own
+    table.check_fits(config, drafter.draft_vocab_size)
+    return table if table.speculates else None
+
+
+def speculator_for(
+    config: ModelConfig, placement: Placement, drafter: LoadedDrafter | None, speculation: str, beyond: BeyondTraining
+) -> Speculator | None:
+    """What the runner speculates with. Raises ValueError as :func:`speculation_table` does."""
+    drafter_config, own = (None, None) if drafter is None else (drafter.config, drafter.table)
+    table = speculation_table(config, drafter_config, own, speculation, beyond)
+    if table is None:
+        return None
+    assert drafter is not None
+    return Speculator(DrafterPlacement(drafter.config, placement.mesh), drafter.weights, table, beyond, asked_for=speculation != "auto")

@@ -1,6 +1,7 @@
 """Facts of the compiled programs: what is donated, what is allocated, and that nothing is compiled twice."""
 
 import contextlib
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +13,13 @@ from l4jax.cache import PAGE_SIZE, CacheShape
 from l4jax.config import MoEConfig
 from l4jax.decoding.draft import DraftState
 from l4jax.decoding.generate import DecodeState
-from l4jax.decoding.plan import Speculation
+from l4jax.decoding.plan import Speculation, SpeculationTable
 from l4jax.decoding.sampling import batch_features, sampling_rows
 from l4jax.decoding.speculate import SpeculationState
 from l4jax.placement import DrafterPlacement, Placement
 from l4jax.programs import Programs
 from sharding.mesh import ONE_DEVICE, MeshSpec
-from tests.tiny import drafter, llama3_like, maverick_like, prompts, scout_like, weights
+from tests.tiny import drafter, llama3_like, loaded_drafter, maverick_like, prompts, scout_like, weights
 
 
 def decode_memory(config, pages_per_row, plan=None):
@@ -96,6 +97,27 @@ def test_nothing_compiles_after_warm_up_on_a_mesh_whose_ranks_share_out_tokens()
             params = SamplingParams(max_tokens=int(rng.integers(1, 5)), temperature=float(rng.choice([0.0, 0.8])), seed=1)
             llm.generate(prompts(config, (int(rng.integers(1, 250)),), seed=served), params)
         assert compiled == []
+
+
+@pytest.mark.parametrize("beyond", ["window", "stop"])
+def test_nothing_compiles_after_warm_up_with_a_drafter(beyond):
+    """Whatever its table says of as many rows, and where a text grows longer than it drafts for."""
+    config = llama3_like(num_layers=2, rope_layers=(True,) * 2)
+    table = SpeculationTable.from_json({"float32": {"1": "chain:2", "3": "off", "4": "chain:1"}}, "float32")
+    loaded = dataclasses.replace(loaded_drafter(drafter(config, aux_layers=(0, 1, 2))), table=table)
+    committed = jax.device_put((weights(config), loaded.weights), jax.local_devices()[0])
+    loaded = dataclasses.replace(loaded, weights=committed[1])
+    llm = LLM(config, committed[0], drafter=loaded, beyond_training=beyond, max_batch=4, prefill_lengths=(8, 32))
+    llm.warmup(max_length=100)
+    rng, rounds = np.random.default_rng(0), 0
+    with count_compilations() as compiled:
+        for served in range(40):
+            size = int(rng.integers(1, 5))
+            params = SamplingParams(max_tokens=int(rng.integers(1, 20)), temperature=float(rng.choice([0.0, 0.8])), seed=1)
+            completions = llm.generate(prompts(config, tuple(rng.integers(1, 80, size)), seed=served), params)
+            rounds += sum(c.stats.rounds for c in completions)
+            assert size != 3 or all(c.stats.rounds == 0 for c in completions)
+        assert compiled == [] and rounds > 0
 
 
 def test_nothing_compiles_after_warm_up():

@@ -13,7 +13,7 @@ from l4jax.batch import Batch
 from l4jax.text.chat import ChatFormat
 from l4jax.text.hf_tokenizer import HfTokenizer
 from tests.text import small
-from tests.tiny import scout_like, weights
+from tests.tiny import drafter, loaded_drafter, scout_like, weights
 
 TOKENIZER = HfTokenizer(small.backend(), {})
 TEMPLATE = (
@@ -80,6 +80,20 @@ def test_one_row_stops_while_others_go_on(llm):
     mixed = llm.generate(prompts, [PARAMS, changed(stop=[stop]), PARAMS])
     assert [c.text for c in mixed] == [free[0].text, free[1].text[: free[1].text.index(stop)], free[2].text]
     assert len(mixed[1].token_ids) == mixed[1].stats.output_tokens
+
+
+def test_rows_stop_where_they_do_without_speculation(llm):
+    """Stop strings are found burst by burst: what was decoded behind them is dropped."""
+    prompts, params = ["the dog", "fox", "a lazy brown"], [PARAMS, changed(temperature=0.0), PARAMS]
+    free = llm.generate(prompts, params)
+    params = [changed(temperature=p.temperature, stop=[c.text[10:13]]) for p, c in zip(params, free, strict=True)]
+    plain = llm.generate(prompts, params)
+    speculating = LLM(llm.config, llm.weights, drafter=loaded_drafter(drafter(llm.config)), speculation="chain:3", tokenizer=TOKENIZER)
+    found = speculating.generate(prompts, params)
+    assert [(c.token_ids, c.text, c.finish_reason) for c in found] == [(c.token_ids, c.text, c.finish_reason) for c in plain]
+    assert [c.finish_reason for c in plain] == ["stop"] * 3
+    stream = speculating.stream("the dog", params[0])
+    assert ("".join(stream), stream.completion.token_ids) == (plain[0].text, plain[0].token_ids)
 
 
 def test_tokens_do_not_depend_on_the_bursts(llm):

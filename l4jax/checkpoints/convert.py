@@ -17,7 +17,7 @@ import numpy as np
 from l4jax.checkpoints.eagle import EagleSource
 from l4jax.checkpoints.licences import write_notice
 from l4jax.checkpoints.open import open_source
-from l4jax.checkpoints.partial import LOCK, check_destination, unfinished
+from l4jax.checkpoints.partial import LOCK, check_destination, unfinished, write_atomically
 from l4jax.checkpoints.source import CheckpointError, Recipe, Source
 from l4jax.checkpoints.store import (
     DTYPES,
@@ -143,7 +143,7 @@ def _write_groups(
             save_group(partial / "weights" / group, arrays)
             del array, arrays
             state["weights"] = {name: dataclasses.asdict(weight) for name, weight in weights.items()}
-            _write_atomically(partial / _PROGRESS, json.dumps(state))
+            write_atomically(partial / _PROGRESS, json.dumps(state))
         done += sum(nbytes[name] for name in names)
         if progress is not None:
             progress("converting", done, total)
@@ -208,12 +208,6 @@ def _read_progress(path: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, json.JSONDecodeError):
         return None
     return state
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def _nbytes(source: Source, recipe: Recipe, dtype: DType | None) -> int:

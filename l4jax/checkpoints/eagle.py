@@ -13,13 +13,11 @@ import numpy as np
 
 from l4jax.checkpoints.hf import SafetensorsFiles, attention_recipes, layer_recipes, swiglu_recipes
 from l4jax.checkpoints.recipes import Wanted
-from l4jax.checkpoints.source import CheckpointError, Recipe, TensorInfo, copy_files, read_json
+from l4jax.checkpoints.source import LICENCES, CheckpointError, Recipe, TensorInfo, copy_files, read_json
 from l4jax.checkpoints.store import Checkpoint
 from l4jax.checkpoints.torch_zip import TorchFile
 from l4jax.config import DrafterConfig, check_fits
 from l4jax.config_formats.eagle import HeadAnswers, drafter_config_from_eagle, head_format
-
-_LICENCES = ("license*", "use_policy*", "notice*")
 
 
 class EagleSource:
@@ -51,7 +49,7 @@ class EagleSource:
 
     def write_text_files(self, directory: Path) -> list[str]:
         """Copy licence files: the head's own, or else the target's, from which it was distilled."""
-        return copy_files(self._directory, _LICENCES, directory) or copy_files(self._target.directory, _LICENCES, directory)
+        return copy_files(self._directory, LICENCES, directory) or copy_files(self._target.directory, LICENCES, directory)
 
 
 class _TorchFiles:

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from l4jax.checkpoints.recipes import Wanted, fuse_qkv, stack_gate_up
-from l4jax.checkpoints.source import CheckpointError, Recipe, TensorInfo, copy_files, read_json
+from l4jax.checkpoints.source import LICENCES, CheckpointError, Recipe, TensorInfo, copy_files, read_json
 from l4jax.checkpoints.store import SOURCE_CONFIG
 from l4jax.checkpoints.vision import vision_shapes
 from l4jax.config import ModelConfig
@@ -26,7 +26,7 @@ _TABLES = {"I64": np.dtype(np.int64), "I32": np.dtype(np.int32), "BOOL": np.dtyp
 _COPIED = (
     *("tokenizer*", "special_tokens_map.json", "chat_template*", "generation_config.json"),
     *("preprocessor_config.json", "processor_config.json"),
-    *("license*", "use_policy*", "notice*"),
+    *LICENCES,
 )
 
 

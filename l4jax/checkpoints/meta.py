@@ -15,14 +15,14 @@ from pathlib import Path
 import numpy as np
 
 from l4jax.checkpoints.recipes import fuse_qkv
-from l4jax.checkpoints.source import CheckpointError, Recipe, TensorInfo, copy_files, read_json
+from l4jax.checkpoints.source import LICENCES, CheckpointError, Recipe, TensorInfo, copy_files, read_json
 from l4jax.checkpoints.torch_zip import TorchFile
 from l4jax.checkpoints.vision import meta_name, vision_shapes
 from l4jax.config import ModelConfig
 from l4jax.config_formats import config_from_meta
 
 _IGNORED = re.compile(r".*(_extra_state|rope\.freqs|global_gate_stats_3E|running_gate_stats_3E|expert_activation_DE)")
-_COPIED = ("tokenizer.model", "license*", "use_policy*", "notice*")
+_COPIED = ("tokenizer.model", *LICENCES)
 
 
 class MetaSource:

@@ -59,3 +59,10 @@ def unfinished(target: Path, work: Work) -> Iterator[Path]:
                 f"the disk of {target} is full; free some space and run the same {work} again, what is written is kept in {partial}"
             ) from error
         raise
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all."""
+    temporary = path.with_name(path.name + ".new")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

@@ -89,6 +89,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+LICENCES = ("license*", "use_policy*", "notice*")
+"""Names of the files, in lower case, that say under what terms weights are given."""
+
+
 def copy_files(source: Path, patterns: Sequence[str], destination: Path) -> list[str]:
     """Copy the files of a folder whose names, in lower case, match a pattern; the names, sorted."""
     names = sorted(

@@ -19,6 +19,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("destination", help="the folder to make; it must not exist")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="store the weights in this (default: as the source)")
     parser.add_argument("--target", help="the source is an EAGLE head; the model it was trained for: a folder made by l4jax convert")
+    parser.add_argument("--trained-length", type=int, metavar="N", help="of a head whose files leave it open: tokens it was trained on")
     parser.add_argument(
         "--aux-layers", type=_layers, metavar="I,J,K", help="of a head whose files leave it open: the target's layers whose input it reads"
     )
@@ -49,9 +50,14 @@ def run(arguments: argparse.Namespace) -> int:
     from l4jax.config_formats.eagle import NO_ANSWERS, HeadAnswers
 
     yes = {None: None, "yes": True, "no": False}
-    answers = HeadAnswers(arguments.aux_layers, yes[arguments.norm_before_residual], yes[arguments.norm_fed_back])
+    if arguments.trained_length is not None and arguments.trained_length < 1:
+        raise ValueError(f"--trained-length is {arguments.trained_length}; expected at least 1")
+    answers = HeadAnswers(arguments.trained_length, arguments.aux_layers, yes[arguments.norm_before_residual], yes[arguments.norm_fed_back])
     if arguments.target is None and answers != NO_ANSWERS:
-        raise ValueError("--aux-layers, --norm-before-residual and --norm-fed-back are for EAGLE heads; give --target, the head's model")
+        raise ValueError(
+            "--trained-length, --aux-layers, --norm-before-residual and --norm-fed-back are for EAGLE heads; give --target, "
+            "the head's model"
+        )
     if arguments.dry_run:
         source: Source = (
             open_source(arguments.source)

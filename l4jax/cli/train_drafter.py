@@ -85,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
             log=lambda line: bar.console.print(line, markup=False, highlight=False, soft_wrap=True),
             progress=lambda done, total: bar.update(task, completed=done, total=total),
             start=start,
+            target_directory=target.directory,
         )
     print(f"{drafter} is complete")
     return 0

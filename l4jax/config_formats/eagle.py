@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
-from l4jax.config import ConfigError, DrafterConfig, ModelConfig
+from l4jax.config import ConfigError, DrafterConfig, ModelConfig, usual_aux_layers
 from l4jax.config_formats.fields import convert, shorten
 from l4jax.config_formats.hf import config_from_hf
 
@@ -25,9 +25,11 @@ _IDS = "eagle_aux_hidden_state_layer_ids"
 class HeadAnswers:
     """What the user says of a head where its files leave it open; None: as they say.
 
-    ``aux_layers``: layers whose input is read. ``norm_before_residual``, ``norm_fed_back``: as in :class:`DrafterConfig`.
+    ``trained_length``: tokens of the longest text it was trained on. ``aux_layers``: layers whose input is read.
+    ``norm_before_residual``, ``norm_fed_back``: as in :class:`DrafterConfig`.
     """
 
+    trained_length: int | None = None
     aux_layers: tuple[int, ...] | None = None
     norm_before_residual: bool | None = None
     norm_fed_back: bool | None = None
@@ -40,7 +42,10 @@ def head_format(values: Mapping[str, Any]) -> HeadFormat:
     """Which format a head's ``config.json`` is of."""
     if "speculators_config" in values or "speculators_model_type" in values:
         return "speculators"
-    return "llama4" if _LLAMA4 in (values.get("architectures") or ()) else "eagle"
+    architectures = values.get("architectures") or ()
+    # Engines put "Eagle" before a head's architecture themselves, so some heads have their target's.
+    of_llama4 = _LLAMA4 in architectures or "Llama4ForCausalLM" in architectures or values.get("model_type") == "llama4_text"
+    return "llama4" if of_llama4 else "eagle"
 
 
 def drafter_config_from_eagle(
@@ -60,6 +65,8 @@ def drafter_config_from_eagle(
     if not isinstance(layer, Mapping):
         raise ConfigError(f"config.json: transformer_layer_config is {shorten(layer)}; expected an object")
     decoder = _decoder(layer, version, form)
+    length = _trained_length(layer, form, target.max_position_embeddings, decoder.max_position_embeddings, answers.trained_length)
+    decoder = dataclasses.replace(decoder, max_position_embeddings=length)
     said = _Said(values, form)
     own_embedding = "embed_tokens.weight" in tensors
     common: dict[str, Any] = {
@@ -167,6 +174,19 @@ def _decoder(layer: Mapping[str, Any], version: str, form: HeadFormat) -> ModelC
     return config
 
 
+def _trained_length(layer: Mapping[str, Any], form: HeadFormat, context: int, read: int, answer: int | None) -> int:
+    """What a head says, unless that is its target's: many writers copy it, and a drafter trained at 2048 fails at 16,000."""
+    if answer is not None:
+        return answer
+    stated = layer.get("max_position_embeddings")
+    if (stated is None and form == "llama4") or (stated is not None and read >= context):
+        says = (
+            "has no max_position_embeddings" if stated is None else f"says max_position_embeddings {stated}, which is the model's context"
+        )
+        raise ConfigError(f"config.json {says}, and not what length the head was trained at; give --trained-length N")
+    return read
+
+
 def _integer(values: Mapping[str, Any], key: str, default: int) -> int:
     value = values.get(key)
     return default if value is None else int(convert(value, int, f"config.json: {key}"))
@@ -175,21 +195,31 @@ def _integer(values: Mapping[str, Any], key: str, default: int) -> int:
 def _aux_layers(said: _Said, layers: int, answer: tuple[int, ...] | None) -> tuple[int, ...]:
     """Layers whose input is read.
 
-    ModelOpt and SpecForge number, in ``eagle_config``, the layers whose output is read; speculators, at the top, those whose input is.
-    Of others' numbers at the top only the usual ones are known in both ways of numbering.
+    ModelOpt and SpecForge number, in ``eagle_config``, the layers whose output is read; speculators, at the top, those whose input is,
+    but heads that were converted to it have kept numbers of outputs. Of others' numbers at the top only the usual ones are known in both
+    ways of numbering.
     """
-    usual = (2, layers // 2, layers - 3)
+    usual = usual_aux_layers(layers)
     if answer is not None:
         return answer
     ids = said.top_ids if said.nested_ids is None else said.nested_ids
     if ids is None:
         return usual
-    if not isinstance(ids, list) or not all(type(i) is int for i in ids):
-        raise ConfigError(f"config.json: {_IDS} is {shorten(ids)}; expected a list of layers")
+    for given in (ids, said.top_ids or []):
+        if not isinstance(given, list) or not all(type(i) is int for i in given):
+            raise ConfigError(f"config.json: {_IDS} is {shorten(given)}; expected a list of layers")
     outputs_plus_one = tuple(i + 1 for i in ids)
-    if said.nested_ids is not None or outputs_plus_one == usual:
+    if said.nested_ids is not None:
+        if said.top_ids not in (None, ids, list(outputs_plus_one)):
+            raise ConfigError(
+                f"config.json: {_IDS} is {ids} in eagle_config and {said.top_ids} outside; give the layers whose input is read, "
+                "--aux-layers I,J,K"
+            )
         return outputs_plus_one
-    if said.form == "speculators" or tuple(ids) == usual:
+    numbers_outputs = outputs_plus_one == usual
+    if numbers_outputs and said.form != "speculators":
+        return outputs_plus_one
+    if tuple(ids) == usual or (said.form == "speculators" and not numbers_outputs):
         return tuple(ids)
     raise ConfigError(
         f"config.json: {_IDS} is {ids}, and it is not said whether these layers' inputs or outputs are read; give the layers whose input "
@@ -223,5 +253,5 @@ def _norm_fed_back(said: _Said, answer: bool | None) -> bool:
 
 def _refuse_answers(answers: HeadAnswers) -> None:
     for name, value in vars(answers).items():
-        if value is not None:
+        if value is not None and name != "trained_length":
             raise ConfigError(f"--{name.replace('_', '-')} is given, which EAGLE-1 heads do not have; leave it out")

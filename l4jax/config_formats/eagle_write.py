@@ -17,13 +17,22 @@ def config_to_eagle(config: DrafterConfig, dtype: str, to: Literal["hf", "eagle"
     layer = config_to_hf(decoder, dtype)
     # As readers before transformers 5 look for them too.
     layer["rope_theta"], layer["torch_dtype"] = decoder.rope_theta, dtype
+    if decoder.rope_scaling is not None:
+        layer["rope_scaling"] = {key: value for key, value in layer["rope_parameters"].items() if key != "rope_theta"}
+    if decoder.architecture == "llama" and (config.first_layer_normed or config.final_normed):
+        raise ConfigError(
+            "the drafter is an EAGLE-1 drafter with Llama 4's norms around plain Llama layers, which no format has a name for"
+        )
     norms = {
         "norm_before_residual": config.norm_before_residual,
         "norm_before_fc": config.norm_before_fuse,
         "fc_norm": config.norm_each_aux,
         "norm_output": config.norm_fed_back,
     }
-    sizes = {"draft_vocab_size": config.draft_vocab_size, "target_hidden_size": config.target_hidden_size}
+    sizes = {"draft_vocab_size": config.draft_vocab_size}
+    if to == "speculators" or config.target_hidden_size != decoder.hidden_size:
+        # SafeAILab's code takes a head that has this field for one with an embedding of its own.
+        sizes["target_hidden_size"] = config.target_hidden_size
     if to == "speculators":
         if decoder.architecture != "llama" or decoder.num_layers != 1:
             raise ConfigError("the drafter has layers of Llama 4, or several, which speculators has no format for; export it --to eagle")
@@ -49,6 +58,8 @@ def config_to_eagle(config: DrafterConfig, dtype: str, to: Literal["hf", "eagle"
     if config.norm_fed_back or 0 in config.aux_layers:
         what = "feeds its normed state back" if config.norm_fed_back else "reads the embedding"
         raise ConfigError(f"the drafter {what}, which this format has no way to say; export it --to speculators")
-    del norms["norm_output"]
+    if any(norms.values()):
+        flags = ", ".join(name for name, value in norms.items() if value)
+        raise ConfigError(f"the drafter has {flags}, which the code that reads this format does not know; export it --to speculators")
     eagle = {"eagle_aux_hidden_state_layer_ids": [i - 1 for i in config.aux_layers], "use_aux_hidden_state": True}
-    return layer | {"architectures": ["LlamaForCausalLMEagle3"], **sizes, **norms, "eagle_config": eagle}
+    return layer | {"architectures": ["LlamaForCausalLMEagle3"], **sizes, "eagle_config": eagle}

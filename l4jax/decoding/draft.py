@@ -69,15 +69,15 @@ class Drafting:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Drawn:
-    """What the children of a static tree's inner nodes were drawn from: probabilities over the draft vocabulary, by inner node."""
+class DraftDistributions:
+    """What the children of a static tree's inner nodes were drawn from: log-probabilities over the draft vocabulary, by inner node."""
 
-    draft_BIV: Float32[Array, "B I V"]
+    log_q_BIV: Float32[Array, "B I V"]
 
 
 def draft_static(
     drafting: Drafting, tree: StaticTree, root_B: Int32[Array, "B"], rows: SamplingRows | None, position_B: Int32[Array, "B"]
-) -> tuple[Int32[Array, "B N"], Drawn | None]:
+) -> tuple[Int32[Array, "B N"], DraftDistributions | None]:
     """Tokens of a static tree's nodes: each node's children are its likeliest tokens.
 
     With ``rows`` they are drawn without replacement instead, from the drafter's distribution at each row's temperature (where that
@@ -104,14 +104,15 @@ def draft_static(
             hidden_BMD, cache = drafting.run(token_BM, hidden_BMD[:, from_parent], depth, sees_BMS, cache)
         logits_BMV = drafting.logits(hidden_BMD)
         if rows is not None:
-            probability_BMV, logits_BMV = _perturbed(logits_BMV, rows, position_B + depth, parents, drafting)
-            distributions.append(probability_BMV)
+            log_q_BMV, logits_BMV = _perturbed(logits_BMV, rows, position_B + depth, parents, drafting)
+            distributions.append(log_q_BMV)
         most = max(len(tree.children(node)) for node in parents)
         _, top_id = highest_tokens(logits_BMV.reshape(-1, logits_BMV.shape[-1]), most, vocab)
         children = [(parents.index(parent), tree.children(parent).index(child)) for parent in parents for child in tree.children(parent)]
         parent_index, rank_index = (np.array(index) for index in zip(*children, strict=True))
         tokens.append(drafting.drafter.target_tokens(top_id.reshape(B, len(parents), most)[:, parent_index, rank_index]))
-    return jnp.concatenate(tokens, axis=1), Drawn(jnp.concatenate(distributions, axis=1)) if distributions else None
+    drawn_from = DraftDistributions(jnp.concatenate(distributions, axis=1)) if distributions else None
+    return jnp.concatenate(tokens, axis=1), drawn_from
 
 
 def _is_above(tree: StaticTree, other: int, node: int) -> bool:
@@ -121,7 +122,7 @@ def _is_above(tree: StaticTree, other: int, node: int) -> bool:
 
 
 def _perturbed(logits_BMV: Array, rows: SamplingRows, position_B: Array, nodes: list[int], drafting: Drafting) -> tuple[Array, Array]:
-    """Probabilities, and log-probabilities with Gumbel noise: their highest, in order, are drawn without replacement (Gumbel-top-k)."""
+    """Log-probabilities, and the same with Gumbel noise: their highest, in order, are drawn without replacement (Gumbel-top-k)."""
     vocab = drafting.drafter.vocab
     V = logits_BMV.shape[-1]
     temperature_B = jnp.where(rows.temperature_B > 0, rows.temperature_B, 1.0)
@@ -130,27 +131,34 @@ def _perturbed(logits_BMV: Array, rows: SamplingRows, position_B: Array, nodes: 
 
     def noise(key: Array) -> Array:
         # Drawn for the whole vocabulary on every rank, which takes its part: the numbers must not depend on the mesh.
-        own = jnp.stack([jax.random.gumbel(jax.random.fold_in(key, _NODES + node), (V * vocab.count,)) for node in nodes])
+        # In JAX's usual mode it ends at 16, and of a large vocabulary's many unlikely tokens too few would be drawn.
+        size = (V * vocab.count,)
+        own = jnp.stack([jax.random.gumbel(jax.random.fold_in(key, _NODES + node), size, mode="high") for node in nodes])
         return jax.lax.dynamic_slice_in_dim(own, vocab.index() * V, V, axis=1)
 
     noise_BMV = jax.vmap(noise)(position_keys(rows.key_B2, position_B))
     # Where only one token can be accepted the likeliest are the best guesses, and acceptance does not ask how they were drawn.
-    return jnp.exp(log_BMV), log_BMV + jnp.where(rows.temperature_B[:, None, None] > 0, noise_BMV, 0.0)
+    return log_BMV, log_BMV + jnp.where(rows.temperature_B[:, None, None] > 0, noise_BMV, 0.0)
 
 
-def target_probabilities(drafting: Drafting, drawn: Drawn, tree: StaticTree, node_B: Int32[Array, "B"], V: int) -> Float32[Array, "B V"]:
-    """What the children of these nodes were drawn from, over this rank's ``V`` tokens of the target's vocabulary; zeros for a leaf."""
+def target_distribution(
+    drafting: Drafting, drawn_from: DraftDistributions, tree: StaticTree, node_B: Int32[Array, "B"], V: int
+) -> Float32[Array, "B V"]:
+    """Log-probabilities that the children of these nodes were drawn with, over this rank's ``V`` tokens of the target's vocabulary.
+
+    A leaf has none: all are -inf.
+    """
     inner = [node for node in range(tree.size) if tree.children(node)]
     index_of = np.full(tree.size, len(inner), np.int32)
     index_of[inner] = np.arange(len(inner))
-    vocab = drafting.drafter.vocab
-    draft_BV = drawn.draft_BIV.at[jnp.arange(len(node_B), dtype=jnp.int32), jnp.asarray(index_of)[node_B]].get(mode="fill", fill_value=0)
+    vocab, row_B = drafting.drafter.vocab, jnp.arange(len(node_B), dtype=jnp.int32)
+    log_q_BV = drawn_from.log_q_BIV.at[row_B, jnp.asarray(index_of)[node_B]].get(mode="fill", fill_value=-jnp.inf)
     if not drafting.drafter.reduced_vocabulary:
-        return draft_BV
-    draft_BV = vocab.concatenate(draft_BV, axis=1)
-    token_V = drafting.drafter.target_tokens(jnp.arange(draft_BV.shape[1], dtype=jnp.int32))
-    nothing_BV = jnp.zeros((len(node_B), V), jnp.float32)
-    return nothing_BV.at[:, local_index(token_V, V, vocab)].add(draft_BV, mode="drop")
+        return log_q_BV
+    log_q_BV = vocab.concatenate(log_q_BV, axis=1)
+    token_V = drafting.drafter.target_tokens(jnp.arange(log_q_BV.shape[1], dtype=jnp.int32))
+    nothing_BV = jnp.full((len(node_B), V), -jnp.inf, jnp.float32)
+    return nothing_BV.at[:, local_index(token_V, V, vocab)].set(log_q_BV, mode="drop")
 
 
 def draft_dynamic(drafting: Drafting, tree: DynamicTree, root_B: Int32[Array, "B"]) -> tuple[Int32[Array, "B N"], Int32[Array, "B N"]]:
@@ -213,18 +221,20 @@ def grow(
     active_B: Bool[Array, "B"],
     rows: SamplingRows | None,
     position_B: Int32[Array, "B"],
-) -> tuple[Draft, Drawn | None]:
+) -> tuple[Draft, DraftDistributions | None]:
     """Trees of this shape behind each row's root; nodes deeper than ``room_B`` levels are not valid.
 
     ``rows`` and ``position_B`` are as in :func:`draft_static`.
     """
-    drawn = None
+    drawn_from = None
     with jax.named_scope("draft"):
         if isinstance(shape, StaticTree):
-            token_BN, drawn = draft_static(drafting, shape, root_B, rows, position_B)
+            token_BN, drawn_from = draft_static(drafting, shape, root_B, rows, position_B)
             parent_BN = jnp.broadcast_to(jnp.asarray(shape.parents, jnp.int32)[None], token_BN.shape)
         else:
             assert rows is None, "a reranked tree's children are no longer in the order they were drawn in"
             token_BN, parent_BN = draft_dynamic(drafting, shape, root_B)
+        # Ranks that repeat each other's work may differ in its last bit, and would let the target attend to different trees.
+        token_BN, parent_BN = drafting.drafter.ranks.of_first(jnp.stack([token_BN, parent_BN]))
         tree: TreeTables = tree_tables(parent_BN, shape.depth)
-        return Draft(token_BN, tree, (tree.depth_BN <= room_B[:, None]) & active_B[:, None]), drawn
+        return Draft(token_BN, tree, (tree.depth_BN <= room_B[:, None]) & active_B[:, None]), drawn_from

@@ -42,9 +42,10 @@ class Speculation:
         if kind == "tree" and rest:
             path = Path(rest) if rest.endswith(".json") else configs_path() / "trees" / f"{rest}.json"
             return cls(StaticTree.from_file(path), sampled)
-        sizes = dict(part.split("=", 1) for part in rest.split(",") if "=" in part)
-        if kind == "dynamic" and sizes.keys() == {"steps", "topk", "nodes"} and all(re.fullmatch("[0-9]{1,6}", n) for n in sizes.values()):
-            return cls(DynamicTree(**{name: int(size) for name, size in sizes.items()}), sampled)
+        sizes = [re.fullmatch("(steps|topk|nodes)=([0-9]{1,6})", part) for part in rest.split(",")]
+        by_name = {size[1]: int(size[2]) for size in sizes if size is not None}
+        if kind == "dynamic" and len(sizes) == len(by_name) == 3:
+            return cls(DynamicTree(**by_name), sampled)
         raise ValueError(
             f'speculation is {text!r}; expected "auto", "off", "chain:5", "tree:eagle26" (or a .json file of paths) or '
             '"dynamic:steps=5,topk=4,nodes=16"; chains and trees may end in ",sampled"'
@@ -90,8 +91,13 @@ class SpeculationTable:
             by_dtype[name] = cls(tuple(sorted(entries.items(), key=lambda entry: entry[0])))
         return by_dtype.get(dtype, cls.always(None))
 
-    def check_fits(self, config: ModelConfig) -> None:
-        """Raise ValueError if a tree is deeper than what the model's cache has for it behind any token."""
+    @property
+    def speculates(self) -> bool:
+        """Whether it does at any batch size."""
+        return any(speculation is not None for _, speculation in self.entries)
+
+    def check_fits(self, config: ModelConfig, draft_vocab_size: int) -> None:
+        """Raise ValueError if a tree is deeper than what the model's cache has behind any token, or wider than the drafter's vocabulary."""
         most = min(config.max_position_embeddings, config.attention_chunk_size or config.max_position_embeddings) - 1
         for _, speculation in self.entries:
             if speculation is not None and speculation.tree.depth > most:
@@ -99,6 +105,11 @@ class SpeculationTable:
                 raise ValueError(
                     f"a draft tree of {size} nodes is {depth} levels deep, too large for the cache; expected at most {most} levels, "
                     "one less than the model's context and attention chunk"
+                )
+            if speculation is not None and speculation.tree.most_children > draft_vocab_size:
+                raise ValueError(
+                    f"a draft tree has nodes with {speculation.tree.most_children} children; expected at most {draft_vocab_size}, which is "
+                    "how many tokens the drafter can guess"
                 )
 
     def at(self, rows: int) -> Speculation | None:

@@ -14,12 +14,12 @@ from jaxtyping import Array, Float, Int32
 
 from l4jax.cache import LayerCache, PageTables, is_local
 from l4jax.config import ModelConfig
-from l4jax.decoding.draft import Drafting, DraftState, grow, target_probabilities
+from l4jax.decoding.draft import Drafting, DraftState, grow, target_distribution
 from l4jax.decoding.generate import BURST, DecodeState, DecodeTokens, is_final
 from l4jax.decoding.plan import Speculation
 from l4jax.decoding.sampling import SamplingFeatures, SamplingRows, empty_logprobs
 from l4jax.decoding.tree import NONE, StaticTree
-from l4jax.decoding.verify import Verified, drawn, rejection, verify
+from l4jax.decoding.verify import Verified, point_mass, rejection, verify
 from l4jax.model.drafter import Drafter
 from l4jax.model.llama import Llama
 from l4jax.model.step import PieceLayout, Spread, last_state, spread_step_inputs, step_inputs, tokens_at
@@ -103,18 +103,18 @@ def speculate_tokens(
         active_B = ~now.done_B
         drafting = Drafting(drafter, model, state.draft, now.length_B, draft_tables, window(drafter, beyond))
         room_B = room(model.config, drafter, now.length_B, plan.tree.depth, beyond)
-        drawing = rows if plan.sampled else None
-        draft, distribution = grow(drafting, plan.tree, now.token_B, room_B, active_B, drawing, now.produced_B)
+        drawing = rows if plan.sampled and features.random else None
+        draft, drawn_from = grow(drafting, plan.tree, now.token_B, room_B, active_B, drawing, now.produced_B)
         with jax.named_scope("verify"):
             x_BND, feature_BNf, nodes = model.tree(
                 draft.token_BN, now.length_B, draft.tree.depth_BN, draft.valid_BN, draft.tree.sees_BNN, now.cache, tables
             )
             logits_BNV = model.logits(x_BND)
-            rule = drawn(rows, features, vocab)
-            if distribution is not None:
+            rule = point_mass(rows, features, vocab)
+            if drawn_from is not None:
                 assert isinstance(plan.tree, StaticTree)
                 tree, V = plan.tree, logits_BNV.shape[2]
-                rule = rejection(rows, features, lambda node_B: target_probabilities(drafting, distribution, tree, node_B, V), vocab)
+                rule = rejection(rows, features, lambda node_B: target_distribution(drafting, drawn_from, tree, node_B, V), vocab)
             verified = verify(
                 logits_BNV,
                 draft,

@@ -71,6 +71,8 @@ class StaticTree:
             paths = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise ValueError(f"tree file {path} does not exist; expected JSON such as [[0], [1], [0, 0]]") from error
+        except OSError as error:
+            raise ValueError(f"tree file {path} cannot be read ({error.strerror}); expected JSON such as [[0], [1], [0, 0]]") from error
         except ValueError as error:
             raise ValueError(f"tree file {path} is not valid JSON ({error})") from error
         if not isinstance(paths, list) or not paths or not all(isinstance(p, list) for p in paths):
@@ -97,6 +99,11 @@ class StaticTree:
     def depth(self) -> int:
         """The longest path's length, the root not counted."""
         return max(self.depths)
+
+    @property
+    def most_children(self) -> int:
+        """Of any node."""
+        return max(len(self.children(node)) for node in range(self.size))
 
     def children(self, node: int) -> tuple[int, ...]:
         """A node's children, best first."""
@@ -133,6 +140,11 @@ class DynamicTree:
     def depth(self) -> int:
         """The longest path's length, the root not counted."""
         return min(self.steps, self.nodes - 1)
+
+    @property
+    def most_children(self) -> int:
+        """Of any node."""
+        return self.topk
 
 
 @jax.tree_util.register_dataclass

@@ -1,9 +1,9 @@
 """Which drafted tokens stand, and what follows them: rules under which speculation does not change what the model says.
 
-:func:`drawn` draws each token as decoding without speculation would, and a drafted one stands if it is the one drawn. That holds
+:func:`point_mass` draws each token as decoding without speculation would, and a drafted one stands if it is the one drawn. That holds
 for any tree, however it was drafted; and since draws are keyed by (seed, output position), the tokens are the same as without
-speculation. At temperature 0 it is greedy verification. (The point-mass rule: "accept x with probability p(x), else strike it out
-and go on", as EAGLE-2's code has it, gives the same distribution.)
+speculation. At temperature 0 it is greedy verification. ("Accept x with probability p(x), else strike it out and go on", as EAGLE-2's
+code has it, gives the same distribution.)
 
 :func:`rejection` is multi-round rejection (arXiv 2402.14160, algorithm 2) for children that were drawn from the drafter's
 distribution one after the other without replacement. More of them stand at temperatures above 0, and tokens have the same
@@ -137,7 +137,7 @@ def verify(
     return Verified(by_row[0], by_row[1], out.accepted_B, out.counts, by_row[2])
 
 
-def drawn(rows: SamplingRows, features: SamplingFeatures, vocab: Ranks = ONE) -> Rule:
+def point_mass(rows: SamplingRows, features: SamplingFeatures, vocab: Ranks = ONE) -> Rule:
     """A child stands if it is the token that decoding without speculation gives; for trees drafted in any way."""
     features = dataclasses.replace(features, logprobs=False)
 
@@ -150,16 +150,17 @@ def drawn(rows: SamplingRows, features: SamplingFeatures, vocab: Ranks = ONE) ->
     return rule
 
 
-DraftProbabilities = Callable[[Int32[Array, "B"]], Float32[Array, "B V"]]
-"""The distribution over the target's vocabulary (this rank's part of it) that a node's children were drawn from."""
+DraftDistribution = Callable[[Int32[Array, "B"]], Float32[Array, "B V"]]
+"""Log-probabilities, over the target's vocabulary (this rank's part of it), of what a node's children were drawn from."""
 
 
-def rejection(rows: SamplingRows, features: SamplingFeatures, drafted: DraftProbabilities, vocab: Ranks = ONE) -> Rule:
+def rejection(rows: SamplingRows, features: SamplingFeatures, drafted: DraftDistribution, vocab: Ranks = ONE) -> Rule:
     """Multi-round rejection; a node's children must have been drawn from ``drafted`` without replacement, in the order they lie in.
 
     The first child x stands with probability min(1, p(x) / q(x)). If it does not, p becomes what is left of it, max(p - q, 0), q
     loses x, and the next child is tried; after the last the token is drawn from p. Each q is that which the child was drawn from: the
-    drafter's, given the siblings before it.
+    drafter's, given the siblings before it. It is held as logarithms: at low temperatures all of what is left once x is gone may be
+    smaller than any float32.
     """
 
     def rule(at: At, draft: Draft) -> tuple[Array, Array]:
@@ -180,10 +181,11 @@ def rejection(rows: SamplingRows, features: SamplingFeatures, drafted: DraftProb
             return jnp.any((child_B != NONE) & (accepted_B == NONE))
 
         def attempt(carry: tuple[Array, Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array, Array]:
-            child_B, accepted_B, tried, p_BV, q_BV = carry
+            child_B, accepted_B, tried, p_BV, log_q_BV = carry
             open_B = (child_B != NONE) & (accepted_B == NONE)
             token_B = jnp.take_along_axis(draft.token_BN, jnp.maximum(child_B, 0)[:, None], axis=1)[:, 0]
             chance_B = attempt_uniform(rows, at.position_B, tried)
+            q_BV = jnp.exp(log_q_BV)
             stands_B = open_B & (chance_B * of_token(q_BV, token_B) < of_token(p_BV, token_B))
             rejected_B = open_B & ~stands_B
             left_BV = _normalized(jnp.maximum(p_BV - q_BV, 0.0), p_BV, vocab)
@@ -193,7 +195,7 @@ def rejection(rows: SamplingRows, features: SamplingFeatures, drafted: DraftProb
                 jnp.where(stands_B, child_B, accepted_B),
                 tried + 1,
                 jnp.where(rejected_B[:, None], left_BV, p_BV),
-                jnp.where(rejected_B[:, None], without(q_BV, token_B, vocab), q_BV),
+                jnp.where(rejected_B[:, None], without(log_q_BV, token_B, vocab), log_q_BV),
             )
 
         first_B = existing(jnp.take_along_axis(draft.tree.first_child_BN, at.node_B[:, None], axis=1)[:, 0])
@@ -215,11 +217,14 @@ def attempt_uniform(rows: SamplingRows, position_B: Int32[Array, "B"], tried: In
     return jax.vmap(one)(position_keys(rows.key_B2, position_B))
 
 
-def without(q_BV: Float32[Array, "B V"], token_B: Int32[Array, "B"], vocab: Ranks = ONE) -> Float32[Array, "B V"]:
-    """The distribution of what is drawn after these tokens have been, which are not put back."""
+def without(log_q_BV: Float32[Array, "B V"], token_B: Int32[Array, "B"], vocab: Ranks = ONE) -> Float32[Array, "B V"]:
+    """Log-probabilities of what is drawn after these tokens have been, which are not put back; all -inf where nothing is left."""
     row_B = jnp.arange(len(token_B), dtype=jnp.int32)
-    left_BV = q_BV.at[row_B, local_index(token_B, q_BV.shape[1], vocab)].set(0.0, mode="drop")
-    return _normalized(left_BV, left_BV, vocab)
+    left_BV = log_q_BV.at[row_B, local_index(token_B, log_q_BV.shape[1], vocab)].set(-jnp.inf, mode="drop")
+    highest_B1 = vocab.max(jnp.max(left_BV, axis=-1))[:, None]
+    highest_B1 = jnp.where(jnp.isneginf(highest_B1), 0.0, highest_B1)
+    total_B1 = vocab.sum(jnp.sum(jnp.exp(left_BV - highest_B1), axis=-1))[:, None]
+    return left_BV - highest_B1 - jnp.where(total_B1 > 0, jnp.log(total_B1), 0.0)
 
 
 def _normalized(weights_BV: Array, otherwise_BV: Array, vocab: Ranks) -> Array:

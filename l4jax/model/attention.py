@@ -130,7 +130,7 @@ class Attention(nnx.Module):
         chunk = self.config.attention_chunk_size if self.is_local else None
         if self.is_local and spread.aligned:
             position_BT = step.position_NBT[self.ranks.index()]
-            return attend_positions(q_BTKGh, jnp.stack([k_BTKh, v_BTKh]), position_BT, position_BT, chunk, scale=self.scale)[0]
+            return attend_positions(q_BTKGh, jnp.stack([k_BTKh, v_BTKh]), position_BT, position_BT, chunk, keys.window, scale=self.scale)[0]
         segments: tuple[int, ...] = (k_BTKh.shape[1],)
         if keys.cached_BW.shape[1] > 0:
             cached_k_BSKh, cached_v_BSKh = read(cache, keys.cached_BW)

@@ -142,21 +142,26 @@ def full_intervals(
     )
 
 
-def local_intervals(start_B: Int32[Array, "B"], new_B: Int32[Array, "B"], T: int, chunk: int, ranks: Ranks = ONE) -> KeyIntervals:
-    """Chunk-local causal attention: position q sees k when ``k <= q`` and ``k // chunk == q // chunk``."""
+def local_intervals(
+    start_B: Int32[Array, "B"], new_B: Int32[Array, "B"], T: int, chunk: int, ranks: Ranks = ONE, *, window: int | None = None
+) -> KeyIntervals:
+    """Chunk-local causal attention: position q sees k when ``k <= q`` and ``k // chunk == q // chunk``; and ``k > q - window``."""
     index_1T = jnp.arange(T, dtype=jnp.int32)[None, :]
     start_B1 = start_B[:, None]
     position_BT = start_B1 + index_1T
     chunk_BT = position_BT // chunk
+    first_BT = chunk_BT * chunk
+    if window is not None:
+        first_BT = jnp.maximum(first_BT, position_BT + 1 - window)
     mine_BT = rank_of(position_BT, ranks.count, chunk) == ranks.index()
     # Of the tokens written now, only those of the last one's chunk are kept: an earlier chunk is never looked at again,
     # and its slots are the later chunk's.
     last_B1 = start_B1 + new_B[:, None] - 1
     kept_BT = (index_1T < new_B[:, None]) & (chunk_BT >= last_B1 // chunk) & mine_BT
     return KeyIntervals(
-        cached_start_BT=jnp.zeros_like(position_BT),
+        cached_start_BT=first_BT - chunk_BT * chunk,
         cached_end_BT=jnp.where(mine_BT, jnp.maximum(start_B1 - chunk_BT * chunk, 0), 0),
-        new_start_BT=jnp.maximum(chunk_BT * chunk - start_B1, 0),
+        new_start_BT=jnp.maximum(first_BT - start_B1, 0),
         new_end_BT=jnp.broadcast_to(index_1T + 1, position_BT.shape),
         slot_BT=jnp.where(kept_BT, slot_of(position_BT, ranks.count, chunk), -1),
     )
@@ -234,7 +239,7 @@ def step_inputs(
     position_BT = start_B[:, None] + index_1T
     full = full_intervals(start_B, new_B, T, ranks, window=window)
     chunk = config.attention_chunk_size
-    local = full if chunk is None else local_intervals(start_B, new_B, T, chunk, ranks)
+    local = full if chunk is None else local_intervals(start_B, new_B, T, chunk, ranks, window=window)
     angles, temperature_BT = rotary_angles(config, position_BT), attention_temperature(config, position_BT)
     return StepInputs(angles, temperature_BT, index_1T < new_B[:, None], full, local, tables, None)
 
@@ -262,8 +267,10 @@ def tree_step_inputs(
         one_B = jnp.ones_like(start_B)
         of_root = full_intervals(start_B, one_B, 1, ranks) if chunk is None else local_intervals(start_B, one_B, 1, chunk, ranks)
         first_BN = jnp.zeros_like(position_BN)
-        if chunk is None and window is not None:
-            first_BN = slots_before(jnp.maximum(position_BN + 1 - window, 0), ranks.index(), ranks.count)
+        if window is not None:
+            chunk_begin_B = jnp.zeros_like(start_B) if chunk is None else start_B // chunk * chunk
+            first_BN = jnp.maximum(position_BN + 1 - window - chunk_begin_B[:, None], 0)
+            first_BN = slots_before(first_BN, ranks.index(), ranks.count) if chunk is None else first_BN
         return TreeKeys(first_BN, jnp.broadcast_to(of_root.cached_end_BT, position_BN.shape), sees_BNS)
 
     full, chunk = keys(None), config.attention_chunk_size
@@ -302,9 +309,13 @@ def spread_step_inputs(
     ``window`` is as in :func:`full_intervals`.
     """
     position_BT = layout.position_NBT[ranks.index()]
-    full = dataclasses.replace(ring_keys(layout, start_B, tables, ranks, None, aligned=aligned), window=window)
     chunk = config.attention_chunk_size
-    local = full if chunk is None else ring_keys(layout, start_B, tables, ranks, chunk, aligned=aligned)
+
+    def keys(chunk: int | None) -> RingKeys:
+        return dataclasses.replace(ring_keys(layout, start_B, tables, ranks, chunk, aligned=aligned), window=window)
+
+    full = keys(None)
+    local = full if chunk is None else keys(chunk)
     angles, temperature_BT = rotary_angles(config, position_BT), attention_temperature(config, position_BT)
     return StepInputs(angles, temperature_BT, position_BT != EMPTY, full, local, tables, layout.position_NBT)
 

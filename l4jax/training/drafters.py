@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from l4jax.config import DrafterConfig, ModelConfig
+from l4jax.config import DrafterConfig, ModelConfig, usual_aux_layers
 from l4jax.model.drafter import build_drafter
 from l4jax.model.weights import random_weights
 
@@ -27,16 +27,17 @@ def new_drafter(
     intermediate_size: int = 0,
     target_tokenizer: str | None = None,
 ) -> DrafterConfig:
-    """A drafter for this model, of dense layers like its own with plain RoPE, to be trained at this length.
+    """A drafter for this model, of dense layers like its own with plain RoPE; ``length``: of the longest text it is trained on.
 
     ``intermediate_size``: 0 for the target's. ``target_tokenizer``: the digest of the target's tokenizer, if it has one.
 
     EAGLE-1 has the norms that published drafters of the model's architecture have; EAGLE-3 reads, as published ones do, the states that
     enter an early layer, the middle one and a late one.
     """
+    normed = version == "eagle1" and target.architecture == "llama4"
     decoder = dataclasses.replace(
         target,
-        architecture="llama",
+        architecture="llama4" if normed else "llama",  # what the norms are known by in published formats
         num_layers=layers,
         intermediate_size=intermediate_size or target.intermediate_size,
         rope_layers=(True,) * layers,
@@ -51,8 +52,7 @@ def new_drafter(
         sources=(),
     )
     count = target.num_layers
-    taps = (2, count // 2, count - 3) if count >= 8 else (count // 3, 2 * count // 3, count)
-    normed = version == "eagle1" and target.architecture == "llama4"
+    taps = usual_aux_layers(count) if count >= 8 else (count // 3, 2 * count // 3, count)
     return DrafterConfig(
         version=version,
         decoder=decoder,

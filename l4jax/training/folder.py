@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from l4jax.checkpoints.partial import write_atomically
 from l4jax.checkpoints.source import CheckpointError
 from l4jax.checkpoints.store import load_group, save_group
 
@@ -59,7 +60,7 @@ class RunFolder:
             raise ValueError(f"the state in {directory} cannot be read; remove it, and the run goes on from the one before") from error
         lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= saved[-1]]
-        _write_atomically(self.metrics, "".join(kept))
+        write_atomically(self.metrics, "".join(kept))
         return saved[-1], arrays
 
     def _saved(self) -> list[int]:
@@ -96,13 +97,7 @@ def claim(path: Path, settings: Mapping[str, Any]) -> Iterator[RunFolder]:
                     f"{path} is another run's: its {name} is {earlier.get(name)!r}, and this one's {settings.get(name)!r}; "
                     "give the same settings to go on with it, or another folder"
                 )
-        _write_atomically(run, json.dumps(dict(settings), indent=1) + "\n")
+        write_atomically(run, json.dumps(dict(settings), indent=1) + "\n")
         for unfinished in (path / "states").glob("*tmp*"):
             shutil.rmtree(unfinished)
         yield RunFolder(path)
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

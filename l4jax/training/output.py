@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from l4jax.checkpoints.source import LICENCES, copy_files
 from l4jax.checkpoints.store import StoredWeight, checksum, save_group, write_manifest
 from l4jax.config import DrafterConfig
+from l4jax.decoding.plan import TableJson
 
 
-def save_drafter(folder: Path, config: DrafterConfig, weights: Mapping[str, np.ndarray]) -> None:
-    """Write a drafter, its folder appearing in one step."""
+def save_drafter(
+    folder: Path, config: DrafterConfig, weights: Mapping[str, np.ndarray], *, speculation: TableJson, licences: Sequence[Path]
+) -> None:
+    """Write a drafter, its folder appearing in one step.
+
+    ``licences``: folders; the licence files of the first that has any are copied.
+    """
     partial = folder.with_name(folder.name + ".partial")
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir()
     save_group(partial / "weights" / "00000", weights)
     stored = {name: StoredWeight("00000", array.shape, array.dtype.name, checksum(array)) for name, array in weights.items()}
-    write_manifest(partial, source_format="trained", config=config, weights=stored, text_files=[])
+    text_files: list[str] = []
+    for directory in licences:
+        text_files = text_files or copy_files(directory, LICENCES, partial)
+    write_manifest(partial, source_format="trained", config=config, weights=stored, text_files=text_files, speculation=speculation)
     os.replace(partial, folder)

@@ -18,6 +18,7 @@ from l4jax.arrays import to_host
 from l4jax.checkpoints.store import DrafterCheckpoint
 from l4jax.config import DrafterConfig, check_fits
 from l4jax.decoding.params import SamplingParams
+from l4jax.decoding.plan import UNMEASURED, TableJson
 from l4jax.llm import LLM
 from l4jax.speculator import LoadedDrafter
 from l4jax.training.batches import Rows, batch, batches_in, draft_vocabulary, pack
@@ -108,12 +109,14 @@ def train_drafter(
     log: Log,
     progress: Progress,
     start: DrafterCheckpoint | None = None,
+    target_directory: Path | None = None,
 ) -> Path:
     """Train a drafter for a loaded target on the prompts of ``data``; the folder of the finished one, in ``out``.
 
     ``target_digest``, ``target_tokenizer``: of the target's checkpoint, and of its tokenizer file, if it has one. ``keep_states``: the
     target passes over each row once, and its states stay in the host's memory. ``start``: a drafter of this target to go on from; its
-    shape and draft vocabulary take the place of the settings'.
+    shape and draft vocabulary take the place of the settings'. Licence files come from its folder, or from ``target_directory``, the
+    target's: a distilled drafter is under its target's licence too.
 
     Every ``save_every`` steps the state is kept and measured on the prompts held out; every ``report_every`` steps, and then, ``log``
     and the metrics get a report. Raises ValueError for data or settings that cannot be used, and for a folder that is another run's.
@@ -144,7 +147,10 @@ def train_drafter(
         examples = answer(llm, prompts, how, folder.answers, progress)
         llm.runner.discard_cache()
         log(f"{len(examples)} answers; {len(prompts) - len(examples)} prompts left no room for one in {settings.length} tokens")
-        _Run(llm, examples, settings, folder, target_tokenizer, keep_states, log, loaded).to_end(report_every, save_every)
+        speculation = UNMEASURED if start is None else start.speculation
+        licences = [*([start.directory] if start is not None else []), *([target_directory] if target_directory else [])]
+        run = _Run(llm, examples, settings, folder, target_tokenizer, keep_states, log, loaded, speculation, licences)
+        run.to_end(report_every, save_every)
         return folder.drafter
 
 
@@ -161,6 +167,8 @@ class _Run:
         keep_states: bool,
         log: Log,
         start: LoadedDrafter | None,
+        speculation: TableJson,
+        licences: Sequence[Path],
     ) -> None:
         usable = [example for example in examples if len(example.answer or ()) >= 2]
         train = [example for example in usable if not example.is_held_out(settings.held_out)]
@@ -174,6 +182,7 @@ class _Run:
             token_ids = np.arange(llm.config.vocab_size, dtype=np.int32)
         else:
             token_ids = draft_vocabulary(train, settings.draft_vocab) if start is None else to_host(start.weights["token_ids"])
+        longest = max(len(example.prompt) + len(example.answer or ()) for example in train)
         config = (
             new_drafter(
                 llm.config,
@@ -181,19 +190,20 @@ class _Run:
                 layers=settings.layers,
                 intermediate_size=settings.intermediate_size,
                 draft_vocab=len(token_ids),
-                length=settings.length,
+                length=longest,
                 target_tokenizer=target_tokenizer,
             )
             if start is None
-            else trained_at(start.config, settings.length)
+            else trained_at(start.config, longest)
         )
         self._rows, self._held_out = pack(train, settings.length, settings.seed), pack(held_out, settings.length, settings.seed)
         self._steps = settings.epochs * batches_in(self._rows, settings.batch)
         self._settings, self._folder, self._log = settings, folder, log
+        self._speculation, self._licences = speculation, licences
         self._trainer = Trainer(
             config,
             llm,
-            token_ids,
+            {"token_ids": token_ids} if start is None else start.weights,
             passes=settings.ttt_steps,
             rate=settings.lr,
             warmup=settings.warmup,
@@ -239,9 +249,18 @@ class _Run:
             self._folder.report(values)
             self._log(_line(values, self._steps))
             if saving:
-                self._folder.save_state(step, self._trainer.to_arrays(self._state))
+                arrays = self._trainer.to_arrays(self._state)
+                if not all(np.isfinite(array).all() for array in arrays.values()):
+                    raise ValueError(f"the weights are not finite after step {step}; expected numbers: lower lr")
+                self._folder.save_state(step, arrays)
             recent, tokens, began = [], 0, time.perf_counter()
-        save_drafter(self._folder.drafter, self._trainer.config, self._trainer.weights(self._state))
+        save_drafter(
+            self._folder.drafter,
+            self._trainer.config,
+            self._trainer.weights(self._state),
+            speculation=self._speculation,
+            licences=self._licences,
+        )
 
     def _held_out_values(self, state: TrainState) -> dict[str, Any]:
         """What speculation would do with the answers held out."""

@@ -47,9 +47,20 @@ class Trainer:
     """
 
     def __init__(
-        self, config: DrafterConfig, llm: LLM, token_ids: np.ndarray, *, passes: int, rate: float, warmup: int, steps: int, seed: int
+        self,
+        config: DrafterConfig,
+        llm: LLM,
+        weights: Mapping[str, Any],
+        *,
+        passes: int,
+        rate: float,
+        warmup: int,
+        steps: int,
+        seed: int,
     ) -> None:
-        """``token_ids``: the draft vocabulary. ``passes``: an EAGLE-3 drafter's in training, and how far both kinds are measured."""
+        """``weights``: those that are not trained are taken from these: the draft vocabulary, and an embedding of the drafter's own.
+
+        ``passes``: an EAGLE-3 drafter's in training, and how far both kinds are measured."""
         placement = llm.placement
         self.config = config
         self._passes, self._seed = passes, seed
@@ -59,8 +70,10 @@ class Trainer:
         module = build_drafter(config)
         self._drafter = BoundModel(module)
         self._specs = weight_specs(module)
-        self._trained = [name for name, spec in self._specs.items() if spec.init != "numbers"]
-        self._token_ids = global_array(token_ids, placement.array_sharding())
+        # An embedding of its own is its target's, or a copy that has been: published recipes leave it as it is too.
+        self._trained = [name for name, spec in self._specs.items() if spec.init != "numbers" and name != "embed"]
+        fixed = self._specs.keys() - set(self._trained)
+        self._fixed = {name: global_array(weights[name], placement.array_sharding()) for name in sorted(fixed)}
         self.schedule = optax.warmup_cosine_decay_schedule(0.0, rate, min(warmup, steps - 1), steps)
         self._optimizer = optax.chain(
             optax.clip_by_global_norm(CLIPPED_NORM), optax.adamw(self.schedule, b1=0.9, b2=0.95, weight_decay=WEIGHT_DECAY)
@@ -90,8 +103,7 @@ class Trainer:
 
     def weights(self, state: TrainState) -> dict[str, np.ndarray]:
         """All of the drafter's weights."""
-        fixed = {name: self._token_ids for name in self._drafter.names if name not in state.weights}
-        return {name: to_host((state.weights | fixed)[name]) for name in self._drafter.names}
+        return {name: to_host((state.weights | self._fixed)[name]) for name in self._drafter.names}
 
     def to_arrays(self, state: TrainState) -> dict[str, np.ndarray]:
         """The state as named arrays, to be stored."""
@@ -119,12 +131,12 @@ class Trainer:
 
     def step(self, state: TrainState, rows: Rows, states: TargetStates, number: int) -> tuple[TrainState, tuple[Array, Measured]]:
         """One step on a batch; the state given is used up. Also the loss, and what was measured on the way."""
-        return self._step_program(state, self._leaves, self._token_ids, self._on_devices(rows), self._on_devices(states), np.int32(number))
+        return self._step_program(state, self._leaves, self._fixed, self._on_devices(rows), self._on_devices(states), np.int32(number))
 
     def accepted(self, state: TrainState, rows: Rows) -> np.ndarray:
         """For each position, how many tokens of a drafted chain stand whose root is the token after it: int32 [B, T]."""
         rows = self._on_devices(rows)
-        return to_host(self._measure_program(state.weights, self._leaves, self._token_ids, rows, self.target_states(rows)))
+        return to_host(self._measure_program(state.weights, self._leaves, self._fixed, rows, self.target_states(rows)))
 
     def _on_devices[Batch](self, batch: Batch) -> Batch:
         return cast(Batch, jax.tree.map(lambda leaf: global_array(leaf, self._by_row), batch))
@@ -132,8 +144,8 @@ class Trainer:
     def _placed(self, state: TrainState) -> TrainState:
         return jax.tree.map(lambda leaf: global_array(leaf, self._everywhere), state)
 
-    def _bind(self, weights: Mapping[str, Array], token_ids_V: Array) -> Drafter:
-        return self._drafter.bind(tuple(weights.get(name, token_ids_V) for name in self._drafter.names))
+    def _bind(self, trained: Mapping[str, Array], fixed: Mapping[str, Array]) -> Drafter:
+        return self._drafter.bind(self._drafter.leaves({**trained, **fixed}))
 
     def _target_states(self, leaves: tuple[Array, ...], rows: Rows) -> TargetStates:
         return TargetStates(*self._target.bind(leaves).packed(rows.token_BT, rows.first_BT))
@@ -142,17 +154,17 @@ class Trainer:
         self,
         state: TrainState,
         leaves: tuple[Array, ...],
-        token_ids_V: Array,
+        fixed: dict[str, Array],
         rows: Rows,
         states: TargetStates,
         number: Int32[Array, ""],
     ) -> tuple[TrainState, tuple[Array, Measured]]:
         noise = jax.random.fold_in(jax.random.key(self._seed), number)
-        drafter = self._bind(state.weights, token_ids_V)
+        drafter = self._bind(state.weights, fixed)
         measure = learning(drafter, self._target.bind(leaves), rows, states, self._passes, noise)
 
         def loss(weights: dict[str, Array]) -> tuple[Array, Measured]:
-            measured = measure(self._bind(weights, token_ids_V))
+            measured = measure(self._bind(weights, fixed))
             return mean_loss(measured, self._data), measured
 
         (value, measured), gradient = jax.value_and_grad(loss, has_aux=True)(state.weights)
@@ -163,5 +175,7 @@ class Trainer:
             weights = optax.apply_updates(state.weights, updates)
         return TrainState(weights, optimizer), (value, measured)
 
-    def _measure(self, weights: dict[str, Array], leaves: tuple[Array, ...], token_ids_V: Array, rows: Rows, states: TargetStates) -> Array:
-        return accepted(self._bind(weights, token_ids_V), self._target.bind(leaves), rows, states, self._passes)
+    def _measure(
+        self, weights: dict[str, Array], leaves: tuple[Array, ...], fixed: dict[str, Array], rows: Rows, states: TargetStates
+    ) -> Array:
+        return accepted(self._bind(weights, fixed), self._target.bind(leaves), rows, states, self._passes)

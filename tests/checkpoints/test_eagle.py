@@ -20,11 +20,14 @@ from l4jax.checkpoints.convert import convert
 from l4jax.checkpoints.export import export
 from l4jax.checkpoints.store import StoredWeight, checksum, load_verified, open_drafter, save_group, write_manifest
 from l4jax.config import ModelConfig
+from l4jax.decoding.plan import UNMEASURED
 from l4jax.model.drafter import build_drafter
 from l4jax.model.llama import Llama
-from l4jax.model.weights import BoundModel
+from l4jax.model.weights import BoundModel, random_weights
 from l4jax.training.batches import Rows
+from l4jax.training.drafters import Version, new_drafter
 from l4jax.training.losses import unroll
+from l4jax.training.output import save_drafter
 from tests import tiny
 from tests.checkpoints import heads
 from tests.checkpoints.heads import BASE, TARGET_LAYERS, D, F, H, K, Reading, Reference, V, h
@@ -201,7 +204,7 @@ def test_computes_what_the_equations_say_and_goes_back(name: str, target: Path, 
     convert(source, tmp_path / "drafter", target=its_target)
     opened = open_drafter(tmp_path / "drafter")
     assert opened.config.aux_layers == head.aux_layers
-    assert opened.config.target_tokenizer is not None
+    assert opened.config.target_tokenizer is not None and opened.config.decoder.max_position_embeddings == 64
     assert compared(head, tmp_path / "drafter", config, head.reading) < 1e-5
     for wrong in TRAPS[name]:
         assert compared(head, tmp_path / "drafter", config, dataclasses.replace(head.reading, **wrong)) > 1e-2, wrong
@@ -211,6 +214,9 @@ def test_computes_what_the_equations_say_and_goes_back(name: str, target: Path, 
 
     to = "speculators" if "speculators" in name else "eagle"
     export(tmp_path / "drafter", tmp_path / "exported", to=to)
+    if to == "eagle":
+        # In SafeAILab's code this field is a sign of a head with its own embedding: it would leave the target's unread.
+        assert "target_hidden_size" not in json.loads((tmp_path / "exported" / "config.json").read_text())
     convert(tmp_path / "exported", tmp_path / "again", target=its_target)
     again = open_drafter(tmp_path / "again")
     assert again.config == opened.config
@@ -238,6 +244,10 @@ def test_the_default_layers_are_the_same_however_they_are_numbered(target: Path,
         head = eagle3_head(**config)
         convert(heads.write(tmp_path / name, head.config, head.tensors), tmp_path / f"{name} drafter", target=target)
         assert open_drafter(tmp_path / f"{name} drafter").config.aux_layers == (2, 6, 9), name
+    for both in ([1, 5, 8], [2, 6, 9]):
+        head = eagle3_head(eagle_config={"eagle_aux_hidden_state_layer_ids": [1, 5, 8]}, eagle_aux_hidden_state_layer_ids=both)
+        convert(heads.write(tmp_path / f"{both}", head.config, head.tensors), tmp_path / f"{both} drafter", target=target)
+        assert open_drafter(tmp_path / f"{both} drafter").config.aux_layers == (2, 6, 9)
     head = eagle3_head(eagle_config={"eagle_aux_hidden_state_layer_ids": [0, 3, 11]})
     convert(heads.write(tmp_path / "own", head.config, head.tensors), tmp_path / "own drafter", target=target)
     assert open_drafter(tmp_path / "own drafter").config.aux_layers == (1, 4, 12)
@@ -284,6 +294,25 @@ REFUSED = {
         eagle3_head(eagle_aux_hidden_state_layer_ids=[1, 4, 7]),
         "not said whether these .* --aux-layers 2,5,8 if they number outputs",
     ),
+    "numbering twice": (
+        eagle3_head(eagle_config={"eagle_aux_hidden_state_layer_ids": [1, 5, 8]}, eagle_aux_hidden_state_layer_ids=[3, 4, 5]),
+        r"is \[1, 5, 8\] in eagle_config and \[3, 4, 5\] outside; give .* --aux-layers I,J,K",
+    ),
+    "speculators' numbering": (
+        dataclasses.replace(
+            speculators_head(norms="none"),
+            config={**speculators_head(norms="none").config, "eagle_aux_hidden_state_layer_ids": [1, 5, 8]},
+        ),
+        "not said whether these .* --aux-layers 2,6,9 if they number outputs",
+    ),
+    "the model's context": (
+        eagle3_head(max_position_embeddings=256),
+        "says max_position_embeddings 256, which is the model's context, and not what .* trained at; give --trained-length N",
+    ),
+    "no length": (
+        dataclasses.replace(llama4_head(), config={k: v for k, v in llama4_head().config.items() if k != "max_position_embeddings"}),
+        "has no max_position_embeddings, and not what .* trained at; give --trained-length N",
+    ),
     "norm_output": (eagle3_head(norm_output=True), "norm_output is true, .*; give --norm-fed-back yes or no"),
     "single state": (
         eagle3_head(eagle_config={"use_aux_hidden_state": False}),
@@ -320,16 +349,68 @@ def test_refuses_in_one_line_and_writes_nothing(name: str, target: Path, tmp_pat
 
 
 def test_what_a_head_leaves_open_can_be_said(target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    head = eagle3_head(eagle_aux_hidden_state_layer_ids=[1, 4, 7], norm_output=True)
+    head = eagle3_head(eagle_aux_hidden_state_layer_ids=[1, 4, 7], norm_output=True, max_position_embeddings=1000)
     heads.write(tmp_path / "head", head.config, head.tensors)
-    common = [str(tmp_path / "head"), str(tmp_path / "drafter"), "--aux-layers", "2,5,8", "--norm-fed-back", "no"]
+    common = [str(tmp_path / "head"), str(tmp_path / "drafter"), "--aux-layers", "2,5,8", "--norm-fed-back", "no", "--trained-length", "48"]
     assert cli.main(["convert", *common]) != 0
     assert "are for EAGLE heads; give --target" in capsys.readouterr().err
     assert cli.main(["convert", *common, "--target", str(target), "--dry-run"]) == 0
     assert "token_ids <- d2t [12] int64, t2d [40] bool: d2t: offsets" in capsys.readouterr().out
     assert cli.main(["convert", *common, "--target", str(target)]) == 0
     config = open_drafter(tmp_path / "drafter").config
-    assert (config.aux_layers, config.norm_fed_back) == ((2, 5, 8), False)
+    assert (config.aux_layers, config.norm_fed_back, config.decoder.max_position_embeddings) == ((2, 5, 8), False, 48)
     assert cli.main(["show", str(tmp_path / "drafter"), "--verify"]) == 0
     shown = capsys.readouterr().out
     assert re.search(r"aux_layers +2, 5, 8", shown) and "a model of 12 layers, width 32, 40 tokens" in shown
+
+
+def test_a_head_says_its_target_s_architecture(target: Path, tmp_path: Path) -> None:
+    """As heads do that are meant for engines which put "Eagle" before it."""
+    head = llama4_head()
+    head.config["architectures"] = ["Llama4ForCausalLM"]
+    its_target = target_of("llama4", target, tmp_path)
+    convert(heads.write(tmp_path / "head", head.config, head.tensors), tmp_path / "drafter", target=its_target)
+    assert open_drafter(tmp_path / "drafter").config.final_normed
+
+
+def test_a_length_that_is_left_out_is_the_code_s_default(tmp_path: Path) -> None:
+    target = save_target(tmp_path / "target", target_config(max_position_embeddings=4096))
+    head = eagle3_head()
+    del head.config["max_position_embeddings"]
+    convert(heads.write(tmp_path / "head", head.config, head.tensors), tmp_path / "drafter", target=target)
+    assert open_drafter(tmp_path / "drafter").config.decoder.max_position_embeddings == 2048
+
+
+@pytest.mark.parametrize("version", ["eagle1", "eagle3"])
+def test_what_is_trained_for_llama_4_is_exported(version: Version, tmp_path: Path) -> None:
+    config = target_config(architecture="llama4", attention_chunk_size=8, use_qk_norm=True, attn_temperature_tuning=True)
+    target = save_target(tmp_path / "target", config)
+    made = new_drafter(config, version, layers=1, draft_vocab=V if version == "eagle1" else heads.DRAFT, length=48)
+    weights = random_weights(build_drafter(made), jax.random.key(0), jnp.dtype(jnp.float32))
+    if version == "eagle3":
+        weights["token_ids"] = jnp.arange(0, 2 * heads.DRAFT, 2, dtype=jnp.int32)
+    arrays = {name: np.asarray(weight) for name, weight in weights.items()}
+    save_drafter(tmp_path / "drafter", made, arrays, speculation=UNMEASURED, licences=[])
+    export(tmp_path / "drafter", tmp_path / "head", to="eagle")
+    convert(tmp_path / "head", tmp_path / "again", target=target)
+    again = open_drafter(tmp_path / "again")
+    assert dataclasses.replace(again.config, target_tokenizer=None) == made
+    for name, array in load_verified(tmp_path / "again" / "weights" / "00000", again.weights).items():
+        np.testing.assert_array_equal(array, arrays[name], err_msg=name)
+
+
+def test_features_are_what_enters_the_layers_named() -> None:
+    """The output of models that end there: numbers that are off by one would be another layer's."""
+    config = target_config(num_layers=4, rope_layers=(True,) * 4)
+    weights, token_BT = tiny.weights(config), jnp.asarray([[3, 1, 4, 1, 5]], jnp.int32)
+
+    def run(layers: int, taps: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        model = BoundModel(Llama(dataclasses.replace(config, num_layers=layers, rope_layers=(True,) * layers), taps=taps))
+        final_BTD, feature_BTf = model.bind(model.leaves(weights)).packed(token_BT, jnp.zeros_like(token_BT))
+        return np.asarray(final_BTD), np.asarray(feature_BTf)
+
+    embedded_BTD, *streams = np.split(run(4, (0, 1, 3, 4))[1], 4, axis=-1)
+    np.testing.assert_array_equal(embedded_BTD, np.asarray(weights["embed"])[np.asarray(token_BT)])
+    for layers, stream_BTD in zip((1, 3, 4), streams, strict=True):
+        scale = np.asarray(weights["norm.scale"]) / np.sqrt(np.mean(stream_BTD**2, axis=-1, keepdims=True) + config.rms_norm_eps)
+        np.testing.assert_allclose(stream_BTD * scale, run(layers, ())[0], rtol=1e-5, atol=1e-6)

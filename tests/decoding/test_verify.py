@@ -64,13 +64,14 @@ class Node:
         def decide(attempts, final):
             chances[:] = [attempts, final]
             first = jnp.zeros(R, jnp.int32)
-            drafted = jnp.asarray(p if q is None else q, jnp.float32)
-            certain = jnp.asarray(np.zeros((R, V)) if above is None else np.arange(V) == above[:, None], jnp.float32)
+            with np.errstate(divide="ignore"):
+                drafted = jnp.asarray(np.log(p if q is None else q), jnp.float32)
+                certain = jnp.asarray(np.log(np.zeros((R, V)) if above is None else np.arange(V) == above[:, None]), jnp.float32)
 
             def of_node(node_B):
                 return jnp.where((node_B == lower)[:, None], drafted, certain)
 
-            rule = verify.drawn(rows, FEATURES) if q is None else verify.rejection(rows, FEATURES, of_node)
+            rule = verify.point_mass(rows, FEATURES) if q is None else verify.rejection(rows, FEATURES, of_node)
             found = verify.verify(jnp.asarray(logits, jnp.float32), draft, rule, tree.depth, None, first, jnp.ones(R, bool), logprobs=False)
             return found.token_BL[:, lower], found.accepted_B > lower
 
@@ -123,8 +124,9 @@ def orders(q, k):
     tokens = np.array(list(itertools.permutations(range(V), k)))
     chance, left = np.ones((len(q), len(tokens))), np.ones((len(q), len(tokens)))
     for i in range(k):
-        chance *= q[:, tokens[:, i]] / np.where(left > 1e-12, left, 1.0)
-        left -= q[:, tokens[:, i]]
+        chance *= q[:, tokens[:, i]] / np.where(left > 0, left, 1.0)
+        taken = (tokens[:, : i + 1, None] == np.arange(V)).any(1)
+        left = np.where(taken, 0.0, q[:, None, :]).sum(-1)  # summed anew: what is left may be tiny
     return tokens, chance
 
 
@@ -160,6 +162,17 @@ def test_rejection_gives_the_target_s_distribution(k, above, monkeypatch):
     assert np.abs(found - p).max() < 1e-6
     if k == 1:
         assert np.abs(accepted - np.minimum(p, q).sum(1)).max() < 1e-6
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_rejection_where_nothing_is_left_that_float32_holds(k, monkeypatch):
+    """A confident drafter at a low temperature: once its likeliest token is gone, the others' probabilities are below any float32."""
+    p = distributions(30, 0)
+    with np.errstate(under="ignore"):
+        q = distributions(30, 1, sharpness=1.0) * np.exp([0.0, -120.0, -121.0, -240.0, -241.0])
+    q /= q.sum(1, keepdims=True)
+    found, _ = by_order(p, q, k, monkeypatch)
+    assert np.abs(found - p).max() < 1e-6
 
 
 def test_more_children_are_accepted_more_often(monkeypatch):
@@ -224,7 +237,7 @@ def test_a_walk_goes_down_and_gives_what_follows():
     zeros = jnp.zeros(2, jnp.int32)
 
     def walk(draft, active=(True, True)):
-        rule = verify.drawn(rows, batch_features([greedy]))
+        rule = verify.point_mass(rows, batch_features([greedy]))
         return verify.verify(jnp.asarray(logits), draft, rule, 2, None, zeros, jnp.asarray(active), logprobs=True)
 
     found = walk(draft)
@@ -244,7 +257,7 @@ def test_logits_that_are_not_finite_end_a_row():
     draft = verify.Draft(jnp.zeros((1, 2), jnp.int32), tree_tables(jnp.asarray([tree.parents], jnp.int32), 1), jnp.ones((1, 2), bool))
     params = SamplingParams()
     rows = sampling_rows([params], [0], [[]], V)
-    for rule in (verify.drawn(rows, FEATURES), verify.rejection(rows, FEATURES, lambda _: jnp.full((1, V), 1 / V))):
+    for rule in (verify.point_mass(rows, FEATURES), verify.rejection(rows, FEATURES, lambda _: jnp.full((1, V), -np.log(V), jnp.float32))):
         logits = jnp.full((1, 2, V), jnp.nan)
         found = verify.verify(logits, draft, rule, 1, None, jnp.zeros(1, jnp.int32), jnp.ones(1, bool), logprobs=False)
         assert found.token_BL.tolist() == [[sampling.NOT_FINITE, NONE]] and found.accepted_B.tolist() == [0]

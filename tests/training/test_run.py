@@ -163,15 +163,22 @@ def test_another_runs_folder_is_refused(llm: LLM, data: Path, tmp_path: Path) ->
 
 
 def test_goes_on_from_a_drafter(llm: LLM, data: Path, tmp_path: Path) -> None:
-    """Its weights, shape and vocabulary, whatever the settings say; and a longer length counts as trained."""
+    """Its weights, shape, vocabulary and table, whatever the settings say; and longer texts count as trained on."""
     first = open_drafter(train(llm, data, tmp_path / "first"))
-    hardly = dataclasses.replace(SETTINGS, lr=1e-12, length=30, draft_vocab=3, intermediate_size=8)
-    found = open_drafter(train(llm, data, tmp_path / "second", hardly, start=first))
-    assert found.config == trained_at(first.config, 30) and found.config.decoder.max_position_embeddings == 30
+    longest = max(len(line["prompt_token_ids"]) + len(line["token_ids"]) for line in map(json.loads, outcome(tmp_path / "first")[0]))
+    assert first.config.decoder.max_position_embeddings <= longest  # some are held out
+    first = dataclasses.replace(first, speculation={"float32": {"1": "chain:1"}})
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "LICENSE.txt").write_text("terms")
+    more = dataclasses.replace(SETTINGS, lr=1e-12, length=40, max_tokens=20, held_out=0.0, draft_vocab=3, intermediate_size=8)
+    found = open_drafter(train(llm, data, tmp_path / "second", more, start=first, target_directory=tmp_path / "target"))
+    assert found.config.decoder.max_position_embeddings > longest
+    assert found.config == trained_at(first.config, found.config.decoder.max_position_embeddings)
+    assert (found.speculation, found.text_files) == (first.speculation, ("LICENSE.txt",))
     for name, weight in outcome(tmp_path / "first")[2].items():
         np.testing.assert_allclose(outcome(tmp_path / "second")[2][name], weight, atol=1e-9, err_msg=name)
     with pytest.raises(ValueError, match=r"is another run's: its start is '[0-9a-f]+', and this one's None; give the same settings"):
-        train(llm, data, tmp_path / "second", hardly.of_shape(first.config))
+        train(llm, data, tmp_path / "second", more.of_shape(first.config))
     other = tiny.llama3_like(vocab_size=32)
     with pytest.raises(ValueError, match="the drafter is for a model with a vocabulary of 24, not 32"):
         train(LLM(other, tiny.weights(other)), data, tmp_path / "third", start=first)

@@ -383,7 +383,7 @@ def test_a_length_that_is_left_out_is_the_code_s_default(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("version", ["eagle1", "eagle3"])
 def test_what_is_trained_for_llama_4_is_exported(version: Version, tmp_path: Path) -> None:
-    config = target_config(architecture="llama4", attention_chunk_size=8, use_qk_norm=True, attn_temperature_tuning=True)
+    config = target_config(architecture="llama4", attention_chunk_size=8, use_qk_norm=True, attn_temperature_tuning=True, floor_scale=8192)
     target = save_target(tmp_path / "target", config)
     made = new_drafter(config, version, layers=1, draft_vocab=V if version == "eagle1" else heads.DRAFT, length=48)
     weights = random_weights(build_drafter(made), jax.random.key(0), jnp.dtype(jnp.float32))

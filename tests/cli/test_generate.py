@@ -13,11 +13,18 @@ from l4jax import cli
 PROMPT = "The capital of France is"
 
 
-def test_continues_a_prompt_and_says_how_fast(smollm2_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["generate", str(smollm2_checkpoint), "-p", PROMPT, "--max-tokens", "6"]) == 0
+@pytest.mark.parametrize(
+    ("options", "rounds"), [([], r"; [1-5] rounds of speculation, acceptance length [1-3]\.\d\d"), (["--speculation", "off"], "")]
+)
+def test_continues_a_prompt_and_says_how_fast(
+    smollm2_checkpoint: Path, capsys: pytest.CaptureFixture[str], options: list[str], rounds: str
+) -> None:
+    """With the drafter in its folder, and without."""
+    assert cli.main(["generate", str(smollm2_checkpoint), "-p", PROMPT, "--max-tokens", "6", *options]) == 0
     out, err = capsys.readouterr()
     assert out.startswith(" Paris.")
-    assert re.fullmatch(r"5 prompt tokens, first token after \d+\.\d\d s; 6 tokens, \d+\.\d tokens/s; finished by length, seed \d+\n", err)
+    said = r"5 prompt tokens, first token after \d+\.\d\d s; 6 tokens, \d+\.\d tokens/s; finished by length, seed \d+"
+    assert re.fullmatch(said + rounds + "\n", err)
 
 
 def test_answers_a_question_from_standard_input_up_to_a_stop_string(

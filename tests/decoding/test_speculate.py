@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 from l4jax import LLM, SamplingParams
 from l4jax.batch import Batch, Request
 from l4jax.cache import CACHE_AXES, CacheShape
+from l4jax.decoding.generate import BURST
 from l4jax.decoding.sampling import TokenCounts, batch_features, probabilities, sampling_rows
 from l4jax.decoding.tree import StaticTree, tree_tables
 from l4jax.model.weights import BoundModel
@@ -163,10 +164,10 @@ def test_beyond_its_training_a_drafter_looks_back_so_far_or_stops(beyond):
     (found,) = LLM(config, weights(config), **options).generate([[1, 2, 3]], params)
     assert found.token_ids == plain[0].token_ids
     tried = found.stats.drafted / found.stats.rounds
-    assert tried == 3 if beyond == "window" else tried > 1
+    assert tried == 3 if beyond == "window" else 0 < tried < 3
     if beyond == "stop":
-        # Once nothing is drafted any more there are no rounds either.
-        assert found.stats.rounds + sum(found.stats.accepted) <= 16 - 3 + 4
+        # Rounds end with the burst in which nothing is drafted any more.
+        assert found.stats.rounds + sum(found.stats.accepted) < 2 * BURST - 20
         with pytest.raises(
             ValueError, match="a prompt has 17 tokens, and the drafter was trained at lengths up to 16 and is told to stop there"
         ):

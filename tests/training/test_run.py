@@ -81,7 +81,7 @@ def test_a_run_killed_again_and_again_ends_like_one_that_was_not(
         if done >= 4:
             raise Killed
 
-    def killed_while_saving(directory: Path, *_: Any) -> None:
+    def killed_while_saving(directory: Path, *_: Any, **__: Any) -> None:
         directory.with_name(directory.name + ".orbax-checkpoint-tmp-1").mkdir(parents=True)
         raise Killed
 

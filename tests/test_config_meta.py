@@ -127,7 +127,7 @@ def test_tied_embeddings_are_the_callers_to_see() -> None:
         ({"ffn_exp": None}, "not both ffn_exp and ffn_dim_multiplier"),
         ({"multiple_of": 0}, "multiple_of is 0"),
         ({"nope_layer_interval": 0}, "nope_layer_interval is 0"),
-        ({"vision_args": {**MAVERICK["vision_args"], "patch_size": {"height": 14, "width": 7}}}, "patch_size is 7 x 14; expected a square"),  # type: ignore[dict-item]
+        ({"vision_args": {**MAVERICK["vision_args"], "patch_size": {"height": 14, "width": 7}}}, "patch_size is 7 x 14; expected a square"),
         ({"floor_scale": 8192.5}, "floor_scale is 8192.5; expected an integer"),
     ],
 )

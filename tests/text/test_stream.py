@@ -26,7 +26,7 @@ def test_streamed_text_is_the_text_and_every_piece_is_whole(text: str, cuts: lis
     decoder = StreamDecoder(TOKENIZER)
     shown = ""
     for ids in cut(TOKENIZER.encode(text), cuts):
-        shown += decoder.push(ids)  # type: ignore[arg-type]
+        shown += decoder.push(ids)
         assert text.startswith(shown)
     assert shown == text
     assert decoder.finish() == ""
@@ -35,7 +35,7 @@ def test_streamed_text_is_the_text_and_every_piece_is_whole(text: str, cuts: lis
 @given(st.lists(st.integers(0, 430)), st.lists(st.integers(0, 100)), st.booleans())
 def test_streaming_any_tokens_gives_what_decoding_them_at_once_does(ids: list[int], cuts: list[int], skip_special: bool) -> None:
     decoder = StreamDecoder(TOKENIZER, skip_special=skip_special)
-    streamed = "".join(decoder.push(part) for part in cut(ids, cuts)) + decoder.finish()  # type: ignore[arg-type]
+    streamed = "".join(decoder.push(part) for part in cut(ids, cuts)) + decoder.finish()
     assert streamed == TOKENIZER.decode(ids, skip_special=skip_special)
 
 
@@ -84,7 +84,7 @@ def test_text_ends_before_the_stop_string_that_is_complete_first(text: str, stop
     stop_filter = StopStringFilter(stops)
     shown = ""
     for piece in cut(text, cuts):
-        shown += stop_filter.push(piece)  # type: ignore[arg-type]
+        shown += stop_filter.push(piece)
         assert expected.startswith(shown)
     shown += stop_filter.finish()
     assert (shown, stop_filter.stopped) == (expected, stopped)

@@ -156,6 +156,11 @@ class ModelConfig:
             inside = token is None or 0 <= token < self.vocab_size
             _check(inside, f"{name} has token {token}, which is outside the vocabulary of {self.vocab_size}; correct the one or the other")
 
+    @property
+    def output_weight(self) -> str:
+        """Name of the weight whose rows the logits are products with."""
+        return "embed" if self.tie_word_embeddings else "head"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DrafterConfig:
@@ -172,7 +177,8 @@ class DrafterConfig:
     Of "eagle1": ``fuse_bias``, a bias where embedding and hidden state are joined; ``first_layer_normed``, a norm before the first
     layer's attention; ``final_normed``, a norm behind the last layer (Llama 4's drafters have both).
     Of "eagle3": ``norm_before_residual``, the layer's residual is taken behind the norm of the hidden state; ``norm_before_fuse``, one norm
-    over the three states; ``norm_each_aux``, a norm for each of them; ``norm_fed_back``, the next step gets the normed output.
+    over the three states; ``norm_each_aux``, a norm for each of them; ``norm_fed_back``, the next step gets the normed output;
+    ``target_head``, its output head is the target's, cut to the draft vocabulary (FR-Spec, arXiv 2502.14856).
     """
 
     version: Literal["eagle1", "eagle3"]
@@ -190,6 +196,7 @@ class DrafterConfig:
     norm_before_fuse: bool
     norm_each_aux: bool
     norm_fed_back: bool
+    target_head: bool
     sources: tuple[tuple[str, str], ...] = dataclasses.field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -205,13 +212,15 @@ class DrafterConfig:
             )
             _check(self.draft_vocab_size == vocab, f"an EAGLE-1 drafter has draft_vocab_size {self.draft_vocab_size}; expected {vocab}")
             _check(not self.aux_layers, f"an EAGLE-1 drafter has aux_layers {self.aux_layers}; expected none")
-            unused: tuple[str, ...] = ("norm_before_residual", "norm_before_fuse", "norm_each_aux", "norm_fed_back")
+            unused: tuple[str, ...] = ("norm_before_residual", "norm_before_fuse", "norm_each_aux", "norm_fed_back", "target_head")
         else:
             _check(self.decoder.num_layers == 1, f"an EAGLE-3 drafter has {self.decoder.num_layers} layers; expected 1")
             inside = self.aux_layers and all(0 <= layer <= self.target_layers for layer in self.aux_layers)
             _check(bool(inside), f"aux_layers is {self.aux_layers}; expected layers of the target, 0 to {self.target_layers}")
             both = self.norm_before_fuse and self.norm_each_aux
             _check(not both, "norm_before_fuse and norm_each_aux are both true; expected at most one")
+            fits = not self.target_head or width == self.target_hidden_size
+            _check(fits, f"the drafter's width is {width}; expected the target's, {self.target_hidden_size}, for it uses its output head")
             unused = ("fuse_bias", "first_layer_normed", "final_normed")
         for name in unused:
             _check(not getattr(self, name), f"{name} is true; expected false for {self.version}")

@@ -19,6 +19,8 @@ from l4jax.checkpoints.torch_zip import TorchFile
 from l4jax.config import DrafterConfig, check_fits
 from l4jax.config_formats.eagle import HeadAnswers, drafter_config_from_eagle, head_format
 
+_HEAD = "lm_head.weight"
+
 
 class EagleSource:
     """An opened head (see :class:`l4jax.checkpoints.source.Source`), for a target that it is checked against."""
@@ -38,13 +40,21 @@ class EagleSource:
         self.tensors: Mapping[str, TensorInfo] = {name: self._files.tensors[key] for name, key in self._names.items()}
         self.config: DrafterConfig = drafter_config_from_eagle(values, self.tensors, target.config, target.tokenizer_digest, answers)
         check_fits(self.config, target.config)
+        self._takes_target_head = self.config.target_head and _HEAD not in self.tensors
+        if self._takes_target_head and "fc.weight" in self.tensors:
+            shape = (self.config.draft_vocab_size, self.config.decoder.hidden_size)
+            self.tensors = {**self.tensors, _HEAD: TensorInfo(shape, self.tensors["fc.weight"].dtype)}
         # EAGLE-1 drafts with its target's head, of which some writers store a copy.
-        self.ignored = frozenset({"lm_head.weight"} & self.tensors.keys() if self.config.version == "eagle1" else ())
+        self.ignored = frozenset({_HEAD} & self.tensors.keys() if self.config.version == "eagle1" else ())
         recipes = _eagle1_recipes if self.config.version == "eagle1" else _eagle3_recipes
         self.recipes: Mapping[str, Recipe] = recipes(self.config, self.tensors, speculators=form == "speculators")
 
     def read(self, key: str) -> np.ndarray:
-        """The tensor, memory-mapped."""
+        """The tensor, memory-mapped; an output head that the files leave out, from the target's."""
+        if key == _HEAD and self._takes_target_head:
+            recipe = self.recipes["token_ids"]
+            token_ids_V = recipe.assemble([self.read(part) for part in recipe.keys])
+            return self._target.read(self._target.config.output_weight)[token_ids_V].astype(self.tensors[key].dtype)
         return self._files.read(self._names[key])
 
     def write_text_files(self, directory: Path) -> list[str]:
@@ -99,7 +109,7 @@ def _eagle3_recipes(config: DrafterConfig, tensors: Mapping[str, TensorInfo], *,
     wanted.same("layer.feed_forward_norm.scale", f"{theirs}post_attention_layernorm.weight", (D,))
     swiglu_recipes(wanted, "layer.feed_forward.", f"{theirs}mlp.", D, decoder.intermediate_size)
     wanted.same("norm.scale", "norm.weight", (D,))
-    wanted.same("head", "lm_head.weight", (V, D))
+    wanted.same("head", _HEAD, (V, D))
     if decoder.vocab_size == V and "d2t" not in tensors:
         wanted.add("token_ids", [], lambda _: np.arange(V, dtype=np.int32), "all tokens")
         return wanted.recipes

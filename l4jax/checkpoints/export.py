@@ -16,6 +16,7 @@ import numpy as np
 
 from l4jax.checkpoints.partial import LOCK, check_destination, unfinished
 from l4jax.checkpoints.recipes import halve
+from l4jax.checkpoints.source import CheckpointError
 from l4jax.checkpoints.store import (
     SOURCE_CONFIG,
     Checkpoint,
@@ -47,17 +48,26 @@ class Export:
     dtype: str | None = None
 
 
-def export(checkpoint_path: str | os.PathLike[str], destination: str | os.PathLike[str], *, to: Format = "hf") -> None:
+def export(
+    checkpoint_path: str | os.PathLike[str], destination: str | os.PathLike[str], *, to: Format = "hf", without_head: bool = False
+) -> None:
     """Write a checkpoint as a Hugging Face folder: safetensors in shards of 5 GB, ``config.json``, tokenizer files.
 
-    ``to``: "hf" for a model; for a drafter "eagle", as SafeAILab's code reads it, or "speculators". Made in ``DEST.partial`` and renamed
-    at the end. Raises :class:`CheckpointError` if the destination exists, the checkpoint is damaged or the disk is full.
+    ``to``: "hf" for a model; for a drafter "eagle", as SafeAILab's code reads it, or "speculators". ``without_head``: leave out a
+    drafter's output head that is its target's, for ``convert`` to fill in; other readers need it. Made in ``DEST.partial`` and renamed at
+    the end. Raises :class:`CheckpointError` if the destination exists, the checkpoint is damaged or the disk is full.
     """
     checkpoint = open_checkpoint(checkpoint_path) if to == "hf" else open_drafter(checkpoint_path)
+    if without_head and not (isinstance(checkpoint, DrafterCheckpoint) and checkpoint.config.target_head):
+        raise CheckpointError(
+            f"{checkpoint.directory} has an output head that is not its target's; leave out --without-head, or train with --target-head"
+        )
     target = check_destination(destination)
     if isinstance(checkpoint, DrafterCheckpoint):
         config = json.dumps(config_to_eagle(checkpoint.config, checkpoint.dtype, to), indent=2).encode() + b"\n"
         exports = eagle_exports(checkpoint, to)
+        if without_head:
+            del exports["lm_head.weight"]
     else:
         config, exports = _config(checkpoint), hf_exports(checkpoint)
     with unfinished(target, "export") as partial:

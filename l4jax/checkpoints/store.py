@@ -247,6 +247,11 @@ class Stored:
         """These weights by the group they lie in."""
         return groups_of({name: self.weights[name] for name in names})
 
+    def read(self, name: str) -> np.ndarray:
+        """One weight as it is stored. Raises :class:`CheckpointError` if it is not what was written."""
+        group = self.weights[name].group
+        return load_verified(self.directory / "weights" / group, {name: self.weights[name]})[name]
+
     def verify(self) -> None:
         """Read every weight; :class:`CheckpointError` if one is not what was written."""
         for group, names in self.groups(self.weights).items():

@@ -16,6 +16,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("checkpoint", help="a folder made by l4jax convert")
     parser.add_argument("destination", help="the folder to make; it must not exist")
     parser.add_argument("--to", choices=("hf", "eagle", "speculators"), required=True, help="hf: a model; eagle, speculators: a drafter")
+    parser.add_argument(
+        "--without-head", action="store_true", help="leave out a drafter's output head that is its target's: l4jax convert fills it in"
+    )
     parser.set_defaults(run=run)
 
 
@@ -23,6 +26,6 @@ def run(arguments: argparse.Namespace) -> int:
     """Export, and say where to."""
     from l4jax.checkpoints.export import export
 
-    export(arguments.checkpoint, arguments.destination, to=arguments.to)
+    export(arguments.checkpoint, arguments.destination, to=arguments.to, without_head=arguments.without_head)
     print(f"{arguments.destination} is complete")
     return 0

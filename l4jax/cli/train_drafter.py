@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-_SHAPE = ("version", "layers", "intermediate_size", "draft_vocab")
+_SHAPE = ("version", "layers", "intermediate_size", "draft_vocab", "target_head")
 """Arguments that say what drafter to make."""
 
 
@@ -28,6 +28,12 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--layers", type=int, help="of an EAGLE-1 drafter (default: 1)")
     parser.add_argument("--intermediate-size", type=int, metavar="N", help="of the drafter's feed-forward blocks (default: the target's)")
     parser.add_argument("--draft-vocab", type=int, help="EAGLE-3: how many tokens it can guess (default: 8192)")
+    parser.add_argument(
+        "--target-head",
+        action="store_true",
+        default=None,
+        help="EAGLE-3: guess with the target's output head, cut to the draft vocabulary, and do not train it",
+    )
     parser.add_argument("--ttt-steps", type=int, default=7, help="passes over its own output; depth of the chains measured (default: 7)")
     parser.add_argument("--length", type=int, default=2048, help="most tokens of a prompt and its answer (default: 2048)")
     parser.add_argument("--batch", type=int, default=8, help="rows of so many tokens in a step (default: 8)")

@@ -100,6 +100,7 @@ def drafter_config_from_eagle(
             norm_before_fuse=False,
             norm_each_aux=False,
             norm_fed_back=False,
+            target_head=False,
             sources=decoder.sources,
         )
     if said.flag("use_aux_hidden_state") is False:
@@ -122,6 +123,7 @@ def drafter_config_from_eagle(
         norm_before_fuse=before_fuse,
         norm_each_aux=each_aux,
         norm_fed_back=_norm_fed_back(said, answers.norm_fed_back),
+        target_head=bool(said.flag("target_head")),
         sources=decoder.sources,
     )
 

@@ -29,7 +29,7 @@ def config_to_eagle(config: DrafterConfig, dtype: str, to: Literal["hf", "eagle"
         "fc_norm": config.norm_each_aux,
         "norm_output": config.norm_fed_back,
     }
-    sizes = {"draft_vocab_size": config.draft_vocab_size}
+    sizes = {"draft_vocab_size": config.draft_vocab_size, **({"target_head": True} if config.target_head else {})}
     if to == "speculators" or config.target_hidden_size != decoder.hidden_size:
         # SafeAILab's code takes a head that has this field for one with an embedding of its own.
         sizes["target_hidden_size"] = config.target_hidden_size

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from l4jax.arrays import to_host
 from l4jax.config import DrafterConfig, ModelConfig, usual_aux_layers
 from l4jax.model.drafter import build_drafter
 from l4jax.model.weights import random_weights
@@ -25,11 +27,13 @@ def new_drafter(
     draft_vocab: int,
     length: int,
     intermediate_size: int = 0,
+    target_head: bool = False,
     target_tokenizer: str | None = None,
 ) -> DrafterConfig:
     """A drafter for this model, of dense layers like its own with plain RoPE; ``length``: of the longest text it is trained on.
 
-    ``intermediate_size``: 0 for the target's. ``target_tokenizer``: the digest of the target's tokenizer, if it has one.
+    ``intermediate_size``: 0 for the target's. ``target_head``: as in :class:`DrafterConfig`. ``target_tokenizer``: the digest of the
+    target's tokenizer, if it has one.
 
     EAGLE-1 has the norms that published drafters of the model's architecture have; EAGLE-3 reads, as published ones do, the states that
     enter an early layer, the middle one and a late one.
@@ -69,6 +73,7 @@ def new_drafter(
         norm_before_fuse=False,
         norm_each_aux=False,
         norm_fed_back=False,
+        target_head=target_head,
     )
 
 
@@ -78,17 +83,29 @@ def trained_at(config: DrafterConfig, length: int) -> DrafterConfig:
     return dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, max_position_embeddings=longest))
 
 
-def first_weights(config: DrafterConfig, token_ids: np.ndarray, feature_Nf: np.ndarray, seed: int) -> dict[str, Array]:
-    """Weights to begin with: random ones, float32, and the draft vocabulary.
+def targets_part(config: DrafterConfig, target: ModelConfig, weights: Mapping[str, Array], token_ids: np.ndarray) -> dict[str, np.ndarray]:
+    """What a drafter has from its target, float32: the draft vocabulary, and with ``target_head`` the output head and the norm before it.
+
+    ``weights``: the target's. The norm is where training begins; the others stay as they are.
+    """
+    part = {"token_ids": token_ids}
+    if config.target_head:
+        part["head"] = to_host(weights[target.output_weight])[token_ids].astype(np.float32)
+        part["norm.scale"] = to_host(weights["norm.scale"]).astype(np.float32)
+    return part
+
+
+def first_weights(config: DrafterConfig, given: Mapping[str, Any], feature_Nf: np.ndarray, seed: int) -> dict[str, Any]:
+    """Weights to begin with: random ones, float32, but for those given.
 
     ``feature_Nf``: some of what the drafter will read. An EAGLE-3 drafter starts with all three residual streams at the same root mean
     square: the stream grows with depth (from 3 to 23 in SmolLM2), and the latest would drown the others.
     """
     weights = random_weights(build_drafter(config), jax.random.key(seed), jnp.dtype(jnp.float32))
     if config.version == "eagle1":
-        return weights
+        return dict(weights)
     feature_NIw = feature_Nf.astype(np.float32).reshape(-1, len(config.aux_layers), config.target_hidden_size)
     # Of the tokens the median: the first of a sequence has states a hundred times as large as the others'.
     rms_I = np.sqrt(np.median(np.mean(feature_NIw**2, axis=-1), axis=0))
     fuse_Df = weights["fuse"] / jnp.asarray(np.repeat(rms_I, config.target_hidden_size))[None]
-    return weights | {"fuse": fuse_Df, "token_ids": jnp.asarray(token_ids, jnp.int32)}
+    return {**weights, "fuse": fuse_Df, **given}

@@ -23,7 +23,7 @@ from l4jax.llm import LLM
 from l4jax.speculator import LoadedDrafter
 from l4jax.training.batches import Rows, batch, batches_in, draft_vocabulary, pack
 from l4jax.training.data import Example, Generation, Progress, answer, read_prompts
-from l4jax.training.drafters import Version, first_weights, new_drafter, trained_at
+from l4jax.training.drafters import Version, first_weights, new_drafter, targets_part, trained_at
 from l4jax.training.evaluate import replay
 from l4jax.training.folder import RunFolder, claim
 from l4jax.training.kept import KeptStates
@@ -39,16 +39,17 @@ class Settings:
     """What decides a run's outcome, beside its target and its data.
 
     ``layers``: of an EAGLE-1 drafter. ``intermediate_size``: of the drafter's feed-forward blocks (0: the target's). ``draft_vocab``:
-    tokens that an EAGLE-3 drafter can guess. ``ttt_steps``: passes that an EAGLE-3 drafter is trained for, each over the output of the
-    one before; and the length of the chains that both kinds are measured by. ``length``: tokens of a row, and the most that a prompt
-    and its answer have together. ``batch``: rows of a step. ``held_out``: the share of prompts kept for evaluation. ``temperature``,
-    ``max_tokens``: of the answers.
+    tokens that an EAGLE-3 drafter can guess; ``target_head``: with the target's output head. ``ttt_steps``: passes that an EAGLE-3
+    drafter is trained for, each over the output of the one before; and the length of the chains that both kinds are measured by.
+    ``length``: tokens of a row, and the most that a prompt and its answer have together. ``batch``: rows of a step. ``held_out``: the
+    share of prompts kept for evaluation. ``temperature``, ``max_tokens``: of the answers.
     """
 
     version: Version = "eagle3"
     layers: int = 1
     intermediate_size: int = 0
     draft_vocab: int = 8192
+    target_head: bool = False
     ttt_steps: int = 7
     length: int = 2048
     batch: int = 8
@@ -92,6 +93,7 @@ class Settings:
             layers=drafter.decoder.num_layers,
             intermediate_size=drafter.decoder.intermediate_size,
             draft_vocab=drafter.draft_vocab_size,
+            target_head=drafter.target_head,
         )
 
 
@@ -190,6 +192,7 @@ class _Run:
                 layers=settings.layers,
                 intermediate_size=settings.intermediate_size,
                 draft_vocab=len(token_ids),
+                target_head=settings.target_head,
                 length=longest,
                 target_tokenizer=target_tokenizer,
             )
@@ -200,10 +203,11 @@ class _Run:
         self._steps = settings.epochs * batches_in(self._rows, settings.batch)
         self._settings, self._folder, self._log = settings, folder, log
         self._speculation, self._licences = speculation, licences
+        given = start.weights if start is not None else targets_part(config, llm.config, llm.weights, token_ids)
         self._trainer = Trainer(
             config,
             llm,
-            {"token_ids": token_ids} if start is None else start.weights,
+            given,
             passes=settings.ttt_steps,
             rate=settings.lr,
             warmup=settings.warmup,
@@ -221,7 +225,7 @@ class _Run:
         else:
             rows = batch(self._rows, settings.batch, 0, settings.seed)
             feature_Nf = to_host(self._trainer.target_states(rows).feature_BTf)[_sequences(rows)]
-            self._start, self._state = 0, self._trainer.first_state(first_weights(config, token_ids, feature_Nf, settings.seed))
+            self._start, self._state = 0, self._trainer.first_state(first_weights(config, given, feature_Nf, settings.seed))
         answer_tokens = sum(len(example.answer or ()) for example in train)
         log(
             f"{len(train)} sequences with {answer_tokens} answer tokens in {len(self._rows.number_B)} rows; {len(held_out)} held out; "

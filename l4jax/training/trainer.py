@@ -58,7 +58,8 @@ class Trainer:
         steps: int,
         seed: int,
     ) -> None:
-        """``weights``: those that are not trained are taken from these: the draft vocabulary, and an embedding of the drafter's own.
+        """``weights``: those that are not trained are taken from these: the draft vocabulary, an embedding of the drafter's own,
+        an output head that is the target's.
 
         ``passes``: an EAGLE-3 drafter's in training, and how far both kinds are measured."""
         placement = llm.placement
@@ -71,7 +72,8 @@ class Trainer:
         self._drafter = BoundModel(module)
         self._specs = weight_specs(module)
         # An embedding of its own is its target's, or a copy that has been: published recipes leave it as it is too.
-        self._trained = [name for name, spec in self._specs.items() if spec.init != "numbers" and name != "embed"]
+        kept = {"embed"} | ({"head"} if config.target_head else set())
+        self._trained = [name for name, spec in self._specs.items() if spec.init != "numbers" and name not in kept]
         fixed = self._specs.keys() - set(self._trained)
         self._fixed = {name: global_array(weights[name], placement.array_sharding()) for name in sorted(fixed)}
         self.schedule = optax.warmup_cosine_decay_schedule(0.0, rate, min(warmup, steps - 1), steps)

@@ -54,7 +54,9 @@ class EagleSource:
         if key == _HEAD and self._takes_target_head:
             recipe = self.recipes["token_ids"]
             token_ids_V = recipe.assemble([self.read(part) for part in recipe.keys])
-            return self._target.read(self._target.config.output_weight)[token_ids_V].astype(self.tensors[key].dtype)
+            name = self._target.config.output_weight
+            head_VD: np.ndarray = self._target.read_group(self._target.weights[name].group)[name]
+            return head_VD[token_ids_V].astype(self.tensors[key].dtype)
         return self._files.read(self._names[key])
 
     def write_text_files(self, directory: Path) -> list[str]:

@@ -23,7 +23,6 @@ from l4jax.checkpoints.store import (
     DrafterCheckpoint,
     Stored,
     is_vision,
-    load_verified,
     open_checkpoint,
     open_drafter,
 )
@@ -254,7 +253,6 @@ class _Groups:
         group = self._checkpoint.weights[name].group
         if group != self._group:
             self._arrays = {}
-            weights = {n: w for n, w in self._checkpoint.weights.items() if w.group == group}
-            self._arrays, self._group = load_verified(self._checkpoint.directory / "weights" / group, weights), group
+            self._arrays, self._group = self._checkpoint.read_group(group), group
         array: np.ndarray = self._arrays[name]
         return array

@@ -34,7 +34,7 @@ from flax import nnx
 
 from l4jax.checkpoints.partial import SUFFIX
 from l4jax.checkpoints.source import CheckpointError, read_json
-from l4jax.config import DrafterConfig, ModelConfig, config_from_json, config_to_json, drafter_config_from_json
+from l4jax.config import ConfigError, DrafterConfig, ModelConfig, config_from_json, config_to_json, drafter_config_from_json
 from l4jax.decoding.plan import UNMEASURED, TableJson
 from l4jax.model.drafter import build_drafter
 from l4jax.model.llama import Llama
@@ -247,15 +247,14 @@ class Stored:
         """These weights by the group they lie in."""
         return groups_of({name: self.weights[name] for name in names})
 
-    def read(self, name: str) -> np.ndarray:
-        """One weight as it is stored. Raises :class:`CheckpointError` if it is not what was written."""
-        group = self.weights[name].group
-        return load_verified(self.directory / "weights" / group, {name: self.weights[name]})[name]
+    def read_group(self, group: str) -> dict[str, np.ndarray]:
+        """The weights of a group as they are stored. Raises :class:`CheckpointError` if one is not what was written."""
+        return load_verified(self.directory / "weights" / group, {n: w for n, w in self.weights.items() if w.group == group})
 
     def verify(self) -> None:
         """Read every weight; :class:`CheckpointError` if one is not what was written."""
-        for group, names in self.groups(self.weights).items():
-            load_verified(self.directory / "weights" / group, {name: self.weights[name] for name in names})
+        for group in self.groups(self.weights):
+            self.read_group(group)
 
     def restore(self, placement: Placement, dtype: np.dtype | None = None) -> dict[str, Any]:
         """The decoder's weights on the devices, cast to ``dtype`` (default: :attr:`dtype`).
@@ -371,6 +370,10 @@ def _damage_to(manifest: Path) -> Iterator[None]:
         yield
     except (AttributeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{manifest} is damaged ({error!r}); convert the checkpoint again") from error
+    except ConfigError as error:
+        raise CheckpointError(
+            f"{manifest} is damaged, or another version of l4jax made it ({error}); convert the checkpoint again"
+        ) from error
 
 
 def _check_weights(stored: Stored, module: nnx.Module) -> None:

@@ -86,12 +86,15 @@ def trained_at(config: DrafterConfig, length: int) -> DrafterConfig:
 def targets_part(config: DrafterConfig, target: ModelConfig, weights: Mapping[str, Array], token_ids: np.ndarray) -> dict[str, np.ndarray]:
     """What a drafter has from its target, float32: the draft vocabulary, and with ``target_head`` the output head and the norm before it.
 
-    ``weights``: the target's. The norm is where training begins; the others stay as they are.
+    ``weights``: the target's. The norm is where training begins, and as much smaller as makes the logits of a random state differ by 1, as
+    a new head's do: at its own size wrong guesses would be sure ones. The others stay as they are.
     """
     part = {"token_ids": token_ids}
     if config.target_head:
-        part["head"] = to_host(weights[target.output_weight])[token_ids].astype(np.float32)
-        part["norm.scale"] = to_host(weights["norm.scale"]).astype(np.float32)
+        head_VD = to_host(weights[target.output_weight])[token_ids].astype(np.float32)
+        scale_D = to_host(weights["norm.scale"]).astype(np.float32)
+        spread = np.sqrt(np.mean(np.sum((scale_D * head_VD) ** 2, axis=-1)))
+        part |= {"head": head_VD, "norm.scale": scale_D / spread}
     return part
 
 

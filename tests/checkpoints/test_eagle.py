@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import l4jax
 from l4jax import LLM, cli
 from l4jax.checkpoints.convert import convert
 from l4jax.checkpoints.export import export
+from l4jax.checkpoints.source import CheckpointError
 from l4jax.checkpoints.store import StoredWeight, checksum, load_verified, open_drafter, save_group, write_manifest
 from l4jax.config import ModelConfig
 from l4jax.decoding.plan import UNMEASURED
@@ -266,6 +268,44 @@ def test_a_converted_head_speculates(target: Path, tmp_path: Path) -> None:
     llm = l4jax.load(model, max_batch=1, drafter=tmp_path / "without tokenizer", speculation="chain:2")
     (found,) = llm.generate([[1, 2, 3]], l4jax.SamplingParams(max_tokens=20, temperature=0.0))
     assert found.token_ids == plain[0].token_ids and found.stats.rounds > 0
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_output_head_that_is_the_target_s_can_be_left_out(tied: bool, tmp_path: Path) -> None:
+    config = target_config(tie_word_embeddings=tied)
+    target, head = save_target(tmp_path / "target", config), eagle3_head(target_head=True)
+    ids = np.arange(heads.DRAFT) + head.tensors["d2t"]
+    head.tensors["lm_head.weight"] = np.asarray(tiny.weights(config)["embed" if tied else "head"])[ids]
+    convert(heads.write(tmp_path / "whole", head.config, head.tensors), tmp_path / "drafter", target=target)
+    whole = open_drafter(tmp_path / "drafter")
+    assert whole.config.target_head
+    assert cli.main(["export", str(tmp_path / "drafter"), str(tmp_path / "small"), "--to", "eagle", "--without-head"]) == 0
+    assert "lm_head.weight" not in load_file(tmp_path / "small" / "model.safetensors")
+    convert(tmp_path / "small", tmp_path / "again", target=target)
+    again = open_drafter(tmp_path / "again")
+    assert again.config == whole.config
+    assert {n: w.crc32 for n, w in again.weights.items()} == {n: w.crc32 for n, w in whole.weights.items()}
+    export(tmp_path / "again", tmp_path / "for others", to="speculators")
+    np.testing.assert_array_equal(
+        load_file(tmp_path / "for others" / "model.safetensors")["lm_head.weight"], head.tensors["lm_head.weight"]
+    )
+
+
+def test_an_output_head_of_its_own_is_not_left_out(target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    convert(heads.write(tmp_path / "head", eagle3_head().config, eagle3_head().tensors), tmp_path / "drafter", target=target)
+    capsys.readouterr()
+    assert cli.main(["export", str(tmp_path / "drafter"), str(tmp_path / "small"), "--to", "eagle", "--without-head"]) == 2
+    assert "drafter has an output head that is not its target's; leave out --without-head" in capsys.readouterr().err
+    assert not (tmp_path / "small").exists()
+
+
+def test_a_drafter_of_another_version_is_to_be_converted_again(target: Path, tmp_path: Path) -> None:
+    convert(heads.write(tmp_path / "head", eagle3_head().config, eagle3_head().tensors), tmp_path / "drafter", target=target)
+    manifest = json.loads((tmp_path / "drafter" / "checkpoint.json").read_text())
+    del manifest["drafter"]["target_head"]
+    (tmp_path / "drafter" / "checkpoint.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"or another version of l4jax made it .*target_head.*; convert the checkpoint again"):
+        open_drafter(tmp_path / "drafter")
 
 
 def without(head: Head, key: str) -> Head:

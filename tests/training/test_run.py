@@ -14,7 +14,7 @@ import pytest
 
 from l4jax import LLM, cli
 from l4jax.checkpoints.store import StoredWeight, checksum, load_verified, open_drafter, save_group, write_manifest
-from l4jax.training.drafters import trained_at
+from l4jax.training.drafters import targets_part, trained_at
 from l4jax.training.folder import claim
 from l4jax.training.run import Settings, train_drafter
 from tests import tiny
@@ -182,6 +182,21 @@ def test_goes_on_from_a_drafter(llm: LLM, data: Path, tmp_path: Path) -> None:
     other = tiny.llama3_like(vocab_size=32)
     with pytest.raises(ValueError, match="the drafter is for a model with a vocabulary of 24, not 32"):
         train(LLM(other, tiny.weights(other)), data, tmp_path / "third", start=first)
+
+
+def test_the_target_s_output_head_stays_as_it_is(llm: LLM, data: Path, tmp_path: Path) -> None:
+    found = open_drafter(train(llm, data, tmp_path / "out", dataclasses.replace(SETTINGS, target_head=True)))
+    weights = outcome(tmp_path / "out")[2]
+    assert found.config.target_head
+    np.testing.assert_array_equal(weights["head"], np.asarray(llm.weights["head"])[weights["token_ids"]])
+    # Of a random state, whose parts are as large as a norm makes them, the logits to begin with differ by about 1.
+    part = targets_part(found.config, llm.config, llm.weights, weights["token_ids"])
+    state_ND = np.random.default_rng(0).normal(size=(4000, llm.config.hidden_size)) * part["norm.scale"]
+    np.testing.assert_allclose(np.std(state_ND @ part["head"].T), 1.0, rtol=0.05)
+    assert not np.array_equal(weights["norm.scale"], part["norm.scale"])
+    more = dataclasses.replace(SETTINGS, epochs=1, seed=1)
+    train(llm, data, tmp_path / "more", more, start=found)
+    np.testing.assert_array_equal(outcome(tmp_path / "more")[2]["head"], weights["head"])
 
 
 def test_the_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,15 +9,15 @@ TARGET is a folder made by `l4jax convert`. The same numbers give the same promp
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Iterator
 
+from drafter_prompts import TEMPERATURES
+
 import l4jax
 from l4jax import LLM, SamplingParams
-
-TEMPERATURES = (0.8, 0.0)
-"""What the answers are to be drawn at, in turn."""
 
 
 def main() -> None:
@@ -60,7 +60,10 @@ def user_turn(llm: LLM) -> list[int]:
     if llm.chat_format is None:
         raise SystemExit("the model has no chat template, so there is no user's turn to begin; give one that has")
     one, other = (llm.chat_format.encode([{"role": "user", "content": word}]) for word in ("one", "two"))
-    return one[: next(i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)]
+    begun = [a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]
+    if len(begun) in (0, len(one)):
+        raise SystemExit("the model's chat template does not begin a user's turn before what the user says; give other prompts")
+    return begun
 
 
 if __name__ == "__main__":

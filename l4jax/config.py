@@ -167,7 +167,7 @@ class DrafterConfig:
     """An EAGLE drafter: a small decoder that continues the target's hidden states, and what it reads of the target.
 
     ``version``: "eagle1" predicts the target's next final hidden state and uses the target's output head; "eagle3" reads the residual
-    stream in three places and has an output head of its own, over ``draft_vocab_size`` of the target's tokens.
+    stream in three places and has an output head over ``draft_vocab_size`` of the target's tokens.
     ``decoder``: its layers, their RoPE and norms; ``vocab_size`` is the target's, ``max_position_embeddings`` the length it was trained at.
     ``target_layers``, ``target_hidden_size``: of the target it was trained for; ``target_tokenizer``: the digest of that one's
     tokenizer, if known.

@@ -98,7 +98,7 @@ def drafter(config: ModelConfig, version: Literal["eagle1", "eagle3"] = "eagle3"
         "aux_layers": (1, 2, 3) if version == "eagle3" else (),
     }
     flags = ("own_embedding", "fuse_bias", "first_layer_normed", "final_normed")
-    flags += ("norm_before_residual", "norm_before_fuse", "norm_each_aux", "norm_fed_back")
+    flags += ("norm_before_residual", "norm_before_fuse", "norm_each_aux", "norm_fed_back", "target_head")
     return DrafterConfig(**values | dict.fromkeys(flags, False) | changes)
 
 

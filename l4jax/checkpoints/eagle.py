@@ -40,28 +40,43 @@ class EagleSource:
         self.tensors: Mapping[str, TensorInfo] = {name: self._files.tensors[key] for name, key in self._names.items()}
         self.config: DrafterConfig = drafter_config_from_eagle(values, self.tensors, target.config, target.tokenizer_digest, answers)
         check_fits(self.config, target.config)
-        self._takes_target_head = self.config.target_head and _HEAD not in self.tensors
-        if self._takes_target_head and "fc.weight" in self.tensors:
-            shape = (self.config.draft_vocab_size, self.config.decoder.hidden_size)
-            self.tensors = {**self.tensors, _HEAD: TensorInfo(shape, self.tensors["fc.weight"].dtype)}
+        if self.config.target_head:
+            # A conversion that is taken up again must be for the same target.
+            self.fingerprint = {**self.fingerprint, f"the target {target.digest}": []}
+            if _HEAD not in self.tensors and "fc.weight" in self.tensors:
+                shape = (self.config.draft_vocab_size, self.config.decoder.hidden_size)
+                self.tensors = {**self.tensors, _HEAD: TensorInfo(shape, self.tensors["fc.weight"].dtype)}
         # EAGLE-1 drafts with its target's head, of which some writers store a copy.
         self.ignored = frozenset({_HEAD} & self.tensors.keys() if self.config.version == "eagle1" else ())
         recipes = _eagle1_recipes if self.config.version == "eagle1" else _eagle3_recipes
         self.recipes: Mapping[str, Recipe] = recipes(self.config, self.tensors, speculators=form == "speculators")
 
     def read(self, key: str) -> np.ndarray:
-        """The tensor, memory-mapped; an output head that the files leave out, from the target's."""
-        if key == _HEAD and self._takes_target_head:
-            recipe = self.recipes["token_ids"]
-            token_ids_V = recipe.assemble([self.read(part) for part in recipe.keys])
-            name = self._target.config.output_weight
-            head_VD: np.ndarray = self._target.read_group(self._target.weights[name].group)[name]
-            return head_VD[token_ids_V].astype(self.tensors[key].dtype)
+        """The tensor, memory-mapped; an output head that the files leave out, the target's."""
+        if key == _HEAD and self.config.target_head:
+            head_VD = self._target_head(self.tensors[key].dtype)
+            if key in self._names and not _equal_but_for_rounding(self._files.read(self._names[key]), head_VD):
+                raise CheckpointError(
+                    f"tensor {key} is not the output head of {self._target.directory}, as target_head in config.json says; "
+                    "give the model that the head was trained for, or remove target_head"
+                )
+            return head_VD
         return self._files.read(self._names[key])
+
+    def _target_head(self, dtype: np.dtype) -> np.ndarray:
+        """The target's output head, cut to the draft vocabulary."""
+        recipe, name = self.recipes["token_ids"], self._target.config.output_weight
+        token_ids_V = recipe.assemble([self.read(key) for key in recipe.keys])
+        return self._target.read_group(self._target.weights[name].group)[name][token_ids_V].astype(dtype, copy=False)
 
     def write_text_files(self, directory: Path) -> list[str]:
         """Copy licence files: the head's own, or else the target's, from which it was distilled."""
         return copy_files(self._directory, LICENCES, directory) or copy_files(self._target.directory, LICENCES, directory)
+
+
+def _equal_but_for_rounding(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether they are the same but for one rounding to 16 bits, as of a target that was held in them while its drafter was trained."""
+    return np.allclose(a.astype(np.float32), b.astype(np.float32), rtol=2.0**-8, atol=1e-7)
 
 
 class _TorchFiles:
@@ -111,7 +126,8 @@ def _eagle3_recipes(config: DrafterConfig, tensors: Mapping[str, TensorInfo], *,
     wanted.same("layer.feed_forward_norm.scale", f"{theirs}post_attention_layernorm.weight", (D,))
     swiglu_recipes(wanted, "layer.feed_forward.", f"{theirs}mlp.", D, decoder.intermediate_size)
     wanted.same("norm.scale", "norm.weight", (D,))
-    wanted.same("head", _HEAD, (V, D))
+    which = "the target's output head, cut to the draft vocabulary" if config.target_head else "as it is"
+    wanted.add("head", [(_HEAD, (V, D))], lambda parts: parts[0], which)
     if decoder.vocab_size == V and "d2t" not in tensors:
         wanted.add("token_ids", [], lambda _: np.arange(V, dtype=np.int32), "all tokens")
         return wanted.recipes

@@ -59,7 +59,8 @@ def export(
     checkpoint = open_checkpoint(checkpoint_path) if to == "hf" else open_drafter(checkpoint_path)
     if without_head and not (isinstance(checkpoint, DrafterCheckpoint) and checkpoint.config.target_head):
         raise CheckpointError(
-            f"{checkpoint.directory} has an output head that is not its target's; leave out --without-head, or train with --target-head"
+            f"{checkpoint.directory} is no drafter with its target's output head, as train-drafter --target-head makes them; "
+            "leave out --without-head"
         )
     target = check_destination(destination)
     if isinstance(checkpoint, DrafterCheckpoint):

@@ -371,9 +371,7 @@ def _damage_to(manifest: Path) -> Iterator[None]:
     except (AttributeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{manifest} is damaged ({error!r}); convert the checkpoint again") from error
     except ConfigError as error:
-        raise CheckpointError(
-            f"{manifest} is damaged, or another version of l4jax made it ({error}); convert the checkpoint again"
-        ) from error
+        raise CheckpointError(f"{manifest} is damaged, or another version of l4jax made it ({error}); make the checkpoint again") from error
 
 
 def _check_weights(stored: Stored, module: nnx.Module) -> None:

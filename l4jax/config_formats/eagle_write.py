@@ -29,10 +29,12 @@ def config_to_eagle(config: DrafterConfig, dtype: str, to: Literal["hf", "eagle"
         "fc_norm": config.norm_each_aux,
         "norm_output": config.norm_fed_back,
     }
-    sizes = {"draft_vocab_size": config.draft_vocab_size, **({"target_head": True} if config.target_head else {})}
+    head: dict[str, Any] = {"draft_vocab_size": config.draft_vocab_size}
+    if config.target_head:
+        head["target_head"] = True
     if to == "speculators" or config.target_hidden_size != decoder.hidden_size:
         # SafeAILab's code takes a head that has this field for one with an embedding of its own.
-        sizes["target_hidden_size"] = config.target_hidden_size
+        head["target_hidden_size"] = config.target_hidden_size
     if to == "speculators":
         if decoder.architecture != "llama" or decoder.num_layers != 1:
             raise ConfigError("the drafter has layers of Llama 4, or several, which speculators has no format for; export it --to eagle")
@@ -51,7 +53,7 @@ def config_to_eagle(config: DrafterConfig, dtype: str, to: Literal["hf", "eagle"
             },
             "transformer_layer_config": layer,
             "torch_dtype": dtype,
-            **({**sizes, **norms, **aux} if eagle3 else {"fusion_bias": config.fuse_bias, "layernorms": False}),
+            **({**head, **norms, **aux} if eagle3 else {"fusion_bias": config.fuse_bias, "layernorms": False}),
         }
     if not eagle3:
         return layer | ({"bias": config.fuse_bias} if decoder.architecture == "llama" else {"architectures": ["EagleLlama4ForCausalLM"]})
@@ -62,4 +64,4 @@ def config_to_eagle(config: DrafterConfig, dtype: str, to: Literal["hf", "eagle"
         flags = ", ".join(name for name, value in norms.items() if value)
         raise ConfigError(f"the drafter has {flags}, which the code that reads this format does not know; export it --to speculators")
     eagle = {"eagle_aux_hidden_state_layer_ids": [i - 1 for i in config.aux_layers], "use_aux_hidden_state": True}
-    return layer | {"architectures": ["LlamaForCausalLMEagle3"], **sizes, "eagle_config": eagle}
+    return layer | {"architectures": ["LlamaForCausalLMEagle3"], **head, "eagle_config": eagle}

@@ -147,7 +147,7 @@ class Eagle3Layer(nnx.Module):
 
 
 class Eagle3(Drafter):
-    """Joins the residual stream of three of the target's layers, and has a head of its own over the likeliest tokens."""
+    """Joins the residual stream of three of the target's layers, and has a head over the likeliest tokens."""
 
     def __init__(self, config: DrafterConfig, mesh: MeshSpec = ONE_DEVICE) -> None:
         super().__init__(config, mesh)

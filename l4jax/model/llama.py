@@ -178,8 +178,12 @@ class Llama(nnx.Module):
     def logits(self, x_BTD: Float[Array, "*B D"]) -> Float32[Array, "*B V"]:
         """Next-token logits of final hidden states, in float32; on a mesh, those of this rank's part of the vocabulary."""
         with jax.named_scope("head"):
-            table_VD = self.embed[...] if self.config.tie_word_embeddings else self.head[...]
-            return linear(x_BTD, table_VD, dtype=jnp.dtype(jnp.float32))
+            return linear(x_BTD, self.output_table, dtype=jnp.dtype(jnp.float32))
+
+    @property
+    def output_table(self) -> Float[Array, "V D"]:
+        """The weight whose rows the logits are products with."""
+        return getattr(self, self.config.output_weight)[...]
 
 
 def embed(table_VD: Float[Array, "V D"], token_BT: Int32[Array, "B T"], vocab: Ranks) -> Float[Array, "B T D"]:

@@ -83,8 +83,10 @@ def trained_at(config: DrafterConfig, length: int) -> DrafterConfig:
     return dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, max_position_embeddings=longest))
 
 
-def targets_part(config: DrafterConfig, target: ModelConfig, weights: Mapping[str, Array], token_ids: np.ndarray) -> dict[str, np.ndarray]:
-    """What a drafter has from its target, float32: the draft vocabulary, and with ``target_head`` the output head and the norm before it.
+def weights_from_target(
+    config: DrafterConfig, target: ModelConfig, weights: Mapping[str, Array], token_ids: np.ndarray
+) -> dict[str, np.ndarray]:
+    """What a new drafter does not draw at random, float32: the draft vocabulary, and with ``target_head`` output head and norm before it.
 
     ``weights``: the target's. The norm is where training begins, and as much smaller as makes the logits of a random state differ by 1, as
     a new head's do: at its own size wrong guesses would be sure ones. The others stay as they are.
@@ -93,13 +95,14 @@ def targets_part(config: DrafterConfig, target: ModelConfig, weights: Mapping[st
     if config.target_head:
         head_VD = to_host(weights[target.output_weight])[token_ids].astype(np.float32)
         scale_D = to_host(weights["norm.scale"]).astype(np.float32)
-        spread = np.sqrt(np.mean(np.sum((scale_D * head_VD) ** 2, axis=-1)))
+        # What all rows have in common adds to all logits alike.
+        spread = np.sqrt(np.mean(np.sum((scale_D * (head_VD - np.mean(head_VD, axis=0))) ** 2, axis=-1)))
         part |= {"head": head_VD, "norm.scale": scale_D / spread}
     return part
 
 
 def first_weights(config: DrafterConfig, given: Mapping[str, Any], feature_Nf: np.ndarray, seed: int) -> dict[str, Any]:
-    """Weights to begin with: random ones, float32, but for those given.
+    """Weights to begin with: random ones, float32; of an EAGLE-3 drafter those given are as they are.
 
     ``feature_Nf``: some of what the drafter will read. An EAGLE-3 drafter starts with all three residual streams at the same root mean
     square: the stream grows with depth (from 3 to 23 in SmolLM2), and the latest would drown the others.

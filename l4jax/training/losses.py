@@ -125,12 +125,11 @@ def _eagle3(drafter: Drafter, target: Llama, rows: Rows, next_BTD: Array, featur
 
 def _eagle1(target: Llama, rows: Rows, next_BTD: Array, feature_BTf: Array, noise: Array) -> Learning:
     """Smooth L1 distance from the target's next state, and cross-entropy with its distribution."""
-    table_VD = target.embed[...] if target.config.tie_word_embeddings else target.head[...]
 
     def row(x_TD: Array) -> tuple[Array, Array]:
         logits_TV = target.logits(x_TD)
-        probability_TV = jax.nn.softmax(logits_TV, axis=-1).astype(table_VD.dtype)
-        expected_TD = jnp.einsum("tv,vd->td", probability_TV, table_VD, preferred_element_type=jnp.float32)
+        probability_TV = jax.nn.softmax(logits_TV, axis=-1).astype(target.output_table.dtype)
+        expected_TD = jnp.einsum("tv,vd->td", probability_TV, target.output_table, preferred_element_type=jnp.float32)
         return expected_TD, jnp.argmax(logits_TV, axis=-1).astype(jnp.int32)
 
     def noise_of(number: Array) -> Array:  # by row, whichever device has it

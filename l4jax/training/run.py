@@ -23,7 +23,7 @@ from l4jax.llm import LLM
 from l4jax.speculator import LoadedDrafter
 from l4jax.training.batches import Rows, batch, batches_in, draft_vocabulary, pack
 from l4jax.training.data import Example, Generation, Progress, answer, read_prompts
-from l4jax.training.drafters import Version, first_weights, new_drafter, targets_part, trained_at
+from l4jax.training.drafters import Version, first_weights, new_drafter, trained_at, weights_from_target
 from l4jax.training.evaluate import replay
 from l4jax.training.folder import RunFolder, claim
 from l4jax.training.kept import KeptStates
@@ -79,6 +79,8 @@ class Settings:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least {lowest}")
         if self.version == "eagle3" and self.layers != 1:
             raise ValueError(f"layers is {self.layers}; expected 1 for an EAGLE-3 drafter")
+        if self.version == "eagle1" and self.target_head:
+            raise ValueError("target_head is for EAGLE-3 drafters: an EAGLE-1 drafter always has its target's output head; leave it out")
         if not 0 < self.lr < math.inf:
             raise ValueError(f"lr is {self.lr}; expected a number above 0")
         if not 0 <= self.held_out < 1:
@@ -203,11 +205,14 @@ class _Run:
         self._steps = settings.epochs * batches_in(self._rows, settings.batch)
         self._settings, self._folder, self._log = settings, folder, log
         self._speculation, self._licences = speculation, licences
-        given = start.weights if start is not None else targets_part(config, llm.config, llm.weights, token_ids)
+        from_target = weights_from_target(config, llm.config, llm.weights, token_ids)
+        if start is not None:
+            # An output head that is the target's is this target's, of which the drafter may come from an earlier version.
+            start_weights: dict[str, Any] = {**start.weights, **{name: w for name, w in from_target.items() if name == "head"}}
         self._trainer = Trainer(
             config,
             llm,
-            given,
+            from_target if start is None else start_weights,
             passes=settings.ttt_steps,
             rate=settings.lr,
             warmup=settings.warmup,
@@ -221,11 +226,11 @@ class _Run:
         if saved is not None:
             self._start, self._state = saved[0], self._trainer.from_arrays(saved[1])
         elif start is not None:
-            self._start, self._state = 0, self._trainer.first_state(start.weights)
+            self._start, self._state = 0, self._trainer.first_state(start_weights)
         else:
             rows = batch(self._rows, settings.batch, 0, settings.seed)
             feature_Nf = to_host(self._trainer.target_states(rows).feature_BTf)[_sequences(rows)]
-            self._start, self._state = 0, self._trainer.first_state(first_weights(config, given, feature_Nf, settings.seed))
+            self._start, self._state = 0, self._trainer.first_state(first_weights(config, from_target, feature_Nf, settings.seed))
         answer_tokens = sum(len(example.answer or ()) for example in train)
         log(
             f"{len(train)} sequences with {answer_tokens} answer tokens in {len(self._rows.number_B)} rows; {len(held_out)} held out; "

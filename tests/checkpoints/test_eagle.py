@@ -44,8 +44,8 @@ def target_config(**changes: Any) -> ModelConfig:
     return tiny.llama3_like(**(sizes | changes))
 
 
-def save_target(folder: Path, config: ModelConfig, tokenizer: str | None = "{}") -> Path:
-    arrays = {name: np.asarray(weight) for name, weight in tiny.weights(config).items()}
+def save_target(folder: Path, config: ModelConfig, tokenizer: str | None = "{}", weights_seed: int = 0) -> Path:
+    arrays = {name: np.asarray(weight) for name, weight in tiny.weights(config, weights_seed).items()}
     save_group(folder / "weights" / "00000", arrays)
     stored = {name: StoredWeight("00000", a.shape, a.dtype.name, checksum(a)) for name, a in arrays.items()}
     if tokenizer is not None:
@@ -291,11 +291,35 @@ def test_an_output_head_that_is_the_target_s_can_be_left_out(tied: bool, tmp_pat
     )
 
 
+def test_an_output_head_that_is_another_model_s_is_refused(target: Path, tmp_path: Path) -> None:
+    head = eagle3_head(target_head=True)
+    heads.write(tmp_path / "head", head.config, head.tensors)
+    with pytest.raises(CheckpointError, match=r"lm_head.weight is not the output head of .*, as target_head .* says; give the model"):
+        convert(tmp_path / "head", tmp_path / "drafter", target=target)
+
+
+def test_a_conversion_taken_up_again_is_for_the_same_target(target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    head = without(eagle3_head(target_head=True), "lm_head.weight")
+    heads.write(tmp_path / "head", head.config, head.tensors)
+    with monkeypatch.context() as patched:
+        patched.setattr("l4jax.checkpoints.convert.write_manifest", killed)
+        with pytest.raises(KeyboardInterrupt):
+            convert(tmp_path / "head", tmp_path / "drafter", target=target)
+    other = save_target(tmp_path / "other", target_config(rope_theta=1.0), weights_seed=1)
+    convert(tmp_path / "head", tmp_path / "drafter", target=other)
+    convert(tmp_path / "head", tmp_path / "anew", target=other)
+    found, expected = open_drafter(tmp_path / "drafter"), open_drafter(tmp_path / "anew")
+    assert found.weights["head"].crc32 == expected.weights["head"].crc32
+
+
 def test_an_output_head_of_its_own_is_not_left_out(target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     convert(heads.write(tmp_path / "head", eagle3_head().config, eagle3_head().tensors), tmp_path / "drafter", target=target)
     capsys.readouterr()
     assert cli.main(["export", str(tmp_path / "drafter"), str(tmp_path / "small"), "--to", "eagle", "--without-head"]) == 2
-    assert "drafter has an output head that is not its target's; leave out --without-head" in capsys.readouterr().err
+    assert "drafter is no drafter with its target's output head, as train-drafter --target-head makes" in capsys.readouterr().err
     assert not (tmp_path / "small").exists()
 
 
@@ -304,7 +328,7 @@ def test_a_drafter_of_another_version_is_to_be_converted_again(target: Path, tmp
     manifest = json.loads((tmp_path / "drafter" / "checkpoint.json").read_text())
     del manifest["drafter"]["target_head"]
     (tmp_path / "drafter" / "checkpoint.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match=r"or another version of l4jax made it .*target_head.*; convert the checkpoint again"):
+    with pytest.raises(CheckpointError, match=r"or another version of l4jax made it .*target_head.*; make the checkpoint again"):
         open_drafter(tmp_path / "drafter")
 
 

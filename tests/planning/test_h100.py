@@ -132,7 +132,7 @@ def test_rounds_of_speculation_keep_the_cache_in_place_and_gather_no_logits():
     own = {"intermediate_size": 32768, "rope_scaling": None, "max_position_embeddings": 2048, "attn_temperature_tuning": False}
     decoder = dataclasses.replace(config, **one_dense_layer, **own)
     flags = ("own_embedding", "fuse_bias", "first_layer_normed", "final_normed")
-    flags += ("norm_before_residual", "norm_before_fuse", "norm_each_aux", "norm_fed_back")
+    flags += ("norm_before_residual", "norm_before_fuse", "norm_each_aux", "norm_fed_back", "target_head")
     drafter = DrafterConfig(
         version="eagle3",
         decoder=decoder,

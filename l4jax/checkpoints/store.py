@@ -167,7 +167,7 @@ def _only_the_error() -> Iterator[None]:
     sys.unraisablehook = print_others
     try:
         yield
-    except Exception:
+    except Exception:  # whatever it is: it goes on to the caller, and only what is said beside it is filtered
         logging.getLogger("asyncio").addFilter(_not_of_tensorstore)
         raise
     else:

@@ -205,14 +205,14 @@ class _Run:
         self._steps = settings.epochs * batches_in(self._rows, settings.batch)
         self._settings, self._folder, self._log = settings, folder, log
         self._speculation, self._licences = speculation, licences
-        from_target = weights_from_target(config, llm.config, llm.weights, token_ids)
+        given: dict[str, Any] = weights_from_target(config, llm.config, llm.weights, token_ids)
         if start is not None:
-            # An output head that is the target's is this target's, of which the drafter may come from an earlier version.
-            start_weights: dict[str, Any] = {**start.weights, **{name: w for name, w in from_target.items() if name == "head"}}
+            # An output head that is the target's is this target's: the drafter may have been for an earlier version of it.
+            given = {**start.weights, **({"head": given["head"]} if config.target_head else {})}
         self._trainer = Trainer(
             config,
             llm,
-            from_target if start is None else start_weights,
+            given,
             passes=settings.ttt_steps,
             rate=settings.lr,
             warmup=settings.warmup,
@@ -226,11 +226,11 @@ class _Run:
         if saved is not None:
             self._start, self._state = saved[0], self._trainer.from_arrays(saved[1])
         elif start is not None:
-            self._start, self._state = 0, self._trainer.first_state(start_weights)
+            self._start, self._state = 0, self._trainer.first_state(given)
         else:
             rows = batch(self._rows, settings.batch, 0, settings.seed)
             feature_Nf = to_host(self._trainer.target_states(rows).feature_BTf)[_sequences(rows)]
-            self._start, self._state = 0, self._trainer.first_state(first_weights(config, from_target, feature_Nf, settings.seed))
+            self._start, self._state = 0, self._trainer.first_state(first_weights(config, given, feature_Nf, settings.seed))
         answer_tokens = sum(len(example.answer or ()) for example in train)
         log(
             f"{len(train)} sequences with {answer_tokens} answer tokens in {len(self._rows.number_B)} rows; {len(held_out)} held out; "

@@ -153,7 +153,18 @@ def train_drafter(
         log(f"{len(examples)} answers; {len(prompts) - len(examples)} prompts left no room for one in {settings.length} tokens")
         speculation = UNMEASURED if start is None else start.speculation
         licences = [*([start.directory] if start is not None else []), *([target_directory] if target_directory else [])]
-        run = _Run(llm, examples, settings, folder, target_tokenizer, keep_states, log, loaded, speculation, licences)
+        run = _Run(
+            llm,
+            examples,
+            settings,
+            folder,
+            target_tokenizer=target_tokenizer,
+            keep_states=keep_states,
+            start=loaded,
+            speculation=speculation,
+            licences=licences,
+            log=log,
+        )
         run.to_end(report_every, save_every)
         return folder.drafter
 
@@ -167,12 +178,13 @@ class _Run:
         examples: Sequence[Example],
         settings: Settings,
         folder: RunFolder,
+        *,
         target_tokenizer: str | None,
         keep_states: bool,
-        log: Log,
         start: LoadedDrafter | None,
         speculation: TableJson,
         licences: Sequence[Path],
+        log: Log,
     ) -> None:
         usable = [example for example in examples if len(example.answer or ()) >= 2]
         train = [example for example in usable if not example.is_held_out(settings.held_out)]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import l4jax
 from l4jax import SamplingParams
 from l4jax.training.batches import batch, batches_in, draft_vocabulary, pack
 from l4jax.training.data import Example, Generation, answer, read_prompts
@@ -98,3 +101,18 @@ def test_a_bad_line_is_named(line: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         read_prompts(path, small.target())
     assert "\n" not in str(caught.value)
+
+
+def test_a_chat_model_writes_prompts_itself(smollm2_checkpoint: Path, tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "benchmarks" / "own_prompts.py"
+    command = [sys.executable, str(script), str(smollm2_checkpoint), "8", "--batch", "8", "--dtype", "float32"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    said = [line["messages"][0]["content"] for line in lines]
+    # Most turns end within 80 tokens; none has the chat format in it, or what is before the user's turn.
+    assert 2 <= len(lines) <= 8 and len(set(said)) == len(said)
+    assert all(len(line["messages"]) == 1 and line["messages"][0]["role"] == "user" for line in lines)
+    assert all(text.strip() == text != "" and "<|im_" not in text and not text.startswith("user") for text in said)
+    data = tmp_path / "prompts.jsonl"
+    data.write_text(done.stdout, encoding="utf-8")
+    assert len(read_prompts(data, l4jax.load(smollm2_checkpoint, dtype="float32"))) == len(lines)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LLM", "Completion", "MeshSpec", "ModelConfig", "SamplingParams", "join", "load"]
 
-# Imported on first use: the command line answers --help without loading JAX.
+# Imported on first use, so that the command line answers --help without loading JAX.
 _HOMES = {
     "LLM": "l4jax.llm",
     "Completion": "l4jax.llm",

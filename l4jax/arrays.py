@@ -1,4 +1,4 @@
-"""Arrays on their way between host and devices."""
+"""Moving arrays between the host and the devices."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from jax.experimental import multihost_utils
 
 
 def host_array(values: Any, dtype: Any) -> Array:
-    """A numpy array, under the type of the device array that a program makes of it.
+    """Make a numpy array, typed as the device array that a program will turn it into.
 
-    Programs are called with host arrays where the values are known on the host: making a device array first would dispatch,
-    and for every new shape compile, a program of its own.
+    Values that the host knows are passed to programs as host arrays. Making a device array first would dispatch a program of its
+    own, and compile it for every new shape.
     """
     return cast(Array, np.asarray(values, dtype))
 
 
 def global_array(values: Any, sharding: jax.sharding.Sharding) -> Array:
-    """An array spread over the devices of all processes, from one that is so already or from values that each process has."""
+    """Put an array on the devices of all processes: an array that already is on them, or values that every process has."""
     if sharding.is_fully_addressable or (isinstance(values, Array) and not values.is_fully_addressable):
         return jax.device_put(values, sharding)
     host = np.asarray(values)
@@ -28,7 +28,7 @@ def global_array(values: Any, sharding: jax.sharding.Sharding) -> Array:
 
 
 def to_host(array: Array) -> np.ndarray:
-    """The whole array as numpy in every process, also where none has it all."""
+    """Return the whole array as numpy in every process, even if no process has all of it."""
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))

@@ -1,12 +1,12 @@
 """The KV cache: pages of keys and values, at two sizes.
 
-Layers with chunk-local attention (Llama 4's RoPE layers) never look behind their current chunk, so they keep one chunk:
-the key at position ``i`` lies in slot ``i % attention_chunk_size``, and the keys that a query may see fill the slots from
-0 up without a gap. All other layers keep everything: slot ``i`` is position ``i``. Both are addressed by page tables, one
+Layers with chunk-local attention (Llama 4's RoPE layers) never attend to keys before their current chunk, so they keep one
+chunk: the key at position ``i`` is in slot ``i % attention_chunk_size``, and the keys that a query may see fill the slots
+from 0 up without a gap. All other layers keep everything: slot ``i`` is position ``i``. Page tables address both, one table
 for each kind of layer: slot ``s`` of row ``b`` is token ``s % page_size`` of page ``table[b, s // page_size]``.
 
-New keys are attended before they are written (see ``model.attention``), which is what lets a step's tokens cross a chunk
-boundary although the ring behind it holds one chunk only.
+New keys are attended before they are written (see ``model.attention``). That is why a step's tokens may cross a chunk
+boundary although the cache holds only one chunk.
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ from l4jax.config import ModelConfig
 PAGE_SIZE = 128
 """Tokens in a page."""
 
-
 CACHE_AXES = ("pages", "kv_heads", None, "head_dim")
-"""The logical axes of a layer's keys, and of its values."""
+"""The logical axes of a layer's keys and of its values."""
 
 
 @jax.tree_util.register_dataclass
@@ -43,7 +42,7 @@ class LayerCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TreeCache:
-    """One layer's cache, and the keys and values of a draft tree's nodes, which are not in it."""
+    """One layer's cache, and beside it the keys and values of a draft tree's nodes."""
 
     layer: LayerCache
     k_BSKh: Float[Array, "B S K h"]
@@ -51,17 +50,17 @@ class TreeCache:
 
     @classmethod
     def around(cls, layer: LayerCache, rows: int) -> TreeCache:
-        """The cache of ``rows`` sequences, without any nodes."""
+        """Start with the cache of ``rows`` sequences and no nodes."""
         _, K, _, h = layer.k_PKph.shape
         nothing = jnp.zeros((rows, 0, K, h), layer.k_PKph.dtype)
         return cls(layer, nothing, nothing)
 
     def extended(self, k_BNKh: Float[Array, "B N K h"], v_BNKh: Float[Array, "B N K h"]) -> TreeCache:
-        """With more nodes behind those that it has."""
+        """Append the keys and values of more nodes."""
         return TreeCache(self.layer, jnp.concatenate([self.k_BSKh, k_BNKh], axis=1), jnp.concatenate([self.v_BSKh, v_BNKh], axis=1))
 
     def accepted(self, node_BT: Int32[Array, "B T"], pages_BW: Int32[Array, "B W"], slot_BT: Int32[Array, "B T"]) -> LayerCache:
-        """The cache with these nodes written to these slots (as in :func:`write`), the others forgotten."""
+        """Write these nodes to these slots of the cache (as in :func:`write`) and forget the other nodes."""
         k_BTKh, v_BTKh = (jnp.take_along_axis(a, node_BT[:, :, None, None], axis=1) for a in (self.k_BSKh, self.v_BSKh))
         return write(self.layer, k_BTKh, v_BTKh, pages_BW, slot_BT)
 
@@ -69,7 +68,7 @@ class TreeCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PageTables:
-    """Which pages hold each row's slots, for the layers that keep everything and for the chunk-local ones."""
+    """The pages that hold each row's slots, for the layers that keep everything and for the chunk-local layers."""
 
     full_BW: Int32[Array, "B W"]
     local_BW: Int32[Array, "B w"]
@@ -79,8 +78,8 @@ class PageTables:
 class CacheShape:
     """Room for ``rows`` sequences of up to ``capacity`` tokens each.
 
-    On a mesh the rows are spread evenly over the ``data`` axis, and each row's positions over the ``ranks`` of the ``sequence``
-    axis (see :func:`rank_of`).
+    On a mesh the rows are spread evenly over the ``data`` axis, and each row's positions over the ``ranks`` that share a
+    sequence's tokens (see :func:`rank_of`).
     """
 
     rows: int
@@ -88,14 +87,14 @@ class CacheShape:
     ranks: int = 1
 
     def pages_per_row(self, config: ModelConfig, *, local: bool) -> int:
-        """Pages that one row needs on each rank, in a chunk-local layer or in one that keeps everything."""
+        """Pages that one row needs on each rank, in a chunk-local layer or in a layer that keeps everything."""
         if local and config.attention_chunk_size is not None:
-            # Whole chunks go from rank to rank: each must have room for one.
+            # Chunks go to the ranks in turn, each whole to one rank: every rank needs room for one.
             return -(-min(self.capacity, config.attention_chunk_size) // PAGE_SIZE)
         return -(-self.capacity // (PAGE_SIZE * self.ranks))
 
     def identity_tables(self, config: ModelConfig, rows: Sequence[int] | np.ndarray) -> PageTables:
-        """Page tables (host arrays) in which row ``rows[i]``, counted on its own rank, owns its own run of pages, in order."""
+        """Page tables (host arrays) that give row ``rows[i]``, counted on its own ``data`` rank, a run of consecutive pages."""
 
         def table(local: bool) -> Array:
             width = self.pages_per_row(config, local=local)
@@ -104,7 +103,7 @@ class CacheShape:
         return PageTables(table(False), table(True))
 
     def layer_shapes(self, config: ModelConfig) -> list[tuple[int, int, int, int]]:
-        """Shape of each layer's key pool; the value pool has the same."""
+        """Shape of each layer's pool of keys; its pool of values has the same shape."""
         pages = [self.rows * self.ranks * self.pages_per_row(config, local=is_local(config, i)) for i in range(config.num_layers)]
         return [(n, config.num_kv_heads, PAGE_SIZE, config.head_dim) for n in pages]
 
@@ -113,13 +112,13 @@ class CacheShape:
         return sum(2 * math.prod(shape) * dtype.itemsize for shape in self.layer_shapes(config))
 
     def device_nbytes(self, config: ModelConfig, dtype: jnp.dtype, sharding: jax.sharding.Sharding) -> int:
-        """Bytes of what one device holds of them."""
+        """Bytes of the keys and values on one device."""
         return sum(2 * math.prod(sharding.shard_shape(shape)) * dtype.itemsize for shape in self.layer_shapes(config))
 
     def allocate(self, config: ModelConfig, dtype: jnp.dtype, sharding: jax.sharding.Sharding) -> tuple[LayerCache, ...]:
-        """An empty cache. Zeroed, because a masked key still meets its value: 0 x NaN would be NaN.
+        """Allocate an empty cache. It is zeroed, because a masked key still multiplies its value: 0 x NaN would be NaN.
 
-        It is committed to its sharding, as a program's results are; a program called with both kinds compiles twice.
+        It is committed to its sharding, as a program's results are; a program called with committed and uncommitted arrays compiles twice.
         """
 
         def pool(shape: tuple[int, ...]) -> Array:
@@ -134,29 +133,29 @@ def is_local(config: ModelConfig, layer: int) -> bool:
 
 
 def rank_of(position: Int32[Array, "*B"], ranks: int, chunk: int | None) -> Int32[Array, "*B"]:
-    """The rank along ``sequence`` whose cache has this position: attention chunks go round, or pages where everything is kept.
+    """The token rank whose cache has this position. Ranks take turns by attention chunks, or by pages in layers that keep everything.
 
-    So no rank's cache fills up before the others', and a chunk-local layer finds its whole chunk on one of them.
+    So no rank's cache fills up before the others', and a chunk-local layer finds its whole chunk on one rank.
     """
     return position // (chunk or PAGE_SIZE) % ranks
 
 
 def slot_of(position: Int32[Array, "*B"], ranks: int, chunk: int | None) -> Int32[Array, "*B"]:
-    """The slot of this position on the rank that has it."""
+    """The slot of this position on the rank that caches it."""
     if chunk is not None:
         return position % chunk
     return position // (PAGE_SIZE * ranks) * PAGE_SIZE + position % PAGE_SIZE
 
 
 def slots_before(position: Int32[Array, "*B"], rank: Int32[Array, ""], ranks: int) -> Int32[Array, "*B"]:
-    """How many of a rank's slots are of earlier positions, in a layer that keeps everything."""
+    """How many of a rank's slots hold earlier positions, in a layer that keeps everything."""
     page = position // PAGE_SIZE
     whole = (page - rank + ranks - 1) // ranks * PAGE_SIZE
     return whole + jnp.where(page % ranks == rank, position % PAGE_SIZE, 0)
 
 
 def read(cache: LayerCache, pages_BW: Int32[Array, "B W"]) -> tuple[Float[Array, "B S K h"], Float[Array, "B S K h"]]:
-    """Keys and values of whole pages, one after the other."""
+    """Gather the keys and values of whole pages, one page after the other."""
 
     def gather(pool_PKph: Array) -> Array:
         pages_BWpKh = jnp.swapaxes(pool_PKph[pages_BW], 2, 3)
@@ -172,9 +171,9 @@ def write(
     pages_BW: Int32[Array, "B W"],
     slot_BT: Int32[Array, "B T"],
 ) -> LayerCache:
-    """Store new keys and values in their slots; a slot of -1 means that the token is not kept."""
+    """Write new keys and values to their slots; a slot of -1 means that the token is not kept."""
     page_BT = jnp.take_along_axis(pages_BW, jnp.maximum(slot_BT, 0) // PAGE_SIZE, axis=1)
-    # Past the last page: the scatter drops it.
+    # A page number past the last page: the scatter drops the token.
     page_BT = jnp.where(slot_BT >= 0, page_BT, cache.k_PKph.shape[0])
     offset_BT = slot_BT % PAGE_SIZE
 

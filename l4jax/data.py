@@ -1,4 +1,4 @@
-"""The data in the repository's ``configs/``: models, meshes, hardware, trees."""
+"""Finds the data in the repository's ``configs/``: models, meshes, hardware, trees, drafters."""
 
 from __future__ import annotations
 

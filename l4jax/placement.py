@@ -1,4 +1,4 @@
-"""Weights on a mesh: how each is cut, and KV heads repeated where the tensor axis has more devices than there are of them."""
+"""Weights on a mesh: how each weight is sharded, and how KV heads are repeated if the tensor axis has more devices than KV heads."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from sharding.rules import check_divides, sharding
 
 
 def repeat_kv_heads(config: ModelConfig, tensor: int) -> ModelConfig:
-    """The same model with as many KV heads as the tensor axis has devices, if it has fewer: each head that many times.
+    """Repeat each KV head until there are at least ``tensor`` KV heads; a model that has enough is returned as it is.
 
-    Its query heads are shared out among the copies, so nothing is computed twice but keys and values.
+    A head's query heads are divided among its copies, so only keys and values are computed more than once. Raises ValueError,
+    naming the sizes that would work, if ``tensor`` does not divide the heads.
     """
     heads, kv_heads = config.num_heads, config.num_kv_heads
     fitting = [n for n in range(1, heads + 1) if kv_heads % n == 0 or (n % kv_heads == 0 and heads % n == 0)]
@@ -37,7 +38,7 @@ def repeat_kv_heads(config: ModelConfig, tensor: int) -> ModelConfig:
 
 
 class Placement:
-    """Where a model's weights go on a mesh; ``config`` is the model as the mesh computes it (see :func:`repeat_kv_heads`).
+    """Where a model's weights go on a mesh. ``config`` is the model that the mesh computes (see :func:`repeat_kv_heads`).
 
     Raises ValueError, naming the weight and the sizes that would work, if the mesh does not divide one.
     """
@@ -53,35 +54,36 @@ class Placement:
             check_divides(name, spec.shape, spec.axes, self.spec)
 
     def build(self, config: ModelConfig, mesh: MeshSpec = ONE_DEVICE) -> nnx.Module:
-        """The module whose weights these are."""
+        """Build the module that has these weights."""
         return Llama(config, mesh)
 
     @classmethod
     def on(cls, config: ModelConfig, mesh: str | MeshSpec) -> Placement:
-        """On this machine's devices (every process's, if there are several)."""
+        """Place the model on the devices of this machine, or of all processes if there are several."""
         spec = MeshSpec.parse(mesh) if isinstance(mesh, str) else mesh
         if not isinstance(spec, MeshSpec):
             raise ValueError(f'the mesh is {mesh!r}; expected a description such as "sequence=4,tensor=2", or an l4jax.MeshSpec')
         return cls(config, spec.build())
 
     def weight_sharding(self, name: str) -> NamedSharding:
-        """How the weight lies on the mesh."""
+        """The weight's sharding on the mesh."""
         return sharding(self.mesh, *self._specs[name].axes)
 
     def array_sharding(self, *axes: str | None) -> NamedSharding:
-        """How an array with these logical axes lies on the mesh."""
+        """The sharding on the mesh of an array with these logical axes."""
         return sharding(self.mesh, *axes)
 
     def read_sharding(self, name: str) -> NamedSharding:
-        """How the weight, of the shape it is stored in, is best read: every device gets no more than what it needs a part of."""
+        """The sharding in which to read the weight, in its stored shape, so that no device reads a KV head that it will not use."""
         if self._stored[name].shape == self._specs[name].shape:
             return self.weight_sharding(name)
-        # Each device reads a whole KV head's group; the output projection is just another view of the same numbers.
+        # Each device reads the whole qkv group of its KV head. The output projection's repeated shape has the same numbers in the same
+        # order, so of it each device reads only its part.
         entries = {"qkv": ("kv_head",), "out": (None, "kv_head", "copy")}[name.rsplit(".", 1)[-1]]
         return NamedSharding(self._kv_mesh, PartitionSpec(*entries))
 
     def place(self, name: str, weight: Array) -> Array:
-        """The weight on the mesh, given as it is stored or as an earlier call returned it."""
+        """Put a weight on the mesh: one in its stored shape, or one that an earlier call returned."""
         target = self._specs[name].shape
         if weight.shape == target:
             return global_array(weight, self.weight_sharding(name))
@@ -94,11 +96,11 @@ class Placement:
         return jax.make_array_from_single_device_arrays(target, self.weight_sharding(name), shards)
 
     def place_all(self, weights: Mapping[str, Array]) -> dict[str, Array]:
-        """Every weight of the decoder on the mesh."""
+        """Put every weight of the decoder on the mesh."""
         return {name: self.place(name, weights[name]) for name in self._specs}
 
     def abstract_weights(self, dtype: jnp.dtype) -> dict[str, jax.ShapeDtypeStruct]:
-        """The shapes of all weights as they lie on the mesh."""
+        """Every weight's shape, dtype and sharding on the mesh, without values."""
         return {
             name: jax.ShapeDtypeStruct(spec.shape, spec.dtype(dtype), sharding=self.weight_sharding(name))
             for name, spec in self._specs.items()
@@ -106,14 +108,14 @@ class Placement:
 
     @functools.cached_property
     def _kv_mesh(self) -> Mesh:
-        """The same devices in the same order, the tensor axis split into KV heads and their copies."""
+        """The same devices in the same order, with the tensor axis split into KV heads and their copies."""
         *outer, tensor = self.mesh.devices.shape
         devices = self.mesh.devices.reshape(*outer, tensor // self._copies, self._copies)
         return Mesh(devices, (*self.mesh.axis_names[:-1], "kv_head", "copy"))
 
     @functools.cached_property
     def _split_groups(self) -> jax.stages.Wrapped:
-        """From a group of query heads, key and value on all of its devices to each one's share of the query heads."""
+        """Turn a KV head's whole group (query heads, key, value), which all of its devices have, into each device's share of it."""
         copies = self._copies
 
         def share(qkv_KgHD: Float[Array, "1 g h D"]) -> Float[Array, "1 f h D"]:
@@ -127,7 +129,7 @@ class Placement:
 
 
 class DrafterPlacement(Placement):
-    """Where a drafter's weights go on its target's mesh; ``config`` is its decoder as the mesh computes it."""
+    """Where a drafter's weights go on its target's mesh. ``config`` is the decoder that the mesh computes."""
 
     def __init__(self, drafter: DrafterConfig, mesh: Mesh) -> None:
         self._drafter = drafter
@@ -135,5 +137,5 @@ class DrafterPlacement(Placement):
         self.drafter = dataclasses.replace(drafter, decoder=self.config)
 
     def build(self, config: ModelConfig, mesh: MeshSpec = ONE_DEVICE) -> Drafter:
-        """The drafter with this decoder."""
+        """Build the drafter with this decoder."""
         return build_drafter(dataclasses.replace(self._drafter, decoder=config), mesh)

@@ -1,10 +1,10 @@
 """The compiled programs: what is traced, what is donated, and which shapes exist.
 
 A program is a pure function of the flat weights, small inputs and a donated state. Every distinct combination of input
-shapes and :class:`SamplingFeatures` is compiled once; the buckets below keep those few.
+shapes and :class:`SamplingFeatures` is compiled once; the buckets below keep the number of combinations small.
 
 Programs run inside ``jax.shard_map``: every device computes on its own share of weights, rows, cache and vocabulary, and
-what crosses between devices is written where it happens. A single device is a mesh of one.
+every transfer between devices is an explicit call in the code. A single device is a mesh of one.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from l4jax.placement import DrafterPlacement, Placement
 from sharding.rules import partition
 
 PREFILL_LENGTHS = (32, 128, 512)
-"""Lengths that a prefill piece is padded to, for each rank that shares its tokens; longer prompts are prefilled in several pieces."""
+"""A prefill piece is padded to one of these lengths times the ranks that share its tokens; longer prompts take several pieces."""
 
 Cache = tuple[LayerCache, ...]
 Leaves = tuple[Array, ...]
 
 
 class Programs:
-    """The programs of one model on one mesh, compiled on first use for each set of shapes; of a drafter too, if there is one."""
+    """The programs of one model, and of its drafter if there is one, on one mesh. Each is compiled on first use for each set of shapes."""
 
     def __init__(self, placement: Placement, drafter: DrafterPlacement | None = None) -> None:
         model = Llama(placement.config, placement.spec, taps=drafter.drafter.aux_layers if drafter else ())
@@ -84,7 +84,7 @@ class Programs:
     def _program(self, body: Callable[..., Any], in_specs: Any, out_specs: Any, *, donated: int) -> jax.stages.Wrapped:
         def program(*arguments: Any, **static: Any) -> Any:
             on_device = functools.partial(body, **static)
-            # Unchecked: that results said to be equal everywhere are so is tested, not inferred.
+            # Unchecked: tests show that replicated results are equal on every device; shard_map cannot infer it.
             mapped = jax.shard_map(on_device, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
             return mapped(*arguments)
 
@@ -105,7 +105,7 @@ class Programs:
         features: SamplingFeatures,
         spread: Spread | None,
     ) -> tuple[Cache, Int32[Array, "B"], Logprobs | None]:
-        """Put a piece of each row's prompt in the cache; the first token of the output, for rows whose prompt it ends."""
+        """Prefill a piece of each row's prompt, and sample the first output token (used in rows whose prompt ends with this piece)."""
         model: Llama = self.model.bind(leaves)
         x_BTD, _, cache = model(token_BT, start_B, new_B, cache, tables, layout, spread)
         token_B, logprobs = self._first_token(model, x_BTD, start_B, new_B, layout, rows, counts, features)
@@ -127,7 +127,7 @@ class Programs:
         return self._ranks.of_first(token_B), logprobs  # as in decoding
 
     def _of_all_rows(self, tree: Any) -> Any:
-        """What each rank along ``data`` has of its rows, on all of them: every host gives out every row's tokens."""
+        """Gather the rows of every rank along ``data``, because every host returns every row's tokens."""
         return jax.tree.map(lambda rows: self._data.concatenate(rows, axis=0), tree)
 
     def _draft_prefill(
@@ -149,9 +149,9 @@ class Programs:
         spread: Spread | None,
         beyond: BeyondTraining,
     ) -> tuple[tuple[Cache, Cache], Int32[Array, "B"], Logprobs | None, Float[Array, "B D"]]:
-        """As :meth:`_prefill`, and the drafter's part: its cache, and its output at the piece's last token.
+        """As :meth:`_prefill`, and prefill the drafter; also returns its cache and its output at the piece's last token.
 
-        ``following_B``: the prompt's token behind the piece, NONE where the prompt ends with it.
+        ``following_B``: the prompt's token after the piece, NONE where the prompt ends with the piece.
         """
         model: Llama = self.model.bind(leaves)
         drafter: Drafter = self.drafter.bind(draft_leaves)
@@ -177,7 +177,7 @@ class Programs:
         plan: Speculation,
         beyond: BeyondTraining,
     ) -> tuple[SpeculationState, DecodeTokens, RoundCounts]:
-        """Rounds of speculation, until a row has ``steps`` tokens, in one dispatch."""
+        """Run rounds of speculation until a row has ``steps`` tokens, in one dispatch."""
         model: Llama = self.model.bind(leaves)
         drafter: Drafter = self.drafter.bind(draft_leaves)
         state, out, counted = speculate_tokens(model, drafter, state, tables, draft_tables, rows, steps, features, plan, beyond)
@@ -193,7 +193,7 @@ class Programs:
         *,
         features: SamplingFeatures,
     ) -> tuple[DecodeState, DecodeTokens]:
-        """Up to ``steps`` tokens for every unfinished row, in one dispatch."""
+        """Decode up to ``steps`` tokens for every unfinished row, in one dispatch."""
         state, out = decode_tokens(self.model.bind(leaves), state, tables, rows, steps, features)
         return state, self._tokens_of_all_rows(out)
 
@@ -213,7 +213,7 @@ class Programs:
         *,
         spread: Spread | None,
     ) -> tuple[Cache, Float32[Array, "B T V"]]:
-        """Next-token logits at every position of a piece; with a layout, in its order, one rank's after the other's."""
+        """Compute next-token logits at every position of a piece; with a layout, in the layout's order, one rank after the other."""
         model: Llama = self.model.bind(leaves)
         x_BTD, _, cache = model(token_BT, start_B, new_B, cache, tables, layout, spread)
         return cache, model.logits(x_BTD)

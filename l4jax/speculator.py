@@ -1,4 +1,4 @@
-"""From a drafter's folder to what a runner speculates with."""
+"""Open a drafter's folder, decide how to speculate, and build the Speculator that a runner uses."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class LoadedDrafter:
 
     @classmethod
     def restored(cls, checkpoint: DrafterCheckpoint, target: Placement, dtype: jnp.dtype) -> LoadedDrafter:
-        """From its folder, on its target's mesh."""
+        """Restore a drafter from its folder onto its target's mesh."""
         weights = checkpoint.restore(DrafterPlacement(checkpoint.config, target.mesh), dtype)
         return cls(checkpoint.config, weights, SpeculationTable.from_json(checkpoint.speculation, dtype.name))
 
 
 def open_fitting_drafter(path: str | os.PathLike[str] | None, target: Checkpoint) -> DrafterCheckpoint | None:
-    """The drafter in this folder, if one is given. Raises ValueError, naming what differs, if it was made for another model."""
+    """Open the drafter in this folder; None if no folder is given. Raises ValueError, naming the difference, if it is another model's."""
     if path is None:
         return None
     drafter = open_drafter(path)
@@ -46,9 +46,10 @@ def open_fitting_drafter(path: str | os.PathLike[str] | None, target: Checkpoint
 def speculation_table(
     config: ModelConfig, drafter: DrafterConfig | None, own: SpeculationTable | None, speculation: str, beyond: BeyondTraining
 ) -> SpeculationTable | None:
-    """How to speculate at each batch size, as the argument of ``load`` says; None if at none. ``own``: the drafter's own table.
+    """How to speculate at each batch size, from the arguments of ``load``; None to never speculate. ``own``: the drafter's own table.
 
-    Raises ValueError if the drafter is another model's, if there is none and one is asked for, or if it cannot draft such a tree.
+    Raises ValueError if the drafter is another model's, if ``speculation`` needs a drafter and none is given, or if the drafter
+    cannot draft the tree that ``speculation`` asks for.
     """
     if beyond not in ("window", "stop"):
         raise ValueError(f'beyond_training is {beyond!r}; expected "window" or "stop"')
@@ -66,7 +67,7 @@ def speculation_table(
 def speculator_for(
     config: ModelConfig, placement: Placement, drafter: LoadedDrafter | None, speculation: str, beyond: BeyondTraining
 ) -> Speculator | None:
-    """What the runner speculates with. Raises ValueError as :func:`speculation_table` does."""
+    """The Speculator for the runner; None to never speculate. Raises ValueError as :func:`speculation_table` does."""
     drafter_config, own = (None, None) if drafter is None else (drafter.config, drafter.table)
     table = speculation_table(config, drafter_config, own, speculation, beyond)
     if table is None:

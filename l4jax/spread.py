@@ -1,4 +1,4 @@
-"""How a piece of some prompts is spread over the ranks of a mesh: decided on the host, for each piece."""
+"""How a piece of some prompts is spread over the ranks of a mesh. The host decides it for each piece."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from sharding.ring import PARTIAL_BYTES
 from sharding.select import RingHardware, RingStep, choose_ring
 
 H100_RING = RingHardware(attention_flops=515e12, ring_bandwidth=25e9)
-"""An H100's attention and its link to the next host as the context-parallelism paper measured them (arXiv 2411.01783, table 5)."""
+"""An H100's attention rate and its link to the next host, as measured in the context-parallelism paper (arXiv 2411.01783, table 5)."""
 
 
 class Spreader:
-    """Chooses layouts and ring for a model on a mesh."""
+    """Chooses the layouts and the ring variant for a model on a mesh."""
 
     def __init__(self, placement: Placement, dtype: jnp.dtype, hardware: RingHardware = H100_RING) -> None:
         self._config = placement.config
@@ -29,9 +29,9 @@ class Spreader:
         self._hardware = hardware
 
     def program(self, rows: Sequence[tuple[int, int]], T: int) -> tuple[int, bool]:
-        """What a piece's program depends on beside its size: pages of cached tokens that each rank brings, and whether chunks are whole.
+        """What a piece's program depends on besides its size: the pages of cached tokens that each rank brings; whether chunks stay whole.
 
-        ``rows``: (cached tokens, new tokens). The pages are powers of two, so that few programs are compiled.
+        ``rows``: (cached tokens, new tokens). The number of pages is a power of two, so that few programs are compiled.
         """
         if self._ranks == 1:
             return 0, False
@@ -43,9 +43,9 @@ class Spreader:
         return [] if chunk is None else aligned_layouts(rows, self._ranks, chunk, -(-T // self._ranks))
 
     def spread(self, start_B: np.ndarray, new_B: np.ndarray, T: int, tables: PageTables) -> tuple[PieceLayout | None, Spread | None]:
-        """For ``new_B[b]`` tokens (padded to T) behind ``start_B[b]`` cached ones; (None, None) if there is but one rank.
+        """Spread ``new_B[b]`` tokens (padded to T) that follow ``start_B[b]`` cached ones; returns (None, None) if there is only one rank.
 
-        Nothing needs to divide anything, and a rank may get no tokens at all. If every row allows it, attention chunks stay whole.
+        Any number of tokens works, and a rank may get none. If every row allows it, attention chunks stay whole.
         """
         ranks = self._ranks
         if ranks == 1:
@@ -54,7 +54,7 @@ class Spreader:
         width, aligned = self.program(rows, T)
         layouts = self._aligned(rows, T) if aligned else [balanced(new, ranks, first=start) for start, new in rows]
         width = min(width, tables.full_BW.shape[1])
-        # Of the program's sizes, not of the tokens: they are what is sent, and pieces of the same sizes share a program.
+        # The program's sizes, not the number of tokens: the padding is sent too, and pieces of the same sizes share a program.
         step = RingStep(
             new_tokens=T,
             cached_tokens=width * PAGE_SIZE * ranks,
@@ -69,10 +69,10 @@ class Spreader:
 
 
 def aligned_layouts(rows: Sequence[tuple[int, int]], ranks: int, chunk: int, slots: int) -> list[np.ndarray]:
-    """Layouts of rows (cached tokens, new tokens) in which no attention chunk lies on two ranks; none if there are not such.
+    """Layouts of rows (cached tokens, new tokens) that keep every attention chunk on one rank; an empty list if that is impossible.
 
-    They need rows that begin at a chunk, have one for each rank at least, and fit in the ``slots`` of a rank. The last chunk is put
-    on the rank that caches it.
+    It is possible if every row begins at a chunk boundary, has at least one chunk for each rank, and fits in the ``slots`` of a
+    rank. The last chunk is put on the rank that caches it.
     """
     layouts = []
     for start, new in rows:
@@ -88,7 +88,7 @@ def aligned_layouts(rows: Sequence[tuple[int, int]], ranks: int, chunk: int, slo
 
 
 def in_order(values_BSX: np.ndarray, position_NBT: np.ndarray, start_B: np.ndarray) -> np.ndarray:
-    """What the ranks computed, one after the other along S, in the order of positions."""
+    """Sort what the ranks computed, given one rank after the other along S, by position."""
     positions_BS = np.swapaxes(position_NBT, 0, 1).reshape(len(start_B), -1)
     ordered_BSX = np.zeros_like(values_BSX)
     for row, positions_S in enumerate(positions_BS):

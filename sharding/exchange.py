@@ -1,4 +1,4 @@
-"""Rows of an array sent to the ranks that are to work on them, and their results sent back. Nothing is dropped, whatever the imbalance."""
+"""Sends rows of an array to the ranks that work on them, and the results back. No row is dropped, whatever the imbalance."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from sharding.ranks import Ranks
 
 @dataclasses.dataclass(frozen=True)
 class RowExchange:
-    """Rows sorted by destination: the first ``size_RR[me, 0]`` of them go to rank 0, and so on; ``size_RR[from, to]``.
+    """Exchange of rows that are sorted by destination; ``size_RR[i, j]``: how many rows rank i sends to rank j.
 
-    On NVIDIA GPUs the rows alone are sent (``ragged_all_to_all``); elsewhere each rank's message has room for all of them.
+    On NVIDIA GPUs only the rows are sent (``ragged_all_to_all``); elsewhere the message to each rank is padded to hold all rows.
     """
 
     ranks: Ranks
     size_RR: Int32[Array, "R R"]
 
     def send(self, rows_MD: Shaped[Array, "M D"]) -> Shaped[Array, "N D"]:
-        """The rows that came here, by sender and in their order, without a gap; N = R M, and what is behind the last means nothing."""
+        """Send every row to its rank; returns the rows that arrive here, by sender and in order, then meaningless rows up to N = R M."""
         room = self.ranks.count * rows_MD.shape[0]
         return _all_to_all(rows_MD, self.size_RR, self.ranks, room)
 
     def send_back(self, rows_ND: Shaped[Array, "N D"]) -> Shaped[Array, "M D"]:
-        """The inverse of :meth:`send`: each row where it came from."""
+        """The inverse of :meth:`send`: send each row back to where it came from."""
         return _all_to_all(rows_ND, self.size_RR.T, self.ranks, rows_ND.shape[0] // self.ranks.count)
 
 
 def _all_to_all(rows_MD: Array, size_RR: Array, ranks: Ranks, room: int) -> Array:
-    """Runs of rows to every rank, those that arrive one behind the other in an array of ``room`` rows."""
+    """Send a run of rows to every rank; the runs that arrive are put one after the other in an array of ``room`` rows."""
     me = ranks.index()
     sent_R, received_R = size_RR[me], size_RR[:, me]
     begin_R = jnp.cumsum(sent_R) - sent_R
-    # Behind what the ranks before this one send there.
+    # On the receiving rank, this rank's run begins after the runs of the ranks before it.
     target_R = (jnp.cumsum(size_RR, axis=0) - size_RR)[me]
 
     def ragged(rows_MD: Array) -> Array:

@@ -1,7 +1,7 @@
-"""Which positions of a sequence lie on which rank of the ``sequence`` axis.
+"""Which rank computes which positions of a sequence.
 
-A layout is an int32 array [ranks, slots] of positions, ascending in each rank, with :data:`EMPTY` behind the last. Causal attention
-makes late tokens dearer than early ones: cut into 2N parts, rank i takes parts i and 2N-1-i, and all ranks do the same work (arXiv
+A layout is an int32 array [ranks, slots] of positions, ascending in each rank, then :data:`EMPTY`. With causal attention late tokens
+cost more than early ones. So a sequence is cut into 2N parts and rank i takes parts i and 2N-1-i: all ranks do the same work (arXiv
 2411.01783, section 3.4).
 """
 
@@ -16,11 +16,11 @@ EMPTY = -1
 
 
 def balanced(length: int, ranks: int, *, first: int = 0, block: int = 1, last_on: int | None = None) -> np.ndarray:
-    """Positions ``first`` to ``first + length - 1`` in balanced parts; [ranks, most that a rank holds].
+    """Spread the positions ``first`` to ``first + length - 1`` over the ranks in balanced parts; [ranks, most that a rank gets].
 
-    Parts end at multiples of ``block``, an absolute position: with Llama 4's attention chunk as the block, no chunk lies on two
-    ranks. Nothing needs to divide anything; a rank may get no tokens at all. With ``block`` 1 no rank has more than
-    ceil(length / ranks). The last position lies on rank ``last_on``, if it is given.
+    Parts end at absolute positions that are multiples of ``block``: with Llama 4's attention chunk as the block, no chunk is split
+    between two ranks. Any length works; a rank may get no tokens. With ``block`` 1 no rank gets more than ceil(length / ranks). If
+    ``last_on`` is given, the last position is on that rank. Raises ValueError for numbers out of range.
     """
     if length < 0 or ranks < 1 or first < 0 or block < 1:
         raise ValueError(
@@ -42,12 +42,12 @@ def balanced(length: int, ranks: int, *, first: int = 0, block: int = 1, last_on
 
 
 def padded(rows: list[np.ndarray], slots: int = 0) -> np.ndarray:
-    """Rows of positions as one array, filled up with :data:`EMPTY` to the longest or to ``slots``."""
+    """Stack rows of positions as one array, padded with :data:`EMPTY` to the longest row or to ``slots``."""
     slots = max([slots, *(len(row) for row in rows)])
     return np.stack([np.pad(row, (0, slots - len(row)), constant_values=EMPTY) for row in rows]).astype(np.int32)
 
 
 def batch(layouts: list[np.ndarray], slots: int = 0) -> np.ndarray:
-    """The layouts of several sequences, each cut for itself, as [ranks, sequences, slots]; of at least that many slots."""
+    """Stack the layouts of several sequences as [ranks, sequences, slots], with at least ``slots`` slots."""
     slots = max([slots, *(layout.shape[1] for layout in layouts)])
     return np.stack([padded(list(layout), slots) for layout in layouts], axis=1)

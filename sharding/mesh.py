@@ -1,7 +1,8 @@
 """The device mesh: how many devices along each of the four axes.
 
 ``data``: rows of the batch. ``sequence``: positions of a sequence (context parallelism). ``expert``: routed experts. ``tensor``: heads,
-feed-forward width and vocabulary. Neighbours along ``tensor`` talk most, so it is the innermost axis: the devices of one host.
+feed-forward width and vocabulary. Neighbours along ``tensor`` exchange the most data, so it is the innermost axis: the devices of one
+host.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ AXES = ("data", "sequence", "expert", "tensor")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshSpec:
-    """Devices along each axis."""
+    """The number of devices along each axis. Raises ValueError if one is not a whole number of at least 1."""
 
     data: int = 1
     sequence: int = 1
@@ -86,7 +87,7 @@ class MeshSpec:
         return cls(**mesh.shape)
 
     def along(self, *axes: str) -> Ranks:
-        """The devices along these axes, those of one device left out."""
+        """The devices along these axes; axes of one device are left out."""
         several = tuple(axis for axis in axes if getattr(self, axis) > 1)
         return Ranks(several, math.prod(getattr(self, axis) for axis in several))
 
@@ -94,15 +95,15 @@ class MeshSpec:
     def token_ranks(self) -> Ranks:
         """The devices that a sequence's positions are spread over: those along ``sequence`` and ``expert``.
 
-        Ranks along ``expert`` differ in their experts only; with tokens and cached keys of their own, none does another's work.
+        Ranks along ``expert`` differ only in their experts. Each gets tokens and cached keys of its own, so that no work is repeated.
         """
         return self.along("sequence", "expert")
 
     def build(self, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-        """The mesh over ``devices`` (default: all of every process), in their order.
+        """Build the mesh over ``devices`` (default: all devices of all processes), in their order.
 
-        A smaller mesh takes the first devices; over several processes it must take them all, or some would have no part in it.
-        Raises ValueError if there are too few devices.
+        A smaller mesh takes the first devices. With several processes it must take all devices, or some process would have none in
+        it. Raises ValueError if there are too few devices, or with several processes too many.
         """
         present = list(jax.devices() if devices is None else devices)
         processes = {device.process_index for device in present}

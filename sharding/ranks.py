@@ -1,4 +1,4 @@
-"""Collectives over the devices along some mesh axes; nothing at all where there is only one."""
+"""Collectives over the devices along some mesh axes; with a single device they do nothing."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from jaxtyping import Array, Bool, Int32, Shaped
 class Ranks:
     """The devices along some mesh axes, numbered with the first axis outermost; for use inside ``jax.shard_map``.
 
-    Of one device every method is the identity, so code written with them runs outside ``shard_map`` too.
+    With one device every method is the identity, so code that uses ``Ranks`` runs outside ``shard_map`` too.
     """
 
     axes: tuple[str, ...] = ()
     count: int = 1
 
     def index(self) -> Int32[Array, ""]:
-        """Which of them this device is."""
+        """This device's number among them."""
         return jax.lax.axis_index(self.axes).astype(jnp.int32) if self.axes else jnp.int32(0)
 
     def sum(self, x: Shaped[Array, "*B"]) -> Shaped[Array, "*B"]:
@@ -28,15 +28,15 @@ class Ranks:
         return jax.lax.psum(x, self.axes) if self.axes else x
 
     def max(self, x: Shaped[Array, "*B"]) -> Shaped[Array, "*B"]:
-        """The highest of every rank's values, on all of them."""
+        """The elementwise maximum of every rank's array, on all of them."""
         return jax.lax.pmax(x, self.axes) if self.axes else x
 
     def of_first(self, x: Shaped[Array, "*B"]) -> Shaped[Array, "*B"]:
-        """Rank 0's numbers, on all of them."""
+        """Rank 0's array, on all of them."""
         return self.sum(jnp.where(self.index() == 0, x, jnp.zeros_like(x)))
 
     def any(self, x: Bool[Array, "*B"]) -> Bool[Array, "*B"]:
-        """True where it is on at least one rank."""
+        """True, on all of them, where at least one rank has True."""
         return self.max(x.astype(jnp.int32)) > 0
 
     def gather(self, x: Shaped[Array, "*B"]) -> Shaped[Array, "R *B"]:
@@ -44,7 +44,7 @@ class Ranks:
         return jax.lax.all_gather(x, self.axes) if self.axes else x[None]
 
     def concatenate(self, x: Shaped[Array, "*B"], axis: int) -> Shaped[Array, "*C"]:
-        """Every rank's array one after the other along an axis they have, on all of them."""
+        """Every rank's array, one after the other along an existing axis, on all of them."""
         return jax.lax.all_gather(x, self.axes, axis=axis, tiled=True) if self.axes else x
 
 
@@ -53,6 +53,6 @@ ONE = Ranks()
 
 
 def local_index(token: Int32[Array, "*B"], size: int, vocab: Ranks) -> Int32[Array, "*B"]:
-    """Where these tokens are among the ``size`` that this rank has, of a vocabulary cut over ``vocab``; ``size`` for one it has not."""
+    """Index of each token among this rank's ``size`` tokens of a vocabulary sharded over ``vocab``; ``size`` for other ranks' tokens."""
     index = token - vocab.index() * size
     return jnp.where((index >= 0) & (index < size), index, size)

@@ -1,9 +1,9 @@
 """Exact attention over a sequence that is spread over the ranks of a mesh axis: pass-KV and pass-Q.
 
 Both are from "Context Parallelism for Scalable Million-Token Inference" (arXiv 2411.01783, algorithms 2 and 3) and run inside
-``jax.shard_map``. Keys are those of new tokens and those cached before, in one array; which position each slot of each rank holds is
-said by a layout (``sharding.layout``), known to every rank, so positions are never sent. Partial results meet in float32 (float64 for
-float64 inputs), merged by their log-sum-exp.
+``jax.shard_map``. Cached keys and the keys of new tokens are in one array. A layout (``sharding.layout``), which every rank knows, gives
+the position in each slot of each rank, so positions are never sent. Partial results are merged by their log-sum-exp in float32 (float64
+for float64 inputs).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sharding.layout import EMPTY
 from sharding.merge import Partial, merge_attention
 
 PARTIAL_BYTES = 4
-"""Bytes of a number in the partial results that :func:`pass_q` sends back."""
+"""Bytes per number of the partial results that :func:`pass_q` sends back."""
 
 
 def pass_kv(
@@ -35,21 +35,20 @@ def pass_kv(
     window: int | None = None,
     segments: Sequence[int] | None = None,
 ) -> Partial:
-    """Attention of this rank's queries over all ranks' keys, the keys and values going round: N - 1 transfers of both in one message.
+    """Attention of this rank's queries over all ranks' keys. The ring passes keys and values, in N - 1 transfers of one message each.
 
-    Positions of slot ``[rank, row, slot]`` are the same on every rank; those of keys ascend, with empty slots behind them only, in
-    each of the ``segments``: the sizes of runs of slots that make up S, one run by default (cached and new keys, say). A query at
-    position p sees keys at positions up to p; with ``chunk``, only those of its own attention chunk, with ``window``, the last so many.
-    Scores are multiplied by
-    ``scale``. Returns this rank's output and log-sum-exp.
+    Every rank has the same position arrays, indexed [rank, row, slot]. ``segments``: the sizes of the runs of slots that make up S,
+    say cached keys and new keys; one run by default. In each run the positions of keys ascend, and empty slots come last. A query at
+    position p sees keys at positions up to p; with ``chunk``, only those of its own attention chunk; with ``window``, only the last
+    ``window`` of them. Scores are multiplied by ``scale``. Returns this rank's output and log-sum-exp.
     """
     ranks, rank = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
     query_position_BT = query_position_NBT[rank]
-    # Barriers at the ends of a step leave XLA no choice but to have its transfer meanwhile; it would start them late, or last.
+    # The barriers force XLA to run each hop's transfer during that hop's attention; without them it would start transfers late.
     q_BTKGh, kv_2BSKh = jax.lax.optimization_barrier((q_BTKGh, jnp.stack([k_BSKh, v_BSKh])))
     merged: Partial | None = None
     for hop in range(ranks):
-        # Issued before the attention that it hides behind; after the last hop nobody needs the keys again.
+        # Issued before the attention that overlaps with it. After the last hop no rank needs the keys again.
         arriving = _to_next(kv_2BSKh, axis_name) if hop < ranks - 1 else kv_2BSKh
         with jax.named_scope(f"ring_hop_{hop}"):
             key_position_BS = key_position_NBS[(rank - hop) % ranks]
@@ -73,7 +72,7 @@ def pass_q(
     window: int | None = None,
     segments: Sequence[int] | None = None,
 ) -> Partial:
-    """As :func:`pass_kv`, the queries going round: N - 1 transfers of them, then each rank's results go back in one all-to-all."""
+    """As :func:`pass_kv`, but the ring passes queries, in N - 1 transfers; then one all-to-all sends each rank's results back."""
     ranks, rank = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
     q_BTKGh, kv_2BSKh = jax.lax.optimization_barrier((q_BTKGh, jnp.stack([k_BSKh, v_BSKh])))
     key_position_BS = key_position_NBS[rank]
@@ -88,7 +87,7 @@ def pass_q(
             result = jnp.concatenate([out_BTKGh, lse_BTKG[..., None]], axis=-1)
         q_BTKGh, result = jax.lax.optimization_barrier((arriving, result))
         results.append(result)
-    # What was computed at hop j belongs to the rank j places back; the all-to-all wants the results in the order of their owners.
+    # The result of hop j belongs to the rank j places back. The all-to-all needs the results in the order of their owners.
     by_owner = jnp.stack(results)[(rank - jnp.arange(ranks, dtype=jnp.int32)) % ranks]
     mine = jax.lax.all_to_all(by_owner, axis_name, split_axis=0, concat_axis=0)
     return merge_attention([(part[..., :-1], part[..., -1]) for part in mine])
@@ -110,7 +109,7 @@ def attend_positions(
     *,
     scale: float,
 ) -> Partial:
-    """Attention of queries over keys that are both on this rank, as in :func:`pass_kv`."""
+    """Attention of queries on this rank over keys on this rank, as in :func:`pass_kv`. Raises ValueError unless ``segments`` make up S."""
     slots = kv_2BSKh.shape[2]
     if segments is not None and sum(segments) != slots:
         raise ValueError(f"segments {tuple(segments)} are {sum(segments)} slots; expected runs that make up all {slots}")
@@ -131,7 +130,7 @@ def _attend_run(
     window: int | None,
     scale: float,
 ) -> Partial:
-    """Keys lie in ascending order, so those that a query sees are an interval of slots."""
+    """Attention over one run of keys in ascending order: the keys that a query sees are an interval of slots."""
     sorted_BS = jnp.where(key_position_BS == EMPTY, jnp.int32(2**31 - 1), key_position_BS)
 
     def slots_below(position_BT: Array) -> Array:

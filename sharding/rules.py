@@ -1,4 +1,4 @@
-"""From the logical axes of an array to its sharding: one table."""
+"""One table that turns the logical axes of an array into its sharding."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "embed": (),
     "head_dim": (),
 }
-"""The mesh axes that each logical axis is cut along, the outermost first; without any, every device has all of it."""
+"""The mesh axes that each logical axis is sharded along, outermost first; without any, every device has the whole axis."""
 
 
 def partition(mesh: MeshSpec, *axes: str | None) -> PartitionSpec:
-    """The mesh axes that an array with these logical axes is cut along."""
-    # An axis of one device cuts nothing: left out, shardings compare equal however they came about.
+    """The PartitionSpec of an array with these logical axes."""
+    # Mesh axes of one device shard nothing. They are left out, so that equal shardings compare equal however they were made.
     cuts = [() if axis is None else mesh.along(*RULES[axis]).axes for axis in axes]
     entries = [None if not cut else cut[0] if len(cut) == 1 else cut for cut in cuts]
     while entries and entries[-1] is None:
@@ -34,7 +34,7 @@ def partition(mesh: MeshSpec, *axes: str | None) -> PartitionSpec:
 def check_divides(name: str, shape: Sequence[int], axes: Sequence[str | None], mesh: MeshSpec) -> None:
     """Raise ValueError, naming the array and the sizes that would work, if a dimension cannot be cut evenly."""
     if len(shape) != len(axes):
-        raise ValueError(f"{name} has {len(shape)} dimensions and {len(axes)} logical axes; expected as many")
+        raise ValueError(f"{name} has {len(shape)} dimensions and {len(axes)} logical axes; expected one logical axis for each dimension")
     taken: list[str] = []
     for size, axis in zip(shape, axes, strict=True):
         cut = mesh.along(*RULES[axis]) if axis is not None else mesh.along()
@@ -50,5 +50,5 @@ def check_divides(name: str, shape: Sequence[int], axes: Sequence[str | None], m
 
 
 def sharding(mesh: Mesh, *axes: str | None) -> NamedSharding:
-    """How an array with these logical axes lies on a mesh."""
+    """The sharding on a mesh of an array with these logical axes."""
     return NamedSharding(mesh, partition(MeshSpec.of(mesh), *axes))

@@ -1,8 +1,8 @@
 """EAGLE drafters: small decoders that guess the target's next tokens from its hidden states.
 
-A drafter's i-th entry joins the target's hidden state at position i with the token that follows, x_{i+1}, and lies at position i of its
-own KV cache; its output stands for the target's state at i + 1, from which x_{i+2} is guessed. Where the target has not been yet, the
-drafter's own output takes the place of the target's state.
+A drafter's i-th entry joins the target's hidden state at position i with the token that follows, x_{i+1}, and is cached at position i
+of the drafter's own KV cache. Its output predicts the target's state at i + 1, from which x_{i+2} is guessed. At positions that the
+target has not computed yet, the drafter's own output takes the place of the target's state.
 
 EAGLE-1: arXiv 2401.15077, and with dense Llama 4 layers arXiv 2508.08192. EAGLE-3: arXiv 2503.01840.
 """
@@ -33,7 +33,7 @@ Caches = Sequence[LayerCache | TreeCache | PackedCache]
 
 
 class Drafter(nnx.Module):
-    """What both versions share. A hidden state that goes in or out is as wide as the drafter; :meth:`read` makes it of the target's."""
+    """What both versions share. Hidden states have the drafter's width; :meth:`read` makes them from the target's features."""
 
     def __init__(self, config: DrafterConfig, mesh: MeshSpec) -> None:
         self.config = config
@@ -44,7 +44,7 @@ class Drafter(nnx.Module):
             self.embed = declare(WeightSpec((config.decoder.vocab_size, config.decoder.hidden_size), ("vocab", "embed")))
 
     def read(self, feature_BTf: Float[Array, "B T f"]) -> Float[Array, "B T D"]:
-        """The hidden state that the target's features (what a :class:`Llama` with this drafter's taps gives out) stand for."""
+        """Turn the target's features (what a :class:`Llama` with this drafter's taps returns) into the drafter's hidden state."""
         raise NotImplementedError
 
     def __call__(
@@ -56,25 +56,25 @@ class Drafter(nnx.Module):
         cache: Caches,
         spread: Spread | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[Any, ...]]:
-        """Hidden states that take the next entries' place of the target's, and the cache (of the kind it was) with these entries."""
+        """Predict the hidden states of the next entries; also returns the cache, of the kind given, with these entries in it."""
         raise NotImplementedError
 
     def logits(self, target: Llama, hidden_BTD: Float[Array, "*B D"]) -> Float32[Array, "*B V"]:
-        """Logits over the draft vocabulary, of output hidden states; on a mesh those of this rank's part of it."""
+        """Logits of output hidden states over the draft vocabulary; on a mesh, over this rank's part of it."""
         raise NotImplementedError
 
     def target_tokens(self, draft_BT: Int32[Array, "*B"]) -> Int32[Array, "*B"]:
-        """The target's tokens that these of the draft vocabulary are."""
+        """Map ids of the draft vocabulary to the target's token ids."""
         return draft_BT
 
     def _embedding(self, target: Llama, token_BT: Array) -> Array:
         with jax.named_scope("embed"):
             x_BTD = embed(self.embed[...], token_BT, self.vocab) if self.config.own_embedding else target.embedding(token_BT)
-            return x_BTD.astype(self.fuse.dtype)  # in training the drafter is in float32, whatever the target is in
+            return x_BTD.astype(self.fuse.dtype)  # in training the drafter is float32, whatever the target's dtype is
 
 
 class Eagle1(Drafter):
-    """Joins embedding and hidden state, and continues with decoder layers to the target's next final state."""
+    """Joins embedding and hidden state, then predicts the target's next final state with decoder layers."""
 
     def __init__(self, config: DrafterConfig, mesh: MeshSpec = ONE_DEVICE) -> None:
         super().__init__(config, mesh)
@@ -90,7 +90,7 @@ class Eagle1(Drafter):
             self.norm = RMSNorm(D, decoder.rms_norm_eps)
 
     def read(self, feature_BTf: Float[Array, "B T f"]) -> Float[Array, "B T D"]:
-        """The target's final hidden state, as it is."""
+        """Return the target's final hidden state unchanged."""
         return feature_BTf
 
     def __call__(
@@ -102,7 +102,7 @@ class Eagle1(Drafter):
         cache: Caches,
         spread: Spread | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[Any, ...]]:
-        """One pass of the layers, over new entries."""
+        """Run the layers over new entries."""
         joined_BTi = jnp.concatenate([self._embedding(target, token_BT), hidden_BTD], axis=-1)
         x_BTD = linear(joined_BTi, self.fuse[...])
         if self.config.fuse_bias:
@@ -114,12 +114,12 @@ class Eagle1(Drafter):
         return self.norm(x_BTD) if self.config.final_normed else x_BTD, tuple(written)
 
     def logits(self, target: Llama, hidden_BTD: Float[Array, "*B D"]) -> Float32[Array, "*B V"]:
-        """The target's own head's."""
+        """Logits of the target's own output head."""
         return target.logits(hidden_BTD.astype(target.embed.dtype))
 
 
 class Eagle3Layer(nnx.Module):
-    """A decoder layer whose attention sees the embedding beside the hidden state, each behind a norm of its own."""
+    """A decoder layer whose attention reads embedding and hidden state side by side, each after a norm of its own."""
 
     def __init__(self, config: DrafterConfig, mesh: MeshSpec) -> None:
         decoder = config.decoder
@@ -147,7 +147,7 @@ class Eagle3Layer(nnx.Module):
 
 
 class Eagle3(Drafter):
-    """Joins the residual stream of three of the target's layers, and has a head over the likeliest tokens."""
+    """Joins the residual streams of three of the target's layers, and has its own output head over a vocabulary of frequent tokens."""
 
     def __init__(self, config: DrafterConfig, mesh: MeshSpec = ONE_DEVICE) -> None:
         super().__init__(config, mesh)
@@ -166,7 +166,7 @@ class Eagle3(Drafter):
         self.token_ids = declare(WeightSpec((config.draft_vocab_size,), (None,), init="numbers"))
 
     def read(self, feature_BTf: Float[Array, "B T f"]) -> Float[Array, "B T D"]:
-        """The three residual streams joined."""
+        """Join the three residual streams and project them to the drafter's width."""
         if self.config.norm_before_fuse:
             feature_BTf = self.fuse_norm(feature_BTf)
         if self.config.norm_each_aux:
@@ -183,21 +183,21 @@ class Eagle3(Drafter):
         cache: Caches,
         spread: Spread | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[Any, ...]]:
-        """One pass of the layer, over new entries."""
+        """Run the layer over new entries."""
         x_BTD, written = self.layer(self._embedding(target, token_BT), hidden_BTD, step, cache[0], spread)
         return self.norm(x_BTD) if self.config.norm_fed_back else x_BTD, (written,)
 
     def logits(self, target: Llama, hidden_BTD: Float[Array, "*B D"]) -> Float32[Array, "*B V"]:
-        """Its own head's, behind the final norm."""
+        """Logits of the drafter's own output head, after the final norm."""
         with jax.named_scope("draft_head"):
             normed_BTD = hidden_BTD if self.config.norm_fed_back else self.norm(hidden_BTD)
             return linear(normed_BTD, self.head[...], dtype=jnp.dtype(jnp.float32))
 
     def target_tokens(self, draft_BT: Int32[Array, "*B"]) -> Int32[Array, "*B"]:
-        """The target's tokens that the drafter's ids stand for."""
+        """Look the drafter's ids up in its table of the target's token ids."""
         return self.token_ids[...][draft_BT]
 
 
 def build_drafter(config: DrafterConfig, mesh: MeshSpec = ONE_DEVICE) -> Drafter:
-    """The module of this configuration's version; its weights are abstract until bound."""
+    """Build the module of this configuration's version; its weights are abstract until bound."""
     return Eagle1(config, mesh) if config.version == "eagle1" else Eagle3(config, mesh)

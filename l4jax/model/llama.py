@@ -37,7 +37,7 @@ from sharding.ranks import Ranks, local_index
 class DecoderLayer(nnx.Module):
     """Pre-norm residual block: attention, then a dense or mixture-of-experts feed-forward.
 
-    ``attention_normed``: False for the first layer of most EAGLE-1 drafters, which has no norm before its attention.
+    ``attention_normed`` is False for the first layer of most EAGLE-1 drafters, which has no norm before its attention.
     """
 
     def __init__(self, config: ModelConfig, layer: int, mesh: MeshSpec, *, attention_normed: bool = True) -> None:
@@ -57,7 +57,7 @@ class DecoderLayer(nnx.Module):
         cache: LayerCache | TreeCache | PackedCache,
         spread: Spread | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """The layer's output, residuals included, and its cache (of the kind it was) with the new tokens in it."""
+        """The layer's output, residuals included, and its cache, of the kind given, with the new tokens in it."""
         with jax.named_scope("attention"):
             normed_BTD = x_BTD if self.attention_norm is None else self.attention_norm(x_BTD)
             attended_BTD, cache = self.attention(normed_BTD, step, cache, spread)
@@ -69,7 +69,8 @@ class DecoderLayer(nnx.Module):
             else:
                 x_BTD = x_BTD + self.feed_forward(normed_BTD)
         if spread is not None:
-            # New keys go to the ranks that cache them while the feed-forward computes: XLA would put all layers' off to the last one.
+            # Send new keys to the ranks that cache them while the feed-forward computes. Without the barrier XLA would send every
+            # layer's keys at the last layer.
             x_BTD, cache = jax.lax.optimization_barrier((x_BTD, cache))
         return x_BTD, cache
 
@@ -79,8 +80,8 @@ class Llama(nnx.Module):
 
     On a mesh it is called inside ``jax.shard_map``, with each device's share of weights, rows and cache.
 
-    ``taps``: numbers of the layers whose input a drafter reads (``num_layers``: the last one's output). Beside its final hidden states
-    every call gives out what a drafter reads: those inputs one behind the other, or without taps the final states.
+    ``taps``: numbers of the layers whose input a drafter reads (``num_layers``: the last layer's output). Besides its final hidden
+    states, every call returns the features that a drafter reads: those inputs side by side, or without taps the final states.
     """
 
     def __init__(self, config: ModelConfig, mesh: MeshSpec = ONE_DEVICE, *, taps: Sequence[int] = ()) -> None:
@@ -105,11 +106,11 @@ class Llama(nnx.Module):
         layout: PieceLayout | None = None,
         spread: Spread | None = None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T f"], tuple[LayerCache, ...]]:
-        """Hidden states after the final norm, what a drafter reads, and the cache with the new tokens' keys and values in it.
+        """Hidden states after the final norm, the features that a drafter reads, and the cache with the new tokens' keys and values.
 
-        Row ``b`` has ``start_B[b]`` tokens in the cache and gets ``new_B[b]`` more, the first ones of ``token_BT[b]``;
-        the states of the padding after them mean nothing. With a ``layout``, each rank along ``sequence`` takes the tokens
-        that it says, and the states are those.
+        Row ``b`` has ``start_B[b]`` tokens in the cache and adds ``new_B[b]`` more, the first tokens of ``token_BT[b]``; the states
+        of the padding after them are meaningless. With a ``layout``, each token rank computes, and returns states of, only the
+        tokens that the layout gives it.
         """
         if layout is None:
             step = step_inputs(self.config, start_B, new_B, token_BT.shape[1], tables, self.ranks)
@@ -129,15 +130,16 @@ class Llama(nnx.Module):
         cache: Sequence[LayerCache],
         tables: PageTables,
     ) -> tuple[Float[Array, "B N D"], Float[Array, "B N f"], tuple[TreeCache, ...]]:
-        """As for new tokens, for the nodes of draft trees whose roots follow the ``start_B[b]`` cached tokens of row ``b``.
+        """As :meth:`__call__`, for the nodes of draft trees; the root in row ``b`` follows the ``start_B[b]`` cached tokens.
 
-        ``sees_BNN``: each node's ancestors and itself. The cache is as it was, the nodes' keys and values beside it.
+        ``sees_BNN[b, n]`` marks node ``n``'s ancestors and itself. The cache is returned unchanged, with the nodes' keys and values
+        beside it.
         """
         step = tree_step_inputs(self.config, start_B, depth_BN, valid_BN, sees_BNN, tables, self.ranks)
         return self._layers(token_BN, step, [TreeCache.around(layer, len(token_BN)) for layer in cache])
 
     def packed(self, token_BT: Int32[Array, "B T"], first_BT: Int32[Array, "B T"]) -> tuple[Float[Array, "B T D"], Float[Array, "B T f"]]:
-        """Final hidden states, and what a drafter reads, of sequences packed into rows: each token's begins at ``first_BT`` in its row."""
+        """Final hidden states and a drafter's features of sequences packed into rows; ``first_BT``: where each token's sequence begins."""
         step = packed_step_inputs(self.config, first_BT)
         final_BTD, feature_BTf, _ = self._layers(token_BT, step, [PackedCache()] * self.config.num_layers)
         return final_BTD, feature_BTf
@@ -150,7 +152,7 @@ class Llama(nnx.Module):
         new_B: Int32[Array, "B"],
         tables: PageTables,
     ) -> tuple[LayerCache, ...]:
-        """The cache with the first ``new_B[b]`` of these nodes behind the ``start_B[b]`` tokens it has, the others forgotten."""
+        """Append the first ``new_B[b]`` of these nodes to the ``start_B[b]`` tokens in the cache, and forget the others."""
         T, chunk = node_BT.shape[1], self.config.attention_chunk_size
         full = (tables.full_BW, full_intervals(start_B, new_B, T, self.ranks).slot_BT)
         local = full if chunk is None else (tables.local_BW, local_intervals(start_B, new_B, T, chunk, self.ranks).slot_BT)
@@ -171,26 +173,26 @@ class Llama(nnx.Module):
         return final_BTD, feature_BTf, tuple(written)
 
     def embedding(self, token_BT: Int32[Array, "B T"]) -> Float[Array, "B T D"]:
-        """The tokens' embeddings."""
+        """Look up the tokens' embeddings."""
         with jax.named_scope("embed"):
             return embed(self.embed[...], token_BT, self.vocab)
 
     def logits(self, x_BTD: Float[Array, "*B D"]) -> Float32[Array, "*B V"]:
-        """Next-token logits of final hidden states, in float32; on a mesh, those of this rank's part of the vocabulary."""
+        """Next-token logits of final hidden states, in float32; on a mesh, over this rank's part of the vocabulary."""
         with jax.named_scope("head"):
             return linear(x_BTD, self.output_table, dtype=jnp.dtype(jnp.float32))
 
     @property
     def output_table(self) -> Float[Array, "V D"]:
-        """The weight whose rows the logits are products with."""
+        """The output head's weight: its own, or the embedding's if they are tied."""
         return getattr(self, self.config.output_weight)[...]
 
 
 def embed(table_VD: Float[Array, "V D"], token_BT: Int32[Array, "B T"], vocab: Ranks) -> Float[Array, "B T D"]:
-    """The tokens' rows of a table that is cut over the ranks of ``vocab``."""
+    """Look up the tokens' rows in a table that is sharded over the ranks of ``vocab``."""
     if vocab.count == 1:
         return table_VD[token_BT]
-    # Each rank looks up its own tokens; to index a table that is cut would have it gathered whole.
+    # Each rank looks up its own tokens: indexing the sharded table would gather all of it.
     index_BT = local_index(token_BT, table_VD.shape[0], vocab)
     x_BTD = table_VD.at[index_BT].get(mode="fill", fill_value=0)
     return vocab.sum(x_BTD)

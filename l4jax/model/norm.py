@@ -28,6 +28,6 @@ class RMSNorm(nnx.Module):
         self.scale = declare(WeightSpec((size,), ("embed",), init="ones"))
 
     def __call__(self, x_BTD: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        """Normalise over the last axis and scale it."""
+        """Normalise over the last axis, then scale."""
         scale_D = self.scale[...]
         return rms_normalize(x_BTD, self.eps) * jnp.broadcast_to(scale_D, x_BTD.shape)

@@ -1,8 +1,9 @@
 """Attention without a KV cache, for training: over sequences packed into rows, and over an unrolled drafter's passes.
 
-A drafter is trained on what it will read: first the target's hidden states, then its own output of the pass before, one position on
-(EAGLE-3's training-time test, arXiv 2503.01840). Pass i's entry at position t is the i-th behind the last true one of a chain of drafts,
-which is the first pass's at t - i; so it sees the first pass's keys up to there, and then its chain's: pass j's at t - (i - j).
+A drafter is trained on what it will read: in pass 0 the target's hidden states, in later passes its own output of the pass before, one
+position on (EAGLE-3's training-time test, arXiv 2503.01840). The entry of pass i at position t is the i-th draft of a chain that starts
+after the true entry at t - i, which pass 0 computed. So it sees pass 0's keys up to t - i, then the keys of its own chain: those of
+pass j at t - (i - j).
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from l4jax.model.step import PackedKeys
 
 @dataclasses.dataclass(frozen=True)
 class PackedCache:
-    """One layer's keys and values of every pass so far."""
+    """One layer's keys and values, one entry for each pass so far."""
 
     k_BTKh: tuple[Float[Array, "B T K h"], ...] = ()
     v_BTKh: tuple[Float[Array, "B T K h"], ...] = ()
 
     def extended(self, k_BTKh: Float[Array, "B T K h"], v_BTKh: Float[Array, "B T K h"]) -> PackedCache:
-        """With another pass."""
+        """Append another pass's keys and values."""
         return PackedCache((*self.k_BTKh, k_BTKh), (*self.v_BTKh, v_BTKh))
 
 
@@ -39,7 +40,7 @@ def attend_packed(q_BTKGh: Float[Array, "B T K G h"], cache: PackedCache, keys: 
     size = -(-T // _BLOCKS)
     blocks = []
     for begin in range(0, T, size):
-        # Keys behind a block's last query are out of sight of all its queries.
+        # No query of a block sees keys after the block's last query.
         end = min(begin + size, T)
         mine = slice(begin, end)
         inside_BTS = _inside(keys.start_BT[:, mine], keys.end_BT[:, mine], end)
@@ -52,8 +53,8 @@ def attend_packed(q_BTKGh: Float[Array, "B T K G h"], cache: PackedCache, keys: 
 def _attend_block(
     q_BTKGh: Array, first: tuple[Array, Array], inside_BTS: Array, chain: Sequence[tuple[Array, Array]], scale: float
 ) -> Float[Array, "B T K G h"]:
-    """Attention over those of the first pass's keys and values that are inside, and over each query's own of the later passes."""
-    # One softmax, and not a merge of two: a query for which nothing of the first pass is left has itself, and no gradient is 0 / 0.
+    """Attention over the first pass's keys that ``inside_BTS`` marks, and over the keys of each query's own chain in later passes."""
+    # One softmax, not a merge of two: a query that sees no key of the first pass still sees itself, so no gradient is 0 / 0.
     k_BSKh, v_BSKh = first
     first_BKGTS = scale * jnp.einsum("btkgh,bskh->bkgts", q_BTKGh, k_BSKh, preferred_element_type=jnp.float32)
     first_BKGTS = jnp.where(inside_BTS[:, None, None], first_BKGTS, -jnp.inf)
@@ -73,7 +74,7 @@ def _attend_block(
 
 
 def shifted(x_BT: Shaped[Array, "B T *D"], by: int) -> Shaped[Array, "B T *D"]:
-    """At each position what is ``by`` positions further on in the row; zeros (False) beyond its ends."""
+    """Give each position the value ``by`` positions later in its row; zeros (False) where that is beyond the row's ends."""
     if by == 0:
         return x_BT
     nothing = jnp.zeros_like(x_BT[:, : min(abs(by), x_BT.shape[1])])

@@ -14,9 +14,9 @@ from l4jax.config import ModelConfig, RopeScaling
 def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
     """Angular frequency of each pair, radians per position: ``theta ** (-2 i / head_dim)``, scaled as Llama 3.1 does.
 
-    With scaling, a wavelength above ``original / low_freq_factor`` is stretched by ``factor``, one below
-    ``original / high_freq_factor`` is kept, and those between are blended. Equal low and high factors (Llama 4 Scout)
-    leave nothing between. Returns float32 [head_dim / 2].
+    With scaling, wavelengths above ``original / low_freq_factor`` are stretched by ``factor``, wavelengths below
+    ``original / high_freq_factor`` are kept, and those between are blended. If both factors are equal (Llama 4 Scout), there are
+    none between. Returns float32 [head_dim / 2].
     """
     # Single precision throughout, as the reference does.
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
@@ -39,8 +39,9 @@ def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None)
 def rotary_angles(config: ModelConfig, positions_BT: Int32[Array, "B T"]) -> tuple[Float32[Array, "B T i"], Float32[Array, "B T i"]]:
     """Cosine and sine of every pair's angle at each position, float32 [B, T, head_dim / 2].
 
-    Where attention is confined to chunks, positions are counted from the chunk's beginning: rotation is relative, so the
-    mathematics is the same, and float32 angles stay exact to 3e-4. At ten million, Scout's context, they are off by half a radian.
+    If attention is confined to chunks, positions are counted from the beginning of the chunk: rotation is relative, so the
+    mathematics is the same, and float32 angles stay exact to 3e-4. Counted from the beginning of the sequence, at Scout's ten
+    million tokens they would be off by half a radian.
     """
     if config.attention_chunk_size is not None:
         positions_BT = positions_BT % config.attention_chunk_size
@@ -52,7 +53,7 @@ def rotary_angles(config: ModelConfig, positions_BT: Int32[Array, "B T"]) -> tup
 def rotate(
     x_BTKGh: Float[Array, "B T K G h"], angles: tuple[Float32[Array, "B T i"], Float32[Array, "B T i"]]
 ) -> Float[Array, "B T K G h"]:
-    """Rotate the pairs (0, 1), (2, 3), ... of the last axis, in float32; returned in ``x``'s dtype."""
+    """Rotate the pairs (0, 1), (2, 3), ... of the last axis, in float32; the result has ``x``'s dtype."""
     cos, sin = (a[:, :, None, None, :] for a in angles)
     pairs = x_BTKGh.astype(jnp.float32).reshape(*x_BTKGh.shape[:-1], -1, 2)
     even, odd = pairs[..., 0], pairs[..., 1]

@@ -1,8 +1,8 @@
-"""What every layer of one step shares: positions, and which keys each new token attends and where its own is kept.
+"""What all layers of one step share: positions, which keys each new token attends, and where its own key is kept.
 
-New tokens are either *replicated*, every rank of the ``sequence`` axis computing all of them (decoding; one device), or
-*spread*, each rank having some of them (prefill over several ranks). In both, each rank has its part of the KV cache:
-``cache.rank_of`` says which. Replicated tokens are a run, each after the other, or the nodes of a draft tree.
+New tokens are either *replicated*: every token rank computes all of them (decoding; one device); or *spread*: each rank
+computes some of them (prefill over several ranks). In both cases each rank caches a part of the keys: ``cache.rank_of``
+says which part. Replicated tokens are consecutive, or the nodes of a draft tree.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from sharding.select import Variant
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KeyIntervals:
-    """A run of replicated tokens: what each attends in one kind of layer, and where that layer keeps it.
+    """Consecutive replicated tokens: the keys that each attends in one kind of layer, and where that layer keeps its key.
 
-    ``cached_start_BT``, ``cached_end_BT``: this rank's cache slots [start, end). ``new_start_BT``, ``new_end_BT``: the step's own
-    tokens [start, end). ``slot_BT``: the slot that the token's key is written to, -1 where this rank does not keep it.
+    ``cached_start_BT``, ``cached_end_BT``: it attends this rank's cache slots [start, end). ``new_start_BT``, ``new_end_BT``: it
+    attends the step's own tokens [start, end). ``slot_BT``: its key is written to this slot; -1 if this rank does not keep it.
     """
 
     cached_start_BT: Int32[Array, "B T"]
@@ -40,10 +40,10 @@ class KeyIntervals:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TreeKeys:
-    """Nodes of a draft tree: what each attends in one kind of layer. Nothing of theirs is cached until it is accepted.
+    """Nodes of a draft tree: the keys that each attends in one kind of layer. A node's key is not cached until it is accepted.
 
-    ``cached_start_BN``, ``cached_end_BN``: this rank's cache slots [start, end). ``sees_BNS``: which of the tree's keys, those of
-    nodes computed before and then these.
+    ``cached_start_BN``, ``cached_end_BN``: it attends this rank's cache slots [start, end). ``sees_BNS``: the tree's keys that it
+    attends, first those of nodes computed before, then those of these nodes.
     """
 
     cached_start_BN: Int32[Array, "B N"]
@@ -54,9 +54,9 @@ class TreeKeys:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PackedKeys:
-    """Training's sequences, packed into rows: which of their own pass's keys [start, end) each token sees.
+    """Training's sequences, packed into rows: each token sees the first pass's keys [start, end).
 
-    In later passes of an unrolled drafter it is the first pass's keys; of those since then a token sees its own chain's (``model.packed``).
+    In later passes of an unrolled drafter a token also sees the keys of its own chain in the passes since (``model.packed``).
     """
 
     start_BT: Int32[Array, "B T"]
@@ -67,8 +67,8 @@ class PackedKeys:
 class Spread:
     """How a piece of a prompt is spread over the ranks.
 
-    ``variant``: what goes round the ring. ``aligned``: no attention chunk has tokens on two ranks or in the cache, so chunk-local
-    layers pass nothing.
+    ``variant``: what the ring passes. ``aligned``: no attention chunk of the piece is split between two ranks, or between a rank
+    and the cache, so chunk-local layers pass nothing.
     """
 
     variant: Variant
@@ -78,9 +78,9 @@ class Spread:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PieceLayout:
-    """Where a piece's tokens are: the position in each slot of each rank (``sharding.layout``), ascending.
+    """Where a piece's tokens are: the position in each slot of each rank, ascending (``sharding.layout``).
 
-    ``cached_BW``: the pages, on each rank, that hold what the rows have cached in the layers that keep everything.
+    ``cached_BW``: the pages, on each rank, that hold the rows' cached tokens in the layers that keep everything.
     """
 
     position_NBT: Int32[Array, "N B T"]
@@ -90,11 +90,11 @@ class PieceLayout:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RingKeys:
-    """Spread tokens: the keys that go round in one kind of layer, cached ones before new ones, and where new ones are kept.
+    """Spread tokens: the keys that the ring passes in one kind of layer, cached keys before new ones, and where new keys are kept.
 
-    ``cached_BW``: pages of cached keys that each rank brings. ``key_position_NBS``: position of every key of every rank.
-    ``send_NBC``: which of its tokens a rank sends to each rank to be cached there; None if each keeps its own. ``slot_BM``: the
-    slots of those it keeps, -1 where there is none. ``window``: how many of the last keys a query sees, if not all.
+    ``cached_BW``: the pages of cached keys that each rank brings. ``key_position_NBS``: the position of every key of every rank.
+    ``send_NBC``: the tokens that this rank sends to each rank, to be cached there; None if each rank keeps its own. ``slot_BM``: the
+    slots of the keys that arrive, -1 for padding. ``window``: a query sees only this many of the last keys; None: all of them.
     """
 
     cached_BW: Int32[Array, "B W"]
@@ -107,11 +107,10 @@ class RingKeys:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepInputs:
-    """Rotation angles and query temperature of this rank's tokens, page tables, and what is attended in each kind of layer.
+    """Rotation angles and query temperature of this rank's tokens, page tables, and the keys attended in each kind of layer.
 
-    ``valid_BT`` is False for padding.
-    ``position_NBT`` is None for replicated tokens; ``full`` and ``local`` are then :class:`KeyIntervals`, :class:`TreeKeys` or
-    :class:`PackedKeys`, else :class:`RingKeys`.
+    ``valid_BT`` is False for padding. For replicated tokens ``position_NBT`` is None, and ``full`` and ``local`` are
+    :class:`KeyIntervals`, :class:`TreeKeys` or :class:`PackedKeys`; for spread tokens they are :class:`RingKeys`.
     """
 
     angles: tuple[Float32[Array, "B T i"], Float32[Array, "B T i"]]
@@ -126,7 +125,7 @@ class StepInputs:
 def full_intervals(
     start_B: Int32[Array, "B"], new_B: Int32[Array, "B"], T: int, ranks: Ranks = ONE, *, window: int | None = None
 ) -> KeyIntervals:
-    """Plain causal attention: everything cached, and the new tokens up to oneself; with ``window``, the last so many of them all."""
+    """Causal attention: a token attends every cached token and the new ones up to itself; with ``window``, only the last that many."""
     index_1T = jnp.arange(T, dtype=jnp.int32)[None, :]
     start_B1 = start_B[:, None]
     position_BT = start_B1 + index_1T
@@ -145,7 +144,7 @@ def full_intervals(
 def local_intervals(
     start_B: Int32[Array, "B"], new_B: Int32[Array, "B"], T: int, chunk: int, ranks: Ranks = ONE, *, window: int | None = None
 ) -> KeyIntervals:
-    """Chunk-local causal attention: position q sees k when ``k <= q`` and ``k // chunk == q // chunk``; and ``k > q - window``."""
+    """Chunk-local causal attention: q sees k if ``k <= q`` and ``k // chunk == q // chunk``; with ``window``, also ``k > q - window``."""
     index_1T = jnp.arange(T, dtype=jnp.int32)[None, :]
     start_B1 = start_B[:, None]
     position_BT = start_B1 + index_1T
@@ -154,8 +153,8 @@ def local_intervals(
     if window is not None:
         first_BT = jnp.maximum(first_BT, position_BT + 1 - window)
     mine_BT = rank_of(position_BT, ranks.count, chunk) == ranks.index()
-    # Of the tokens written now, only those of the last one's chunk are kept: an earlier chunk is never looked at again,
-    # and its slots are the later chunk's.
+    # Only tokens of the last new token's chunk are kept: an earlier chunk is never attended again, and its slots belong to
+    # the later chunk.
     last_B1 = start_B1 + new_B[:, None] - 1
     kept_BT = (index_1T < new_B[:, None]) & (chunk_BT >= last_B1 // chunk) & mine_BT
     return KeyIntervals(
@@ -170,7 +169,7 @@ def local_intervals(
 def ring_keys(
     layout: PieceLayout, start_B: Int32[Array, "B"], tables: PageTables, ranks: Ranks, chunk: int | None, *, aligned: bool
 ) -> RingKeys:
-    """Keys of the layers that keep everything, or with ``chunk`` of those whose attention is confined to chunks."""
+    """Keys of the layers that keep everything, or with ``chunk`` of the chunk-local layers."""
     position_NBT = layout.position_NBT
     N, B, T = position_NBT.shape
     every_rank_N11 = jnp.arange(N, dtype=jnp.int32)[:, None, None]
@@ -180,10 +179,10 @@ def ring_keys(
         cached_NBS = (slot_11S // PAGE_SIZE * N + every_rank_N11) * PAGE_SIZE + slot_11S % PAGE_SIZE
         cached_NBS = jnp.where(cached_NBS < start_B[None, :, None], cached_NBS, EMPTY)
         kept_NBT = position_NBT != EMPTY
-        # A rank's tokens are two runs; what of each goes to one rank is every N-th of the pages it touches.
+        # A rank's tokens are two runs of positions. Of the pages that a run touches, every N-th belongs to the same rank.
         capacity = min(T, (-(-T // PAGE_SIZE) + 3 + 2 * (N - 1)) // N * PAGE_SIZE)
     else:
-        # Without cached tokens there is no begun chunk either.
+        # Without cached tokens there is no partly cached chunk either.
         cached_BW = tables.local_BW if layout.cached_BW.shape[1] > 0 and not aligned else tables.local_BW[:, :0]
         slot_11S = jnp.arange(cached_BW.shape[1] * PAGE_SIZE, dtype=jnp.int32)[None, None]
         begun_1B1 = (start_B // chunk * chunk)[None, :, None]
@@ -194,7 +193,7 @@ def ring_keys(
         capacity = min(T, chunk)
     key_position_NBS = jnp.concatenate([jnp.broadcast_to(cached_NBS, (N, B, cached_NBS.shape[2])), position_NBT], axis=2)
     rank = ranks.index()
-    if chunk is not None and aligned:  # the layout puts the last chunk on the rank that keeps it
+    if chunk is not None and aligned:  # the layout has put the last chunk on the rank that caches it
         slot_BT = jnp.where(kept_NBT[rank], slot_of(position_NBT[rank], N, chunk), -1)
         return RingKeys(cached_BW, key_position_NBS, None, slot_BT)
     owner_NBT = jnp.where(kept_NBT, rank_of(position_NBT, N, chunk), -1)
@@ -207,7 +206,7 @@ def ring_keys(
 
 
 def _first(mask_NBT: Array, count: int) -> tuple[Array, Array]:
-    """Indices of the first ``count`` true entries along the last axis, and which of them are."""
+    """Indices of the first ``count`` true entries along the last axis, and which of these indices are of true entries."""
     index_NBC = jnp.argsort(~mask_NBT, axis=-1, stable=True)[..., :count].astype(jnp.int32)
     return index_NBC, jnp.take_along_axis(mask_NBT, index_NBC, axis=-1)
 
@@ -215,7 +214,7 @@ def _first(mask_NBT: Array, count: int) -> tuple[Array, Array]:
 def attention_temperature(config: ModelConfig, position_BT: Int32[Array, "B T"]) -> Float32[Array, "B T"]:
     """Query scale of the NoPE layers: ``1 + attn_scale * ln(floor((position + 1) / floor_scale) + 1)``.
 
-    The bucket is an integer division: in bfloat16 it is wrong from position 8176 on. (Scalable-Softmax, arXiv 2501.19399.)
+    The floor is an integer division: computed in bfloat16 it is wrong from position 8176 on. (Scalable-Softmax, arXiv 2501.19399.)
     """
     bucket = (position_BT + 1) // config.floor_scale
     return 1.0 + config.attn_scale * jnp.log(bucket.astype(jnp.float32) + 1.0)
@@ -231,7 +230,7 @@ def step_inputs(
     *,
     window: int | None = None,
 ) -> StepInputs:
-    """For ``new_B[b]`` replicated tokens (padded to T) that follow the ``start_B[b]`` cached ones in row ``b``.
+    """Inputs for ``new_B[b]`` replicated tokens (padded to T) that follow the ``start_B[b]`` cached tokens in row ``b``.
 
     ``window`` is as in :func:`full_intervals`.
     """
@@ -255,12 +254,12 @@ def tree_step_inputs(
     *,
     window: int | None = None,
 ) -> StepInputs:
-    """For nodes of draft trees, ``depth_BN[b, n]`` positions behind the ``start_B[b]`` cached tokens of row ``b``.
+    """Inputs for nodes of draft trees; node ``n`` of row ``b`` is at position ``start_B[b] + depth_BN[b, n]``, after the cached tokens.
 
-    Valid ones must lie in the attention chunk of the first position; ``window`` is as in :func:`full_intervals`.
+    Valid nodes must be in the attention chunk of position ``start_B[b]``; ``window`` is as in :func:`full_intervals`.
     """
     position_BN = start_B[:, None] + depth_BN
-    # Of the ranks, which all have the nodes, one counts them.
+    # Every rank has the nodes; one rank counts them.
     sees_BNS = sees_BNS & (ranks.index() == 0)
 
     def keys(chunk: int | None) -> TreeKeys:
@@ -279,9 +278,9 @@ def tree_step_inputs(
 
 
 def packed_step_inputs(config: ModelConfig, first_BT: Int32[Array, "B T"], passes: int = 0) -> StepInputs:
-    """For sequences packed into rows, nothing of which is cached; ``first_BT``: where in its row each token's sequence begins.
+    """Inputs for sequences packed into rows, without a cache; ``first_BT``: where in its row each token's sequence begins.
 
-    ``passes``: how many passes over the same tokens an unrolled drafter has made before.
+    ``passes``: the number of passes that an unrolled drafter has already made over the same tokens.
     """
     B, T = first_BT.shape
     index_1T = jnp.arange(T, dtype=jnp.int32)[None, :]
@@ -304,7 +303,7 @@ def spread_step_inputs(
     aligned: bool,
     window: int | None = None,
 ) -> StepInputs:
-    """For tokens that are spread over ranks, behind the ``start_B[b]`` cached ones in row ``b``.
+    """Inputs for tokens that are spread over ranks and follow the ``start_B[b]`` cached tokens in row ``b``.
 
     ``window`` is as in :func:`full_intervals`.
     """
@@ -321,14 +320,14 @@ def spread_step_inputs(
 
 
 def tokens_at(token_BT: Int32[Array, "B T"], position_BT: Int32[Array, "B t"], start_B: Int32[Array, "B"]) -> Int32[Array, "B t"]:
-    """A rank's tokens among those of the whole piece."""
+    """Pick a rank's tokens, those at ``position_BT``, from the tokens of the whole piece."""
     return jnp.take_along_axis(token_BT, jnp.clip(position_BT - start_B[:, None], 0, token_BT.shape[1] - 1), axis=1)
 
 
 def last_state(
     x_BTD: Float[Array, "B T D"], start_B: Int32[Array, "B"], new_B: Int32[Array, "B"], layout: PieceLayout | None, ranks: Ranks
 ) -> Float[Array, "B D"]:
-    """The state of each row's last new token, on every rank; with a layout, zeros where no rank has it."""
+    """The state of each row's last new token, on every rank; with a layout, zeros for a row without new tokens."""
     if layout is None:
         return jnp.take_along_axis(x_BTD, jnp.maximum(new_B - 1, 0)[:, None, None], axis=1)[:, 0]
     here_BT = layout.position_NBT[ranks.index()] == (start_B + new_B - 1)[:, None]

@@ -1,7 +1,7 @@
-"""One declaration per weight: its shape, its logical axes and how to draw it at random.
+"""One declaration per weight: its shape, its logical axes and its random initialiser.
 
-Modules declare each weight once, as an abstract ``Weight``; random initialisation, planning shapes, shardings and the
-converter's targets are all read off the declarations by :func:`weight_specs`.
+Modules declare each weight once, as an abstract ``Weight``. :func:`weight_specs` reads the declarations; random weights,
+planning shapes, shardings and the converter's targets are all made from them.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ Initializer = Literal["normal", "ones", "zeros", "numbers"]
 class WeightSpec:
     """A weight's shape, the logical axis of each dimension (None: never sharded) and its random initialiser.
 
-    ``fan_in`` is the number of inputs that each output sums over; "normal" draws with variance 1 / ``fan_in``. "numbers" is for a table of
-    int32, 0, 1, 2, ...; all other weights are of the model's own dtype.
+    ``fan_in`` is the number of inputs that each output sums over; "normal" draws with variance 1 / ``fan_in``. "numbers" makes an int32
+    table of 0, 1, 2, ...; every other weight has the model's own dtype.
     """
 
     shape: tuple[int, ...]
@@ -32,7 +32,7 @@ class WeightSpec:
     fan_in: int = 1
 
     def dtype(self, model_dtype: jnp.dtype) -> jnp.dtype:
-        """What it is held in, in a model of this dtype."""
+        """The weight's dtype in a model of this dtype."""
         return jnp.dtype(jnp.int32) if self.init == "numbers" else model_dtype
 
     @property
@@ -48,7 +48,7 @@ class Weight(nnx.Param[Any]):
 
 
 def declare(spec: WeightSpec) -> Weight:
-    """An abstract weight: shape known, no memory behind it."""
+    """Declare an abstract weight: it has a shape and no memory."""
     return Weight(jax.ShapeDtypeStruct(spec.shape, spec.dtype(jnp.dtype(jnp.float32))), spec=spec)
 
 
@@ -58,7 +58,7 @@ def weight_specs(model: nnx.Module) -> dict[str, WeightSpec]:
 
 
 def random_weights(model: nnx.Module, key: jax.Array, dtype: jnp.dtype) -> dict[str, jax.Array]:
-    """Weights drawn from each declaration's initialiser."""
+    """Draw every weight from its declaration's initialiser."""
 
     def draw(spec: WeightSpec, key: jax.Array) -> jax.Array:
         if spec.init == "numbers":
@@ -73,10 +73,10 @@ def random_weights(model: nnx.Module, key: jax.Array, dtype: jnp.dtype) -> dict[
 
 
 class BoundModel:
-    """A model as a pure function of its flat weights: what compiled programs are built from.
+    """A model as a pure function of its flat weights, as compiled programs need it.
 
-    The structure is split off once; ``bind`` puts traced or concrete leaves back. Passing flat leaves to ``jax.jit``
-    costs a fraction of what passing a module costs at every call.
+    The structure is split off once; ``bind`` puts traced or concrete leaves back. Passing flat leaves to ``jax.jit`` costs a
+    fraction of the time that passing a module would cost at every call.
     """
 
     def __init__(self, model: nnx.Module) -> None:

@@ -7,15 +7,16 @@ compiled for the mesh ``sequence=N,tensor=8``. Layers repeat, so only two models
 (Llama 3: one layer; Scout: three of chunk-local attention and one that sees everything) and of two; their difference is what each
 further period costs.
 
-Read off the programs, for each GPU: FLOPs of matrix products; what crosses between hosts (collectives along ``sequence``; those along
-``tensor`` are left out); and what work XLA's schedule has between the start of each and its end. A transfer along the ring, or the
-exchange that sends new keys to the ranks that cache them, is exposed for as long as that work takes less time than it, at the rates
-below. Two things are not in the programs' numbers: routed experts, a loop as long as the router says (their FLOPs are worked out and
-printed), and memory: the H100s compiled for have as much as is needed, because plain attention holds all scores at once.
+Read off the programs, for each GPU: the FLOPs of matrix products; the collectives between hosts (those along ``sequence``; those along
+``tensor`` are left out); and the work that XLA's schedule has between the start and the end of each. A transfer along the ring, or the
+exchange that sends new keys to the ranks that cache them, is exposed for the time by which it takes longer than that work, at the rates
+below. Two things are not in the programs' numbers: routed experts, a loop whose length the router decides (their FLOPs are worked out
+and printed), and memory: the GPUs compiled for have as much as is needed, because plain attention holds all scores at once.
 
 Useful attention FLOPs leave out masked scores, which plain attention computes too: half of them, and more in chunk-local layers. The
-predicted time to the first token is useful FLOPs and matrices at the paper's rate, plus what is exposed; the time of a ring step's
-attention is of useful FLOPs too. Last comes one layer's ring behind cached tokens, by either variant, as in the paper's table 5.
+predicted time to the first token is the useful FLOPs and the matrices' at the paper's rate, plus the exposed transfers; the time of a
+ring step's attention is of useful FLOPs too. The last table is one layer's ring after cached tokens, by either variant, as in the
+paper's table 5.
 The paper is "Context Parallelism for Scalable Million-Token Inference" (arXiv 2411.01783).
 """
 
@@ -57,7 +58,7 @@ PAPER_STEPS: dict[int, dict[Variant, tuple[int, int, int | None]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What a prefill costs each GPU, and what of it crosses between hosts."""
+    """What a prefill costs each GPU, and its transfers between hosts."""
 
     attention_flops: float
     matrix_flops: float
@@ -86,13 +87,13 @@ class Cost:
         )
 
     def repeated(self, twice: Cost, periods: int) -> Cost:
-        """Of a model of ``periods`` periods of layers, this being of one and ``twice`` of two."""
+        """The cost for a model of ``periods`` periods of layers, if this is the cost for one period and ``twice`` for two."""
         pairs = zip(dataclasses.astuple(self), dataclasses.astuple(twice), strict=True)
         return Cost(*(one + (periods - 1) * (two - one) for one, two in pairs))
 
 
 def exposed_seconds(collective: Collective) -> float:
-    """How much longer a collective takes than the work that a GPU is given meanwhile."""
+    """How much longer a collective takes than the work that is scheduled beside it."""
     hidden = collective.flops_meanwhile / H100_RING.attention_flops + collective.bytes_meanwhile / MEMORY_BANDWIDTH
     return max(0.0, collective.sent_bytes / H100_RING.ring_bandwidth - hidden)
 
@@ -109,7 +110,7 @@ def useful_attention_flops(config: ModelConfig, layer: int, tokens: int) -> floa
 
 
 def matrix_flops(config: ModelConfig, layer: int, tokens: int) -> tuple[float, float]:
-    """FLOPs of one layer's weight matrices over all GPUs: those that every token meets, and a routed expert for each."""
+    """FLOPs of one layer's weight matrices over all GPUs: matrices that every token uses, and one routed expert for each token."""
     D, heads = config.hidden_size, config.num_heads + config.num_kv_heads
     attention = 2 * D * heads * config.head_dim
     if config.moe is None or not config.moe.moe_layers[layer]:
@@ -136,15 +137,18 @@ def compile_prefill(config: ModelConfig, hosts: int, tokens: int, cached: int = 
 
 
 def print_prefill(name: str, tokens: int, hosts: list[int]) -> None:
-    """A row for each number of hosts: full prefill."""
+    """Print a row for each number of hosts: a full prefill."""
     config = read_config(name)
     layers = range(config.num_layers)
     every, routed = (sum(flops) for flops in zip(*(matrix_flops(config, i, tokens) for i in layers), strict=True))
     useful = sum(useful_attention_flops(config, i, tokens) for i in layers)
     global_layer = next(i for i in layers if not is_local(config, i))
     print(f"\n{name}, {tokens} tokens: each GPU's share\n")
-    print("| hosts | attention TFLOP (useful) | matrices + routed TFLOP | ring transfers | GB | µs of one, of a step's attention ", end="")
-    print("| GB to keepers | exposed transfers, and s in all | temporaries GB | predicted s | paper s |")
+    print(
+        "| hosts | attention TFLOP (useful) | matrices + routed TFLOP | ring transfers | GB | µs of one transfer, of a step's attention ",
+        end="",
+    )
+    print("| GB to caching ranks | exposed transfers, total s | temporaries GB | predicted s | paper s |")
     print("|" + "---|" * 11)
     for N in hosts:
         gpus = N * GPUS_PER_HOST
@@ -174,7 +178,7 @@ def print_prefill(name: str, tokens: int, hosts: list[int]) -> None:
 
 
 def print_ring_steps(total: int = 128000, hosts: int = 4) -> None:
-    """One layer's ring behind cached tokens, by either variant, beside table 5."""
+    """Print one layer's ring after cached tokens, by either variant, beside table 5."""
     config = first_layers(read_config(LLAMA_405B), 1)
     print(f"\n{LLAMA_405B}, {hosts} hosts, some of {total} tokens new: one step of the ring in µs, predicted (the paper's)\n")
     print("| new tokens | variant | MB sent | transfer | attention | exposed transfers, µs | MB sent back | back |")
@@ -198,7 +202,7 @@ def print_ring_steps(total: int = 128000, hosts: int = 4) -> None:
             back = ["–", "–"]
             if variant == "pass_kv":
                 exchange_bytes = cost.exchange_bytes
-            else:  # the new keys' way to their keepers is the same
+            else:  # both variants send new keys to the ranks that cache them
                 back_bytes = cost.exchange_bytes - exchange_bytes
                 back = [f"{back_bytes / 1e6:.1f}", f"{microseconds(back_bytes / H100_RING.ring_bandwidth)} ({paper_back})"]
             columns = [

@@ -2,10 +2,10 @@
 
     python benchmarks/convert_memory.py [--gigabytes 5] [--dtype float32] [--directory DIR]
 
-Writes a random bfloat16 Hugging Face folder of about that size in shards of 1 GB, converts it in a process of its own and
-prints the most anonymous memory that the process had (what it allocated), the most resident memory (with the source's
-memory-mapped pages, which the kernel can drop), and the bound: twice the largest tensor, of the source or the result, plus 1 GB.
-Ends with status 1 if the resident memory went over it. The disk needs room for twice the size; the folder is removed afterwards.
+Writes a random bfloat16 Hugging Face folder of about that size in shards of 1 GB and converts it in a process of its own. Prints
+that process's peak anonymous memory (what it allocated), its peak resident memory (which includes the source's memory-mapped pages,
+which the kernel can drop), and the bound: twice the largest tensor, of the source or the result, plus 1 GB.
+Ends with status 1 if the resident memory exceeded the bound. The disk needs room for twice the size; the folder is removed afterwards.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CONVERT = "import sys; from l4jax.checkpoints.convert import convert; convert(sy
 
 
 def write_source(folder: Path, gigabytes: float) -> int:
-    """A Llama 4 folder of about this size; the bytes of its largest tensor, one layer's fused gate and up experts."""
+    """Write a Llama 4 folder of about this size; returns the bytes of its largest tensor, one layer's fused gate and up experts."""
     layer = {f"self_attn.{x}_proj.weight": (HIDDEN, HIDDEN) for x in "qkvo"}
     layer |= {"feed_forward.experts.gate_up_proj": (EXPERTS, HIDDEN, 2 * WIDTH), "feed_forward.experts.down_proj": (EXPERTS, WIDTH, HIDDEN)}
     layer |= {"feed_forward.router.weight": (EXPERTS, HIDDEN)}
@@ -81,7 +81,7 @@ def write_source(folder: Path, gigabytes: float) -> int:
 
 
 def peak_memory(command: list[str]) -> dict[str, float]:
-    """Run a command; its highest RssAnon and VmHWM in GB, read from /proc ten times a second, and its seconds."""
+    """Run a command; returns its highest RssAnon and VmHWM in GB, read from /proc ten times a second, and its seconds."""
     start = time.perf_counter()
     process = subprocess.Popen(command)
     peaks = {"RssAnon": 0, "VmHWM": 0}
@@ -100,7 +100,7 @@ def main() -> None:
     """Parse the command line, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=5.0)
-    parser.add_argument("--dtype", choices=["float32"], help="convert to this")
+    parser.add_argument("--dtype", choices=["float32"], help="convert to this dtype")
     parser.add_argument("--directory", help="where to put the temporary folder (default: the system's)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.directory) as temporary:

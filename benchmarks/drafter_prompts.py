@@ -1,10 +1,10 @@
-"""Prompts of four kinds to train a drafter with, made of Python's own documentation and of word lists.
+"""Makes prompts of four kinds to train a drafter with, from Python's own documentation and from word lists.
 
     pip install wonderwords        # lists of English words, MIT licence
     python benchmarks/drafter_prompts.py 4000 > prompts.jsonl
 
-Text to summarise and functions to write come from the docstrings of Python's standard library (PSF licence); what chats and stories are
-about, from the word lists. The same numbers give the same prompts. Only prompts are made: the model that a drafter is for answers them.
+Texts to summarise and functions to write come from the docstrings of Python's standard library (PSF licence); the subjects of chats and
+stories come from the word lists. The same count and seed give the same prompts. Only prompts are made: the drafter's target answers them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 TEMPERATURES = (0.8, 0.0)
-"""What the answers are drawn at, in turn: what is likeliest again and again, and what users see."""
+"""The temperatures of the answers, in turn: sampled answers, as users get them, and greedy answers."""
 CHAT = [
     "What is {a_noun}?",
     "What is the difference between {a_noun} and {a_noun2}?",
@@ -77,9 +77,9 @@ SUMMARY = [
 
 
 def main() -> None:
-    """Print the prompts, a JSON line each."""
+    """Print the prompts, one JSON line for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("count", type=int, help="how many, a quarter of each kind")
+    parser.add_argument("count", type=int, help="number of prompts, a quarter of each kind")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     for prompt in itertools.islice(prompts(arguments.seed), arguments.count):
@@ -88,7 +88,7 @@ def main() -> None:
 
 
 def prompts(seed: int) -> Iterator[dict[str, object]]:
-    """Different ones for ever, the kinds taking turns."""
+    """Yield distinct prompts without end, the kinds in turn."""
     rng = random.Random(seed)
     words = {kind: _words(kind) for kind in ("nouns", "verbs", "adjectives")}
     functions, passages = _documentation()
@@ -119,7 +119,7 @@ def prompts(seed: int) -> Iterator[dict[str, object]]:
 
 
 def _words(kind: str) -> list[str]:
-    """The single words of one list."""
+    """The entries of one list that are single words."""
     import wonderwords
 
     folder = Path(inspect.getfile(wonderwords)).parent / "assets"

@@ -1,20 +1,21 @@
-"""Speculation on SmolLM2 and the CPU: acceptance and speed of chains and trees, beside decoding one by one.
+"""Measures speculation with SmolLM2 on a CPU: acceptance and speed of chains and trees, beside decoding one by one.
 
     python benchmarks/speculation.py CHECKPOINT [--drafter DRAFTER] [--batch 1 4 8] [--dtype float32 bfloat16]
         [--transformers PYTHON HF_FOLDER] [--llama-cpp PYTHON] [--gguf F32 BF16]
         [--llama-speculative BINARY] [--drafter-gguf F32 BF16]
 
-CHECKPOINT is a folder made by ``l4jax convert``, with a drafter in it unless one is given. 41 prompts of four kinds that no drafter was
-trained with (``benchmarks/data/speculation_prompts.jsonl``) are answered greedily, each by every plan in turn before the next, so that
-a slow minute of a shared machine hits all of them. Every plan's tokens are compared with those of decoding one by one.
+CHECKPOINT is a folder made by ``l4jax convert``, with a drafter in it unless ``--drafter`` gives one. 41 prompts of four kinds that no
+drafter was trained on (``benchmarks/data/speculation_prompts.jsonl``) are answered greedily. Every plan answers a prompt before the next
+prompt starts, so that a slow minute of a shared machine affects all plans. Every plan's tokens are compared with those of decoding one
+by one.
 
-With a batch of one, transformers and llama.cpp take their turns too (see ``benchmarks/cpu_decode.py`` for how to have them), and llama.cpp
-with the same drafter: ``llama-speculative-simple`` is built from its sources, which are in llama-cpp-python's source package, and the
-drafter is exported by ``l4jax export DRAFTER FOLDER --to eagle`` and converted by llama.cpp's ``convert_hf_to_gguf.py FOLDER
---target-model-dir HF_FOLDER --outtype f32``. The peers go on past an answer's end, up to the same number of tokens.
+With a batch of one, transformers and llama.cpp take their turns too (``benchmarks/cpu_decode.py`` says how to install them), and
+llama.cpp with the same drafter: build ``llama-speculative-simple`` from its sources, which are in llama-cpp-python's source package;
+export the drafter with ``l4jax export DRAFTER FOLDER --to eagle`` and convert it with llama.cpp's ``convert_hf_to_gguf.py FOLDER
+--target-model-dir HF_FOLDER --outtype f32``. These peers continue past an answer's end, up to the same number of tokens.
 
-Printed for each plan: the acceptance length (tokens a round, the one that every step gives included), by kind of prompt; the share of
-rounds in which a token at each depth stood; the median over prompts (or batches) of tokens/s; and that rate over the one without.
+Printed for each plan: the acceptance length (tokens a round, including the one that every round yields), by kind of prompt; the share of
+rounds in which a token at each depth was accepted; the median over prompts (or batches) of tokens/s; and its ratio to the first plan's.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Result:
 
 
 def answer(llm: l4jax.LLM, prompts: list[list[int]], new_tokens: int) -> Result:
-    """Prefill and first token are not timed: they are the same."""
+    """Answer one batch. Prefill and first token are not timed: they are the same for every plan."""
     params = l4jax.SamplingParams(max_tokens=new_tokens, temperature=0.0)
     ends = sorted(set(llm.config.eos_token_ids) | set(llm.chat_format.stop_token_ids if llm.chat_format else ()))
     batch = Batch(llm.runner, [Request(tokens, params, 0, ends) for tokens in prompts])
@@ -74,7 +75,7 @@ def answer(llm: l4jax.LLM, prompts: list[list[int]], new_tokens: int) -> Result:
 
 
 def peers(arguments: argparse.Namespace, dtype: str) -> dict[str, Callable[[list[int], str], float]]:
-    """Tokens/s that other systems decode one prompt at, from its tokens or its text, by name; all greedy, in this precision."""
+    """For each other system, by name, a function from a prompt's tokens and text to its decode rate in tokens/s; greedy, in this dtype."""
     sizes = ["--capacity", "2048", "--threads", str(arguments.threads)]
     found: dict[str, Callable[[list[int], str], float]] = {}
 
@@ -99,7 +100,7 @@ def peers(arguments: argparse.Namespace, dtype: str) -> dict[str, Callable[[list
 
 
 def llama_speculative(command: list[str], _: list[int], text: str) -> float:
-    """What ``llama-speculative-simple`` reports of one prompt."""
+    """The tokens/s that ``llama-speculative-simple`` reports for one prompt."""
     done = subprocess.run([*command, "-p", text], check=True, capture_output=True, text=True)
     (rate,) = re.findall(r"decoded +[0-9]+ tokens in +[0-9.]+ seconds, speed: +([0-9.]+) t/s", done.stdout + done.stderr)
     return float(rate)
@@ -119,7 +120,7 @@ def measure(arguments: argparse.Namespace, dtype: str, size: int, questions: lis
     for number, group in enumerate((groups[0], *groups)):
         for plan, llm in models.items():
             result = answer(llm, [encoded[i] for i in group], arguments.new_tokens)
-            if number > 0:  # the first is repeated: it compiled
+            if number > 0:  # the first group runs twice: the first run compiles
                 results[plan].append(result)
         for name, decode in others.items():
             rate = decode(encoded[group[0]], first.chat_format.render(questions[group[0]]["messages"]))
@@ -130,9 +131,11 @@ def measure(arguments: argparse.Namespace, dtype: str, size: int, questions: lis
 
 
 def report(results: dict[str, list[Result]], rates_of_others: dict[str, list[float]], questions: list[dict]) -> None:
-    """Print a line for each plan and peer, and which answers are not those of the first plan."""
+    """Print a line for each plan and peer, then the answers that differ from the first plan's."""
     kinds = list(dict.fromkeys(question["kind"] for question in questions))
-    print(f"{'plan':34} {'length':>6}  {' '.join(f'{kind:>11}' for kind in kinds)}  {'tokens/s':>8} {'ratio':>6}  stood at depth 1, 2, ...")
+    print(
+        f"{'plan':34} {'length':>6}  {' '.join(f'{kind:>11}' for kind in kinds)}  {'tokens/s':>8} {'ratio':>6}  accepted at depth 1, 2, ..."
+    )
     plain_rate = 0.0
     for plan, found in results.items():
         rate = statistics.median(sum(len(row) - 1 for row in r.token_ids) / r.seconds for r in found if r.seconds > 0)
@@ -142,9 +145,9 @@ def report(results: dict[str, list[Result]], rates_of_others: dict[str, list[flo
         lengths = [length for r in found for length in r.by_prompt]
         of_kind = [statistics.mean(n for n, q in zip(lengths, questions, strict=True) if q["kind"] == kind) for kind in kinds]
         length = 1 + sum(accepted) / rounds if rounds else 1.0
-        stood = " ".join(f"{n / rounds:.2f}" for n in accepted)
+        shares = " ".join(f"{n / rounds:.2f}" for n in accepted)
         columns = " ".join(f"{value:11.2f}" for value in of_kind)
-        print(f"{plan:34} {length:6.2f}  {columns}  {rate:8.1f} {rate / plain_rate:6.2f}  {stood}")
+        print(f"{plan:34} {length:6.2f}  {columns}  {rate:8.1f} {rate / plain_rate:6.2f}  {shares}")
     for name, rates in rates_of_others.items():
         rate = statistics.median(rates)
         print(f"{name:34} {'':6}  {' ' * (12 * len(kinds) - 1)}  {rate:8.1f} {rate / plain_rate:6.2f}")
@@ -166,7 +169,7 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--plans", nargs="+", default=PLANS)
     parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--prompts", type=int, default=None, help="only so many of the prompts, of each kind alike")
+    parser.add_argument("--prompts", type=int, default=None, help="answer only this many of the prompts, evenly from all kinds")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--transformers", nargs=2, metavar=("PYTHON", "HF_FOLDER"))
     parser.add_argument("--llama-cpp", metavar="PYTHON")

@@ -73,12 +73,12 @@ def _attend_block(
     return out_BTKGh / jnp.moveaxis(total_BKGT, 3, 1)[..., None]
 
 
-def shifted(x_BT: Shaped[Array, "B T *D"], by: int) -> Shaped[Array, "B T *D"]:
+def shifted(x: Shaped[Array, "B T ..."], by: int) -> Shaped[Array, "B T ..."]:
     """Give each position the value ``by`` positions later in its row; zeros (False) where that is beyond the row's ends."""
     if by == 0:
-        return x_BT
-    nothing = jnp.zeros_like(x_BT[:, : min(abs(by), x_BT.shape[1])])
-    return jnp.concatenate([x_BT[:, by:], nothing] if by > 0 else [nothing, x_BT[:, :by]], axis=1)
+        return x
+    nothing = jnp.zeros_like(x[:, : min(abs(by), x.shape[1])])
+    return jnp.concatenate([x[:, by:], nothing] if by > 0 else [nothing, x[:, :by]], axis=1)
 
 
 def _inside(start_BT: Array, end_BT: Array, keys: int) -> Bool[Array, "B T S"]:

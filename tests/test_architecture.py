@@ -126,7 +126,7 @@ def test_every_name_on_the_page_exists():
     assert len(names) > 20
 
     def exists(name: str) -> bool:
-        whole = name if name.split(".")[0] in PACKAGES else f"l4jax.{name}"
+        whole = name if name.startswith(PACKAGES) else f"l4jax.{name}"
         parts = whole.split(".")
         split = max((i for i in range(1, len(parts) + 1) if ".".join(parts[:i]) in MODULES), default=0)
         return split > 0 and defined(MODULES[".".join(parts[:split])], parts[split:])

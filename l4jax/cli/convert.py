@@ -13,20 +13,22 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="turn a Hugging Face, Meta or GGUF checkpoint, or an EAGLE head, into one that l4jax loads",
         description="Turn a Hugging Face folder, a Meta folder or a GGUF file into a checkpoint that l4jax loads; or, with --target, an "
         "EAGLE head into a drafter for that model. "
-        "An interrupted conversion goes on where it stopped when the same command is given again.",
+        "After an interruption, the same command continues where the conversion stopped.",
     )
     parser.add_argument("source", help="a folder with safetensors or consolidated.*.pth, or a .gguf file")
     parser.add_argument("destination", help="the folder to make; it must not exist")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="store the weights in this (default: as the source)")
-    parser.add_argument("--target", help="the source is an EAGLE head; the model it was trained for: a folder made by l4jax convert")
-    parser.add_argument("--trained-length", type=int, metavar="N", help="of a head whose files leave it open: tokens it was trained on")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="dtype to store the weights in (default: the source's)")
+    parser.add_argument("--target", help="for an EAGLE head: the model it was trained for, a folder made by l4jax convert")
     parser.add_argument(
-        "--aux-layers", type=_layers, metavar="I,J,K", help="of a head whose files leave it open: the target's layers whose input it reads"
+        "--trained-length", type=int, metavar="N", help="if a head's files leave it open: the length that it was trained at, in tokens"
+    )
+    parser.add_argument(
+        "--aux-layers", type=_layers, metavar="I,J,K", help="if a head's files leave it open: the target's layers whose input it reads"
     )
     for name, what in (("residual", "takes its residual behind the norm"), ("fed-back", "feeds its normed state back")):
         option = "--norm-before-residual" if name == "residual" else "--norm-fed-back"
-        parser.add_argument(option, choices=("yes", "no"), help=f"of a head whose files leave it open: whether it {what}")
-    parser.add_argument("--dry-run", action="store_true", help="check the source and print which tensors make which weight; write nothing")
+        parser.add_argument(option, choices=("yes", "no"), help=f"if a head's files leave it open: whether it {what}")
+    parser.add_argument("--dry-run", action="store_true", help="check the source and print the tensors of each weight; write nothing")
     parser.set_defaults(run=run)
 
 
@@ -34,7 +36,7 @@ def _layers(text: str) -> tuple[int, ...]:
     try:
         return tuple(map(int, text.split(",")))
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of layers; expected numbers, as in 2,16,29") from error
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of layers; expected numbers, as in 2,16,29") from error
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -55,8 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
     answers = HeadAnswers(arguments.trained_length, arguments.aux_layers, yes[arguments.norm_before_residual], yes[arguments.norm_fed_back])
     if arguments.target is None and answers != NO_ANSWERS:
         raise ValueError(
-            "--trained-length, --aux-layers, --norm-before-residual and --norm-fed-back are for EAGLE heads; give --target, "
-            "the head's model"
+            "--trained-length, --aux-layers, --norm-before-residual and --norm-fed-back are for EAGLE heads; give the "
+            "head's model as --target"
         )
     if arguments.dry_run:
         source: Source = (

@@ -24,7 +24,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Stream the answer, then say how fast it came, and how fast it comes without speculation."""
+    """Stream the answer, then print its speed with and without speculation."""
     from l4jax import LLM, SamplingParams, load
     from l4jax.cli import STARTED
     from l4jax.smollm2 import ensure_checkpoint
@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     params = SamplingParams(max_tokens=arguments.max_tokens, temperature=0.0)
     checkpoint = ensure_checkpoint()
     print(f"> {arguments.prompt}\n", flush=True)
-    # In bfloat16 a CPU sees several tokens in little more time than one, as GPUs do: where speculation pays.
+    # In bfloat16 a pass over several tokens costs a CPU little more than a pass over one, as on GPUs: speculation pays.
     llm = load(checkpoint, dtype="bfloat16", max_batch=1)
     messages = [{"role": "user", "content": arguments.prompt}]
     stream = llm.stream_chat(messages, params)
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         f"{stats.output_tokens} tokens, {stats.decode_tokens_per_second:.1f} tokens/s with speculation, acceptance length "
         f"{stats.acceptance_length:.2f}; {plain.stats.decode_tokens_per_second:.1f} tokens/s without, "
         + ("the same tokens" if plain.token_ids == stream.completion.token_ids else f"the same first {same} tokens"),
-        f"first text {first_seconds or 0.0:.1f} s after the command started, {stats.first_token_seconds:.2f} s after the question was put",
+        f"first text {first_seconds or 0.0:.1f} s after the command started, {stats.first_token_seconds:.2f} s after the question",
         f"peak memory {peak_bytes / 1e9:.2f} GB",
     ]
     print("\n".join(lines))

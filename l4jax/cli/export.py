@@ -10,20 +10,22 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = subparsers.add_parser(
         "export",
         help="write a checkpoint as Hugging Face safetensors, or a drafter as a published EAGLE head",
-        description="Write a checkpoint as a Hugging Face folder; one that came from such a folder comes out bit for bit the same. "
-        "A drafter is written as an EAGLE head, as SafeAILab's code and speculators read it.",
+        description="Write a checkpoint as a Hugging Face folder; if it was converted from one, every weight is the same bit for bit. "
+        "A drafter is written as an EAGLE head that SafeAILab's code or speculators can read.",
     )
     parser.add_argument("checkpoint", help="a folder made by l4jax convert")
     parser.add_argument("destination", help="the folder to make; it must not exist")
     parser.add_argument("--to", choices=("hf", "eagle", "speculators"), required=True, help="hf: a model; eagle, speculators: a drafter")
     parser.add_argument(
-        "--without-head", action="store_true", help="leave out a drafter's output head that is its target's: l4jax convert fills it in"
+        "--without-head",
+        action="store_true",
+        help="leave out a drafter's output head if it is its target's; l4jax convert fills it in again",
     )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Export, and say where to."""
+    """Export, and print the destination."""
     from l4jax.checkpoints.export import export
 
     export(arguments.checkpoint, arguments.destination, to=arguments.to, without_head=arguments.without_head)

@@ -31,12 +31,12 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "checkpoint",
         help="a folder made by l4jax convert, a source that it converts, a config.json, or the name of a shipped configuration",
     )
-    parser.add_argument("--verify", action="store_true", help="of a converted checkpoint: read all weights and compare their checksums")
+    parser.add_argument("--verify", action="store_true", help="for a converted checkpoint: read all weights and compare their checksums")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the tables: for a terminal as such, else as aligned text."""
+    """Print tables on a terminal, aligned text elsewhere."""
     about, config = _describe(arguments.checkpoint)
     _print("Checkpoint", ("", ""), about)
     _print("Configuration", ("field", "value", "source"), _configuration(config))
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _describe(name: str) -> tuple[list[Row], ModelConfig | DrafterConfig]:
-    """What there is to say besides the configuration, and the configuration."""
+    """The rows about the checkpoint, and its configuration."""
     from l4jax.checkpoints.open import open_source
     from l4jax.checkpoints.source import read_json
     from l4jax.checkpoints.store import MANIFEST, open_checkpoint, open_drafter
@@ -189,7 +189,7 @@ def _configuration(config: ModelConfig | DrafterConfig) -> list[Row]:
 
 
 def _value(value: Any) -> str:
-    """``value`` in few words; a pattern over the layers as what repeats."""
+    """``value`` as short text; a pattern that repeats over the layers is printed once."""
     if not isinstance(value, tuple):
         return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     for period in range(1, len(value) // 2 + 1):
@@ -210,7 +210,7 @@ def _print(title: str, header: Row, rows: Sequence[Row]) -> None:
         for column in header:
             table.add_column(column, overflow="fold")
         for row in rows:
-            # As Text: brackets in values are no markup.
+            # As Text: brackets in values are not markup.
             table.add_row(*map(Text, row))
         Console().print(table, "")
         return

@@ -15,19 +15,23 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = subparsers.add_parser(
         "train-drafter",
         help="train a drafter for a model's speculative decoding",
-        description="Let a model answer prompts, and train an EAGLE drafter on what it says. "
-        "An interrupted run goes on where it stopped when the same command is given again.",
+        description="Let a model answer prompts, and train an EAGLE drafter on the answers. "
+        "After an interruption, the same command continues where the run stopped.",
     )
     parser.add_argument("target", help="the model: a folder made by l4jax convert")
     parser.add_argument(
-        "--data", required=True, help='JSONL: {"messages": [...]} or {"prompt": "..."} a line, or answers.jsonl of another run'
+        "--data",
+        required=True,
+        help='JSONL with {"messages": [...]} or {"prompt": "..."} on each line, or the answers.jsonl of another run',
     )
-    parser.add_argument("--out", required=True, help="the run's folder; the drafter comes to be in its folder drafter")
-    parser.add_argument("--start", metavar="DRAFTER", help="a drafter's folder to go on from, as it is, instead of random weights")
+    parser.add_argument("--out", required=True, help="the run's folder; the drafter is written to its subfolder drafter")
+    parser.add_argument("--start", metavar="DRAFTER", help="the folder of a drafter to train further, instead of random weights")
     parser.add_argument("--version", choices=("eagle3", "eagle1"), help="(default: eagle3)")
-    parser.add_argument("--layers", type=int, help="of an EAGLE-1 drafter (default: 1)")
-    parser.add_argument("--intermediate-size", type=int, metavar="N", help="of the drafter's feed-forward blocks (default: the target's)")
-    parser.add_argument("--draft-vocab", type=int, help="EAGLE-3: how many tokens it can guess (default: 8192)")
+    parser.add_argument("--layers", type=int, help="layers of an EAGLE-1 drafter (default: 1)")
+    parser.add_argument(
+        "--intermediate-size", type=int, metavar="N", help="width of the drafter's feed-forward blocks (default: the target's)"
+    )
+    parser.add_argument("--draft-vocab", type=int, help="EAGLE-3: size of the vocabulary that it guesses from (default: 8192)")
     parser.add_argument(
         "--target-head",
         action="store_true",
@@ -36,25 +40,27 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("--ttt-steps", type=int, default=7, help="passes over its own output; depth of the chains measured (default: 7)")
     parser.add_argument("--length", type=int, default=2048, help="most tokens of a prompt and its answer (default: 2048)")
-    parser.add_argument("--batch", type=int, default=8, help="rows of so many tokens in a step (default: 8)")
+    parser.add_argument("--batch", type=int, default=8, help="rows of --length tokens in a step (default: 8)")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--lr", type=float, default=1e-4, help="highest learning rate (default: 1e-4)")
-    parser.add_argument("--warmup", type=int, default=100, help="steps until it is reached (default: 100)")
+    parser.add_argument("--warmup", type=int, default=100, help="steps until the highest learning rate is reached (default: 100)")
     parser.add_argument("--held-out", type=float, default=0.02, help="share of the prompts kept for evaluation (default: 0.02)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="of the answers (default: 0.8)")
-    parser.add_argument("--max-tokens", type=int, default=512, help="of an answer (default: 512)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="temperature of the answers (default: 0.8)")
+    parser.add_argument("--max-tokens", type=int, default=512, help="most tokens of an answer (default: 512)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--report-every", type=int, default=20, metavar="STEPS")
-    parser.add_argument("--save-every", type=int, default=200, metavar="STEPS", help="keep the state, and measure on what is held out")
+    parser.add_argument(
+        "--save-every", type=int, default=200, metavar="STEPS", help="steps between saved states, each measured on the held-out prompts"
+    )
     parser.add_argument("--answer-batch", type=int, default=32, help="prompts answered together (default: 32)")
     parser.add_argument("--keep-states", action="store_true", help="keep the target's states in memory: only the first epoch computes them")
-    parser.add_argument("--mesh", default="data=1", help="devices, as data=N: each takes its share of a batch's rows (default: one)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="hold the target in this (default: as stored)")
+    parser.add_argument("--mesh", default="data=1", help="devices, as data=N: a batch's rows are divided among them (default: one)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="dtype to hold the target in (default: as stored)")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, with reports on stderr."""
+    """Train, and report on stderr."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -67,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         for name in _SHAPE:
             if getattr(args, name) is not None:
                 option = name.replace("_", "-")
-                raise ValueError(f"--{option} is given, and so is --start, whose drafter has its shape already; leave --{option} out")
+                raise ValueError(f"--{option} is given together with --start, whose drafter already has its shape; leave out --{option}")
     names = {field.name for field in dataclasses.fields(Settings)}
     settings = Settings(**{name: value for name, value in vars(args).items() if name in names and value is not None})
     for name in ("report_every", "save_every"):

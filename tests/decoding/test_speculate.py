@@ -192,7 +192,7 @@ def test_a_drafter_of_another_model_is_refused():
     for other, message in (
         (scout_like(vocab_size=32), "a vocabulary of 32, not 64"),
         (scout_like(hidden_size=48), "a hidden size of 48, not 32"),
-        (scout_like(num_layers=3, rope_layers=(True,) * 3, moe=None), "so many layers as 3, not 4"),
+        (scout_like(num_layers=3, rope_layers=(True,) * 3, moe=None), "a layer count of 3, not 4"),
     ):
         with pytest.raises(ValueError, match=f"the drafter is for a model with {message}; give this model's own drafter"):
             LLM(config, weights(config), drafter=loaded_drafter(drafter(other)), speculation="chain:2")

@@ -230,7 +230,7 @@ def test_the_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().err == "l4jax: error: report_every is 0; expected at least 1\n"
     assert cli.main([*command, "--start", str(tmp_path / "out" / "drafter")]) == 2
     assert capsys.readouterr().err == (
-        "l4jax: error: --draft-vocab is given, and so is --start, whose drafter has its shape already; leave --draft-vocab out\n"
+        "l4jax: error: --draft-vocab is given together with --start, whose drafter already has its shape; leave out --draft-vocab\n"
     )
     assert cli.main([*command, "--seed", "1"]) == 2
     assert "out is another run's: its seed is 0, and this one's 1; give the same settings" in capsys.readouterr().err

@@ -117,15 +117,15 @@ class Batch:
             return first
         self._runner.check_claim(self._claim)
         tokens = self._advance(steps)
-        token_SB, logprobs, taken, done_B = jax.device_get((tokens.token_SB, tokens.logprobs, tokens.steps, tokens.done_B))
-        self._runner.check_tokens(token_SB[:taken])
+        token_sB, logprobs, taken, done_B = jax.device_get((tokens.token_sB, tokens.logprobs, tokens.steps, tokens.done_B))
+        self._runner.check_tokens(token_sB[:taken])
         self.done = [bool(done_B[row]) for row in range(len(self._requests))]
         result = []
         for row in range(len(self._requests)):
-            count = int((token_SB[:taken, row] >= 0).sum())
+            count = int((token_sB[:taken, row] >= 0).sum())
             at_step = [None if logprobs is None else jax.tree.map(lambda leaf, s=s, row=row: leaf[s, row], logprobs) for s in range(count)]
             self._lengths[row] += count
-            result.append(NewTokens(token_SB[:count, row].tolist(), self._logprobs(row, at_step)))
+            result.append(NewTokens(token_sB[:count, row].tolist(), self._logprobs(row, at_step)))
         return result
 
     def _advance(self, steps: int) -> DecodeTokens:
@@ -144,7 +144,7 @@ class Batch:
             Rounds(
                 rounds.rounds + int(counted.rounds_B[row]),
                 rounds.drafted + int(counted.drafted_B[row]),
-                tuple(before + int(now) for before, now in zip(rounds.accepted, counted.accepted_BL[row], strict=True)),
+                tuple(before + int(now) for before, now in zip(rounds.accepted, counted.accepted_Bd[row], strict=True)),
             )
             for row, rounds in enumerate(self.rounds)
         ]
@@ -160,7 +160,7 @@ class Batch:
         if wanted is None:
             return None
         return [
-            TokenLogprob(float(entry.chosen_B), tuple(zip(entry.top_id_BN[:wanted].tolist(), entry.top_BN[:wanted].tolist(), strict=True)))
+            TokenLogprob(float(entry.chosen_B), tuple(zip(entry.top_id_Bj[:wanted].tolist(), entry.top_Bj[:wanted].tolist(), strict=True)))
             for entry in logprobs
             if entry is not None
         ]

@@ -71,7 +71,7 @@ class PageTables:
     """The pages that hold each row's slots, for the layers that keep everything and for the chunk-local layers."""
 
     full_BW: Int32[Array, "B W"]
-    local_BW: Int32[Array, "B w"]
+    local_Bw: Int32[Array, "B w"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -118,11 +118,11 @@ class Placement:
         """Turn a KV head's whole group (query heads, key, value), which all of its devices have, into each device's share of it."""
         copies = self._copies
 
-        def share(qkv_KgHD: Float[Array, "1 g h D"]) -> Float[Array, "1 f h D"]:
-            queries = (qkv_KgHD.shape[1] - 2) // copies
+        def share(qkv_KghD: Float[Array, "K g h D"]) -> Float[Array, "K _ h D"]:
+            queries = (qkv_KghD.shape[1] - 2) // copies
             first = jax.lax.axis_index("copy") * queries
-            mine = jax.lax.dynamic_slice_in_dim(qkv_KgHD, first, queries, axis=1)
-            return jnp.concatenate([mine, qkv_KgHD[:, -2:]], axis=1)
+            mine = jax.lax.dynamic_slice_in_dim(qkv_KghD, first, queries, axis=1)
+            return jnp.concatenate([mine, qkv_KghD[:, -2:]], axis=1)
 
         group, copy = PartitionSpec("kv_head"), PartitionSpec(("kv_head", "copy"))
         return jax.jit(jax.shard_map(share, mesh=self._kv_mesh, in_specs=group, out_specs=copy, check_vma=False))

@@ -198,8 +198,8 @@ class Programs:
         return state, self._tokens_of_all_rows(out)
 
     def _tokens_of_all_rows(self, out: DecodeTokens) -> DecodeTokens:
-        token_SB, logprobs = jax.tree.map(lambda rows: self._data.concatenate(rows, axis=1), (out.token_SB, out.logprobs))
-        return DecodeTokens(token_SB, logprobs, out.steps, self._data.concatenate(out.done_B, axis=0))
+        token_sB, logprobs = jax.tree.map(lambda rows: self._data.concatenate(rows, axis=1), (out.token_sB, out.logprobs))
+        return DecodeTokens(token_sB, logprobs, out.steps, self._data.concatenate(out.done_B, axis=0))
 
     def _logits(
         self,

@@ -212,7 +212,7 @@ class Runner:
             self._cache, logits_BTV = self.programs.logits(self._leaves, self._cache, *piece.inputs(), tables, layout, spread=spread)
             host = to_host(logits_BTV)
             if layout is not None:
-                host = in_order(host, np.asarray(layout.position_NBT), piece.start_B)
+                host = in_order(host, np.asarray(layout.position_RBT), piece.start_B)
             if not np.isfinite(host).all():
                 self.discard_cache()
                 raise ValueError(NOT_FINITE_ADVICE)

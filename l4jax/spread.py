@@ -87,11 +87,11 @@ def aligned_layouts(rows: Sequence[tuple[int, int]], ranks: int, chunk: int, slo
     return layouts
 
 
-def in_order(values_BSX: np.ndarray, position_NBT: np.ndarray, start_B: np.ndarray) -> np.ndarray:
-    """Sort what the ranks computed, given one rank after the other along S, by position."""
-    positions_BS = np.swapaxes(position_NBT, 0, 1).reshape(len(start_B), -1)
-    ordered_BSX = np.zeros_like(values_BSX)
-    for row, positions_S in enumerate(positions_BS):
-        present_S = positions_S != EMPTY
-        ordered_BSX[row, positions_S[present_S] - start_B[row]] = values_BSX[row, present_S]
-    return ordered_BSX
+def in_order(values_BAV: np.ndarray, position_RBT: np.ndarray, start_B: np.ndarray) -> np.ndarray:
+    """Sort what the ranks computed, given one rank after the other along A, by position."""
+    position_BA = np.swapaxes(position_RBT, 0, 1).reshape(len(start_B), -1)
+    ordered_BAV = np.zeros_like(values_BAV)
+    for row, position_A in enumerate(position_BA):
+        present_A = position_A != EMPTY
+        ordered_BAV[row, position_A[present_A] - start_B[row]] = values_BAV[row, present_A]
+    return ordered_BAV

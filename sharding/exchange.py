@@ -21,14 +21,14 @@ class RowExchange:
     ranks: Ranks
     size_RR: Int32[Array, "R R"]
 
-    def send(self, rows_MD: Shaped[Array, "M D"]) -> Shaped[Array, "N D"]:
-        """Send every row to its rank; returns the rows that arrive here, by sender and in order, then meaningless rows up to N = R M."""
+    def send(self, rows_MD: Shaped[Array, "M D"]) -> Shaped[Array, "A D"]:
+        """Send every row to its rank; returns the rows that arrive here, by sender and in order, then meaningless rows up to A = R M."""
         room = self.ranks.count * rows_MD.shape[0]
         return _all_to_all(rows_MD, self.size_RR, self.ranks, room)
 
-    def send_back(self, rows_ND: Shaped[Array, "N D"]) -> Shaped[Array, "M D"]:
+    def send_back(self, rows_AD: Shaped[Array, "A D"]) -> Shaped[Array, "M D"]:
         """The inverse of :meth:`send`: send each row back to where it came from."""
-        return _all_to_all(rows_ND, self.size_RR.T, self.ranks, rows_ND.shape[0] // self.ranks.count)
+        return _all_to_all(rows_AD, self.size_RR.T, self.ranks, rows_AD.shape[0] // self.ranks.count)
 
 
 def _all_to_all(rows_MD: Array, size_RR: Array, ranks: Ranks, room: int) -> Array:
@@ -46,12 +46,12 @@ def _all_to_all(rows_MD: Array, size_RR: Array, ranks: Ranks, room: int) -> Arra
     def dense(rows_MD: Array) -> Array:
         # No rank sends another more rows than either has room for.
         longest = min(rows_MD.shape[0], room)
-        index_RL = begin_R[:, None] + jnp.arange(longest, dtype=jnp.int32)[None, :]
-        leaving_RLD = rows_MD.at[index_RL].get(mode="clip")
-        arriving_RLD = jax.lax.all_to_all(leaving_RLD, ranks.axes, split_axis=0, concat_axis=0)
+        index_RC = begin_R[:, None] + jnp.arange(longest, dtype=jnp.int32)[None, :]
+        leaving_RCD = rows_MD.at[index_RC].get(mode="clip")
+        arriving_RCD = jax.lax.all_to_all(leaving_RCD, ranks.axes, split_axis=0, concat_axis=0)
         end_R = jnp.cumsum(received_R)
         row = jnp.arange(room, dtype=jnp.int32)
         sender = jnp.minimum(jnp.searchsorted(end_R, row, side="right"), ranks.count - 1)
-        return arriving_RLD.at[sender, row - (end_R - received_R)[sender]].get(mode="clip")
+        return arriving_RCD.at[sender, row - (end_R - received_R)[sender]].get(mode="clip")
 
     return jax.lax.platform_dependent(rows_MD, cuda=ragged, default=dense)

@@ -43,7 +43,7 @@ class Ranks:
         """Every rank's array along a new leading axis, on all of them."""
         return jax.lax.all_gather(x, self.axes) if self.axes else x[None]
 
-    def concatenate(self, x: Shaped[Array, "*B"], axis: int) -> Shaped[Array, "*C"]:
+    def concatenate(self, x: Shaped[Array, "*B"], axis: int) -> Shaped[Array, "..."]:
         """Every rank's array, one after the other along an existing axis, on all of them."""
         return jax.lax.all_gather(x, self.axes, axis=axis, tiled=True) if self.axes else x
 

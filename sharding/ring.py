@@ -26,8 +26,8 @@ def pass_kv(
     q_BTKGh: Float[Array, "B T K G h"],
     k_BSKh: Float[Array, "B S K h"],
     v_BSKh: Float[Array, "B S K h"],
-    query_position_NBT: Int32[Array, "N B T"],
-    key_position_NBS: Int32[Array, "N B S"],
+    query_position_RBT: Int32[Array, "R B T"],
+    key_position_RBS: Int32[Array, "R B S"],
     *,
     axis_name: str | tuple[str, ...],
     scale: float,
@@ -35,7 +35,7 @@ def pass_kv(
     window: int | None = None,
     segments: Sequence[int] | None = None,
 ) -> Partial:
-    """Attention of this rank's queries over all ranks' keys. The ring passes keys and values, in N - 1 transfers of one message each.
+    """Attention of this rank's queries over all ranks' keys. The ring passes keys and values, in R - 1 transfers of one message each.
 
     Every rank has the same position arrays, indexed [rank, row, slot]. ``segments``: the sizes of the runs of slots that make up S,
     say cached keys and new keys; one run by default. In each run the positions of keys ascend, and empty slots come last. A query at
@@ -43,7 +43,7 @@ def pass_kv(
     ``window`` of them. Scores are multiplied by ``scale``. Returns this rank's output and log-sum-exp.
     """
     ranks, rank = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
-    query_position_BT = query_position_NBT[rank]
+    query_position_BT = query_position_RBT[rank]
     # The barriers force XLA to run each hop's transfer during that hop's attention; without them it would start transfers late.
     q_BTKGh, kv_2BSKh = jax.lax.optimization_barrier((q_BTKGh, jnp.stack([k_BSKh, v_BSKh])))
     merged: Partial | None = None
@@ -51,7 +51,7 @@ def pass_kv(
         # Issued before the attention that overlaps with it. After the last hop no rank needs the keys again.
         arriving = _to_next(kv_2BSKh, axis_name) if hop < ranks - 1 else kv_2BSKh
         with jax.named_scope(f"ring_hop_{hop}"):
-            key_position_BS = key_position_NBS[(rank - hop) % ranks]
+            key_position_BS = key_position_RBS[(rank - hop) % ranks]
             partial = attend_positions(q_BTKGh, kv_2BSKh, query_position_BT, key_position_BS, chunk, window, segments, scale=scale)
             merged = partial if merged is None else merge_attention([merged, partial])
         kv_2BSKh, merged = jax.lax.optimization_barrier((arriving, merged))
@@ -63,8 +63,8 @@ def pass_q(
     q_BTKGh: Float[Array, "B T K G h"],
     k_BSKh: Float[Array, "B S K h"],
     v_BSKh: Float[Array, "B S K h"],
-    query_position_NBT: Int32[Array, "N B T"],
-    key_position_NBS: Int32[Array, "N B S"],
+    query_position_RBT: Int32[Array, "R B T"],
+    key_position_RBS: Int32[Array, "R B S"],
     *,
     axis_name: str | tuple[str, ...],
     scale: float,
@@ -72,15 +72,15 @@ def pass_q(
     window: int | None = None,
     segments: Sequence[int] | None = None,
 ) -> Partial:
-    """As :func:`pass_kv`, but the ring passes queries, in N - 1 transfers; then one all-to-all sends each rank's results back."""
+    """As :func:`pass_kv`, but the ring passes queries, in R - 1 transfers; then one all-to-all sends each rank's results back."""
     ranks, rank = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
     q_BTKGh, kv_2BSKh = jax.lax.optimization_barrier((q_BTKGh, jnp.stack([k_BSKh, v_BSKh])))
-    key_position_BS = key_position_NBS[rank]
+    key_position_BS = key_position_RBS[rank]
     results = []
     for hop in range(ranks):
         arriving = _to_next(q_BTKGh, axis_name) if hop < ranks - 1 else q_BTKGh
         with jax.named_scope(f"ring_hop_{hop}"):
-            query_position_BT = query_position_NBT[(rank - hop) % ranks]
+            query_position_BT = query_position_RBT[(rank - hop) % ranks]
             out_BTKGh, lse_BTKG = attend_positions(
                 q_BTKGh, kv_2BSKh, query_position_BT, key_position_BS, chunk, window, segments, scale=scale
             )

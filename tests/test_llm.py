@@ -155,7 +155,7 @@ def test_pages_may_lie_anywhere(monkeypatch):
         tables = identity(self, config, rows)
         rng = np.random.default_rng(0)
         pages = {local: rng.permutation(self.rows * self.pages_per_row(config, local=local)).astype(np.int32) for local in (False, True)}
-        return dataclasses.replace(tables, full_BW=pages[False][tables.full_BW], local_BW=pages[True][tables.local_BW])
+        return dataclasses.replace(tables, full_BW=pages[False][tables.full_BW], local_Bw=pages[True][tables.local_Bw])
 
     monkeypatch.setattr(type(shuffled.cache_shape), "identity_tables", shuffle)
     np.testing.assert_allclose(shuffled.logits(prompt)[0], plain, atol=2e-5)

@@ -52,19 +52,19 @@ class Drafting:
         return tuple(TreeCache.around(layer, len(self.length_B)) for layer in self.state.cache)
 
     def run(
-        self, token_BM: Array, hidden_BMD: Array, depth: int, sees_BMS: Array, cache: tuple[TreeCache, ...]
+        self, token_Bn: Array, hidden_BnD: Array, depth: int, sees_BnS: Array, cache: tuple[TreeCache, ...]
     ) -> tuple[Array, tuple[TreeCache, ...]]:
-        """One pass over nodes of this depth, from their parents' hidden states; ``sees_BMS``: those run before, and themselves."""
-        B, M = token_BM.shape
+        """One pass over nodes of this depth, from their parents' hidden states; ``sees_BnS``: those run before, and themselves."""
+        B, n = token_Bn.shape
         # The root's own entry is the last in the drafter's cache, so its children come right behind.
-        depth_BM = jnp.full((B, M), depth - 1, jnp.int32)
+        depth_Bn = jnp.full((B, n), depth - 1, jnp.int32)
         decoder, ranks = self.drafter.config.decoder, self.drafter.ranks
-        step = tree_step_inputs(decoder, self.length_B, depth_BM, jnp.ones((B, M), bool), sees_BMS, self.tables, ranks, window=self.window)
-        return self.drafter(self.target, token_BM, hidden_BMD, step, cache)
+        step = tree_step_inputs(decoder, self.length_B, depth_Bn, jnp.ones((B, n), bool), sees_BnS, self.tables, ranks, window=self.window)
+        return self.drafter(self.target, token_Bn, hidden_BnD, step, cache)
 
-    def logits(self, hidden_BMD: Array) -> Array:
+    def logits(self, hidden_BnD: Array) -> Array:
         """Logits over the draft vocabulary."""
-        return self.drafter.logits(self.target, hidden_BMD)
+        return self.drafter.logits(self.target, hidden_BnD)
 
 
 @jax.tree_util.register_dataclass
@@ -90,7 +90,7 @@ def draft_static(
     distributions = []
     cache = drafting.start()
     ran: list[int] = []
-    hidden_BMD = drafting.state.hidden_BD[:, None]
+    hidden_BnD = drafting.state.hidden_BD[:, None]
     for depth in range(tree.depth):
         parents = [node for node in inner if tree.depths[node] == depth]
         if depth > 0:
@@ -98,16 +98,16 @@ def draft_static(
             level = [node for node in range(tree.size) if tree.depths[node] == depth]
             ran += parents
             from_parent = np.array([before.index(tree.parents[node]) for node in parents])
-            token_BM = tokens[-1][:, np.array([level.index(node) for node in parents])]
+            token_Bn = tokens[-1][:, np.array([level.index(node) for node in parents])]
             sees = np.array([[_is_above(tree, other, node) for other in ran] for node in parents])
-            sees_BMS = jnp.broadcast_to(jnp.asarray(sees)[None], (B, *sees.shape))
-            hidden_BMD, cache = drafting.run(token_BM, hidden_BMD[:, from_parent], depth, sees_BMS, cache)
-        logits_BMV = drafting.logits(hidden_BMD)
+            sees_BnS = jnp.broadcast_to(jnp.asarray(sees)[None], (B, *sees.shape))
+            hidden_BnD, cache = drafting.run(token_Bn, hidden_BnD[:, from_parent], depth, sees_BnS, cache)
+        logits_BnV = drafting.logits(hidden_BnD)
         if rows is not None:
-            log_q_BMV, logits_BMV = _perturbed(logits_BMV, rows, position_B + depth, parents, drafting)
-            distributions.append(log_q_BMV)
+            log_q_BnV, logits_BnV = _perturbed(logits_BnV, rows, position_B + depth, parents, drafting)
+            distributions.append(log_q_BnV)
         most = max(len(tree.children(node)) for node in parents)
-        _, top_id = highest_tokens(logits_BMV.reshape(-1, logits_BMV.shape[-1]), most, vocab)
+        _, top_id = highest_tokens(logits_BnV.reshape(-1, logits_BnV.shape[-1]), most, vocab)
         children = [(parents.index(parent), tree.children(parent).index(child)) for parent in parents for child in tree.children(parent)]
         parent_index, rank_index = (np.array(index) for index in zip(*children, strict=True))
         tokens.append(drafting.drafter.target_tokens(top_id.reshape(B, len(parents), most)[:, parent_index, rank_index]))
@@ -121,13 +121,13 @@ def _is_above(tree: StaticTree, other: int, node: int) -> bool:
     return node == other
 
 
-def _perturbed(logits_BMV: Array, rows: SamplingRows, position_B: Array, nodes: list[int], drafting: Drafting) -> tuple[Array, Array]:
+def _perturbed(logits_BnV: Array, rows: SamplingRows, position_B: Array, nodes: list[int], drafting: Drafting) -> tuple[Array, Array]:
     """Log-probabilities, and the same with Gumbel noise: their highest, in order, are drawn without replacement (Gumbel-top-k)."""
     vocab = drafting.drafter.vocab
-    V = logits_BMV.shape[-1]
+    V = logits_BnV.shape[-1]
     temperature_B = jnp.where(rows.temperature_B > 0, rows.temperature_B, 1.0)
-    scaled_BMV = logits_BMV / temperature_B[:, None, None]
-    log_BMV = log_probabilities(scaled_BMV.reshape(-1, V), vocab).reshape(scaled_BMV.shape)
+    scaled_BnV = logits_BnV / temperature_B[:, None, None]
+    log_BnV = log_probabilities(scaled_BnV.reshape(-1, V), vocab).reshape(scaled_BnV.shape)
 
     def noise(key: Array) -> Array:
         # Drawn for the whole vocabulary on every rank, which takes its part: the numbers must not depend on the mesh.
@@ -136,9 +136,9 @@ def _perturbed(logits_BMV: Array, rows: SamplingRows, position_B: Array, nodes: 
         own = jnp.stack([jax.random.gumbel(jax.random.fold_in(key, _NODES + node), size, mode="high") for node in nodes])
         return jax.lax.dynamic_slice_in_dim(own, vocab.index() * V, V, axis=1)
 
-    noise_BMV = jax.vmap(noise)(position_keys(rows.key_B2, position_B))
+    noise_BnV = jax.vmap(noise)(position_keys(rows.key_B2, position_B))
     # Where only one token can be accepted the likeliest are the best guesses, and acceptance does not ask how they were drawn.
-    return log_BMV, log_BMV + jnp.where(rows.temperature_B[:, None, None] > 0, noise_BMV, 0.0)
+    return log_BnV, log_BnV + jnp.where(rows.temperature_B[:, None, None] > 0, noise_BnV, 0.0)
 
 
 def target_distribution(
@@ -196,21 +196,21 @@ def draft_dynamic(drafting: Drafting, tree: DynamicTree, root_B: Int32[Array, "B
         hidden_BkD = jnp.take_along_axis(hidden_BkD, from_Bk[:, :, None], axis=1)
         above_BkS = jnp.take_along_axis(sees_BkS, from_Bk[:, :, None], axis=1)
         pooled += k * k
-    token_BP, score_BP, parent_BP = (jnp.concatenate(part, axis=1) for part in (pool_token, pool_score, pool_parent))
-    return _rerank(token_BP, score_BP, parent_BP, root_B, tree.nodes)
+    token_BU, score_BU, parent_BU = (jnp.concatenate(part, axis=1) for part in (pool_token, pool_score, pool_parent))
+    return _rerank(token_BU, score_BU, parent_BU, root_B, tree.nodes)
 
 
-def _rerank(token_BP: Array, score_BP: Array, parent_BP: Array, root_B: Array, nodes: int) -> tuple[Array, Array]:
+def _rerank(token_BU: Array, score_BU: Array, parent_BU: Array, root_B: Array, nodes: int) -> tuple[Array, Array]:
     """The best ``nodes`` - 1 of the pool behind the root, in the order they were grown in."""
-    B, P = token_BP.shape
-    _, best_Bn = jax.lax.top_k(score_BP, nodes - 1)
-    kept_Bn = jnp.sort(best_Bn.astype(jnp.int32), axis=1)
+    B, U = token_BU.shape
+    _, best_Bm = jax.lax.top_k(score_BU, nodes - 1)
+    kept_Bm = jnp.sort(best_Bm.astype(jnp.int32), axis=1)
     row_B1 = jnp.arange(B, dtype=jnp.int32)[:, None]
-    number_BP = jnp.zeros((B, P), jnp.int32).at[row_B1, kept_Bn].set(jnp.arange(1, nodes, dtype=jnp.int32)[None])
-    parent_Bn = jnp.take_along_axis(parent_BP, kept_Bn, axis=1)
-    parent_Bn = jnp.where(parent_Bn == NONE, 0, jnp.take_along_axis(number_BP, jnp.maximum(parent_Bn, 0), axis=1))
-    token_BN = jnp.concatenate([root_B[:, None], jnp.take_along_axis(token_BP, kept_Bn, axis=1)], axis=1)
-    return token_BN, jnp.concatenate([jnp.full((B, 1), NONE, jnp.int32), parent_Bn], axis=1)
+    number_BU = jnp.zeros((B, U), jnp.int32).at[row_B1, kept_Bm].set(jnp.arange(1, nodes, dtype=jnp.int32)[None])
+    parent_Bm = jnp.take_along_axis(parent_BU, kept_Bm, axis=1)
+    parent_Bm = jnp.where(parent_Bm == NONE, 0, jnp.take_along_axis(number_BU, jnp.maximum(parent_Bm, 0), axis=1))
+    token_BN = jnp.concatenate([root_B[:, None], jnp.take_along_axis(token_BU, kept_Bm, axis=1)], axis=1)
+    return token_BN, jnp.concatenate([jnp.full((B, 1), NONE, jnp.int32), parent_Bm], axis=1)
 
 
 def grow(

@@ -38,7 +38,7 @@ class DecodeState:
 class DecodeTokens:
     """What one dispatch produced: [steps, B], with -1 where a row had finished; only the first ``steps`` entries mean anything."""
 
-    token_SB: Int32[Array, "S B"]
+    token_sB: Int32[Array, "s B"]
     logprobs: Logprobs | None
     steps: Int32[Array, ""]
     done_B: Bool[Array, "B"]
@@ -46,7 +46,7 @@ class DecodeTokens:
 
 def is_final(token_B: Int32[Array, "B"], produced_B: Int32[Array, "B"], rows: SamplingRows) -> Bool[Array, "B"]:
     """True where this token, the ``produced_B``-th of its row, is the row's last; so is one that could not be chosen."""
-    return (token_B == NOT_FINITE) | jnp.any(token_B[:, None] == rows.stop_BN, axis=-1) | (produced_B >= rows.max_tokens_B)
+    return (token_B == NOT_FINITE) | jnp.any(token_B[:, None] == rows.stop_Bj, axis=-1) | (produced_B >= rows.max_tokens_B)
 
 
 def count_token(counts: TokenCounts, token_B: Int32[Array, "B"], active_B: Bool[Array, "B"], vocab: Ranks) -> TokenCounts:
@@ -72,25 +72,25 @@ def decode_tokens(
     def step(carry: tuple[DecodeState, DecodeTokens]) -> tuple[DecodeState, DecodeTokens]:
         state, out = carry
         active_B = ~state.done_B
-        active_1B = active_B.astype(jnp.int32)
-        x_BTD, _, cache = model(state.token_B[:, None], state.length_B, active_1B, state.cache, tables)
+        new_B = active_B.astype(jnp.int32)
+        x_BTD, _, cache = model(state.token_B[:, None], state.length_B, new_B, state.cache, tables)
         token_B, logprobs = sample(model.logits(x_BTD[:, 0]), rows, state.counts, state.produced_B, features, vocab)
         # Ranks that repeat each other's work may differ in its last bit, and would choose and stop each for itself.
         token_B = model.ranks.of_first(token_B)
         token_B = jnp.where(active_B, token_B, state.token_B)
-        produced_B = state.produced_B + active_1B
+        produced_B = state.produced_B + new_B
 
         def record(buffer: Array, value: Array) -> Array:
             return jax.lax.dynamic_update_index_in_dim(buffer, value, out.steps, 0)
 
         out = DecodeTokens(
-            token_SB=record(out.token_SB, jnp.where(active_B, token_B, -1)),
+            token_sB=record(out.token_sB, jnp.where(active_B, token_B, -1)),
             logprobs=jax.tree.map(record, out.logprobs, logprobs),
             steps=out.steps + 1,
             done_B=state.done_B | is_final(token_B, produced_B, rows),
         )
         counts = None if state.counts is None else count_token(state.counts, token_B, active_B, vocab)
-        return DecodeState(cache, token_B, state.length_B + active_1B, produced_B, out.done_B, counts), out
+        return DecodeState(cache, token_B, state.length_B + new_B, produced_B, out.done_B, counts), out
 
     return jax.lax.while_loop(unfinished, step, (state, _no_tokens(state, model.config.vocab_size, features)))
 

@@ -41,7 +41,7 @@ class SamplingFeatures:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingRows:
-    """Each row's settings, on the device. ``bias_id_BN`` is padded with the vocabulary size, ``stop_BN`` with -1."""
+    """Each row's settings, on the device. ``bias_id_Bj`` is padded with the vocabulary size, ``stop_Bj`` with -1."""
 
     temperature_B: Float32[Array, "B"]
     top_k_B: Int32[Array, "B"]
@@ -51,9 +51,9 @@ class SamplingRows:
     presence_B: Float32[Array, "B"]
     frequency_B: Float32[Array, "B"]
     key_B2: UInt32[Array, "B 2"]
-    bias_id_BN: Int32[Array, "B N"]
-    bias_BN: Float32[Array, "B N"]
-    stop_BN: Int32[Array, "B N"]
+    bias_id_Bj: Int32[Array, "B j"]
+    bias_Bj: Float32[Array, "B j"]
+    stop_Bj: Int32[Array, "B j"]
     max_tokens_B: Int32[Array, "B"]
 
 
@@ -72,8 +72,8 @@ class Logprobs:
     """Log-probabilities of the chosen token and of the likeliest ones, under the model's own distribution."""
 
     chosen_B: Float32[Array, "B"]
-    top_BN: Float32[Array, "B N"]
-    top_id_BN: Int32[Array, "B N"]
+    top_Bj: Float32[Array, "B j"]
+    top_id_Bj: Int32[Array, "B j"]
 
 
 def batch_features(params: Sequence[SamplingParams]) -> SamplingFeatures:
@@ -104,9 +104,9 @@ def sampling_rows(
         presence_B=stack("presence_penalty", np.float32),
         frequency_B=stack("frequency_penalty", np.float32),
         key_B2=host_array([[seed >> 32, seed & 0xFFFFFFFF] for seed in seeds], np.uint32),
-        bias_id_BN=_pad(bias_ids, vocab_size, np.int32),
-        bias_BN=_pad(bias_values, 0.0, np.float32),
-        stop_BN=_pad(stop_ids, -1, np.int32),
+        bias_id_Bj=_pad(bias_ids, vocab_size, np.int32),
+        bias_Bj=_pad(bias_values, 0.0, np.float32),
+        stop_Bj=_pad(stop_ids, -1, np.int32),
         max_tokens_B=stack("max_tokens", np.int32),
     )
 
@@ -181,8 +181,8 @@ def _find(logits_BV: Array, highest_B: Array, vocab: Ranks) -> Array:
 def adjust_logits(logits_BV: Float32[Array, "B V"], rows: SamplingRows, counts: TokenCounts, vocab: Ranks = ONE) -> Float32[Array, "B V"]:
     """Bias, then repetition (CTRL, arXiv 1909.05858), presence and frequency penalties."""
     row_B1 = jnp.arange(logits_BV.shape[0], dtype=jnp.int32)[:, None]
-    bias_id_BN = local_index(rows.bias_id_BN, logits_BV.shape[1], vocab)
-    logits_BV = logits_BV.at[row_B1, bias_id_BN].add(rows.bias_BN, mode="drop")
+    bias_id_Bj = local_index(rows.bias_id_Bj, logits_BV.shape[1], vocab)
+    logits_BV = logits_BV.at[row_B1, bias_id_Bj].add(rows.bias_Bj, mode="drop")
     in_output_BV = counts.output_BV > 0
     repetition_BV = jnp.where(counts.in_prompt_BV | in_output_BV, rows.repetition_B[:, None], 1.0)
     logits_BV = jnp.where(logits_BV > 0, logits_BV / repetition_BV, logits_BV * repetition_BV)
@@ -306,14 +306,14 @@ def log_probabilities(logits_BV: Float32[Array, "B V"], vocab: Ranks = ONE) -> F
     return shifted_BV - jnp.log(vocab.sum(jnp.sum(jnp.exp(shifted_BV), axis=-1, keepdims=True)))
 
 
-def highest_tokens(values_BV: Float32[Array, "B V"], count: int, vocab: Ranks = ONE) -> tuple[Float32[Array, "B N"], Int32[Array, "B N"]]:
+def highest_tokens(values_BV: Float32[Array, "B V"], count: int, vocab: Ranks = ONE) -> tuple[Float32[Array, "B j"], Int32[Array, "B j"]]:
     """The ``count`` highest values of each row and their tokens, highest first; of equal ones the lower token comes first."""
     V = values_BV.shape[1]
     # The highest of all are among the highest of each rank.
-    top_BN, top_id_BN = jax.lax.top_k(values_BV, min(count, V))
+    top_Bj, top_id_Bj = jax.lax.top_k(values_BV, min(count, V))
     if vocab.count == 1:
-        return top_BN, top_id_BN.astype(jnp.int32)
-    top_BN = vocab.concatenate(top_BN, axis=1)
-    top_id_BN = vocab.concatenate(top_id_BN.astype(jnp.int32) + vocab.index() * V, axis=1)
-    top_BN, place_BN = jax.lax.top_k(top_BN, count)
-    return top_BN, jnp.take_along_axis(top_id_BN, place_BN, axis=1)
+        return top_Bj, top_id_Bj.astype(jnp.int32)
+    top_Bj = vocab.concatenate(top_Bj, axis=1)
+    top_id_Bj = vocab.concatenate(top_id_Bj.astype(jnp.int32) + vocab.index() * V, axis=1)
+    top_Bj, place_Bj = jax.lax.top_k(top_Bj, count)
+    return top_Bj, jnp.take_along_axis(top_id_Bj, place_Bj, axis=1)

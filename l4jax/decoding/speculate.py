@@ -41,12 +41,12 @@ class SpeculationState:
 class RoundCounts:
     """Since the dispatch began: each row's rounds, its drafted tokens, and in how many rounds at least so many of them stood.
 
-    ``accepted_BL[b, i]``: rounds in which the drafted token at depth i + 1 stood, whether or not it was given out.
+    ``accepted_Bd[b, i]``: rounds in which the drafted token at depth i + 1 stood, whether or not it was given out.
     """
 
     rounds_B: Int32[Array, "B"]
     drafted_B: Int32[Array, "B"]
-    accepted_BL: Int32[Array, "B L"]
+    accepted_Bd: Int32[Array, "B d"]
 
 
 def room(config: ModelConfig, drafter: Drafter, length_B: Int32[Array, "B"], depth: int, beyond: BeyondTraining) -> Int32[Array, "B"]:
@@ -148,16 +148,16 @@ def speculate_tokens(
 
         given_B = given_B + kept_B
         out = DecodeTokens(
-            token_SB=record(out.token_SB, verified.token_BL),
+            token_sB=record(out.token_sB, verified.token_BL),
             logprobs=jax.tree.map(record, out.logprobs, verified.logprobs),
             steps=jnp.max(given_B),
             done_B=now.done_B | done_B,
         )
-        reached_BL = jnp.arange(1, L, dtype=jnp.int32)[None, :] <= verified.accepted_B[:, None]
+        reached_Bd = jnp.arange(1, L, dtype=jnp.int32)[None, :] <= verified.accepted_B[:, None]
         counted = RoundCounts(
             rounds_B=counted.rounds_B + active_B.astype(jnp.int32),
             drafted_B=counted.drafted_B + jnp.sum(draft.valid_BN[:, 1:], axis=1, dtype=jnp.int32),
-            accepted_BL=counted.accepted_BL + (reached_BL & active_B[:, None]).astype(jnp.int32),
+            accepted_Bd=counted.accepted_Bd + (reached_Bd & active_B[:, None]).astype(jnp.int32),
         )
         decode = DecodeState(cache, token_B, now.length_B + kept_B, now.produced_B + kept_B, out.done_B, verified.counts)
         return SpeculationState(decode, DraftState(draft_cache, hidden_BD)), out, counted, given_B
@@ -188,7 +188,7 @@ def prefill_drafter(
     cache: tuple[LayerCache, ...],
     token_BT: Int32[Array, "B T"],
     following_B: Int32[Array, "B"],
-    feature_BTf: Float[Array, "B t f"],
+    feature_Btf: Float[Array, "B t f"],
     start_B: Int32[Array, "B"],
     new_B: Int32[Array, "B"],
     tables: PageTables,
@@ -212,7 +212,7 @@ def prefill_drafter(
             step = spread_step_inputs(
                 config, layout, start_B, tables, drafter.ranks, aligned=spread.aligned, window=window(drafter, beyond)
             )
-            next_BT = tokens_at(next_BT, layout.position_NBT[drafter.ranks.index()], start_B)
+            next_BT = tokens_at(next_BT, layout.position_RBT[drafter.ranks.index()], start_B)
         # A token that could not be chosen ends its row: which embedding it gets does not matter.
-        hidden_BTD, cache = drafter(model, jnp.maximum(next_BT, 0), drafter.read(feature_BTf), step, cache, spread)
+        hidden_BTD, cache = drafter(model, jnp.maximum(next_BT, 0), drafter.read(feature_Btf), step, cache, spread)
         return last_state(hidden_BTD, start_B, new_B, layout, drafter.ranks), cache

@@ -1,22 +1,48 @@
 """The decoder of Llama 3 and Llama 4 as Flax NNX modules.
 
-Array names carry their dimensions as a suffix. The letters, here and everywhere in the repository:
+Array names end in a suffix with a letter for each dimension (``q_BTKGh``), and annotations use the same letters (``"B T K G h"``).
+Every letter has one meaning in the whole repository (``tests/test_glossary.py``):
 
-====  ==========================================================
-B     batch (rows of a compiled program)
-T     new tokens
-S     cached tokens (key positions)
-D     model width (``hidden_size``)
-H     query heads
-K     key/value heads
-G     query heads per key/value head (H = K * G)
-h     head dimension
+====  ==========================================================================================
+A     what all ranks sent here: one rank's rows or tokens after the other's (R times as many)
+B     rows of a batch
+C     slots of a message from one rank to another
+D     model width (``hidden_size``); a drafter's own in the drafter
 E     experts
 F     feed-forward width
-V     vocabulary
+G     query heads for each key/value head
+I     nodes of a static draft tree that have children
+K     key/value heads
+L     levels of a draft tree, the root's included
+M     rows of a matrix: the tokens of all rows of a batch
+N     nodes of a draft tree, the root included
 P     pages of the KV cache
+R     ranks: devices along some mesh axes
+S     keys that queries attend: cached tokens, the new tokens themselves, or a draft tree's nodes
+T     new tokens of a row, padded; in training all tokens of a packed row
+U     nodes that a dynamic tree has grown, before it is cut to N
+V     vocabulary (a drafter's own if it is reduced); on a mesh, this rank's part of it
+W     pages of a row, in a layer that keeps everything
+a     target layers whose input a drafter reads
+c     children of all frontier nodes of a dynamic tree (k times k)
+d     depths of drafted tokens, from 1; in training the drafter's passes, one for each depth
+e     experts of this rank
+f     several dimensions joined: gate and up (2 F), the heads (K G h), or a drafter's features (a D)
+g     heads that one key/value head's group projects: its queries and key, or also its value
+h     head dimension
+i     input width of a matrix product
+j     entries of a padded list: stop tokens, logit biases, likeliest tokens
+k     frontier nodes of a dynamic tree, and the children that each gets (``topk``)
+m     nodes of a draft tree, without the root (N - 1)
+n     draft nodes that one pass of the drafter computes
+o     output width of a matrix product
 p     tokens in a page
-N     nodes of a draft tree
-M     rows of a grouped matmul (tokens sorted by expert)
-====  ==========================================================
+r     pairs of dimensions that RoPE rotates (h / 2)
+s     steps of a burst
+t     new tokens that this rank computes, of a row's T
+w     pages of a row, in a chunk-local layer
+====  ==========================================================================================
+
+A digit is a dimension of that size. In annotations, ``*B`` stands for any number of leading dimensions, ``...`` for any shape, and
+``_`` for a dimension that is compared with nothing.
 """

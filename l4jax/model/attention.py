@@ -73,7 +73,7 @@ class Attention(nnx.Module):
         if not self.uses_rope and self.config.attn_temperature_tuning:
             q_BTKGh = (q_BTKGh.astype(jnp.float32) * step.temperature_BT[:, :, None, None, None]).astype(x_BTi.dtype)
 
-        keys, pages_BW = (step.local, step.tables.local_BW) if self.is_local else (step.full, step.tables.full_BW)
+        keys, pages_BW = (step.local, step.tables.local_Bw) if self.is_local else (step.full, step.tables.full_BW)
         if isinstance(keys, TreeKeys):
             assert isinstance(cache, TreeCache)
             cache = cache.extended(k_BTKh, v_BTKh)
@@ -91,9 +91,9 @@ class Attention(nnx.Module):
                 attended_BTKGh = self._replicated(q_BTKGh, k_BTKh, v_BTKh, cache, keys, pages_BW)
             # The pages must be read before they are overwritten. Said as a data dependence, it lets XLA write in place.
             attended_BTKGh, k_BTKh, v_BTKh = jax.lax.optimization_barrier((attended_BTKGh, k_BTKh, v_BTKh))
-            if isinstance(keys, RingKeys) and keys.send_NBC is not None:
-                k_BTKh, v_BTKh = self._exchange(k_BTKh, v_BTKh, keys.send_NBC)
-            cache = write(cache, k_BTKh, v_BTKh, pages_BW, keys.slot_BM if isinstance(keys, RingKeys) else keys.slot_BT)
+            if isinstance(keys, RingKeys) and keys.send_RBC is not None:
+                k_BTKh, v_BTKh = self._exchange(k_BTKh, v_BTKh, keys.send_RBC)
+            cache = write(cache, k_BTKh, v_BTKh, pages_BW, keys.slot_BA if isinstance(keys, RingKeys) else keys.slot_BT)
         attended_BTf = attended_BTKGh.astype(x_BTi.dtype).reshape(B, T, -1)
         out_Df = self.out[...].reshape(self.out.shape[0], -1)
         return self.heads.sum(linear(attended_BTf, out_Df)), cache
@@ -126,10 +126,10 @@ class Attention(nnx.Module):
         self, q_BTKGh: Array, k_BTKh: Array, v_BTKh: Array, cache: LayerCache, keys: RingKeys, step: StepInputs, spread: Spread
     ) -> Float[Array, "B T K G h"]:
         """Each rank has some of the new tokens, and its own part of what is cached."""
-        assert step.position_NBT is not None
+        assert step.position_RBT is not None
         chunk = self.config.attention_chunk_size if self.is_local else None
         if self.is_local and spread.aligned:
-            position_BT = step.position_NBT[self.ranks.index()]
+            position_BT = step.position_RBT[self.ranks.index()]
             return attend_positions(q_BTKGh, jnp.stack([k_BTKh, v_BTKh]), position_BT, position_BT, chunk, keys.window, scale=self.scale)[0]
         segments: tuple[int, ...] = (k_BTKh.shape[1],)
         if keys.cached_BW.shape[1] > 0:
@@ -137,15 +137,15 @@ class Attention(nnx.Module):
             segments = (cached_k_BSKh.shape[1], *segments)
             k_BTKh, v_BTKh = jnp.concatenate([cached_k_BSKh, k_BTKh], axis=1), jnp.concatenate([cached_v_BSKh, v_BTKh], axis=1)
         ring = pass_kv if spread.variant == "pass_kv" else pass_q
-        positions = (step.position_NBT, keys.key_position_NBS)
+        positions = (step.position_RBT, keys.key_position_RBS)
         options = {"axis_name": self.ranks.axes, "scale": self.scale, "chunk": chunk, "window": keys.window, "segments": segments}
         return ring(q_BTKGh, k_BTKh, v_BTKh, *positions, **options)[0]
 
-    def _exchange(self, k_BTKh: Array, v_BTKh: Array, send_NBC: Array) -> tuple[Array, Array]:
-        """Every rank's new keys and values to the ranks that cache them: those that this one keeps, [B, M, K, h] each."""
-        kv_BTcKh = jnp.stack([k_BTKh, v_BTKh], axis=2)
-        leaving = jax.vmap(lambda index_BC: jnp.take_along_axis(kv_BTcKh, index_BC[:, :, None, None, None], axis=1))(send_NBC)
+    def _exchange(self, k_BTKh: Array, v_BTKh: Array, send_RBC: Array) -> tuple[Array, Array]:
+        """Every rank's new keys and values to the ranks that cache them: those that this one keeps, [B, A, K, h] each."""
+        kv_BT2Kh = jnp.stack([k_BTKh, v_BTKh], axis=2)
+        leaving = jax.vmap(lambda index_BC: jnp.take_along_axis(kv_BT2Kh, index_BC[:, :, None, None, None], axis=1))(send_RBC)
         arriving = jax.lax.all_to_all(leaving, self.ranks.axes, split_axis=0, concat_axis=0)
-        N, B, C, _, K, h = arriving.shape
-        kv_BMcKh = jnp.swapaxes(arriving, 0, 1).reshape(B, N * C, 2, K, h)
-        return kv_BMcKh[:, :, 0], kv_BMcKh[:, :, 1]
+        R, B, C, _, K, h = arriving.shape
+        kv_BA2Kh = jnp.swapaxes(arriving, 0, 1).reshape(B, R * C, 2, K, h)
+        return kv_BA2Kh[:, :, 0], kv_BA2Kh[:, :, 1]

@@ -32,9 +32,9 @@ class SwiGLU(nnx.Module):
 
     def partial(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """What this rank adds to the output."""
-        gate_up_cFD = self.gate_up[...]
-        width = gate_up_cFD.shape[1]
-        gate_up_BTf = linear(x_BTD, gate_up_cFD.reshape(2 * width, -1))
+        gate_up_2FD = self.gate_up[...]
+        width = gate_up_2FD.shape[1]
+        gate_up_BTf = linear(x_BTD, gate_up_2FD.reshape(2 * width, -1))
         hidden_BTF = jax.nn.silu(gate_up_BTf[..., :width]) * gate_up_BTf[..., width:]
         return linear(hidden_BTF, self.down[...])
 
@@ -102,19 +102,19 @@ class MixtureOfExperts(nnx.Module):
         # How many tokens each rank has for each expert: all that is needed to know what arrives where.
         size_RRe = self.expert_ranks.gather(jnp.bincount(expert_M, length=R * own).astype(jnp.int32)).reshape(R, R, own)
         exchange = RowExchange(self.expert_ranks, jnp.sum(size_RRe, axis=2))
-        arrived_ND = exchange.send(gated_MD[order_M])
+        arrived_AD = exchange.send(gated_MD[order_M])
         arriving_Re = size_RRe[:, self.expert_ranks.index()]
-        run_N = jnp.searchsorted(jnp.cumsum(arriving_Re.reshape(-1)), jnp.arange(arrived_ND.shape[0], dtype=jnp.int32), side="right")
-        expert_N = jnp.where(run_N < R * own, run_N % own, own).astype(jnp.int32)
-        out_MD = exchange.send_back(self._experts(arrived_ND, expert_N, jnp.sum(arriving_Re, axis=0)))
+        run_A = jnp.searchsorted(jnp.cumsum(arriving_Re.reshape(-1)), jnp.arange(arrived_AD.shape[0], dtype=jnp.int32), side="right")
+        expert_A = jnp.where(run_A < R * own, run_A % own, own).astype(jnp.int32)
+        out_MD = exchange.send_back(self._experts(arrived_AD, expert_A, jnp.sum(arriving_Re, axis=0)))
         out_MD = jnp.where(valid_M[order_M][:, None], out_MD, jnp.zeros((), out_MD.dtype))
         return jnp.zeros_like(out_MD).at[order_M].set(out_MD, unique_indices=True)
 
     def _experts(self, x_MD: Float[Array, "M D"], expert_M: Int32[Array, "M"], group_sizes_e: Int32[Array, "e"]) -> Float[Array, "M D"]:
         """Row ``m`` through this rank's expert ``expert_M[m]``; zeros where it has no such."""
         order_M = jnp.argsort(expert_M)
-        gate_up_EDf = self.experts_gate_up[...].reshape(*self.experts_gate_up.shape[:2], -1)
-        gate_up_Mf = grouped_matmul(x_MD[order_M], gate_up_EDf, group_sizes_e)
+        gate_up_eDf = self.experts_gate_up[...].reshape(*self.experts_gate_up.shape[:2], -1)
+        gate_up_Mf = grouped_matmul(x_MD[order_M], gate_up_eDf, group_sizes_e)
         width = gate_up_Mf.shape[-1] // 2
         hidden_MF = jax.nn.silu(gate_up_Mf[:, :width]) * gate_up_Mf[:, width:]
         out_MD = grouped_matmul(hidden_MF, self.experts_down[...], group_sizes_e)

@@ -117,7 +117,7 @@ class Llama(nnx.Module):
         else:
             assert spread is not None
             step = spread_step_inputs(self.config, layout, start_B, tables, self.ranks, aligned=spread.aligned)
-            token_BT = tokens_at(token_BT, layout.position_NBT[self.ranks.index()], start_B)
+            token_BT = tokens_at(token_BT, layout.position_RBT[self.ranks.index()], start_B)
         return self._layers(token_BT, step, cache, spread)
 
     def tree(
@@ -155,7 +155,7 @@ class Llama(nnx.Module):
         """Append the first ``new_B[b]`` of these nodes to the ``start_B[b]`` tokens in the cache, and forget the others."""
         T, chunk = node_BT.shape[1], self.config.attention_chunk_size
         full = (tables.full_BW, full_intervals(start_B, new_B, T, self.ranks).slot_BT)
-        local = full if chunk is None else (tables.local_BW, local_intervals(start_B, new_B, T, chunk, self.ranks).slot_BT)
+        local = full if chunk is None else (tables.local_Bw, local_intervals(start_B, new_B, T, chunk, self.ranks).slot_BT)
         return tuple(layer.accepted(node_BT, *(local if is_local(self.config, i) else full)) for i, layer in enumerate(nodes))
 
     def _layers(

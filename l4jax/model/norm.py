@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from l4jax.model.weights import WeightSpec, declare
 
 
-def rms_normalize(x: Float[Array, "*B n"], eps: float) -> Float[Array, "*B n"]:
+def rms_normalize(x: Float[Array, "*B"], eps: float) -> Float[Array, "*B"]:
     """``x / sqrt(mean(x²) + eps)`` over the last axis, computed in float32 and returned in ``x``'s dtype.
 
     Llama 4's weightless QK-norm is this function; Hugging Face names it L2Norm, but it divides by the mean, not the sum.

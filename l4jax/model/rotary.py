@@ -36,7 +36,7 @@ def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None)
     return result.astype(np.float32)
 
 
-def rotary_angles(config: ModelConfig, positions_BT: Int32[Array, "B T"]) -> tuple[Float32[Array, "B T i"], Float32[Array, "B T i"]]:
+def rotary_angles(config: ModelConfig, position_BT: Int32[Array, "B T"]) -> tuple[Float32[Array, "B T r"], Float32[Array, "B T r"]]:
     """Cosine and sine of every pair's angle at each position, float32 [B, T, head_dim / 2].
 
     If attention is confined to chunks, positions are counted from the beginning of the chunk: rotation is relative, so the
@@ -44,14 +44,14 @@ def rotary_angles(config: ModelConfig, positions_BT: Int32[Array, "B T"]) -> tup
     million tokens they would be off by half a radian.
     """
     if config.attention_chunk_size is not None:
-        positions_BT = positions_BT % config.attention_chunk_size
+        position_BT = position_BT % config.attention_chunk_size
     frequencies = jnp.asarray(rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling))
-    angles = positions_BT.astype(jnp.float32)[:, :, None] * frequencies[None, None, :]
+    angles = position_BT.astype(jnp.float32)[:, :, None] * frequencies[None, None, :]
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(
-    x_BTKGh: Float[Array, "B T K G h"], angles: tuple[Float32[Array, "B T i"], Float32[Array, "B T i"]]
+    x_BTKGh: Float[Array, "B T K G h"], angles: tuple[Float32[Array, "B T r"], Float32[Array, "B T r"]]
 ) -> Float[Array, "B T K G h"]:
     """Rotate the pairs (0, 1), (2, 3), ... of the last axis, in float32; the result has ``x``'s dtype."""
     cos, sin = (a[:, :, None, None, :] for a in angles)

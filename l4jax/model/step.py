@@ -83,7 +83,7 @@ class PieceLayout:
     ``cached_BW``: the pages, on each rank, that hold the rows' cached tokens in the layers that keep everything.
     """
 
-    position_NBT: Int32[Array, "N B T"]
+    position_RBT: Int32[Array, "R B T"]
     cached_BW: Int32[Array, "B W"]
 
 
@@ -92,15 +92,15 @@ class PieceLayout:
 class RingKeys:
     """Spread tokens: the keys that the ring passes in one kind of layer, cached keys before new ones, and where new keys are kept.
 
-    ``cached_BW``: the pages of cached keys that each rank brings. ``key_position_NBS``: the position of every key of every rank.
-    ``send_NBC``: the tokens that this rank sends to each rank, to be cached there; None if each rank keeps its own. ``slot_BM``: the
+    ``cached_BW``: the pages of cached keys that each rank brings. ``key_position_RBS``: the position of every key of every rank.
+    ``send_RBC``: the tokens that this rank sends to each rank, to be cached there; None if each rank keeps its own. ``slot_BA``: the
     slots of the keys that arrive, -1 for padding. ``window``: a query sees only this many of the last keys; None: all of them.
     """
 
     cached_BW: Int32[Array, "B W"]
-    key_position_NBS: Int32[Array, "N B S"]
-    send_NBC: Int32[Array, "N B C"] | None
-    slot_BM: Int32[Array, "B M"]
+    key_position_RBS: Int32[Array, "R B S"]
+    send_RBC: Int32[Array, "R B C"] | None
+    slot_BA: Int32[Array, "B A"]
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
 
 
@@ -109,17 +109,17 @@ class RingKeys:
 class StepInputs:
     """Rotation angles and query temperature of this rank's tokens, page tables, and the keys attended in each kind of layer.
 
-    ``valid_BT`` is False for padding. For replicated tokens ``position_NBT`` is None, and ``full`` and ``local`` are
+    ``valid_BT`` is False for padding. For replicated tokens ``position_RBT`` is None, and ``full`` and ``local`` are
     :class:`KeyIntervals`, :class:`TreeKeys` or :class:`PackedKeys`; for spread tokens they are :class:`RingKeys`.
     """
 
-    angles: tuple[Float32[Array, "B T i"], Float32[Array, "B T i"]]
+    angles: tuple[Float32[Array, "B T r"], Float32[Array, "B T r"]]
     temperature_BT: Float32[Array, "B T"]
     valid_BT: Bool[Array, "B T"]
     full: KeyIntervals | TreeKeys | PackedKeys | RingKeys
     local: KeyIntervals | TreeKeys | PackedKeys | RingKeys
     tables: PageTables
-    position_NBT: Int32[Array, "N B T"] | None
+    position_RBT: Int32[Array, "R B T"] | None
 
 
 def full_intervals(
@@ -170,45 +170,45 @@ def ring_keys(
     layout: PieceLayout, start_B: Int32[Array, "B"], tables: PageTables, ranks: Ranks, chunk: int | None, *, aligned: bool
 ) -> RingKeys:
     """Keys of the layers that keep everything, or with ``chunk`` of the chunk-local layers."""
-    position_NBT = layout.position_NBT
-    N, B, T = position_NBT.shape
-    every_rank_N11 = jnp.arange(N, dtype=jnp.int32)[:, None, None]
+    position_RBT = layout.position_RBT
+    R, B, T = position_RBT.shape
+    every_rank_R11 = jnp.arange(R, dtype=jnp.int32)[:, None, None]
     if chunk is None:
         cached_BW = layout.cached_BW
         slot_11S = jnp.arange(cached_BW.shape[1] * PAGE_SIZE, dtype=jnp.int32)[None, None]
-        cached_NBS = (slot_11S // PAGE_SIZE * N + every_rank_N11) * PAGE_SIZE + slot_11S % PAGE_SIZE
-        cached_NBS = jnp.where(cached_NBS < start_B[None, :, None], cached_NBS, EMPTY)
-        kept_NBT = position_NBT != EMPTY
-        # A rank's tokens are two runs of positions. Of the pages that a run touches, every N-th belongs to the same rank.
-        capacity = min(T, (-(-T // PAGE_SIZE) + 3 + 2 * (N - 1)) // N * PAGE_SIZE)
+        cached_RBS = (slot_11S // PAGE_SIZE * R + every_rank_R11) * PAGE_SIZE + slot_11S % PAGE_SIZE
+        cached_RBS = jnp.where(cached_RBS < start_B[None, :, None], cached_RBS, EMPTY)
+        kept_RBT = position_RBT != EMPTY
+        # A rank's tokens are two runs of positions. Of the pages that a run touches, every R-th belongs to the same rank.
+        capacity = min(T, (-(-T // PAGE_SIZE) + 3 + 2 * (R - 1)) // R * PAGE_SIZE)
     else:
         # Without cached tokens there is no partly cached chunk either.
-        cached_BW = tables.local_BW if layout.cached_BW.shape[1] > 0 and not aligned else tables.local_BW[:, :0]
+        cached_BW = tables.local_Bw if layout.cached_BW.shape[1] > 0 and not aligned else tables.local_Bw[:, :0]
         slot_11S = jnp.arange(cached_BW.shape[1] * PAGE_SIZE, dtype=jnp.int32)[None, None]
-        begun_1B1 = (start_B // chunk * chunk)[None, :, None]
-        present = (begun_1B1 + slot_11S < start_B[None, :, None]) & (begun_1B1 // chunk % N == every_rank_N11)
-        cached_NBS = jnp.where(present, begun_1B1 + slot_11S, EMPTY)
-        last_1B1 = jnp.max(position_NBT, axis=(0, 2))[None, :, None]
-        kept_NBT = (position_NBT != EMPTY) & (position_NBT // chunk == last_1B1 // chunk)
+        chunk_start_1B1 = (start_B // chunk * chunk)[None, :, None]
+        present = (chunk_start_1B1 + slot_11S < start_B[None, :, None]) & (chunk_start_1B1 // chunk % R == every_rank_R11)
+        cached_RBS = jnp.where(present, chunk_start_1B1 + slot_11S, EMPTY)
+        last_1B1 = jnp.max(position_RBT, axis=(0, 2))[None, :, None]
+        kept_RBT = (position_RBT != EMPTY) & (position_RBT // chunk == last_1B1 // chunk)
         capacity = min(T, chunk)
-    key_position_NBS = jnp.concatenate([jnp.broadcast_to(cached_NBS, (N, B, cached_NBS.shape[2])), position_NBT], axis=2)
+    key_position_RBS = jnp.concatenate([jnp.broadcast_to(cached_RBS, (R, B, cached_RBS.shape[2])), position_RBT], axis=2)
     rank = ranks.index()
     if chunk is not None and aligned:  # the layout has put the last chunk on the rank that caches it
-        slot_BT = jnp.where(kept_NBT[rank], slot_of(position_NBT[rank], N, chunk), -1)
-        return RingKeys(cached_BW, key_position_NBS, None, slot_BT)
-    owner_NBT = jnp.where(kept_NBT, rank_of(position_NBT, N, chunk), -1)
-    send_NBC, _ = _first(owner_NBT[rank][None] == every_rank_N11, capacity)
-    index_NBC, present_NBC = _first(owner_NBT == rank, capacity)
-    arriving_NBC = jnp.where(present_NBC, jnp.take_along_axis(position_NBT, index_NBC, axis=2), EMPTY)
-    arriving_BM = jnp.swapaxes(arriving_NBC, 0, 1).reshape(B, -1)
-    slot_BM = jnp.where(arriving_BM != EMPTY, slot_of(arriving_BM, N, chunk), -1)
-    return RingKeys(cached_BW, key_position_NBS, send_NBC, slot_BM)
+        slot_BT = jnp.where(kept_RBT[rank], slot_of(position_RBT[rank], R, chunk), -1)
+        return RingKeys(cached_BW, key_position_RBS, None, slot_BT)
+    owner_RBT = jnp.where(kept_RBT, rank_of(position_RBT, R, chunk), -1)
+    send_RBC, _ = _first(owner_RBT[rank][None] == every_rank_R11, capacity)
+    index_RBC, present_RBC = _first(owner_RBT == rank, capacity)
+    arriving_RBC = jnp.where(present_RBC, jnp.take_along_axis(position_RBT, index_RBC, axis=2), EMPTY)
+    arriving_BA = jnp.swapaxes(arriving_RBC, 0, 1).reshape(B, -1)
+    slot_BA = jnp.where(arriving_BA != EMPTY, slot_of(arriving_BA, R, chunk), -1)
+    return RingKeys(cached_BW, key_position_RBS, send_RBC, slot_BA)
 
 
-def _first(mask_NBT: Array, count: int) -> tuple[Array, Array]:
+def _first(mask_RBT: Array, count: int) -> tuple[Array, Array]:
     """Indices of the first ``count`` true entries along the last axis, and which of these indices are of true entries."""
-    index_NBC = jnp.argsort(~mask_NBT, axis=-1, stable=True)[..., :count].astype(jnp.int32)
-    return index_NBC, jnp.take_along_axis(mask_NBT, index_NBC, axis=-1)
+    index_RBC = jnp.argsort(~mask_RBT, axis=-1, stable=True)[..., :count].astype(jnp.int32)
+    return index_RBC, jnp.take_along_axis(mask_RBT, index_RBC, axis=-1)
 
 
 def attention_temperature(config: ModelConfig, position_BT: Int32[Array, "B T"]) -> Float32[Array, "B T"]:
@@ -267,8 +267,8 @@ def tree_step_inputs(
         of_root = full_intervals(start_B, one_B, 1, ranks) if chunk is None else local_intervals(start_B, one_B, 1, chunk, ranks)
         first_BN = jnp.zeros_like(position_BN)
         if window is not None:
-            chunk_begin_B = jnp.zeros_like(start_B) if chunk is None else start_B // chunk * chunk
-            first_BN = jnp.maximum(position_BN + 1 - window - chunk_begin_B[:, None], 0)
+            chunk_start_B = jnp.zeros_like(start_B) if chunk is None else start_B // chunk * chunk
+            first_BN = jnp.maximum(position_BN + 1 - window - chunk_start_B[:, None], 0)
             first_BN = slots_before(first_BN, ranks.index(), ranks.count) if chunk is None else first_BN
         return TreeKeys(first_BN, jnp.broadcast_to(of_root.cached_end_BT, position_BN.shape), sees_BNS)
 
@@ -307,7 +307,7 @@ def spread_step_inputs(
 
     ``window`` is as in :func:`full_intervals`.
     """
-    position_BT = layout.position_NBT[ranks.index()]
+    position_BT = layout.position_RBT[ranks.index()]
     chunk = config.attention_chunk_size
 
     def keys(chunk: int | None) -> RingKeys:
@@ -316,12 +316,12 @@ def spread_step_inputs(
     full = keys(None)
     local = full if chunk is None else keys(chunk)
     angles, temperature_BT = rotary_angles(config, position_BT), attention_temperature(config, position_BT)
-    return StepInputs(angles, temperature_BT, position_BT != EMPTY, full, local, tables, layout.position_NBT)
+    return StepInputs(angles, temperature_BT, position_BT != EMPTY, full, local, tables, layout.position_RBT)
 
 
-def tokens_at(token_BT: Int32[Array, "B T"], position_BT: Int32[Array, "B t"], start_B: Int32[Array, "B"]) -> Int32[Array, "B t"]:
-    """Pick a rank's tokens, those at ``position_BT``, from the tokens of the whole piece."""
-    return jnp.take_along_axis(token_BT, jnp.clip(position_BT - start_B[:, None], 0, token_BT.shape[1] - 1), axis=1)
+def tokens_at(token_BT: Int32[Array, "B T"], position_Bt: Int32[Array, "B t"], start_B: Int32[Array, "B"]) -> Int32[Array, "B t"]:
+    """Pick a rank's tokens, those at ``position_Bt``, from the tokens of the whole piece."""
+    return jnp.take_along_axis(token_BT, jnp.clip(position_Bt - start_B[:, None], 0, token_BT.shape[1] - 1), axis=1)
 
 
 def last_state(
@@ -330,7 +330,7 @@ def last_state(
     """The state of each row's last new token, on every rank; with a layout, zeros for a row without new tokens."""
     if layout is None:
         return jnp.take_along_axis(x_BTD, jnp.maximum(new_B - 1, 0)[:, None, None], axis=1)[:, 0]
-    here_BT = layout.position_NBT[ranks.index()] == (start_B + new_B - 1)[:, None]
+    here_BT = layout.position_RBT[ranks.index()] == (start_B + new_B - 1)[:, None]
     index_B = jnp.argmax(here_BT, axis=1)
     x_BD = jnp.take_along_axis(x_BTD, index_B[:, None, None], axis=1)[:, 0]
     return ranks.sum(jnp.where(jnp.any(here_BT, axis=1)[:, None], x_BD, jnp.zeros((), x_BD.dtype)))

@@ -101,17 +101,17 @@ def weights_from_target(
     return part
 
 
-def first_weights(config: DrafterConfig, given: Mapping[str, Any], feature_Nf: np.ndarray, seed: int) -> dict[str, Any]:
+def first_weights(config: DrafterConfig, given: Mapping[str, Any], feature_Mf: np.ndarray, seed: int) -> dict[str, Any]:
     """Weights to begin with: random ones, float32; of an EAGLE-3 drafter those given are as they are.
 
-    ``feature_Nf``: some of what the drafter will read. An EAGLE-3 drafter starts with all three residual streams at the same root mean
+    ``feature_Mf``: some of what the drafter will read. An EAGLE-3 drafter starts with all three residual streams at the same root mean
     square: the stream grows with depth (from 3 to 23 in SmolLM2), and the latest would drown the others.
     """
     weights = random_weights(build_drafter(config), jax.random.key(seed), jnp.dtype(jnp.float32))
     if config.version == "eagle1":
         return dict(weights)
-    feature_NIw = feature_Nf.astype(np.float32).reshape(-1, len(config.aux_layers), config.target_hidden_size)
+    feature_MaD = feature_Mf.astype(np.float32).reshape(-1, len(config.aux_layers), config.target_hidden_size)
     # Of the tokens the median: the first of a sequence has states a hundred times as large as the others'.
-    rms_I = np.sqrt(np.median(np.mean(feature_NIw**2, axis=-1), axis=0))
-    fuse_Df = weights["fuse"] / jnp.asarray(np.repeat(rms_I, config.target_hidden_size))[None]
+    rms_a = np.sqrt(np.median(np.mean(feature_MaD**2, axis=-1), axis=0))
+    fuse_Df = weights["fuse"] / jnp.asarray(np.repeat(rms_a, config.target_hidden_size))[None]
     return {**weights, "fuse": fuse_Df, **given}

@@ -60,10 +60,10 @@ class Measured:
     Sums over this device's rows.
     """
 
-    loss_I: Float32[Array, "I"]
-    counted_I: Float32[Array, "I"]
-    hits_I: Float32[Array, "I"]
-    guesses_I: Float32[Array, "I"]
+    loss_d: Float32[Array, "d"]
+    counted_d: Float32[Array, "d"]
+    hits_d: Float32[Array, "d"]
+    guesses_d: Float32[Array, "d"]
 
     @classmethod
     def stack(cls, passes: list[tuple[Array, Array, Array, Array]]) -> Measured:
@@ -183,6 +183,6 @@ def accepted(drafter: Drafter, target: Llama, rows: Rows, states: TargetStates, 
 
 def mean_loss(measured: Measured, data: Ranks) -> Float32[Array, ""]:
     """This device's part of the loss: each pass's mean over all devices' positions, later passes counting less."""
-    counted_I = jnp.maximum(data.sum(jax.lax.stop_gradient(measured.counted_I)), 1.0)
-    decay_I = PASS_DECAY ** jnp.arange(len(counted_I), dtype=jnp.float32)
-    return jnp.sum(decay_I * measured.loss_I / counted_I)
+    counted_d = jnp.maximum(data.sum(jax.lax.stop_gradient(measured.counted_d)), 1.0)
+    decay_d = PASS_DECAY ** jnp.arange(len(counted_d), dtype=jnp.float32)
+    return jnp.sum(decay_d * measured.loss_d / counted_d)

@@ -241,8 +241,8 @@ class _Run:
             self._start, self._state = 0, self._trainer.first_state(given)
         else:
             rows = batch(self._rows, settings.batch, 0, settings.seed)
-            feature_Nf = to_host(self._trainer.target_states(rows).feature_BTf)[_sequences(rows)]
-            self._start, self._state = 0, self._trainer.first_state(first_weights(config, given, feature_Nf, settings.seed))
+            feature_Mf = to_host(self._trainer.target_states(rows).feature_BTf)[_sequences(rows)]
+            self._start, self._state = 0, self._trainer.first_state(first_weights(config, given, feature_Mf, settings.seed))
         answer_tokens = sum(len(example.answer or ()) for example in train)
         log(
             f"{len(train)} sequences with {answer_tokens} answer tokens in {len(self._rows.number_B)} rows; {len(held_out)} held out; "
@@ -302,8 +302,8 @@ def _sequences(rows: Rows) -> np.ndarray:
 
 def _summary(recent: Sequence[tuple[Any, Measured]]) -> dict[str, Any]:
     """The mean loss of some steps, and the share of guesses, by pass, whose likeliest token is the target's."""
-    hits_I, guesses_I = (np.sum([getattr(m, name) for _, m in recent], axis=0) for name in ("hits_I", "guesses_I"))
-    accuracy = [round(float(hits / max(guessed, 1.0)), 4) for hits, guessed in zip(hits_I, guesses_I, strict=True)]
+    hits_d, guesses_d = (np.sum([getattr(m, name) for _, m in recent], axis=0) for name in ("hits_d", "guesses_d"))
+    accuracy = [round(float(hits / max(guessed, 1.0)), 4) for hits, guessed in zip(hits_d, guesses_d, strict=True)]
     return {"loss": float(np.mean([loss for loss, _ in recent])), "accuracy": accuracy}
 
 

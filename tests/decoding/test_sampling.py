@@ -147,7 +147,7 @@ def test_logprobs_are_of_the_model_before_any_processor():
     expected = np.asarray(jax.nn.log_softmax(logits))[0]
     assert int(token[0]) == 3 and logprobs is not None
     np.testing.assert_allclose(logprobs.chosen_B[0], expected[3], rtol=1e-6)
-    np.testing.assert_array_equal(logprobs.top_id_BN[0, :4], np.argsort(-expected)[:4])
+    np.testing.assert_array_equal(logprobs.top_id_Bj[0, :4], np.argsort(-expected)[:4])
 
 
 @pytest.mark.parametrize(

@@ -171,8 +171,8 @@ def test_loss_hits_and_gradient_of_one_batch(version: str, llm: LLM, examples: l
         loss, hits, guesses = expected_eagle1(llm, trainer, w, rows)
     (value, measured), gradient = measure(weights)
     np.testing.assert_allclose(value, loss, rtol=2e-6)
-    np.testing.assert_array_equal(measured.hits_I, hits)
-    np.testing.assert_array_equal(measured.guesses_I, guesses)
+    np.testing.assert_array_equal(measured.hits_d, hits)
+    np.testing.assert_array_equal(measured.guesses_d, guesses)
     for name, slope in gradient.items():
         # Along the gradient itself, where the loss changes most.
         size = float(jnp.linalg.norm(slope))

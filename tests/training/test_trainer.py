@@ -39,10 +39,10 @@ def test_begins_with_residual_streams_of_one_size() -> None:
     ids = np.arange(6, dtype=np.int32)
     trainer = small.trainer(llm, "eagle3", ids)
     count, width = len(trainer.config.aux_layers), trainer.config.target_hidden_size
-    feature_Nf = np.random.default_rng(0).normal(size=(64, count, width)) * np.array([0.1, 1.0, 30.0])[:, None]
-    feature_Nf[0] *= 1000.0  # as the first token of a sequence has it
-    weights = first_weights(trainer.config, {"token_ids": ids}, feature_Nf.reshape(64, -1), seed=0)
-    read_NID = np.einsum("niw,diw->nid", feature_Nf, np.asarray(weights["fuse"]).reshape(-1, count, width))
+    feature_Mf = np.random.default_rng(0).normal(size=(64, count, width)) * np.array([0.1, 1.0, 30.0])[:, None]
+    feature_Mf[0] *= 1000.0  # as the first token of a sequence has it
+    weights = first_weights(trainer.config, {"token_ids": ids}, feature_Mf.reshape(64, -1), seed=0)
+    read_NID = np.einsum("niw,diw->nid", feature_Mf, np.asarray(weights["fuse"]).reshape(-1, count, width))
     sizes_I = np.sqrt(np.median(np.mean(read_NID**2, axis=-1), axis=0))
     np.testing.assert_allclose(sizes_I, sizes_I[0], rtol=0.2)  # of a random projection
 
@@ -55,8 +55,8 @@ def test_learns_a_few_answers_by_heart_and_real_speculation_shows_it() -> None:
     trainer = small.trainer(llm, "eagle3", ids, passes=depth, steps=100)
     rows = pack(examples, small.LENGTH, seed=0)
     every = take(rows, np.arange(len(rows.number_B)), 4)
-    feature_Nf = np.asarray(trainer.target_states(every).feature_BTf).reshape(4 * small.LENGTH, -1)
-    state = trainer.first_state(first_weights(trainer.config, {"token_ids": ids}, feature_Nf, seed=0))
+    feature_Mf = np.asarray(trainer.target_states(every).feature_BTf).reshape(4 * small.LENGTH, -1)
+    state = trainer.first_state(first_weights(trainer.config, {"token_ids": ids}, feature_Mf, seed=0))
     untrained = replay(trainer, state, rows, 4, depth)
     for step in range(100):
         state, _ = trainer.step(state, every, trainer.target_states(every), step)

@@ -12,8 +12,10 @@ import operator
 import os
 import reprlib
 import secrets
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Literal, cast
 
 import jax
@@ -22,12 +24,12 @@ import numpy as np
 
 from l4jax.batch import NO_ROUNDS, Batch, NewTokens, Request, TokenLogprob
 from l4jax.checkpoints.store import open_checkpoint
+from l4jax.compiled import keep_compiled_programs
 from l4jax.config import ModelConfig
 from l4jax.decoding.generate import BURST
 from l4jax.decoding.params import SamplingParams
 from l4jax.decoding.plan import Speculation, SpeculationTable
 from l4jax.decoding.speculate import BeyondTraining
-from l4jax.paths import cache_root
 from l4jax.placement import Placement
 from l4jax.runner import Runner
 from l4jax.speculator import LoadedDrafter, open_fitting_drafter, speculation_table, speculator_for
@@ -100,18 +102,19 @@ class Stream(Iterator[str]):
         self.completion: Completion | None = None
 
     def __next__(self) -> str:
-        """The next piece. Raises RuntimeError if the generation failed earlier."""
-        for (text,) in self._pieces:
-            if text:
-                return text
-        if not self._run.finished:
-            raise RuntimeError("this stream failed before it had ended; start it again")
-        self.completion = self._run.completions()[0]
+        """The next piece. Raises RuntimeError if the generation failed earlier, or while another thread is using the LLM."""
+        with self._run.llm.alone():
+            for (text,) in self._pieces:
+                if text:
+                    return text
+            if not self._run.finished:
+                raise RuntimeError("this stream failed before it had ended; start it again")
+            self.completion = self._run.completions()[0]
         raise StopIteration
 
 
 class LLM:
-    """A loaded model. Not thread-safe: one call at a time."""
+    """A loaded model, for one call at a time: a call that begins while another thread's runs raises RuntimeError."""
 
     def __init__(
         self,
@@ -138,8 +141,22 @@ class LLM:
         self.tokenizer = tokenizer
         self.chat_format = chat_format
         self.max_batch = max_batch
+        self._in_use = threading.Lock()
         speculator = speculator_for(config, placement, drafter, speculation, beyond_training)
         self.runner = Runner(placement, weights, speculator=speculator, prefill_lengths=prefill_lengths, ring_hardware=ring_hardware)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While the context lasts the caller has the model to itself. Raises RuntimeError, at once, if another call has it."""
+        if not self._in_use.acquire(blocking=False):
+            raise RuntimeError(
+                "this LLM is in use by another thread's call; it takes one call at a time: make the calls one after the other, or hold a lock "
+                "of your own around each call and each step of a stream"
+            )
+        try:
+            yield
+        finally:
+            self._in_use.release()
 
     @property
     def weights(self) -> dict[str, jax.Array]:
@@ -153,9 +170,10 @@ class LLM:
 
     def logits(self, prompts: Prompt | Sequence[Prompt]) -> list[np.ndarray]:
         """Next-token logits at every position of each prompt: float32 [T, vocab_size] each."""
-        encoded = [self._encode(p) for p in _as_list(prompts)]
-        _check_agreed(encoded)
-        return [logits for group in _groups(encoded, self.max_batch) for logits in self.runner.logits(group)]
+        with self.alone():
+            encoded = [self._encode(p) for p in _as_list(prompts)]
+            _check_agreed(encoded)
+            return [logits for group in _groups(encoded, self.max_batch) for logits in self.runner.logits(group)]
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -165,14 +183,15 @@ class LLM:
         params_of_each = [params or SamplingParams()] * len(each) if isinstance(params, SamplingParams) or params is None else params
         if len(params_of_each) != len(each):
             raise ValueError(f"{len(each)} prompts but {len(params_of_each)} sampling params; give one for all, or one for each")
-        requests = _agreed([self._request(self._encode(prompt), p) for prompt, p in zip(each, params_of_each, strict=True)])
-        completions = []
-        for group in _groups(requests, self.max_batch):
-            run = _Run(self, group)
-            for _ in run.bursts(lambda _: BURST):
-                pass
-            completions += run.completions()
-        return completions
+        with self.alone():
+            requests = _agreed([self._request(self._encode(prompt), p) for prompt, p in zip(each, params_of_each, strict=True)])
+            completions = []
+            for group in _groups(requests, self.max_batch):
+                run = _Run(self, group)
+                for _ in run.bursts(lambda _: BURST):
+                    pass
+                completions += run.completions()
+            return completions
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
         """Continue one prompt, giving out text as it comes."""
@@ -197,6 +216,10 @@ class LLM:
         context = self.config.max_position_embeddings
         if not 2 <= max_length <= context:
             raise ValueError(f"max_length is {max_length}; expected 2 (a prompt and a token) to {context}, the model's context")
+        with self.alone():
+            self._warmup(max_length, max_batch)
+
+    def _warmup(self, max_length: int, max_batch: int) -> None:
         self.runner.reserve(max_batch, max_length)
         sizes_of: dict[Speculation | None, set[int]] = {}
         for rows in range(1, max_batch + 1):
@@ -283,7 +306,7 @@ class _Run:
     """One batch from prompt to completions: turns tokens into text, watches for stop strings, keeps the time."""
 
     def __init__(self, llm: LLM, requests: Sequence[Request]) -> None:
-        self._llm = llm
+        self.llm = llm
         self._requests = requests
         self._rows = [_Row(llm.tokenizer, r) for r in requests]
         self.finished = False
@@ -291,7 +314,7 @@ class _Run:
     def bursts(self, steps: Callable[[int], int]) -> Iterator[list[str]]:
         """Run to the end; after each burst, the new text of every row. ``steps(i)``: tokens in the i-th burst at most."""
         started = time.perf_counter()
-        batch = Batch(self._llm.runner, self._requests)
+        batch = Batch(self.llm.runner, self._requests)
         burst = 0
         while True:
             new = batch.step(steps(burst - 1) if burst else 1)
@@ -404,7 +427,7 @@ def load(
         raise ValueError(f"dtype is {dtype!r}; expected float32, bfloat16, float16 or None (as stored)")
     if max_batch is not None:
         _check_max_batch(max_batch)
-    _enable_compilation_cache()
+    keep_compiled_programs()
     checkpoint = open_checkpoint(path)
     placement = Placement.on(checkpoint.config, mesh)
     held_in = jnp.dtype(dtype or checkpoint.dtype)
@@ -443,14 +466,6 @@ def load(
         prefill_lengths=prefill_lengths,
         ring_hardware=ring_hardware,
     )
-
-
-def _enable_compilation_cache() -> None:
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(cache_root() / "compiled"))
-        # JAX's defaults leave out programs that compile within a second, which on a CPU are most of ours.
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def _check_agreed(prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams] = ()) -> None:

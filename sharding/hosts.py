@@ -28,6 +28,7 @@ import jax
 from jax._src.distributed import global_state
 
 from sharding import monitor
+from sharding.rendezvous import Arrival, Rendezvous, check_alone, check_in
 
 _EXCHANGE_SECONDS = 3600
 # JAX aborts the process when its own time-out runs out; ours, which is an exception, comes first.
@@ -63,12 +64,8 @@ def join(coordinator: str, processes: int | None = None, process_id: int | None 
             "this process is number 1 of its container, which nothing inside can end when another one dies; start the container with an "
             "init process (docker run --init, or shareProcessNamespace: true in a pod)"
         )
-    arguments = _join_arguments(coordinator, processes, process_id)
     deadline = time.monotonic() + timeout_seconds
-    if process_id:
-        _wait_for_coordinator(coordinator, deadline, timeout_seconds)
-    elif process_id == 0:
-        _check_free(coordinator)
+    arguments = _join_arguments(coordinator, processes, process_id, timeout_seconds)
     # It would catch SIGTERM, for checkpoints during training.
     jax.config.update("jax_enable_preemption_service", False)
 
@@ -138,7 +135,8 @@ def end_with_error(status: int) -> None:
     os._exit(status)  # JAX would wait for the others
 
 
-def _join_arguments(coordinator: str, processes: int | None, process_id: int | None) -> dict[str, Any]:
+def _join_arguments(coordinator: str, processes: int | None, process_id: int | None, timeout_seconds: float) -> dict[str, Any]:
+    """What JAX is to join with; it finds out itself, without any, if the coordinator is "auto"."""
     if coordinator == "auto":
         if processes is not None or process_id is not None:
             raise ValueError("the coordinator is auto, which finds the number of processes and the process id too; leave both out")
@@ -153,8 +151,9 @@ def _join_arguments(coordinator: str, processes: int | None, process_id: int | N
         )
     if processes < 1 or not 0 <= process_id < processes:
         raise ValueError(f"process id {process_id} of {processes} processes; expected an id from 0 to one less than their number")
+    own = Arrival(process_id, socket.gethostname(), processes)
     return {
-        "coordinator_address": coordinator,
+        "coordinator_address": f"{host}:{_meet(own, host.strip('[]'), int(port), timeout_seconds)}",
         "num_processes": processes,
         "process_id": process_id,
         # Otherwise Slurm's variables would leave each process one device only.
@@ -162,31 +161,17 @@ def _join_arguments(coordinator: str, processes: int | None, process_id: int | N
     }
 
 
-def _wait_for_coordinator(coordinator: str, deadline: float, timeout_seconds: float) -> None:
-    host, _, port = coordinator.rpartition(":")
-    while True:
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-            return
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise TimeoutError(
-                    f"the coordinator {coordinator} did not answer for {timeout_seconds:g} s ({error}); expected process 0 there; "
-                    "check the address, that process 0 runs, and that no firewall is between"
-                ) from error
-            time.sleep(0.2)
-
-
-def _check_free(coordinator: str) -> None:
-    port = int(coordinator.rpartition(":")[2])
+def _meet(own: Arrival, host: str, port: int, timeout_seconds: float) -> int:
+    """Wait until all processes have come; the port of JAX's coordinator."""
+    if own.process_id > 0:
+        return check_in(own, host, port, timeout_seconds)
+    check_alone(own, host, port)
     try:
-        with socket.socket(socket.AF_INET) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("", port))
+        rendezvous = Rendezvous(own, port)
     except OSError as error:
-        raise ValueError(
-            f"process 0 cannot listen on port {port} of the coordinator {coordinator} ({error}); choose another port"
-        ) from error
+        raise ValueError(f"process 0 cannot listen on port {port} of the coordinator {host}:{port} ({error}); choose another port") from error
+    rendezvous.wait(timeout_seconds)
+    return rendezvous.port
 
 
 def _initialize(arguments: dict[str, Any]) -> None:

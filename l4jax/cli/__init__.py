@@ -1,18 +1,20 @@
 """The ``l4jax`` command.
 
-Each subcommand is a module of this package. Its ``register`` declares the arguments and makes ``run`` the parser's default of that
-name; ``run`` takes the parsed arguments and returns the exit status. It is in ``run`` that the rest of l4jax is imported, so that
-``l4jax --help`` does not wait for JAX.
+Each subcommand is a module of this package. Its ``register`` declares the arguments and sets the parser's default ``run``; ``run`` takes
+the parsed arguments and returns the exit status. Only ``run`` imports the rest of l4jax, so that ``l4jax --help`` does not wait for JAX.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.metadata
+import io
 import os
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 
 COMMANDS = ("generate", "convert", "export", "show", "demo", "train-drafter")
@@ -24,34 +26,76 @@ STARTED = time.perf_counter()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (default: the process's) and return the exit status.
 
-    0: done; 2: the command could not do what was asked, and one line on stderr says why; 130: interrupted; 141: whoever read the
+    0: done; 2: the command could not do what was asked, and one line on stderr says why; 130: interrupted; 141: the reader of the
     output has gone. An exception other than ValueError and OSError is a bug, and shows its traceback.
     """
+    try:
+        _open_streams()
+        status: int = _run(argv)
+    except BrokenPipeError:
+        _drop_output()
+        return _failed(141)
+    except (ValueError, OSError) as error:
+        _say(f"error: {error}")
+        return _failed(2)
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return _failed(130)
+    return status
+
+
+def _run(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="l4jax", description="Run, convert and inspect Llama 4 and Llama 3 models.")
     parser.add_argument("--version", action="version", version=f"l4jax {importlib.metadata.version('l4jax')}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS:
         importlib.import_module(f"l4jax.cli.{command.replace('-', '_')}").register(subparsers)
-    arguments = parser.parse_args(argv)
-    try:
-        status: int = arguments.run(arguments)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Python flushes stdout once more when it exits, which must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _failed(141)
-    except (ValueError, OSError) as error:
-        print(f"l4jax: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return _failed(2)
-    except KeyboardInterrupt:
-        print("l4jax: interrupted", file=sys.stderr)
-        return _failed(130)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: _say(f"warning: {message}")
+        try:
+            arguments = parser.parse_args(argv)
+            status: int = arguments.run(arguments)
+        finally:
+            sys.stdout.flush()
     return status
 
 
+def _open_streams() -> None:
+    """Make the standard streams usable, whatever the caller has left of them.
+
+    A closed standard input is empty, and what a closed standard error would show is dropped; a closed standard output is refused before
+    anything is done. A character that the output's encoding lacks is printed as its code, as in ``\\xe9``.
+    """
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull, encoding="utf-8")
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")
+    if sys.stdout is None:
+        # Its number must not go to a file that is opened next.
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+        raise OSError("standard output is closed; redirect it to a file, or to /dev/null if its text is not wanted")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _say(line: str) -> None:
+    """One line on stderr; a reader that has gone is no error."""
+    with contextlib.suppress(OSError):
+        print(f"l4jax: {' '.join(line.split())}", file=sys.stderr)
+
+
+def _drop_output() -> None:
+    """Drop what standard output still holds: Python writes it when it exits, which must not fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _failed(status: int) -> int:
-    """The status; one of several processes ends here, and the others with it."""
-    hosts = sys.modules.get("sharding.hosts")  # not imported, with JAX, for commands that do without
+    """Return the status; one of several processes ends here, and the others with it."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _drop_output()
+    hosts = sys.modules.get("sharding.hosts")  # not imported, with JAX, by commands that do without
     if hosts is not None:
         hosts.end_with_error(status)
     return status

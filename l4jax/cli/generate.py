@@ -16,7 +16,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Continue a prompt, or answer it in the model's chat format.",
     )
     parser.add_argument("checkpoint", help="a folder made by l4jax convert")
-    parser.add_argument("-p", "--prompt", required=True, help="text to continue; - reads it from standard input")
+    parser.add_argument(
+        "-p", "--prompt", required=True, help="text to continue; - reads it from standard input, without the newline at its end"
+    )
     parser.add_argument("--chat", action="store_true", help="put the prompt in the model's chat format, as a user's message")
     parser.add_argument("--system", help="with --chat: a system message before it")
     parser.add_argument("--mesh", default="tensor=1", help="devices to run on, such as tensor=4,expert=2, or a .json file (default: one)")
@@ -79,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     params = l4jax.SamplingParams(**{name: value for name, value in vars(args).items() if name in names})
     speculation = {"drafter": args.drafter, "speculation": args.speculation, "beyond_training": args.beyond_training}
     llm = l4jax.load(args.checkpoint, mesh=args.mesh, dtype=args.dtype, max_batch=1, **speculation)
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    prompt = _shared_stdin() if args.prompt == "-" else args.prompt
     if args.chat:
         system = [] if args.system is None else [{"role": "system", "content": args.system}]
         stream = llm.stream_chat([*system, {"role": "user", "content": prompt}], params)
@@ -105,7 +107,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _shared_stdin() -> str:
+    """What process 0 reads, for all: launchers give the others an empty standard input."""
+    from sharding import hosts
+
+    # Shells and editors end the last line: a newline there is not part of the text.
+    return hosts.share(sys.stdin.read().removesuffix("\n") if hosts.process_id() == 0 else "")[0]
+
+
 def _keep_stdout_for_text() -> None:
     """Send what libraries write on standard output to standard error: Gloo greets there."""
-    sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding)
+    sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
     os.dup2(2, 1)

@@ -1,4 +1,4 @@
-"""What a drafter is trained on: prompts of a JSONL file, and the target's own answers to them, kept as they come."""
+"""What a drafter is trained on: the prompts of a JSONL file and the target's own answers to them, kept as they arrive."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,18 @@ from l4jax.llm import LLM
 _EXPECTED = 'expected an object with "messages", "prompt", or "prompt_token_ids" and "token_ids"'
 
 Progress = Callable[[int, int], None]
-"""Called with how much is done, and of how much."""
+"""Called with how much is done, and how much there is in all."""
+
+
+Asked = tuple[str, float | None]
+"""What decides the target's answer, the run's settings aside: a prompt's key and its temperature."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A prompt and the answer to it (None: not yet given); ``key`` is the prompt's SHA-256.
+    """A prompt and its answer (None: not answered yet); ``key`` is the prompt's SHA-256.
 
-    ``temperature``: what it is to be answered at, if not at the run's.
+    ``temperature``: what to answer it at, if not at the run's.
     """
 
     key: str
@@ -32,48 +36,74 @@ class Example:
     temperature: float | None = None
 
     def is_held_out(self, share: float) -> bool:
-        """Whether it is of the share that is kept for evaluation: decided by the prompt alone, whatever else there is."""
+        """Whether it belongs to the share that is kept for evaluation: decided by the prompt alone, whatever else the data has."""
         return int(self.key[:8], 16) < share * 2**32
 
+    @property
+    def asked(self) -> Asked:
+        """See :data:`Asked`."""
+        return self.key, self.temperature
 
-def read_prompts(path: Path, llm: LLM) -> list[Example]:
-    """The prompts of a JSONL file, each once, in its order.
 
-    A line has ``messages`` (a conversation, of which a last answer is dropped: the target gives its own), ``prompt`` (text, or token ids),
-    or ``prompt_token_ids`` and ``token_ids``, an answer given before. It may have a ``temperature`` to answer at. Raises ValueError,
-    naming the line, for any other.
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The prompts of a JSONL file, in its order; ``digest``: the file's SHA-256; ``repeated``: how many lines ask what an earlier one asks."""
+
+    examples: list[Example]
+    digest: str
+    repeated: int
+
+
+def read_data(path: Path, llm: LLM) -> Data:
+    """Read the prompts of a JSONL file, which may be a pipe: it is read once.
+
+    A line has ``messages`` (a conversation; a last answer in it is dropped, because the target gives its own), ``prompt`` (text or token
+    ids), or ``prompt_token_ids`` and ``token_ids``, an answer given before. It may have a ``temperature`` to answer at. Every given answer
+    is kept; a prompt without one is kept once for each temperature. Raises ValueError, naming the line, for anything else.
     """
-    examples: dict[str, Example] = {}
-    for number, line in _lines(path):
-        try:
-            prompt, answer = _tokens(line, llm)
-            for token in (*prompt, *(answer or ())):
-                if not 0 <= token < llm.config.vocab_size:
-                    raise ValueError(f"it has token id {token}; expected 0 to {llm.config.vocab_size - 1}, the model's vocabulary")
-            temperature = line.get("temperature")
-            if temperature is not None:
-                SamplingParams(temperature=temperature)
-        except ValueError as error:
-            raise ValueError(f"{path} line {number}: {error}") from error
-        key = _key(prompt)
-        examples.setdefault(key, Example(key, prompt, answer, temperature))
-    if not examples:
-        raise ValueError(f"{path} has no prompts; expected a JSON object a line")
-    return list(examples.values())
-
-
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    digest = hashlib.sha256()
+    examples: list[Example] = []
+    asked: set[Asked] = set()
+    repeated = 0
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
+            digest.update(raw)
             if not raw.strip():
                 continue
             try:
-                line = json.loads(raw)
+                example = _example(_parsed(raw), llm)
             except ValueError as error:
-                raise ValueError(f"{path} line {number} is not JSON ({error}); {_EXPECTED}") from error
-            if not isinstance(line, dict):
-                raise ValueError(f"{path} line {number} is {raw.strip().decode(errors='replace')[:40]!r}; {_EXPECTED}")
-            yield number, line
+                raise ValueError(f"{path} line {number}: {error}") from error
+            if example.answer is None and example.asked in asked:
+                repeated += 1
+                continue
+            if example.answer is None:
+                asked.add(example.asked)
+            examples.append(example)
+    if not examples:
+        raise ValueError(f"{path} has no prompts; expected a JSON object a line")
+    return Data(examples, digest.hexdigest(), repeated)
+
+
+def _parsed(raw: bytes) -> dict[str, Any]:
+    try:
+        line = json.loads(raw)
+    except ValueError as error:
+        raise ValueError(f"it is not JSON ({error}); {_EXPECTED}") from error
+    if not isinstance(line, dict):
+        raise ValueError(f"it is {raw.strip().decode(errors='replace')[:40]!r}; {_EXPECTED}")
+    return line
+
+
+def _example(line: dict[str, Any], llm: LLM) -> Example:
+    prompt, answer = _tokens(line, llm)
+    for token in (*prompt, *(answer or ())):
+        if not 0 <= token < llm.config.vocab_size:
+            raise ValueError(f"it has token id {token}; expected 0 to {llm.config.vocab_size - 1}, the model's vocabulary")
+    temperature = line.get("temperature")
+    if temperature is not None:
+        SamplingParams(temperature=temperature)
+    return Example(_key(prompt), prompt, answer, temperature)
 
 
 def _tokens(line: dict[str, Any], llm: LLM) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
@@ -114,50 +144,61 @@ def _key(prompt: Sequence[int]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """How the target answers; ``length`` is the most that prompt and answer may have together."""
+    """How the target answers; ``length`` is the most tokens that a prompt and its answer may have together."""
 
     temperature: float
     max_tokens: int
     length: int
     seed: int
 
+    def leaves_room_for(self, example: Example) -> bool:
+        """Whether an answer of two tokens fits after the prompt."""
+        return len(example.prompt) + 2 <= self.length
+
+    def most_tokens(self, example: Example) -> int:
+        """Tokens that an answer to this prompt may have."""
+        return min(self.max_tokens, self.length - len(example.prompt))
+
 
 def answer(llm: LLM, examples: Sequence[Example], how: Generation, file: Path, progress: Progress) -> list[Example]:
-    """The examples with the target's answers: those in ``file``, and new ones, which are added to it batch by batch.
+    """Examples that leave room, with answers: those given, those in ``file``, and the target's new ones, added to ``file`` batch by batch.
 
-    Prompts that leave no room for an answer of two tokens are left out. Each has a random seed of its own, so that its answer does
-    not depend on when it was given.
+    A given answer is cut to the room. Each prompt has a random seed of its own, so that its answer does not depend on what else is in its
+    batch.
     """
-    fitting = [example for example in examples if len(example.prompt) + 2 <= how.length]
     answers = _read_answers(file)
-    missing = [example for example in fitting if example.answer is None and example.key not in answers]
-    done = len(fitting) - len(missing)
-    progress(done, len(fitting))
+    missing = [example for example in examples if example.answer is None and example.asked not in answers]
+    done = len(examples) - len(missing)
+    progress(done, len(examples))
+    if missing:
+        # A cache that grows midway recompiles every program, and may not fit: better known now.
+        longest = max(len(example.prompt) + how.most_tokens(example) for example in missing)
+        llm.runner.reserve(min(llm.max_batch, len(missing)), longest)
     with file.open("a", encoding="utf-8") as out:
         for start in range(0, len(missing), llm.max_batch):
             group = missing[start : start + llm.max_batch]
             params = [
                 SamplingParams(
                     temperature=how.temperature if example.temperature is None else example.temperature,
-                    max_tokens=min(how.max_tokens, how.length - len(example.prompt)),
+                    max_tokens=how.most_tokens(example),
                     seed=int(hashlib.sha256(f"{how.seed} {example.key}".encode()).hexdigest()[:16], 16),
                 )
                 for example in group
             ]
             for example, completion in zip(group, llm.generate([e.prompt for e in group], params), strict=True):
-                answers[example.key] = tuple(completion.token_ids)
-                line = {"prompt_token_ids": list(example.prompt), "token_ids": completion.token_ids}
-                out.write(json.dumps(line) + "\n")
+                answers[example.asked] = tuple(completion.token_ids)
+                line = {"prompt_token_ids": example.prompt, "token_ids": completion.token_ids, "temperature": example.temperature}
+                out.write(json.dumps({name: value for name, value in line.items() if value is not None}) + "\n")
             out.flush()
             os.fsync(out.fileno())
             done += len(group)
-            progress(done, len(fitting))
-    given = [dataclasses.replace(e, answer=e.answer or answers[e.key]) for e in fitting]
-    return [dataclasses.replace(e, answer=e.answer[: how.length - len(e.prompt)]) for e in given if e.answer is not None]
+            progress(done, len(examples))
+    given = [answers[example.asked] if example.answer is None else example.answer for example in examples]
+    return [dataclasses.replace(e, answer=tokens[: how.length - len(e.prompt)]) for e, tokens in zip(examples, given, strict=True)]
 
 
-def _read_answers(file: Path) -> dict[str, tuple[int, ...]]:
-    """The answers given so far, by their prompts' keys. What a killed run left of a last line is cut off."""
+def _read_answers(file: Path) -> dict[Asked, tuple[int, ...]]:
+    """The answers of an earlier start of this run. What a killed run left of a last line is cut off."""
     if not file.exists():
         return {}
     whole = file.read_bytes()
@@ -165,5 +206,5 @@ def _read_answers(file: Path) -> dict[str, tuple[int, ...]]:
     if len(complete) < len(whole):
         with file.open("r+b") as out:
             out.truncate(len(complete))
-    lines = [line for _, line in _lines(file)]
-    return {_key(line["prompt_token_ids"]): tuple(line["token_ids"]) for line in lines}
+    lines = [json.loads(line) for line in complete.splitlines()]
+    return {(_key(line["prompt_token_ids"]), line.get("temperature")): tuple(line["token_ids"]) for line in lines}

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -15,6 +14,7 @@ from l4jax.arrays import to_host
 from l4jax.config import DrafterConfig, ModelConfig, usual_aux_layers
 from l4jax.model.drafter import build_drafter
 from l4jax.model.weights import random_weights
+from l4jax.training.seeds import key_of
 
 Version = Literal["eagle1", "eagle3"]
 
@@ -107,7 +107,7 @@ def first_weights(config: DrafterConfig, given: Mapping[str, Any], feature_Mf: n
     ``feature_Mf``: some of what the drafter will read. An EAGLE-3 drafter starts with all three residual streams at the same root mean
     square: the stream grows with depth (from 3 to 23 in SmolLM2), and the latest would drown the others.
     """
-    weights = random_weights(build_drafter(config), jax.random.key(seed), jnp.dtype(jnp.float32))
+    weights = random_weights(build_drafter(config), key_of(seed), jnp.dtype(jnp.float32))
     if config.version == "eagle1":
         return dict(weights)
     feature_MaD = feature_Mf.astype(np.float32).reshape(-1, len(config.aux_layers), config.target_hidden_size)

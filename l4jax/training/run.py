@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from l4jax.decoding.plan import UNMEASURED, TableJson
 from l4jax.llm import LLM
 from l4jax.speculator import LoadedDrafter
 from l4jax.training.batches import Rows, batch, batches_in, draft_vocabulary, pack
-from l4jax.training.data import Example, Generation, Progress, answer, read_prompts
+from l4jax.training.data import Example, Generation, Progress, answer, read_data
 from l4jax.training.drafters import Version, first_weights, new_drafter, trained_at, weights_from_target
 from l4jax.training.evaluate import replay
 from l4jax.training.folder import RunFolder, claim
@@ -72,9 +71,8 @@ class Settings:
             "epochs",
             "warmup",
             "max_tokens",
-            "seed",
         ):
-            lowest = {"length": 3, "max_tokens": 2, "warmup": 0, "seed": 0, "intermediate_size": 0}.get(name, 1)
+            lowest = {"length": 3, "max_tokens": 2, "warmup": 0, "intermediate_size": 0}.get(name, 1)
             if getattr(self, name) < lowest:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least {lowest}")
         if self.version == "eagle3" and self.layers != 1:
@@ -85,7 +83,7 @@ class Settings:
             raise ValueError(f"lr is {self.lr}; expected a number above 0")
         if not 0 <= self.held_out < 1:
             raise ValueError(f"held_out is {self.held_out}; expected a share from 0 to below 1")
-        SamplingParams(temperature=self.temperature)
+        SamplingParams(temperature=self.temperature, seed=self.seed)
 
     def of_shape(self, drafter: DrafterConfig) -> Settings:
         """These, for a drafter that there is already."""
@@ -134,11 +132,19 @@ def train_drafter(
         check_fits(start.config, llm.config)
         loaded = LoadedDrafter.restored(start, llm.placement, jnp.dtype(jnp.float32))
         settings = settings.of_shape(start.config)
-    prompts = read_prompts(data, llm)
-    digest = hashlib.sha256(data.read_bytes()).hexdigest()
+    if settings.version == "eagle3" and settings.draft_vocab > llm.config.vocab_size:
+        raise ValueError(f"draft_vocab is {settings.draft_vocab}; expected at most {llm.config.vocab_size}, the target's vocabulary")
+    read = read_data(data, llm)
+    how = Generation(settings.temperature, settings.max_tokens, settings.length, settings.seed)
+    fitting = [example for example in read.examples if how.leaves_room_for(example)]
+    if all(example.is_held_out(settings.held_out) for example in fitting):
+        raise ValueError(
+            f"none of {len(read.examples)} prompts can be trained on: {len(read.examples) - len(fitting)} leave no room for an answer in "
+            f"{settings.length} tokens, and {len(fitting)} are held out; give more prompts, a greater length or a smaller share to hold out"
+        )
     whose = {
         "target": target_digest,
-        "data": digest,
+        "data": read.digest,
         "dtype": llm.weights["embed"].dtype.name,
         "start": None if start is None else start.digest,
         **dataclasses.asdict(settings),
@@ -147,10 +153,14 @@ def train_drafter(
         if folder.drafter.exists():
             log(f"{folder.drafter} is complete")
             return folder.drafter
-        how = Generation(settings.temperature, settings.max_tokens, settings.length, settings.seed)
-        examples = answer(llm, prompts, how, folder.answers, progress)
+        if read.repeated:
+            log(f"{read.repeated} lines repeat a prompt, whose answer would be the same, and are left out")
+        examples = answer(llm, fitting, how, folder.answers, progress)
         llm.runner.discard_cache()
-        log(f"{len(examples)} answers; {len(prompts) - len(examples)} prompts left no room for one in {settings.length} tokens")
+        log(
+            f"{len(examples)} answers; {len(read.examples) - len(fitting)} prompts left no room for one in {settings.length} tokens; "
+            f"{sum(len(example.answer or ()) < 2 for example in examples)} answers of a single token are not trained on"
+        )
         speculation = UNMEASURED if start is None else start.speculation
         licences = [*([start.directory] if start is not None else []), *([target_directory] if target_directory else [])]
         run = _Run(
@@ -192,7 +202,7 @@ class _Run:
         if not train:
             raise ValueError(
                 f"of {len(examples)} answers none that is trained on has 2 tokens or more ({len(held_out)} are held out); "
-                "expected more prompts, or a greater length"
+                "give more prompts"
             )
         if settings.version == "eagle1":
             token_ids = np.arange(llm.config.vocab_size, dtype=np.int32)

@@ -24,6 +24,7 @@ from l4jax.model.llama import Llama
 from l4jax.model.weights import BoundModel, weight_specs
 from l4jax.training.batches import Rows
 from l4jax.training.losses import Measured, TargetStates, accepted, learning, mean_loss
+from l4jax.training.seeds import key_of
 from sharding.rules import partition
 
 WEIGHT_DECAY = 0.01
@@ -161,7 +162,7 @@ class Trainer:
         states: TargetStates,
         number: Int32[Array, ""],
     ) -> tuple[TrainState, tuple[Array, Measured]]:
-        noise = jax.random.fold_in(jax.random.key(self._seed), number)
+        noise = jax.random.fold_in(key_of(self._seed), number)
         drafter = self._bind(state.weights, fixed)
         measure = learning(drafter, self._target.bind(leaves), rows, states, self._passes, noise)
 

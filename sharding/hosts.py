@@ -169,7 +169,9 @@ def _meet(own: Arrival, host: str, port: int, timeout_seconds: float) -> int:
     try:
         rendezvous = Rendezvous(own, port)
     except OSError as error:
-        raise ValueError(f"process 0 cannot listen on port {port} of the coordinator {host}:{port} ({error}); choose another port") from error
+        raise ValueError(
+            f"process 0 cannot listen on port {port} of the coordinator {host}:{port} ({error}); choose another port"
+        ) from error
     rendezvous.wait(timeout_seconds)
     return rendezvous.port
 

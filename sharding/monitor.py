@@ -1,11 +1,11 @@
 """A process that watches over one process of several, and ends it with a message when another one has died.
 
-Run as a program of its own by :func:`sharding.hosts.join`, with nothing but the standard library: JAX aborts a process whose
+:func:`sharding.hosts.join` runs it as a program of its own, which needs only the standard library: JAX aborts a process whose
 coordinator is gone, a dead peer leaves a collective waiting for ever, and a thread would wait for Python's lock. This program
 outlives all three.
 
-The watched process holds the other end of standard input: a line of JSON with the settings, a word when it ends, and its end of
-file when it dies. The monitors talk over TCP with that of process 0, which tells all of them who was first to die.
+The watched process holds the other end of standard input: it sends a line of JSON with the settings and a word when it ends; the pipe
+closes when it dies. Each monitor talks over TCP to that of process 0, which tells all of them who died first, and who is stopped.
 """
 
 from __future__ import annotations
@@ -19,26 +19,29 @@ import socket
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 BEAT_SECONDS = 2.0
 """How often two monitors say that they are alive."""
 
 SILENCE_SECONDS = 15.0
-"""A host that has been silent for this long is taken for dead."""
+"""A host that has been silent for this long counts as dead."""
 
 GRACE_SECONDS = 3.0
-"""What a process is given to end by itself, with a message of its own, before it is killed."""
+"""How long a process may take to end by itself, with a message of its own, before it is killed."""
 
 DONE, FAILED = "done", "failed"
-"""The watched process's last word: all is well, or it ends with an error that it has shown."""
+"""The watched process's last word: it has finished, or it ends with an error that it has shown."""
 
 READY = "ready"
-"""What a monitor tells its process once it is connected: process 0's to all others, theirs to it."""
+"""What a monitor tells its process once it is connected: process 0's to all others, another's to process 0's."""
 
 _ALONE = "alone"
 _DIED = "died"
 _BEAT = "alive"
+_STOPPED, _CONTINUED = "stopped", "continued"
+"""Whether the watched process is suspended: it is alive, and all others wait for it."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ class Monitor:
     async def _report(self, word: str) -> None:
         """Let process 0's monitor know."""
         if self._settings.process_id == 0:
-            self._heard(0, word)
+            await self._heard(0, word)
         elif 0 in self._peers:
             await _send(self._peers[0], word)
 
@@ -109,16 +112,22 @@ class Monitor:
             self._tell_when_ready()
             while word := await _line(reader):
                 if word != _BEAT:
-                    self._heard(process_id, word)
+                    await self._heard(process_id, word)
             del self._peers[process_id]
-            self._heard(process_id, _DIED)
+            await self._heard(process_id, _DIED)
         writer.close()
 
     def _tell_when_ready(self) -> None:
         if len(self._peers) == len(self._settings.hosts) - 1:
             _tell(READY)
 
-    def _heard(self, process_id: int, word: str) -> None:
+    async def _heard(self, process_id: int, word: str) -> None:
+        """As process 0's monitor: take in what one process's monitor says."""
+        if word in (_STOPPED, _CONTINUED):
+            self._notice(process_id, word)
+            for peer in list(self._peers.values()):
+                await _send(peer, f"{process_id} {word}")
+            return
         if word == DONE:
             self._done.add(process_id)
         all_done = len(self._done) == len(self._settings.hosts)
@@ -139,15 +148,33 @@ class Monitor:
         _tell(READY)
         if self._last_word:
             await _send(writer, self._last_word)
-        while (word := await _line(reader)) == _BEAT:
-            pass
+        while word := await _line(reader):
+            first, _, how = word.partition(" ")
+            if how in (_STOPPED, _CONTINUED):
+                self._notice(int(first), how)
+            elif word != _BEAT:
+                break
         first, _, how = (word or f"0 {_DIED}").partition(" ")
         # Process 0's monitor leaves without a word once all are done.
         all_done = word is None and self._last_word == DONE
         self._verdict.set_result(None if all_done else (int(first), how))
 
+    def _notice(self, process_id: int, word: str) -> None:
+        where = f"process {process_id} (host {self._settings.hosts[process_id]})"
+        if word == _STOPPED:
+            _warn(
+                f"{where} is stopped, by Ctrl-Z, SIGSTOP or a debugger, and the others wait for it; continue it (fg, or kill -CONT) or end it"
+            )
+        else:
+            _warn(f"{where} continues")
+
     async def _beat(self) -> None:
+        seen = reported = _CONTINUED
         while True:
+            before, seen = seen, _STOPPED if _is_stopped(self._settings.worker) else _CONTINUED
+            if before == seen != reported:
+                reported = seen
+                await self._report(seen)
             for peer in list(self._peers.values()):
                 await _send(peer, _BEAT)
             await asyncio.sleep(BEAT_SECONDS)
@@ -166,7 +193,7 @@ class Monitor:
             await asyncio.wait_for(self._gone.wait(), max(1.0, begun + GRACE_SECONDS - time.monotonic()))
         if first != me and self._last_word != FAILED:
             what = "died" if how == _DIED else "stopped with an error"
-            print(f"l4jax: error: process {first} (host {hosts[first]}) {what}; process {me} (host {hosts[me]}) stops", file=sys.stderr)
+            _warn(f"error: process {first} (host {hosts[first]}) {what}; process {me} (host {hosts[me]}) stops")
         if not self._gone.is_set():
             os.kill(self._settings.worker, signal.SIGKILL)
 
@@ -177,6 +204,21 @@ async def _line(reader: asyncio.StreamReader) -> str | None:
         return (await asyncio.wait_for(reader.readline(), SILENCE_SECONDS)).decode().strip() or None
     except (OSError, ValueError):  # a time-out is the one; what is no text, or too long, the other
         return None
+
+
+def _is_stopped(process: int) -> bool:
+    """Whether a process is suspended; only Linux says so."""
+    try:
+        status = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    # "pid (name) state ...", where the name may have brackets of its own.
+    return status.rpartition(") ")[2][:1] in ("T", "t")
+
+
+def _warn(line: str) -> None:
+    with contextlib.suppress(OSError):
+        print(f"l4jax: {line}", file=sys.stderr, flush=True)
 
 
 def _tell(line: str) -> None:

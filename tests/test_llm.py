@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+import threading
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +13,15 @@ import pytest
 from l4jax import LLM, SamplingParams
 from l4jax.batch import Batch, Request
 from l4jax.cache import CacheShape
+from l4jax.decoding.generate import BURST
 from l4jax.placement import Placement
 from l4jax.runner import Runner
+from l4jax.text.hf_tokenizer import HfTokenizer
 from sharding.mesh import ONE_DEVICE
+from tests.text import small
 from tests.tiny import llama3_like, maverick_like, prompts, scout_like, weights
 
+TOKENIZER = HfTokenizer(small.backend(), {})
 CONFIGS = {"scout": scout_like(), "maverick": maverick_like(), "llama3": llama3_like()}
 
 
@@ -271,3 +277,85 @@ def test_bad_input_is_refused_in_one_line(scout, call, message):
     with pytest.raises(ValueError, match=re.escape(message)) as refused:
         call(scout)
     assert "\n" not in str(refused.value)
+
+
+class Paused:
+    """A call whose batch waits before its first step, in another thread."""
+
+    def __init__(self, monkeypatch, call):
+        self.begun, self.going_on = threading.Event(), threading.Event()
+        step = Batch.step
+
+        def wait(batch, steps):
+            self.begun.set()
+            self.going_on.wait()
+            return step(batch, steps)
+
+        monkeypatch.setattr(Batch, "step", wait)
+        self.result = []
+        self.thread = threading.Thread(target=lambda: self.result.append(call()))
+        self.thread.start()
+        self.begun.wait()
+
+    def end(self):
+        self.going_on.set()
+        self.thread.join()
+        return self.result[0]
+
+
+def test_a_second_thread_s_call_is_refused_at_once_and_spoils_nothing(scout, monkeypatch):
+    talking = LLM(scout.config, scout.weights, tokenizer=TOKENIZER)
+    expected = talking.generate([[1, 2, 3]], greedy(20))[0]
+    stream = talking.stream([1, 2, 3], greedy(20))
+    beginning = next(stream)  # between its steps a stream holds nothing
+    paused = Paused(monkeypatch, lambda: talking.generate([[1, 2, 3]], greedy(20))[0])
+    for call in (
+        lambda: talking.generate([[4]], greedy(2)),
+        lambda: talking.logits([[4]]),
+        lambda: talking.warmup(max_length=10),
+        lambda: next(talking.stream([4], greedy(2))),
+        lambda: next(stream),
+    ):
+        with pytest.raises(
+            RuntimeError, match=r"^this LLM is in use by another thread's call; it takes one call at a time: make the calls"
+        ):
+            call()
+    assert paused.end().token_ids == expected.token_ids
+    whole = talking.stream([1, 2, 3], greedy(20))
+    assert "".join(whole) == expected.text and expected.text.startswith(beginning)
+    with pytest.raises(RuntimeError, match="left unfinished"):
+        next(stream)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Times that are read one after the other."""
+
+    def read(*times):
+        monkeypatch.setattr("l4jax.llm.time", types.SimpleNamespace(perf_counter=iter(times).__next__))
+
+    return read
+
+
+def test_stats_say_when_the_first_token_came_and_how_fast_the_others(scout, clock):
+    clock(10.0, 13.0, 15.0, 19.0, 20.0)  # the start, then each burst
+    stats = scout.generate([[1, 2, 3]], greedy(1 + 2 * BURST + 5))[0].stats
+    assert (stats.first_token_seconds, stats.decode_seconds) == (3.0, 7.0)
+    assert stats.decode_tokens_per_second == (BURST + 5) / 5.0  # a program may be compiled during the first burst
+    clock(10.0, 13.0, 15.0)
+    assert scout.generate([[1, 2, 3]], greedy(1 + 6))[0].stats.decode_tokens_per_second == 3.0
+    clock(10.0, 13.0)
+    stats = scout.generate([[1, 2, 3]], greedy(1))[0].stats
+    assert (stats.first_token_seconds, stats.decode_seconds, stats.decode_tokens_per_second) == (3.0, 0.0, 0.0)
+
+
+def test_a_stream_begins_with_short_bursts(scout, monkeypatch):
+    steps, step = [], Batch.step
+    monkeypatch.setattr(Batch, "step", lambda batch, n: steps.append(n) or step(batch, n))
+    talking = LLM(scout.config, scout.weights, tokenizer=TOKENIZER)
+    for _ in talking.stream([1, 2, 3], greedy(1 + 4 + 8 + 16 + BURST + 1)):
+        pass
+    assert steps == [1, 4, 8, 16, BURST, BURST]
+    steps.clear()
+    talking.generate([[1, 2, 3]], greedy(1 + BURST + 1))
+    assert steps == [1, BURST, BURST]

@@ -22,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 import l4jax
 from l4jax import SamplingParams, load
 from l4jax.checkpoints.convert import convert
+from sharding import hosts
 
 GOLDEN = Path(__file__).parent / "golden" / "data"
 HOST = socket.gethostname()
@@ -33,7 +34,8 @@ PARAMS = [
     SamplingParams(max_tokens=12, ignore_eos=True),
 ]
 
-# One process of several: the checkpoint, the mesh, its number of processes, its id, the port, and where its results go.
+# One process of several: the checkpoint, the mesh, its number of processes, its id, the port, and where its results go. What the
+# processes do not agree on is refused in all of them, which can then go on.
 WORKER = """
 import sys
 import numpy as np
@@ -41,10 +43,24 @@ import l4jax
 from tests.test_many_processes import PARAMS, PROMPTS
 checkpoint, mesh, processes, process_id, port, results = sys.argv[1:]
 l4jax.join(f"127.0.0.1:{port}", int(processes), int(process_id), timeout_seconds=120)
+mine = int(process_id)
+refused = []
+
+def refuse(call):
+    try:
+        call()
+    except ValueError as error:
+        refused.append(str(error))
+
+refuse(lambda: l4jax.load([checkpoint, checkpoint + "_other"][mine % 2], mesh=mesh))
+refuse(lambda: l4jax.load(checkpoint, mesh=[mesh, "data=4"][mine % 2]))
+refuse(lambda: l4jax.load(checkpoint, mesh=mesh, dtype=[None, "bfloat16"][mine % 2]))
+refuse(lambda: l4jax.load(checkpoint, mesh="tensor=1"))
 llm = l4jax.load(checkpoint, mesh=mesh)
+refuse(lambda: llm.generate([[1, 2 + mine % 2]]))
 logits = llm.logits(PROMPTS)
 completions = llm.generate(PROMPTS, PARAMS)
-np.savez(results, *logits, tokens=[c.token_ids for c in completions], seed=np.uint64(completions[-1].seed))
+np.savez(results, *logits, tokens=[c.token_ids for c in completions], seed=np.uint64(completions[-1].seed), refused=refused)
 """
 # Goes on until it is killed.
 ENDLESS = """
@@ -55,6 +71,20 @@ l4jax.join(f"127.0.0.1:{port}", int(processes), int(process_id), timeout_seconds
 llm = l4jax.load(checkpoint, mesh=mesh)
 while True:
     llm.generate([[1, 2, 3]], l4jax.SamplingParams(max_tokens=200, ignore_eos=True))
+    open(ready, "w").close()
+"""
+# The same, of sums alone.
+ENDLESS_SUMS = """
+import sys
+import jax
+import l4jax
+_, _, processes, process_id, port, ready = sys.argv[1:]
+l4jax.join(f"127.0.0.1:{port}", int(processes), int(process_id), timeout_seconds=120)
+mesh = jax.make_mesh((int(processes),), ("x",))
+sum = jax.jit(jax.shard_map(lambda x: jax.lax.psum(x, "x"), mesh=mesh, in_specs=jax.P("x"), out_specs=jax.P()))
+x = jax.make_array_from_callback((int(processes),), jax.NamedSharding(mesh, jax.P("x")), lambda _: jax.numpy.ones(1))
+while True:
+    sum(x).block_until_ready()
     open(ready, "w").close()
 """
 
@@ -70,6 +100,9 @@ def checkpoint(tmp_path_factory):
     kept = {re.sub(r"layers\.([23])\.", lambda layer: f"layers.{int(layer[1]) - 2}.", name): name for name in tensors}
     save_file({new: tensors[old] for new, old in kept.items() if new != old or "layers." not in old}, folder / "model.safetensors")
     convert(folder, folder / "scout")
+    shutil.copytree(folder / "scout", folder / "scout_other")
+    manifest = folder / "scout_other" / "checkpoint.json"
+    manifest.write_text(manifest.read_text().replace('"source_format": "', '"source_format": "another '))
     return folder / "scout"
 
 
@@ -79,7 +112,7 @@ def port():
         return server.getsockname()[1]
 
 
-def start(command, devices=1):
+def start(command, devices=1, stdin=subprocess.DEVNULL):
     """A process with so many devices of its own."""
     environment = {
         **os.environ,
@@ -89,7 +122,7 @@ def start(command, devices=1):
         "XLA_FLAGS": "--xla_backend_optimization_level=0",  # what is tested is done by XLA's middle, and every process compiles
         "PYTHONPATH": str(Path(__file__).parent.parent),
     }
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def start_all(script, processes, *arguments, files, devices=1):
@@ -113,7 +146,9 @@ def ends(processes, seconds):
 
 
 @pytest.mark.parametrize(("processes", "devices", "mesh"), [(2, 2, "sequence=2,tensor=2"), (4, 1, "data=2,expert=2")])
-def test_several_processes_give_the_logits_and_tokens_of_one(processes, devices, mesh, checkpoint, port, tmp_path):
+def test_several_processes_refuse_what_they_differ_in_and_give_the_logits_and_tokens_of_one(
+    processes, devices, mesh, checkpoint, port, tmp_path
+):
     files = [tmp_path / f"{i}.npz" for i in range(processes)]
     for status, _, errors in ends(start_all(WORKER, processes, checkpoint, mesh, port, files=files, devices=devices), 300):
         assert status == 0, errors
@@ -126,27 +161,68 @@ def test_several_processes_give_the_logits_and_tokens_of_one(processes, devices,
         for i, expected in enumerate(logits):
             assert np.abs(results[f"arr_{i}"] - expected).max() < 1e-5 * np.abs(expected).max()
         assert results["tokens"].tolist() == tokens
+    different = ("the checkpoint's digest", "the mesh", "dtype", "what is asked for")
+    expected = [f"{name} differs between processes: process 0 (host {HOST}) has " for name in different]
+    expected.insert(3, f"mesh tensor=1 has 1 devices, and 4 cpu devices are present in {processes} processes; expected all of them")
+    for results in every:
+        assert len(results["refused"]) == len(expected)
+        for refused, beginning in zip(results["refused"], expected, strict=True):
+            assert refused.startswith(beginning) and "\n" not in refused
 
 
-@pytest.mark.parametrize("victim", [1, 0])
-def test_when_a_process_is_killed_the_others_end_and_name_its_host(victim, checkpoint, port, tmp_path):
-    files = [tmp_path / str(i) for i in range(3)]
-    processes = start_all(ENDLESS, 3, checkpoint, "tensor=1,sequence=3", port, files=files)
+def wait_for(files, processes):
     deadline = time.monotonic() + 300
     while not all(file.exists() for file in files):
         assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
         time.sleep(0.1)
-    processes[victim].send_signal(signal.SIGKILL)
-    for i, (status, _, errors) in enumerate(ends(processes, 30)):
+
+
+def assert_all_name(victim, outcomes):
+    for i, (status, _, errors) in enumerate(outcomes):
         assert status != 0
         if i != victim:
             last = errors.strip().splitlines()[-1]
             assert last == f"l4jax: error: process {victim} (host {HOST}) died; process {i} (host {HOST}) stops"
 
 
+def test_a_job_outlives_strangers_names_who_is_stopped_and_ends_with_the_host_of_who_is_killed(checkpoint, port, tmp_path):
+    files = [tmp_path / str(i) for i in range(3)]
+    processes = start_all(ENDLESS, 3, checkpoint, "tensor=1,sequence=3", port, files=files)
+    wait_for(files, processes)
+    # Started by mistake: with an id that is in use, and with another number of processes.
+    mistakes = [start(generate(checkpoint, *together(port, 1, processes=n))) for n in (3, 2)]
+    messages = (
+        f"process id 1 is in use on host {HOST}, and a second process (host {HOST}) was started with it; give each process an id of its own, "
+        "and each job a coordinator of its own",
+        f"process 0 (host {HOST}) was started as one of 3 processes, and process 1 (host {HOST}) as one of 2; start every process with the "
+        "same number of processes",
+    )
+    for (status, out, errors), message in zip(ends(mistakes, 60), messages, strict=True):
+        assert (status, out, errors) == (2, "", f"l4jax: error: {message}\n")
+    for file in files:
+        file.unlink()
+    wait_for(files, processes)  # the job goes on
+    processes[1].send_signal(signal.SIGSTOP)
+    for i in (0, 2):
+        line = processes[i].stderr.readline()
+        while "Gloo" in line:
+            line = processes[i].stderr.readline()
+        assert line.startswith(f"l4jax: process 1 (host {HOST}) is stopped, by Ctrl-Z, SIGSTOP or a debugger, and the others wait for it")
+    processes[1].send_signal(signal.SIGKILL)
+    assert_all_name(1, ends(processes, 30))
+
+
+def test_when_process_0_is_killed_the_others_end_and_name_its_host(port, tmp_path):
+    files = [tmp_path / str(i) for i in range(2)]
+    processes = start_all(ENDLESS_SUMS, 2, "", "", port, files=files)
+    wait_for(files, processes)
+    processes[0].send_signal(signal.SIGKILL)
+    assert_all_name(0, ends(processes, 30))
+
+
 def generate(checkpoint, *options):
     command = "import sys; from l4jax.cli import main; sys.exit(main())"
-    return [sys.executable, "-c", command, "generate", str(checkpoint), "-p", "The capital of France is", *map(str, options)]
+    return [sys.executable, "-c", command, "generate", str(checkpoint), "-p", "x", *map(str, options)]
 
 
 def together(port, process_id, processes=2, timeout=60):
@@ -154,10 +230,16 @@ def together(port, process_id, processes=2, timeout=60):
 
 
 def test_the_command_line_prints_the_text_once(smollm2_checkpoint, port):
-    options = "--mesh", "tensor=1,sequence=2", "--max-tokens", 4
-    first, second = ends([start(generate(smollm2_checkpoint, *options, *together(port, i))) for i in range(2)], 300)
+    """The prompt is what process 0 reads, without the newline at its end."""
+    options = "--mesh", "tensor=1,sequence=2", "--max-tokens", 4, "-p", "-"
+    processes = [start(generate(smollm2_checkpoint, *options, *together(port, i)), stdin=subprocess.PIPE) for i in range(2)]
+    for process, text in zip(processes, ("The capital of France is\n", ""), strict=True):
+        process.stdin.write(text)
+        process.stdin.close()
+        process.stdin = None
+    first, second = ends(processes, 300)
     assert first[0] == second[0] == 0, (first, second)
-    assert first[1].startswith(" Paris.") and first[1].endswith("\n") and "tokens/s" in first[2]
+    assert first[1].startswith(" Paris.") and first[1].endswith("\n") and "5 prompt tokens" in first[2]
     assert second[1] == "" and "tokens/s" not in second[2]
 
 
@@ -177,19 +259,10 @@ hosts.share("for ever")
     assert one_line(first[2]) == f"l4jax: error: process 1 (host {HOST}) stopped with an error; process 0 (host {HOST}) stops"
 
 
-def test_processes_that_nobody_watches_are_refused(checkpoint, port):
-    script = """
-import sys
-import jax
-import l4jax
-jax.distributed.initialize(f"127.0.0.1:{sys.argv[2]}", 2, int(sys.argv[3]))
-try:
-    l4jax.load(sys.argv[1], mesh="sequence=2")
-except ValueError as error:
-    print(error)
-"""
-    for _, out, errors in ends([start([sys.executable, "-c", script, str(checkpoint), str(port), str(i)]) for i in range(2)], 60):
-        assert "joined by jax.distributed.initialize" in out and "call l4jax.join instead" in out, errors
+def test_processes_that_nobody_watches_are_refused(monkeypatch):
+    monkeypatch.setattr(hosts.global_state, "num_processes", 2)  # as jax.distributed.initialize leaves it
+    with pytest.raises(ValueError, match=r"joined by jax\.distributed\.initialize, .*; call l4jax\.join instead"):
+        hosts.check_same({}, "")
 
 
 def test_number_1_of_a_container_is_refused(monkeypatch):
@@ -231,33 +304,13 @@ def one_line(errors):
     return last
 
 
-def test_different_checkpoints_are_found_before_anything_is_compiled(checkpoint, port, tmp_path):
-    other = tmp_path / "other"
-    shutil.copytree(checkpoint, other)
-    manifest = (other / "checkpoint.json").read_text()
-    (other / "checkpoint.json").write_text(manifest.replace('"source_format": "', '"source_format": "another '))
-    options = "--mesh", "sequence=2"
+def test_different_checkpoints_end_every_command_in_one_line(checkpoint, port):
+    folders = checkpoint, f"{checkpoint}_other"
     for status, out, errors in ends(
-        [start(generate(folder, *options, *together(port, i))) for i, folder in enumerate((checkpoint, other))], 60
+        [start(generate(folder, "--mesh", "sequence=2", *together(port, i))) for i, folder in enumerate(folders)], 60
     ):
         assert status == 2 and out == ""
         assert one_line(errors).startswith(f"l4jax: error: the checkpoint's digest differs between processes: process 0 (host {HOST}) has ")
-
-
-@pytest.mark.parametrize(
-    ("name", "options"), [("the mesh", ("--mesh", "tensor=2")), ("dtype", ("--mesh", "sequence=2", "--dtype", "bfloat16"))]
-)
-def test_different_settings_too(name, options, checkpoint, port):
-    own = ("--mesh", "sequence=2"), options
-    for status, _, errors in ends([start(generate(checkpoint, *own[i], *together(port, i))) for i in range(2)], 60):
-        assert status == 2 and one_line(errors).startswith(f"l4jax: error: {name} differs between processes: ")
-
-
-def test_different_prompts_too(smollm2_checkpoint, port):
-    commands = [generate(smollm2_checkpoint, "--mesh", "sequence=2", *together(port, i)) for i in range(2)]
-    commands[1][commands[1].index("The capital of France is")] = "Another"
-    for status, _, errors in ends(list(map(start, commands)), 120):
-        assert status == 2 and one_line(errors).startswith("l4jax: error: what is asked for differs between processes: ")
 
 
 def test_an_error_in_one_ends_the_others(checkpoint, port, tmp_path):
@@ -268,27 +321,20 @@ def test_an_error_in_one_ends_the_others(checkpoint, port, tmp_path):
     assert one_line(good[2]) == f"l4jax: error: process 1 (host {HOST}) stopped with an error; process 0 (host {HOST}) stops"
 
 
-def test_a_mesh_must_take_every_process_in(checkpoint, port):
-    for status, _, errors in ends([start(generate(checkpoint, "--mesh", "tensor=1", *together(port, i)), 2) for i in range(2)], 60):
-        assert status == 2
-        assert one_line(errors).endswith("mesh tensor=1 has 1 devices, and 4 cpu devices are present in 2 processes; expected all of them")
-
-
 @pytest.mark.parametrize(
     ("process_id", "message"),
     [
-        (1, "did not answer for 1 s ([Errno 111] Connection refused); expected process 0 there; check"),
-        (0, "2 processes were expected, and not all had joined after 1 s"),
+        (1, r"did not answer for 0\.3 s \(\[Errno 111\] Connection refused\); expected process 0 there; check"),
+        (0, r"2 processes were expected, and after 0\.3 s these had not come: 1; start every one"),
     ],
 )
-def test_waiting_for_the_others_has_an_end(process_id, message, checkpoint, port):
-    ((status, out, errors),) = ends([start(generate(checkpoint, *together(port, process_id, timeout=1)))], 30)
-    assert status == 2 and out == ""
-    assert message in one_line(errors)
+def test_waiting_for_the_others_has_an_end(process_id, message, port):
+    with pytest.raises(TimeoutError, match=message):
+        l4jax.join(f"127.0.0.1:{port}", 2, process_id, timeout_seconds=0.3)
 
 
-def test_a_port_in_use_is_refused(checkpoint):
+def test_a_port_in_use_is_refused():
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
-        ((status, _, errors),) = ends([start(generate(checkpoint, *together(port, 0)))], 30)
-    assert status == 2 and f"process 0 cannot listen on port {port} of the coordinator" in one_line(errors)
+        with pytest.raises(ValueError, match=f"process 0 cannot listen on port {port} of the coordinator 127.0.0.1:{port} "):
+            l4jax.join(f"127.0.0.1:{port}", 2, 0)

@@ -201,8 +201,7 @@ class _Run:
         held_out = [example for example in usable if example.is_held_out(settings.held_out)]
         if not train:
             raise ValueError(
-                f"of {len(examples)} answers none that is trained on has 2 tokens or more ({len(held_out)} are held out); "
-                "give more prompts"
+                f"of {len(examples)} answers none that is trained on has 2 tokens or more ({len(held_out)} are held out); give more prompts"
             )
         if settings.version == "eagle1":
             token_ids = np.arange(llm.config.vocab_size, dtype=np.int32)

@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import socket
+import subprocess
 
 import pytest
 
@@ -29,7 +30,8 @@ def killed(monkeypatch):
 class Group:
     """Monitors of processes on hosts a, b and c, whose workers speak through their ``words``."""
 
-    def __init__(self, watched):
+    def __init__(self, watched, workers):
+        self.workers = workers
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
         self.words = {i: asyncio.StreamReader() for i in watched}
@@ -45,7 +47,7 @@ class Group:
 
     def start(self):
         for i, words in self.words.items():
-            settings = Settings(i, ["a", "b", "c"], worker=100 + i, token=TOKEN, address="127.0.0.1", port=self.port)
+            settings = Settings(i, ["a", "b", "c"], worker=self.workers.get(i, 100 + i), token=TOKEN, address="127.0.0.1", port=self.port)
             self.tasks.append(asyncio.create_task(Monitor(settings).run(words, self.listener if i == 0 else None)))
 
     def say(self, process, word):
@@ -59,9 +61,9 @@ class Group:
         await asyncio.sleep(0.1)
 
 
-def run(scenario, watched=(0, 1, 2)):
+def run(scenario, watched=(0, 1, 2), workers=None):
     async def started():
-        group = Group(watched)
+        group = Group(watched, workers or {})
         group.start()
         await asyncio.sleep(0.1)
         await scenario(group)
@@ -177,3 +179,27 @@ def test_where_process_0_cannot_be_reached_nobody_is_killed(capfd, killed):
     asyncio.run(alone())
     out, errors = capfd.readouterr()
     assert out.startswith(f"process 0's monitor at 127.0.0.1:{port} cannot be reached (") and errors == "" and not killed
+
+
+def test_a_process_that_is_stopped_is_named_once_to_all_and_nobody_is_killed(capfd, killed):
+    with subprocess.Popen(["sh", "-c", "kill -STOP $$; read line"], stdin=subprocess.PIPE) as stopped:
+
+        async def scenario(group):
+            await said(capfd, 3, "is stopped, by Ctrl-Z, SIGSTOP or a debugger, and the others wait for it; continue it")
+            subprocess.run(["kill", "-CONT", str(stopped.pid)], check=True)
+            await said(capfd, 3, "continues")
+            for process in (0, 1, 2):
+                group.say(process, DONE)
+
+        run(scenario, workers={1: stopped.pid})
+        stopped.communicate(b"\n")
+    assert capfd.readouterr().err == "" and not killed
+
+
+async def said(capfd, times, what):
+    """Wait until so many monitors have said this of process 1, and nothing else."""
+    lines = []
+    while len(lines) < times:
+        await asyncio.sleep(0.05)
+        lines += capfd.readouterr().err.splitlines()
+    assert all(line.startswith(f"l4jax: process 1 (host b) {what}") for line in lines)

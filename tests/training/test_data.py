@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +18,7 @@ import pytest
 import l4jax
 from l4jax import SamplingParams
 from l4jax.training.batches import batch, batches_in, draft_vocabulary, pack
-from l4jax.training.data import Example, Generation, answer, read_prompts
+from l4jax.training.data import Example, Generation, answer, read_data
 from tests.training import small
 
 
@@ -62,11 +66,46 @@ def test_prompts_are_read_once_each_and_held_out_by_their_own_digest(tmp_path: P
     path = tmp_path / "prompts.jsonl"
     prompts = [[token, token] for token in range(20)]
     path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in [*prompts, *prompts]) + "\n")
-    found = read_prompts(path, llm)
-    assert [list(e.prompt) for e in found] == prompts
-    assert 0 < sum(e.is_held_out(0.4) for e in found) < 20
-    path.write_text(json.dumps({"prompt_token_ids": prompts[3], "token_ids": [4]}))
-    assert read_prompts(path, llm) == [Example(found[3].key, (3, 3), (4,))]
+    found = read_data(path, llm)
+    assert [list(e.prompt) for e in found.examples] == prompts and found.repeated == 20
+    assert found.digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert 0 < sum(e.is_held_out(0.4) for e in found.examples) < 20
+
+
+def test_every_given_answer_is_kept_and_the_same_question_at_another_temperature_is_another(tmp_path: Path) -> None:
+    given = [{"prompt_token_ids": [3, 3], "token_ids": answer} for answer in ([4], [5], [4])]
+    asked: list[dict[str, Any]] = [{"prompt": [3, 3], "temperature": temperature} for temperature in (0.0, None, 0.5, 0.0)]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in (*asked[:1], *given, *asked[1:])))
+    llm = small.target()
+    found = read_data(path, llm)
+    key = found.examples[0].key
+    answers: list[tuple[int, ...]] = [(4,), (5,), (4,)]
+    assert found.examples == [
+        Example(key, (3, 3), None, 0.0),
+        *(Example(key, (3, 3), answer) for answer in answers),
+        Example(key, (3, 3), None, None),
+        Example(key, (3, 3), None, 0.5),
+    ]
+    assert found.repeated == 1
+    how = Generation(temperature=5.0, max_tokens=12, length=small.LENGTH, seed=0)
+    file = tmp_path / "answers.jsonl"
+    answered = answer(llm, found.examples, how, file, lambda done, total: None)
+    assert [e.answer for e in answered[1:4]] == answers
+    assert len({answered[i].answer for i in (0, 4, 5)}) == 3 and len(file.read_text().splitlines()) == 3
+    assert answer(llm, found.examples, how, file, lambda done, total: None) == answered  # those in the file
+    assert len(file.read_text().splitlines()) == 3
+
+
+def test_data_may_be_a_pipe(tmp_path: Path) -> None:
+    content = b'{"prompt": [1]}\n\n{"prompt": [2]}'
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    writer = threading.Thread(target=path.write_bytes, args=[content])
+    writer.start()
+    found = read_data(path, small.target())
+    writer.join()
+    assert [e.prompt for e in found.examples] == [(1,), (2,)] and found.digest == hashlib.sha256(content).hexdigest()
 
 
 def test_a_line_s_temperature_goes_before_the_run_s(tmp_path: Path) -> None:
@@ -75,7 +114,7 @@ def test_a_line_s_temperature_goes_before_the_run_s(tmp_path: Path) -> None:
     prompts = [[token, token] for token in range(8)]
     path.write_text("".join(json.dumps({"prompt": p, "temperature": [None, 0.0][i % 2]}) + "\n" for i, p in enumerate(prompts)))
     how = Generation(temperature=5.0, max_tokens=12, length=small.LENGTH, seed=0)
-    answers = [e.answer for e in answer(llm, read_prompts(path, llm), how, tmp_path / "answers.jsonl", lambda done, total: None)]
+    answers = [e.answer for e in answer(llm, read_data(path, llm).examples, how, tmp_path / "answers.jsonl", lambda done, total: None)]
     greedy = [tuple(c.token_ids) for c in llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=12))]
     assert [i % 2 == 1 for i in range(8)] == [one == other for one, other in zip(answers, greedy, strict=True)]
 
@@ -83,14 +122,15 @@ def test_a_line_s_temperature_goes_before_the_run_s(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2 is not JSON"),
-        ("[1]", "line 2 is '[1]'; expected an object"),
+        ("{", "line 2: it is not JSON"),
+        ("[1]", "line 2: it is '[1]'; expected an object"),
         ("{}", "line 2: it has nothing; expected an object"),
         ('{"prompt": "x", "messages": []}', "line 2: it has prompt, messages; expected an object"),
         ('{"prompt": [1, 99]}', "line 2: it has token id 99; expected 0 to 23"),
         ('{"prompt": []}', "line 2: it has []; expected a list of token ids, at least one"),
         ('{"prompt_token_ids": [1]}', "line 2: it has null; expected a list of token ids"),
         ('{"prompt": "x"}', "line 2: its prompt is text, but the target has no tokenizer"),
+        ('{"prompt": [2], "temperature": "x"}', "line 2: temperature is 'x'; expected 0 (greedy) or a positive number"),
         ('{"prompt": [2], "temperature": -1}', "line 2: temperature is -1; expected 0 (greedy) or a positive number"),
         ('{"messages": []}', "line 2: it has messages, but the target has no chat template"),
     ],
@@ -99,7 +139,7 @@ def test_a_bad_line_is_named(line: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": [1]}\n' + line + "\n")
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
-        read_prompts(path, small.target())
+        read_data(path, small.target())
     assert "\n" not in str(caught.value)
 
 
@@ -115,4 +155,4 @@ def test_a_chat_model_writes_prompts_itself(smollm2_checkpoint: Path, tmp_path: 
     assert all(text.strip() == text != "" and "<|im_" not in text and not text.startswith("user") for text in said)
     data = tmp_path / "prompts.jsonl"
     data.write_text(done.stdout, encoding="utf-8")
-    assert len(read_prompts(data, l4jax.load(smollm2_checkpoint, dtype="float32"))) == len(lines)
+    assert len(read_data(data, l4jax.load(smollm2_checkpoint, dtype="float32")).examples) == len(lines)

@@ -115,8 +115,14 @@ def test_a_run_killed_again_and_again_ends_like_one_that_was_not(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"length": 3}, r"of 0 answers none that is trained on has 2 tokens or more \(0 are held out\); expected more prompts"),
-        ({"held_out": 0.999}, r"of 12 answers none that is trained on has 2 tokens or more \(12 are held out\); expected more prompts"),
+        ({"length": 3}, "none of 12 prompts can be trained on: 12 leave no room for an answer in 3 tokens, and 0 are held out; give more"),
+        (
+            {"held_out": 0.999},
+            "none of 12 prompts can be trained on: 0 leave no room for an answer in 24 tokens, and 12 are held out; give",
+        ),
+        ({"draft_vocab": 25}, "draft_vocab is 25; expected at most 24, the target's vocabulary"),
+        ({"seed": 2**64}, rf"seed is {2**64}; expected an integer from 0 to 2\*\*64 - 1"),
+        ({"seed": -1}, "seed is -1; expected an integer from 0"),
         ({"batch": 0}, "batch is 0; expected at least 1"),
         ({"lr": 0.0}, r"lr is 0.0; expected a number above 0"),
         ({"held_out": 1.0}, "held_out is 1.0; expected a share from 0 to below 1"),
@@ -126,9 +132,12 @@ def test_a_run_killed_again_and_again_ends_like_one_that_was_not(
         ({"length": 512}, "length is 512; expected at most the target's context of 256"),
     ],
 )
-def test_what_cannot_be_used_is_refused(changes: dict[str, Any], message: str, llm: LLM, data: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_used_is_refused_before_anything_is_answered(
+    changes: dict[str, Any], message: str, llm: LLM, data: Path, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         train(llm, data, tmp_path / "out", dataclasses.replace(SETTINGS, **changes))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_mesh_must_share_out_the_rows(data: Path, tmp_path: Path) -> None:

@@ -150,8 +150,8 @@ class LLM:
         """While the context lasts the caller has the model to itself. Raises RuntimeError, at once, if another call has it."""
         if not self._in_use.acquire(blocking=False):
             raise RuntimeError(
-                "this LLM is in use by another thread's call; it takes one call at a time: make the calls one after the other, or hold a lock "
-                "of your own around each call and each step of a stream"
+                "this LLM is in use by another thread's call; it takes one call at a time: make the calls one after the other, or hold a "
+                "lock of your own around each call and each step of a stream"
             )
         try:
             yield

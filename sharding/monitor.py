@@ -162,9 +162,7 @@ class Monitor:
     def _notice(self, process_id: int, word: str) -> None:
         where = f"process {process_id} (host {self._settings.hosts[process_id]})"
         if word == _STOPPED:
-            _warn(
-                f"{where} is stopped, by Ctrl-Z, SIGSTOP or a debugger, and the others wait for it; continue it (fg, or kill -CONT) or end it"
-            )
+            _warn(f"{where} is stopped, by Ctrl-Z, SIGSTOP or a debugger, and the others wait for it; continue it (kill -CONT) or end it")
         else:
             _warn(f"{where} continues")
 

@@ -64,8 +64,8 @@ class Rendezvous:
         missing = ", ".join(str(i) for i in range(self._processes) if i not in self._hosts)
         refused = "".join(f"; refused: {line}" for line in self._refusals)
         message = (
-            f"{self._processes} processes were expected, and after {seconds:g} s these had not come: {missing}{refused}; start every one, with "
-            "the same coordinator and number of processes and a process id of its own"
+            f"{self._processes} processes were expected, and after {seconds:g} s these had not come: {missing}{refused}; start every one, "
+            "with the same coordinator and number of processes and a process id of its own"
         )
         self._answer = {"refused": message}
         self.close()
@@ -122,8 +122,8 @@ class Rendezvous:
             )
         if process_id in self._hosts:
             return (
-                f"process id {process_id} is in use on host {self._hosts[process_id]}, and a second process (host {arrival.host}) was started "
-                "with it; give each process an id of its own, and each job a coordinator of its own"
+                f"process id {process_id} is in use on host {self._hosts[process_id]}, and a second process (host {arrival.host}) was "
+                "started with it; give each process an id of its own, and each job a coordinator of its own"
             )
         return None
 

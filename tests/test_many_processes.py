@@ -192,8 +192,8 @@ def test_a_job_outlives_strangers_names_who_is_stopped_and_ends_with_the_host_of
     # Started by mistake: with an id that is in use, and with another number of processes.
     mistakes = [start(generate(checkpoint, *together(port, 1, processes=n))) for n in (3, 2)]
     messages = (
-        f"process id 1 is in use on host {HOST}, and a second process (host {HOST}) was started with it; give each process an id of its own, "
-        "and each job a coordinator of its own",
+        f"process id 1 is in use on host {HOST}, and a second process (host {HOST}) was started with it; give each process an id of its "
+        "own, and each job a coordinator of its own",
         f"process 0 (host {HOST}) was started as one of 3 processes, and process 1 (host {HOST}) as one of 2; start every process with the "
         "same number of processes",
     )

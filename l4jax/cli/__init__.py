@@ -66,13 +66,11 @@ def _open_streams() -> None:
     A closed standard input is empty, and what a closed standard error would show is dropped; a closed standard output is refused before
     anything is done. A character that the output's encoding lacks is printed as its code, as in ``\\xe9``.
     """
-    if sys.stdin is None:
-        sys.stdin = open(os.devnull, encoding="utf-8")
-    if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w", encoding="utf-8")
-    if sys.stdout is None:
-        # Its number must not go to a file that is opened next.
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    # Opened in the order of their numbers: a closed stream's number would go to the next file that is opened.
+    closed = [name for name in ("stdin", "stdout", "stderr") if getattr(sys, name) is None]
+    for name in closed:
+        setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "r" if name == "stdin" else "w", encoding="utf-8"))
+    if "stdout" in closed:
         raise OSError("standard output is closed; redirect it to a file, or to /dev/null if its text is not wanted")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")

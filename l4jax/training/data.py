@@ -47,7 +47,7 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """The prompts of a JSONL file, in its order; ``digest``: the file's SHA-256; ``repeated``: how many lines ask what an earlier one asks."""
+    """The prompts of a JSONL file, in its order; ``digest``: the file's SHA-256; ``repeated``: lines left out as repetitions."""
 
     examples: list[Example]
     digest: str

@@ -1,1 +1,1 @@
-"""Drafter training: online distillation of an EAGLE drafter from the model that it drafts for, which stays as it is."""
+"""Drafter training: online distillation of an EAGLE drafter from the model that it drafts for, which does not change."""

@@ -1,4 +1,4 @@
-"""Sequences packed into rows of one length, rows into batches, and the vocabulary that a drafter is trained for."""
+"""Packs sequences into rows of one length and rows into batches; chooses the vocabulary that a drafter is trained for."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from l4jax.training.data import Example
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Packed sequences: each token, where in its row its sequence begins, and whether it is part of an answer.
+    """Packed sequences: the tokens, the column where each token's sequence begins, and whether the token is part of an answer.
 
-    Padding is sequences of one token each. ``number_B``: the rows' numbers, which a drafter's noise is drawn by; -1 of padding.
+    Each padding token is a sequence of its own. ``number_B``: the rows' numbers, which key a drafter's noise; -1 for padding.
     """
 
     token_BT: Int32[Array, "B T"]
@@ -29,8 +29,8 @@ class Rows:
 
 
 def pack(examples: Sequence[Example], length: int, seed: int) -> Rows:
-    """Rows of ``length`` tokens with all of the sequences in them, none cut: each goes to the fullest row that has room for it."""
-    # The longest first leaves the least room unused; of equal length, as they are shuffled.
+    """Pack all sequences into rows of ``length`` tokens, none cut: each goes to the fullest row that has room for it."""
+    # Longest first leaves the least room unused; sequences of equal length go in shuffled order.
     order = sorted(np.random.default_rng(seed).permutation(len(examples)).tolist(), key=lambda i: -_length(examples[i]))
     rows: list[list[Example]] = []
     by_room: list[list[int]] = [[] for _ in range(length + 1)]
@@ -66,19 +66,19 @@ def _length(example: Example) -> int:
 
 
 def batches_in(rows: Rows, size: int) -> int:
-    """Batches that all rows make, the last filled up with padding."""
+    """The number of batches that hold all rows; padding fills the last one."""
     return -(-len(rows.number_B) // size)
 
 
 def batch(rows: Rows, size: int, step: int, seed: int) -> Rows:
-    """The batch of this step. Every ``batches_in`` steps all rows come by, each time in another order."""
+    """The batch of this step. Every ``batches_in`` steps cover all rows, each time in another order."""
     epoch, index = divmod(step, batches_in(rows, size))
     order = np.random.default_rng((seed, epoch)).permutation(len(rows.number_B))
     return take(rows, order[index * size : (index + 1) * size], size)
 
 
 def take(rows: Rows, index: np.ndarray, size: int) -> Rows:
-    """These rows, and padding up to ``size``."""
+    """These rows, padded to ``size``."""
     length, missing = rows.token_BT.shape[1], size - len(index)
     padding = Rows(
         host_array(np.zeros((missing, length)), np.int32),
@@ -90,9 +90,9 @@ def take(rows: Rows, index: np.ndarray, size: int) -> Rows:
 
 
 def draft_vocabulary(examples: Sequence[Example], size: int) -> np.ndarray:
-    """The ``size`` tokens that answers have most often, ascending; int32. Of equally frequent ones the lower come first.
+    """The ``size`` most frequent tokens of the answers, ascending; int32. Ties go to the lower token.
 
-    Raises ValueError if the answers have fewer.
+    Raises ValueError if the answers have fewer different tokens.
     """
     counts = Counter(token for example in examples for token in example.answer or ())
     if size > len(counts):

@@ -16,7 +16,7 @@ from l4jax.llm import LLM
 _EXPECTED = 'expected an object with "messages", "prompt", or "prompt_token_ids" and "token_ids"'
 
 Progress = Callable[[int, int], None]
-"""Called with how much is done, and how much there is in all."""
+"""Called with the amount done and the total."""
 
 
 Asked = tuple[str, float | None]

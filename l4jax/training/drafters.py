@@ -1,4 +1,4 @@
-"""New drafters: their shape, which follows the target's, and the weights that training begins with."""
+"""New drafters: their shape, which follows the target's, and the weights that training starts from."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ def new_drafter(
     target_head: bool = False,
     target_tokenizer: str | None = None,
 ) -> DrafterConfig:
-    """A drafter for this model, of dense layers like its own with plain RoPE; ``length``: of the longest text it is trained on.
+    """A drafter for this model, with dense layers of the model's shape and plain RoPE; ``length``: tokens of the longest training text.
 
     ``intermediate_size``: 0 for the target's. ``target_head``: as in :class:`DrafterConfig`. ``target_tokenizer``: the digest of the
     target's tokenizer, if it has one.
 
-    EAGLE-1 has the norms that published drafters of the model's architecture have; EAGLE-3 reads, as published ones do, the states that
-    enter an early layer, the middle one and a late one.
+    EAGLE-1 has the norms of published drafters for the model's architecture. EAGLE-3 reads, as published ones do, the states that enter
+    an early layer, the middle one and a late one.
     """
     normed = version == "eagle1" and target.architecture == "llama4"
     decoder = dataclasses.replace(
         target,
-        architecture="llama4" if normed else "llama",  # what the norms are known by in published formats
+        architecture="llama4" if normed else "llama",  # published formats tell the norms by it
         num_layers=layers,
         intermediate_size=intermediate_size or target.intermediate_size,
         rope_layers=(True,) * layers,
@@ -78,7 +78,7 @@ def new_drafter(
 
 
 def trained_at(config: DrafterConfig, length: int) -> DrafterConfig:
-    """The drafter once it has been trained at this length too."""
+    """The drafter's configuration after training at this length too."""
     longest = max(config.decoder.max_position_embeddings, length)
     return dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, max_position_embeddings=longest))
 
@@ -86,32 +86,32 @@ def trained_at(config: DrafterConfig, length: int) -> DrafterConfig:
 def weights_from_target(
     config: DrafterConfig, target: ModelConfig, weights: Mapping[str, Array], token_ids: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """What a new drafter does not draw at random, float32: the draft vocabulary, and with ``target_head`` output head and norm before it.
+    """The weights of a new drafter that are not random, float32: the draft vocabulary and, with ``target_head``, the head and its norm.
 
-    ``weights``: the target's. The norm is where training begins, and as much smaller as makes the logits of a random state differ by 1, as
-    a new head's do: at its own size wrong guesses would be sure ones. The others stay as they are.
+    ``weights``: the target's. The draft vocabulary and the head are not trained. Training starts from the norm, scaled down so that the
+    logits of a random state have a spread of 1, as those of a new head do: at its full size, wrong guesses would be confident ones.
     """
     part = {"token_ids": token_ids}
     if config.target_head:
         head_VD = to_host(weights[target.output_weight])[token_ids].astype(np.float32)
         scale_D = to_host(weights["norm.scale"]).astype(np.float32)
-        # What all rows have in common adds to all logits alike.
+        # A part that all rows share adds the same to every logit.
         spread = np.sqrt(np.mean(np.sum((scale_D * (head_VD - np.mean(head_VD, axis=0))) ** 2, axis=-1)))
         part |= {"head": head_VD, "norm.scale": scale_D / spread}
     return part
 
 
 def first_weights(config: DrafterConfig, given: Mapping[str, Any], feature_Mf: np.ndarray, seed: int) -> dict[str, Any]:
-    """Weights to begin with: random ones, float32; of an EAGLE-3 drafter those given are as they are.
+    """Weights to start from: random, float32, except those ``given`` of an EAGLE-3 drafter.
 
-    ``feature_Mf``: some of what the drafter will read. An EAGLE-3 drafter starts with all three residual streams at the same root mean
-    square: the stream grows with depth (from 3 to 23 in SmolLM2), and the latest would drown the others.
+    ``feature_Mf``: a sample of what the drafter will read. An EAGLE-3 drafter starts with all three residual streams scaled to the same
+    root mean square: the stream grows with depth (from 3 to 23 in SmolLM2), and the last would drown out the others.
     """
     weights = random_weights(build_drafter(config), key_of(seed), jnp.dtype(jnp.float32))
     if config.version == "eagle1":
         return dict(weights)
     feature_MaD = feature_Mf.astype(np.float32).reshape(-1, len(config.aux_layers), config.target_hidden_size)
-    # Of the tokens the median: the first of a sequence has states a hundred times as large as the others'.
+    # The median over tokens: the first token of a sequence has states a hundred times as large as the others'.
     rms_a = np.sqrt(np.median(np.mean(feature_MaD**2, axis=-1), axis=0))
     fuse_Df = weights["fuse"] / jnp.asarray(np.repeat(rms_a, config.target_hidden_size))[None]
     return {**weights, "fuse": fuse_Df, **given}

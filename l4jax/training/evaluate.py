@@ -1,4 +1,4 @@
-"""How long the accepted chains would be on given text: decoding replayed, round by round."""
+"""Replays decoding round by round on given text, to count how long the accepted chains would be."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from l4jax.training.trainer import Trainer, TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Replay:
-    """Rounds of speculation, and in how many of them the drafted token at each depth stood."""
+    """Rounds of speculation, and the number of them that accepted the drafted token at each depth."""
 
     rounds: int
     accepted: tuple[int, ...]
 
     @property
     def acceptance_length(self) -> float:
-        """Tokens that a round gives on average, as :class:`l4jax.llm.Stats` has it; 1 without any round."""
+        """Mean number of tokens that a round emits, as in :class:`l4jax.llm.Stats`; 1 if there was no round."""
         return 1.0 + sum(self.accepted) / self.rounds if self.rounds else 1.0
 
 
 def replay(trainer: Trainer, state: TrainState, rows: Rows, batch: int, depth: int) -> Replay:
-    """Rounds in which chains of ``depth`` tokens would have given the rows' answers, in batches of this size.
+    """Decode the rows' answers again with chains of ``depth`` drafted tokens, in batches of this size.
 
-    A drafted token stands if it is the text's, which for the text that the target has drawn is what decoding it again would find, at
-    that temperature and with that seed. What lies beyond the end of an answer does not count.
+    A drafted token is accepted if it equals the text's. For text that the target has sampled, that is what decoding again at the same
+    temperature and seed would accept. Tokens past the end of an answer do not count.
     """
     lengths: list[int] = []
     for index in range(batches_in(rows, batch)):

@@ -1,12 +1,12 @@
-"""A training run's folder: whose run it is, its metrics, and its states, from which an interrupted run goes on.
+"""A training run's folder: its settings, its metrics, and the states that an interrupted run continues from.
 
-====================  =======================================================================
-``run.json``          the settings that decide the outcome; a run with others is refused the folder
-``answers.jsonl``     the target's answers, as they come
+====================  ==========================================================================
+``run.json``          the settings that decide the outcome; a run with other settings is refused
+``answers.jsonl``     the target's answers, as they arrive
 ``metrics.jsonl``     an object for each report
-``states/STEP/``      the state after so many steps, an Orbax checkpoint; the last two are kept
-``drafter/``          the trained drafter: when it is there the run is complete
-====================  =======================================================================
+``states/STEP/``      the state after STEP steps, an Orbax checkpoint; the last two are kept
+``drafter/``          the trained drafter: once it exists, the run is complete
+====================  ==========================================================================
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from l4jax.checkpoints.source import CheckpointError
 from l4jax.checkpoints.store import load_group, save_group
 
 ANSWERS_DEPEND_ON = ("target", "data", "dtype", "length", "temperature", "max_tokens", "seed")
-"""Settings that a run's answers come from; the others may be changed until a state is kept."""
+"""Settings that decide a run's answers; the others may change until a state has been saved."""
 _STATES_KEPT = 2
 
 
@@ -40,7 +40,7 @@ class RunFolder:
         self._states = path / "states"
 
     def save_state(self, step: int, arrays: Mapping[str, np.ndarray]) -> None:
-        """Keep the state after ``step`` steps; the one before the last is removed."""
+        """Save the state after ``step`` steps, and keep the last two."""
         directory = self._states / f"{step:08}"
         if not directory.exists():
             save_group(directory, arrays)
@@ -48,7 +48,7 @@ class RunFolder:
             shutil.rmtree(self._states / f"{old:08}")
 
     def load_state(self, names: Sequence[str]) -> tuple[int, dict[str, np.ndarray]] | None:
-        """The last state kept, of these arrays; what was reported after it is cut off from the metrics. None if there is none."""
+        """The last saved state, of these arrays, and its step; None if there is none. Cuts later reports off the metrics."""
         saved = self._saved()
         if not saved:
             self.metrics.write_text("", encoding="utf-8")
@@ -57,7 +57,7 @@ class RunFolder:
         try:
             arrays = load_group(directory, names)
         except CheckpointError as error:
-            raise ValueError(f"the state in {directory} cannot be read; remove it, and the run goes on from the one before") from error
+            raise ValueError(f"the state in {directory} cannot be read; remove it, and the run continues from the one before") from error
         lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= saved[-1]]
         write_atomically(self.metrics, "".join(kept))
@@ -76,12 +76,12 @@ class RunFolder:
 
 @contextmanager
 def claim(path: Path, settings: Mapping[str, Any]) -> Iterator[RunFolder]:
-    """A run's folder, made or taken up again, to oneself while the context lasts.
+    """Create or reopen a run's folder, for this process alone while the context lasts.
 
-    Raises ValueError if it is in use, another run's, or anything else.
+    Raises ValueError if it is in use, belongs to another run, or is no run's folder.
     """
     if path.exists() and not (path.is_dir() and ((path / "lock").is_file() or not any(path.iterdir()))):
-        raise ValueError(f"{path} is in the way: it is no folder of a training run; choose another, or remove it")
+        raise ValueError(f"{path} is not the folder of a training run; choose another, or remove it")
     path.mkdir(parents=True, exist_ok=True)
     with (path / "lock").open("a") as lock:
         try:
@@ -94,8 +94,8 @@ def claim(path: Path, settings: Mapping[str, Any]) -> Iterator[RunFolder]:
         for name in sorted(earlier.keys() | settings.keys()):
             if earlier.get(name) != settings.get(name) and (begun or name in ANSWERS_DEPEND_ON):
                 raise ValueError(
-                    f"{path} is another run's: its {name} is {earlier.get(name)!r}, and this one's {settings.get(name)!r}; "
-                    "give the same settings to go on with it, or another folder"
+                    f"{path} belongs to another run: its {name} is {earlier.get(name)!r}, and this one's is {settings.get(name)!r}; "
+                    "give the same settings to continue it, or another folder"
                 )
         write_atomically(run, json.dumps(dict(settings), indent=1) + "\n")
         for unfinished in (path / "states").glob("*tmp*"):

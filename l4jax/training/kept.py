@@ -1,4 +1,4 @@
-"""The target's states kept from epoch to epoch: its passes are most of a step's work where the drafter is small."""
+"""Keeps the target's states from epoch to epoch: with a small drafter, the target's passes are most of a step's work."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from l4jax.training.losses import TargetStates
 
 
 class KeptStates:
-    """The target's states of the rows that come by, computed the first time and kept in the host's memory, by the rows' numbers.
+    """The target's states of each row, computed once and kept in the host's memory by the row's number.
 
-    A token takes (1 + features) states of the target's width and type: 4.6 kB for three features of width 576 in bfloat16.
+    Each token takes (1 + features) states of the target's width and dtype: 4.6 kB for three features of width 576 in bfloat16.
     """
 
     def __init__(self, compute: Callable[[Rows], TargetStates]) -> None:
@@ -28,6 +28,6 @@ class KeptStates:
         if any(number not in self._kept for number in numbers):
             states = jax.tree.map(to_host, self._compute(rows))
             for index, number in enumerate(numbers):
-                # Copied: a view would keep the whole batch.
+                # Copied, because a view would keep the whole batch alive.
                 self._kept[number] = jax.tree.map(lambda leaf, index=index: leaf[index].copy(), states)
         return jax.tree.map(lambda *leaves: np.stack(leaves), *(self._kept[number] for number in numbers))

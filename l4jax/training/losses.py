@@ -1,11 +1,11 @@
 """What a drafter is trained to do, and how it is measured.
 
-At position t a drafter reads the target's state at t and token t + 1, and what it gives out stands for the target's state at t + 1: it is
-held against that one, and against the target's distribution of token t + 2. In pass i its state is what it gave out itself, in the pass
-before, at t - 1: the i-th guess of a chain that begins at t - i (see ``model.packed``).
+At position t a drafter reads the target's state at t and token t + 1. Its output estimates the target's state at t + 1; it is compared
+with that state and with the target's distribution of token t + 2. In pass i the drafter reads its own output of the pass before, at
+t - 1, in place of the target's state: that is the i-th guess of a chain that starts at t - i (see ``model.packed``).
 
 EAGLE-1 (arXiv 2401.15077) learns the target's final states, in one pass. EAGLE-3 (arXiv 2503.01840) learns the target's distribution,
-over several passes, in which it sees its own output as it will when it drafts; the tokens are those of the text in every pass.
+in several passes over its own output, as when it drafts; the tokens are those of the text in every pass.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from l4jax.training.batches import Rows
 from sharding.ranks import Ranks
 
 PASS_DECAY = 0.8
-"""EAGLE-3: what a pass counts for, relative to the one before."""
+"""EAGLE-3: the weight of a pass, relative to the one before."""
 STATE_NOISE = 0.2
-"""EAGLE-1: width of the uniform noise on the target's states, for errors of its own are what a drafter will read."""
+"""EAGLE-1: width of the uniform noise on the target's states; when drafting, the drafter reads states with errors of its own."""
 DISTRIBUTION_WEIGHT = 0.1
-"""EAGLE-1: what the cross-entropy counts for beside the distance of the states."""
+"""EAGLE-1: the weight of the cross-entropy, relative to the distance of the states."""
 
 
 def unroll(drafter: Drafter, target: Llama, rows: Rows, hidden_BTD: Array, passes: int) -> Iterator[Float[Array, "B T D"]]:
-    """What the drafter gives out in each pass; ``hidden_BTD`` is what it reads in the first."""
+    """The drafter's output in each pass; ``hidden_BTD`` is what it reads in the first."""
     config = drafter.config.decoder
     next_BT = shifted(rows.token_BT, 1)
     cache: tuple[PackedCache, ...] = (PackedCache(),) * config.num_layers
@@ -46,7 +46,7 @@ def unroll(drafter: Drafter, target: Llama, rows: Rows, hidden_BTD: Array, passe
 
 
 def guesses(rows: Rows, index: int) -> Bool[Array, "B T"]:
-    """Where a pass guesses a token of an answer, in a chain behind a token of the same answer, as chains are when drafting."""
+    """Where a pass guesses a token of an answer in a chain that starts after a token of the same answer, as chains do when drafting."""
     position_1T = jnp.arange(rows.token_BT.shape[1], dtype=jnp.int32)[None]
     guessed_BT, root_BT = shifted(rows.answer_BT, 2), shifted(rows.answer_BT, 1 - index)
     return guessed_BT & root_BT & (shifted(rows.first_BT, 2) <= position_1T - index)
@@ -55,9 +55,9 @@ def guesses(rows: Rows, index: int) -> Bool[Array, "B T"]:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """Of each pass: the sum of its losses over so many positions, and at how many of so many guesses its likeliest token is the target's.
+    """For each pass, over this device's rows: the sum of its losses, the positions counted, the hits and the guesses.
 
-    Sums over this device's rows.
+    A hit is a guess whose likeliest token is the target's.
     """
 
     loss_d: Float32[Array, "d"]
@@ -67,27 +67,27 @@ class Measured:
 
     @classmethod
     def stack(cls, passes: list[tuple[Array, Array, Array, Array]]) -> Measured:
-        """From each pass's four sums."""
+        """From the four arrays of each pass, which are summed."""
         return cls(*(jnp.stack([jnp.sum(part, dtype=jnp.float32) for part in parts]) for parts in zip(*passes, strict=True)))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TargetStates:
-    """The target's states over some rows: what its output head reads, and what the drafter does (see :class:`Llama`)."""
+    """The target's states over some rows: what its output head reads, and what the drafter reads (see :class:`Llama`)."""
 
     final_BTD: Float[Array, "B T D"]
     feature_BTf: Float[Array, "B T f"]
 
 
 Learning = Callable[[Drafter], Measured]
-"""From a drafter, what a batch says of it: the target's part has been computed, once, and no gradient goes through it."""
+"""Measures a drafter on a batch. The target's part is already computed, once, and no gradient flows through it."""
 
 
 def learning(drafter: Drafter, target: Llama, rows: Rows, states: TargetStates, passes: int, noise: Array) -> Learning:
-    """What a drafter like this one has to learn from the target's states over the rows.
+    """The measurement of drafters of this shape against the target's states over the rows.
 
-    ``passes``: of an EAGLE-3 drafter. ``noise``: the random key of an EAGLE-1 drafter's.
+    ``passes``: of an EAGLE-3 drafter. ``noise``: the random key of an EAGLE-1 drafter's noise.
     """
     with jax.named_scope("target"):
         next_BTD, feature_BTf = shifted(states.final_BTD, 1), states.feature_BTf.astype(jnp.float32)
@@ -97,7 +97,7 @@ def learning(drafter: Drafter, target: Llama, rows: Rows, states: TargetStates, 
 
 
 def _eagle3(drafter: Drafter, target: Llama, rows: Rows, next_BTD: Array, feature_BTf: Array, passes: int) -> Learning:
-    """Cross-entropy with the target's distribution, restricted to the draft vocabulary, where its likeliest token is of that."""
+    """Cross-entropy with the target's distribution over the draft vocabulary, where that has the target's likeliest token."""
     token_ids_V = drafter.target_tokens(jnp.arange(drafter.config.draft_vocab_size, dtype=jnp.int32))
 
     def row(x_TD: Array) -> tuple[Array, Array, Array]:
@@ -106,7 +106,7 @@ def _eagle3(drafter: Drafter, target: Llama, rows: Rows, next_BTD: Array, featur
         inside_T = jnp.max(draft_TV, axis=-1) >= jnp.max(logits_TV, axis=-1)
         return jax.nn.softmax(draft_TV, axis=-1), jnp.argmax(draft_TV, axis=-1).astype(jnp.int32), inside_T
 
-    # Row by row: the logits over the target's vocabulary are many times as large as all else.
+    # Row by row: the logits over the target's vocabulary are many times as large as everything else.
     probability_BTV, likeliest_BT, inside_BT = jax.lax.map(row, next_BTD)
 
     def measure(drafter: Drafter) -> Measured:
@@ -132,7 +132,7 @@ def _eagle1(target: Llama, rows: Rows, next_BTD: Array, feature_BTf: Array, nois
         expected_TD = jnp.einsum("tv,vd->td", probability_TV, target.output_table, preferred_element_type=jnp.float32)
         return expected_TD, jnp.argmax(logits_TV, axis=-1).astype(jnp.int32)
 
-    def noise_of(number: Array) -> Array:  # by row, whichever device has it
+    def noise_of(number: Array) -> Array:  # depends on the row, not on the device that has it
         return STATE_NOISE * (jax.random.uniform(jax.random.fold_in(noise, number), feature_BTf.shape[1:]) - 0.5)
 
     expected_BTD, likeliest_BT = jax.lax.map(row, next_BTD)
@@ -148,7 +148,7 @@ def _eagle1(target: Llama, rows: Rows, next_BTD: Array, feature_BTf: Array, nois
         (hidden_BTD,) = unroll(drafter, target, rows, drafter.read(noisy_BTf), 1)
         distance_BT = jnp.mean(_smooth_l1(hidden_BTD - next_BTD.astype(jnp.float32)), axis=-1)
         normalizer_BT, highest_BT = jax.lax.map(row, (hidden_BTD, likeliest_BT))
-        # Linear in the target's distribution: instead of its product with all logits, the state's with the row of the head to expect.
+        # The entropy is linear in the logits: the expected row of the head times the state equals the expected logit.
         entropy_BT = normalizer_BT - jnp.sum(expected_BTD * hidden_BTD, axis=-1)
         loss_BT = distance_BT + DISTRIBUTION_WEIGHT * entropy_BT
         guess_BT = guesses(rows, 0)
@@ -168,21 +168,21 @@ def _is_highest(logits_TV: Array, index_T: Array) -> Array:
 
 
 def accepted(drafter: Drafter, target: Llama, rows: Rows, states: TargetStates, passes: int) -> Int32[Array, "B T"]:
-    """How many tokens of the text stand that a chain of ``passes`` drafts, its root the next token, would guess from each position."""
+    """How many tokens of the text a chain of ``passes`` drafts, with the next token as its root, would guess right from each position."""
     hidden_BTD = drafter.read(states.feature_BTf.astype(jnp.float32))
     text_BT = shifted(rows.token_BT, 2)
-    stands_BT = jnp.ones(text_BT.shape, bool)
+    accepted_BT = jnp.ones(text_BT.shape, bool)
     count_BT = jnp.zeros(text_BT.shape, jnp.int32)
     for index, out_BTD in enumerate(unroll(drafter, target, rows, hidden_BTD, passes)):
         guess_BT = jax.lax.map(lambda x_TD: jnp.argmax(drafter.logits(target, x_TD), axis=-1).astype(jnp.int32), out_BTD)
         hit_BT = guesses(rows, index) & (drafter.target_tokens(guess_BT) == text_BT)
-        stands_BT = stands_BT & shifted(hit_BT, index)  # seen from where the chain begins
-        count_BT = count_BT + stands_BT.astype(jnp.int32)
+        accepted_BT = accepted_BT & shifted(hit_BT, index)  # at the position where the chain starts
+        count_BT = count_BT + accepted_BT.astype(jnp.int32)
     return count_BT
 
 
 def mean_loss(measured: Measured, data: Ranks) -> Float32[Array, ""]:
-    """This device's part of the loss: each pass's mean over all devices' positions, later passes counting less."""
+    """This device's part of the loss: each pass's mean over all devices' positions, with less weight for later passes."""
     counted_d = jnp.maximum(data.sum(jax.lax.stop_gradient(measured.counted_d)), 1.0)
     decay_d = PASS_DECAY ** jnp.arange(len(counted_d), dtype=jnp.float32)
     return jnp.sum(decay_d * measured.loss_d / counted_d)

@@ -18,9 +18,9 @@ from l4jax.decoding.plan import TableJson
 def save_drafter(
     folder: Path, config: DrafterConfig, weights: Mapping[str, np.ndarray], *, speculation: TableJson, licences: Sequence[Path]
 ) -> None:
-    """Write a drafter, its folder appearing in one step.
+    """Write a drafter; its folder appears in one step.
 
-    ``licences``: folders; the licence files of the first that has any are copied.
+    ``licences``: folders. The licence files of the first folder that has any are copied.
     """
     partial = folder.with_name(folder.name + ".partial")
     if partial.exists():

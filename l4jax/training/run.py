@@ -1,4 +1,4 @@
-"""A whole training run: answers, batches, steps, reports; each part goes on where an interrupted run has left it."""
+"""A whole training run: answers, batches, steps, reports. Each part continues where an interrupted run has left it."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ class Settings:
     """What decides a run's outcome, beside its target and its data.
 
     ``layers``: of an EAGLE-1 drafter. ``intermediate_size``: of the drafter's feed-forward blocks (0: the target's). ``draft_vocab``:
-    tokens that an EAGLE-3 drafter can guess; ``target_head``: with the target's output head. ``ttt_steps``: passes that an EAGLE-3
-    drafter is trained for, each over the output of the one before; and the length of the chains that both kinds are measured by.
-    ``length``: tokens of a row, and the most that a prompt and its answer have together. ``batch``: rows of a step. ``held_out``: the
-    share of prompts kept for evaluation. ``temperature``, ``max_tokens``: of the answers.
+    tokens that an EAGLE-3 drafter can guess; ``target_head``: whether its output head is the target's. ``ttt_steps``: training passes of
+    an EAGLE-3 drafter, each over the output of the one before; also the length of the chains that measure both kinds. ``length``: tokens
+    of a row, and the most that a prompt and its answer have together. ``batch``: rows of a step. ``held_out``: the share of prompts kept
+    for evaluation. ``temperature``, ``max_tokens``: of the answers. ``seed``: 0 to 2**64 - 1.
     """
 
     version: Version = "eagle3"
@@ -86,7 +86,7 @@ class Settings:
         SamplingParams(temperature=self.temperature, seed=self.seed)
 
     def of_shape(self, drafter: DrafterConfig) -> Settings:
-        """These, for a drafter that there is already."""
+        """These settings with the shape of an existing drafter."""
         return dataclasses.replace(
             self,
             version=drafter.version,
@@ -113,15 +113,15 @@ def train_drafter(
     start: DrafterCheckpoint | None = None,
     target_directory: Path | None = None,
 ) -> Path:
-    """Train a drafter for a loaded target on the prompts of ``data``; the folder of the finished one, in ``out``.
+    """Train a drafter for a loaded target on the prompts of ``data``; return the drafter's folder, in ``out``.
 
-    ``target_digest``, ``target_tokenizer``: of the target's checkpoint, and of its tokenizer file, if it has one. ``keep_states``: the
-    target passes over each row once, and its states stay in the host's memory. ``start``: a drafter of this target to go on from; its
-    shape and draft vocabulary take the place of the settings'. Licence files come from its folder, or from ``target_directory``, the
+    ``target_digest``, ``target_tokenizer``: digests of the target's checkpoint and of its tokenizer file, if it has one. ``keep_states``:
+    the target passes over each row once, and its states stay in the host's memory. ``start``: a drafter of this target to start from; its
+    shape and draft vocabulary replace those of the settings. Licence files come from its folder, or from ``target_directory``, the
     target's: a distilled drafter is under its target's licence too.
 
-    Every ``save_every`` steps the state is kept and measured on the prompts held out; every ``report_every`` steps, and then, ``log``
-    and the metrics get a report. Raises ValueError for data or settings that cannot be used, and for a folder that is another run's.
+    Every ``save_every`` steps the state is saved and measured on the held-out prompts; then, and every ``report_every`` steps, ``log``
+    and the metrics get a report. Raises ValueError for data or settings that cannot be used, and for the folder of another run.
     """
     if settings.batch % llm.placement.spec.data or llm.placement.spec.size != llm.placement.spec.data:
         raise ValueError(f"the mesh is {llm.placement.spec}; expected data=N, where N divides the batch of {settings.batch}")
@@ -180,7 +180,7 @@ def train_drafter(
 
 
 class _Run:
-    """The steps of a run, once there are answers."""
+    """The steps of a run, after the prompts have been answered."""
 
     def __init__(
         self,
@@ -228,7 +228,7 @@ class _Run:
         self._speculation, self._licences = speculation, licences
         given: dict[str, Any] = weights_from_target(config, llm.config, llm.weights, token_ids)
         if start is not None:
-            # An output head that is the target's is this target's: the drafter may have been for an earlier version of it.
+            # The head is taken from this target: the drafter may have been trained for an earlier version of it.
             given = {**start.weights, **({"head": given["head"]} if config.target_head else {})}
         self._trainer = Trainer(
             config,
@@ -259,7 +259,7 @@ class _Run:
         )
 
     def to_end(self, report_every: int, save_every: int) -> None:
-        """All the steps there still are, and the drafter."""
+        """Run all remaining steps, then write the drafter."""
         recent: list[tuple[jax.Array, Measured]] = []
         tokens, began = 0, time.perf_counter()
         for step in range(self._start + 1, self._steps + 1):
@@ -293,7 +293,7 @@ class _Run:
         )
 
     def _held_out_values(self, state: TrainState) -> dict[str, Any]:
-        """What speculation would do with the answers held out."""
+        """How speculation would do on the held-out answers."""
         if len(self._held_out.number_B) == 0:
             return {}
         found = replay(self._trainer, state, self._held_out, self._settings.batch, self._settings.ttt_steps)
@@ -302,7 +302,7 @@ class _Run:
 
 
 def _sequences(rows: Rows) -> np.ndarray:
-    """Which tokens of a batch are not padding, that is sequences of one token: bool [B, T]."""
+    """Which tokens of a batch are not padding (sequences of one token): bool [B, T]."""
     first_BT = np.asarray(rows.first_BT)
     begins_BT = first_BT == np.arange(first_BT.shape[1])[None]
     goes_on_BT = np.concatenate([~begins_BT[:, 1:], np.zeros_like(begins_BT[:, :1])], axis=1)
@@ -310,7 +310,7 @@ def _sequences(rows: Rows) -> np.ndarray:
 
 
 def _summary(recent: Sequence[tuple[Any, Measured]]) -> dict[str, Any]:
-    """The mean loss of some steps, and the share of guesses, by pass, whose likeliest token is the target's."""
+    """The mean loss over some steps and, by pass, the share of guesses whose likeliest token is the target's."""
     hits_d, guesses_d = (np.sum([getattr(m, name) for _, m in recent], axis=0) for name in ("hits_d", "guesses_d"))
     accuracy = [round(float(hits / max(guessed, 1.0)), 4) for hits, guessed in zip(hits_d, guesses_d, strict=True)]
     return {"loss": float(np.mean([loss for loss, _ in recent])), "accuracy": accuracy}

@@ -1,6 +1,6 @@
-"""The compiled steps of training: the target's pass, one that learns, one that measures.
+"""The compiled programs of training: the target's pass, the learning step and the measurement.
 
-A mesh's devices along ``data`` share out the rows of a batch.
+The rows of a batch are divided among a mesh's devices along ``data``.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class TrainState:
 
 
 class Trainer:
-    """Trains one drafter for one loaded target, which stays as it is.
+    """Trains one drafter for one loaded target, which does not change.
 
-    AdamW (beta 0.9 and 0.95), the gradient's norm clipped; the learning rate rises over ``warmup`` steps and falls by half a cosine to 0
+    AdamW (beta 0.9 and 0.95) with a clipped gradient norm; the learning rate rises over ``warmup`` steps and falls by half a cosine to 0
     at ``steps``.
     """
 
@@ -59,10 +59,9 @@ class Trainer:
         steps: int,
         seed: int,
     ) -> None:
-        """``weights``: those that are not trained are taken from these: the draft vocabulary, an embedding of the drafter's own,
-        an output head that is the target's.
+        """``weights`` provides those that are not trained: the draft vocabulary, the drafter's own embedding, the target's output head.
 
-        ``passes``: an EAGLE-3 drafter's in training, and how far both kinds are measured."""
+        ``passes``: an EAGLE-3 drafter's training passes, and the depth to which both kinds are measured."""
         placement = llm.placement
         self.config = config
         self._passes, self._seed = passes, seed
@@ -72,7 +71,7 @@ class Trainer:
         module = build_drafter(config)
         self._drafter = BoundModel(module)
         self._specs = weight_specs(module)
-        # An embedding of its own is its target's, or a copy that has been: published recipes leave it as it is too.
+        # A drafter's own embedding is a copy of its target's, now or once; published recipes do not train it either.
         kept = {"embed"} | ({"head"} if config.target_head else set())
         self._trained = [name for name, spec in self._specs.items() if spec.init != "numbers" and name not in kept]
         fixed = self._specs.keys() - set(self._trained)
@@ -82,7 +81,7 @@ class Trainer:
             optax.clip_by_global_norm(CLIPPED_NORM), optax.adamw(self.schedule, b1=0.9, b2=0.95, weight_decay=WEIGHT_DECAY)
         )
         everywhere, row = PartitionSpec(), partition(placement.spec, "batch")
-        # Unchecked, as the programs of inference are: that the sums are equal everywhere is tested.
+        # Unchecked, as in the programs of inference: a test shows that all devices have equal sums.
         step = jax.shard_map(
             self._step,
             mesh=self._mesh,
@@ -100,7 +99,7 @@ class Trainer:
         self._everywhere, self._by_row = placement.array_sharding(), placement.array_sharding("batch")
 
     def first_state(self, weights: Mapping[str, Array]) -> TrainState:
-        """The state to begin with, from all of a drafter's weights."""
+        """The first state, from all of a drafter's weights."""
         trained = {name: weights[name] for name in self._trained}
         return self._placed(TrainState(trained, self._optimizer.init(trained)))
 
@@ -116,7 +115,7 @@ class Trainer:
 
     @property
     def array_names(self) -> list[str]:
-        """Names of the arrays that :meth:`to_arrays` gives."""
+        """Names of the arrays that :meth:`to_arrays` returns."""
         abstract = {name: jax.ShapeDtypeStruct(self._specs[name].shape, jnp.float32) for name in self._trained}
         count = len(jax.tree.leaves(jax.eval_shape(self._optimizer.init, abstract)))
         return [*(f"weights.{name}" for name in self._trained), *(f"optimizer.{i}" for i in range(count))]

@@ -16,10 +16,15 @@ import numpy as np
 import pytest
 
 import l4jax
-from l4jax import SamplingParams
+from l4jax import LLM, SamplingParams
 from l4jax.training.batches import batch, batches_in, draft_vocabulary, pack
 from l4jax.training.data import Example, Generation, answer, read_data
 from tests.training import small
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return small.target()
 
 
 def example(prompt: int, *answer: int) -> Example:
@@ -61,8 +66,7 @@ def test_the_draft_vocabulary_is_what_answers_have_most() -> None:
         draft_vocabulary(examples, 6)
 
 
-def test_prompts_are_read_once_each_and_held_out_by_their_own_digest(tmp_path: Path) -> None:
-    llm = small.target()
+def test_prompts_are_read_once_each_and_held_out_by_their_own_digest(tmp_path: Path, llm: LLM) -> None:
     path = tmp_path / "prompts.jsonl"
     prompts = [[token, token] for token in range(20)]
     path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in [*prompts, *prompts]) + "\n")
@@ -72,12 +76,11 @@ def test_prompts_are_read_once_each_and_held_out_by_their_own_digest(tmp_path: P
     assert 0 < sum(e.is_held_out(0.4) for e in found.examples) < 20
 
 
-def test_every_given_answer_is_kept_and_the_same_question_at_another_temperature_is_another(tmp_path: Path) -> None:
+def test_every_given_answer_is_kept_and_the_same_question_at_another_temperature_is_another(tmp_path: Path, llm: LLM) -> None:
     given = [{"prompt_token_ids": [3, 3], "token_ids": answer} for answer in ([4], [5], [4])]
     asked: list[dict[str, Any]] = [{"prompt": [3, 3], "temperature": temperature} for temperature in (0.0, None, 0.5, 0.0)]
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in (*asked[:1], *given, *asked[1:])))
-    llm = small.target()
     found = read_data(path, llm)
     key = found.examples[0].key
     answers: list[tuple[int, ...]] = [(4,), (5,), (4,)]
@@ -97,26 +100,25 @@ def test_every_given_answer_is_kept_and_the_same_question_at_another_temperature
     assert len(file.read_text().splitlines()) == 3
 
 
-def test_data_may_be_a_pipe(tmp_path: Path) -> None:
+def test_data_may_be_a_pipe(tmp_path: Path, llm: LLM) -> None:
     content = b'{"prompt": [1]}\n\n{"prompt": [2]}'
     path = tmp_path / "fifo"
     os.mkfifo(path)
     writer = threading.Thread(target=path.write_bytes, args=[content])
     writer.start()
-    found = read_data(path, small.target())
+    found = read_data(path, llm)
     writer.join()
     assert [e.prompt for e in found.examples] == [(1,), (2,)] and found.digest == hashlib.sha256(content).hexdigest()
 
 
-def test_a_line_s_temperature_goes_before_the_run_s(tmp_path: Path) -> None:
-    llm = small.target()
+def test_a_line_s_temperature_goes_before_the_run_s(tmp_path: Path, llm: LLM) -> None:
     path = tmp_path / "prompts.jsonl"
-    prompts = [[token, token] for token in range(8)]
+    prompts = [[token, token] for token in range(4)]
     path.write_text("".join(json.dumps({"prompt": p, "temperature": [None, 0.0][i % 2]}) + "\n" for i, p in enumerate(prompts)))
     how = Generation(temperature=5.0, max_tokens=12, length=small.LENGTH, seed=0)
     answers = [e.answer for e in answer(llm, read_data(path, llm).examples, how, tmp_path / "answers.jsonl", lambda done, total: None)]
     greedy = [tuple(c.token_ids) for c in llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=12))]
-    assert [i % 2 == 1 for i in range(8)] == [one == other for one, other in zip(answers, greedy, strict=True)]
+    assert [i % 2 == 1 for i in range(4)] == [one == other for one, other in zip(answers, greedy, strict=True)]
 
 
 @pytest.mark.parametrize(
@@ -135,11 +137,11 @@ def test_a_line_s_temperature_goes_before_the_run_s(tmp_path: Path) -> None:
         ('{"messages": []}', "line 2: it has messages, but the target has no chat template"),
     ],
 )
-def test_a_bad_line_is_named(line: str, message: str, tmp_path: Path) -> None:
+def test_a_bad_line_is_named(line: str, message: str, tmp_path: Path, llm: LLM) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": [1]}\n' + line + "\n")
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
-        read_data(path, small.target())
+        read_data(path, llm)
     assert "\n" not in str(caught.value)
 
 

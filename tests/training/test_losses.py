@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -72,27 +72,34 @@ def eagle1(w: Mapping[str, Array], embedding: Array, hidden: Array, position: in
     return layer(w, "layers.0", x, x, position, before)
 
 
-def told(llm: LLM, trainer: Trainer, example: Example) -> tuple[Array, Array, Array]:
+Told = Callable[[Example], tuple[Array, Array, Array]]
+
+
+def telling(llm: LLM, trainer: Trainer) -> Told:
     """The target's features, final states and logits for one sequence, alone."""
     model = BoundModel(Llama(llm.config, taps=trainer.config.aux_layers))
-    token_BT = jnp.asarray([[*example.prompt, *(example.answer or ())]], jnp.int32)
     bound = model.bind(model.leaves(llm.weights))
-    final, feature = jax.jit(lambda: bound.packed(token_BT, jnp.zeros_like(token_BT)))()
-    return (
-        np.asarray(feature[0], np.float64),
-        np.asarray(final[0], np.float64),
-        llm.logits([list(token_BT[0].tolist())])[0].astype(np.float64),
-    )
+    packed = jax.jit(lambda token_BT: bound.packed(token_BT, jnp.zeros_like(token_BT)))
+
+    def told(example: Example) -> tuple[Array, Array, Array]:
+        tokens = [*example.prompt, *(example.answer or ())]
+        # Padded to one length, for one program: what comes later changes nothing.
+        token_BT = np.zeros((1, small.LENGTH), np.int32)
+        token_BT[0, : len(tokens)] = tokens
+        final, feature = (np.asarray(states[0, : len(tokens)], np.float64) for states in packed(token_BT))
+        return feature, final, llm.logits([tokens])[0].astype(np.float64)
+
+    return told
 
 
-def expected_eagle3(llm: LLM, trainer: Trainer, w: Mapping[str, Array], examples: list[Example], passes: int) -> tuple[float, Array, Array]:
+def expected_eagle3(llm: LLM, told: Told, w: Mapping[str, Array], examples: list[Example], passes: int) -> tuple[float, Array, Array]:
     """The loss; and by pass the hits and the guesses."""
     embed, ids = np.asarray(llm.weights["embed"], np.float64), TOKEN_IDS["eagle3"]
     losses: list[list[float]] = [[] for _ in range(passes)]
     hits, guesses = np.zeros(passes), np.zeros(passes)
     for example in examples:
         tokens = [*example.prompt, *(example.answer or ())]
-        feature, _, logits = told(llm, trainer, example)
+        feature, _, logits = told(example)
         read = feature @ w["fuse"].T
         outs, entries = [], []
         for i in range(len(tokens) - 1):
@@ -119,7 +126,7 @@ def expected_eagle3(llm: LLM, trainer: Trainer, w: Mapping[str, Array], examples
     return sum(0.8**i * float(np.mean(of)) for i, of in enumerate(losses)), hits, guesses
 
 
-def expected_eagle1(llm: LLM, trainer: Trainer, w: Mapping[str, Array], rows: Rows) -> tuple[float, Array, Array]:
+def expected_eagle1(llm: LLM, told: Told, w: Mapping[str, Array], rows: Rows) -> tuple[float, Array, Array]:
     embed, head = (np.asarray(llm.weights[name], np.float64) for name in ("embed", "head"))
     losses, hits, guesses = [], np.zeros(1), np.zeros(1)
     for row in range(len(rows.number_B)):
@@ -127,7 +134,7 @@ def expected_eagle1(llm: LLM, trainer: Trainer, w: Mapping[str, Array], rows: Ro
         for start in np.unique(rows.first_BT[row][rows.answer_BT[row]]):
             at = np.flatnonzero(rows.first_BT[row] == start)
             tokens, prompt = rows.token_BT[row][at].tolist(), int(np.count_nonzero(~rows.answer_BT[row][at]))
-            feature, final, logits = told(llm, trainer, Example("", tuple(tokens), ()))
+            feature, final, logits = told(Example("", tuple(tokens), ()))
             feature = feature + STATE_NOISE * (np.asarray(noise, np.float64)[at] - 0.5)
             entries: list[Entry] = []
             for i in range(len(tokens) - 2):
@@ -165,10 +172,10 @@ def test_loss_hits_and_gradient_of_one_batch(version: str, llm: LLM, examples: l
     measure = small.measure(llm, trainer, rows, ids, jax.random.key(NOISE))
     w = {name: np.asarray(weight, np.float64) for name, weight in weights.items()}
     if version == "eagle3":
-        loss, hits, guesses = expected_eagle3(llm, trainer, w, examples, 3)
+        loss, hits, guesses = expected_eagle3(llm, telling(llm, trainer), w, examples, 3)
         assert 0 < hits.sum() < guesses.sum()
     else:
-        loss, hits, guesses = expected_eagle1(llm, trainer, w, rows)
+        loss, hits, guesses = expected_eagle1(llm, telling(llm, trainer), w, rows)
     (value, measured), gradient = measure(weights)
     np.testing.assert_allclose(value, loss, rtol=2e-6)
     np.testing.assert_array_equal(measured.hits_d, hits)

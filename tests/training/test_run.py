@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,9 @@ from l4jax.training.run import Settings, train_drafter
 from tests import tiny
 from tests.training import small
 
-SETTINGS = Settings(draft_vocab=4, ttt_steps=2, length=24, batch=2, epochs=2, lr=1e-2, warmup=1, held_out=0.3, max_tokens=10)
+SETTINGS = Settings(
+    draft_vocab=4, ttt_steps=2, length=24, batch=2, epochs=2, lr=1e-2, warmup=1, held_out=0.3, max_tokens=10, seed=2**64 - 1
+)
 
 
 class Killed(Exception):
@@ -33,9 +37,9 @@ def llm() -> LLM:
     return LLM(of, tiny.weights(of), max_batch=4)
 
 
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    path = tmp_path / "prompts.jsonl"
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "prompts.jsonl"
     prompts = tiny.prompts(small.config(), tuple(range(2, 14)))
     path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
     return path
@@ -64,11 +68,18 @@ def outcome(out: Path) -> tuple[list[str], list[dict[str, Any]], Mapping[str, np
     return (out / "answers.jsonl").read_text().splitlines(), metrics, load_verified(out / "drafter" / "weights" / "00000", stored)
 
 
+@pytest.fixture(scope="module")
+def whole(llm: LLM, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing has interrupted."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    train(llm, data, out)
+    return out
+
+
 def test_a_run_killed_again_and_again_ends_like_one_that_was_not(
-    llm: LLM, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llm: LLM, data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    train(llm, data, whole)
+    killed = tmp_path / "killed"
 
     def kill_when(wanted: str) -> Any:
         def log(line: str) -> None:
@@ -146,36 +157,44 @@ def test_a_mesh_must_share_out_the_rows(data: Path, tmp_path: Path) -> None:
             train(small.target(mesh), data, tmp_path / "out")
 
 
-def test_another_runs_folder_is_refused(llm: LLM, data: Path, tmp_path: Path) -> None:
+def test_another_runs_folder_is_refused(llm: LLM, data: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with claim(out, {"seed": 0}), pytest.raises(ValueError, match="is being written by another process; wait for it to end"):
         train(llm, data, out)
 
     # Until there is a state, only what the answers depend on must be the same.
-    def refused(message: str, changes: dict[str, Any], **hooks: Any) -> None:
+    def refused(message: str, changes: dict[str, Any], run: Path = tmp_path / "run", **hooks: Any) -> None:
         with pytest.raises(ValueError, match=message):
-            train(llm, data, tmp_path / "run", dataclasses.replace(SETTINGS, **changes), **hooks)
+            train(llm, data, run, dataclasses.replace(SETTINGS, **changes), **hooks)
 
     refused(r"^the draft vocabulary is 24; expected at most \d+, the different tokens of the answers; lower it$", {"draft_vocab": 24})
-    refused(r"is another run's: its temperature is 0\.8, and this one's 0\.7; give the same settings to go on", {"temperature": 0.7})
+    refused(
+        r"belongs to another run: its temperature is 0\.8, and this one's is 0\.7; give the same settings to continue", {"temperature": 0.7}
+    )
     diverging = {"lr": 1e30, "warmup": 0, "batch": 1, "epochs": 9}
     refused(r"^the loss is nan at step 9; expected a number: lower lr$", diverging, report_every=9, save_every=99)
-    train(llm, data, tmp_path / "run")
-    refused(r"is another run's: its lr is 0\.01, and this one's 0\.02; give the same settings", {"lr": 0.02})
+    refused(r"belongs to another run: its lr is 0\.01, and this one's is 0\.02; give the same settings", {"lr": 0.02}, whole)
+    # Other data from a pipe, which can be read once: it is not taken for the same.
+    os.mkfifo(tmp_path / "fifo")
+    writer = threading.Thread(target=(tmp_path / "fifo").write_bytes, args=[data.read_bytes() + b'{"prompt": [1]}'])
+    writer.start()
+    with pytest.raises(ValueError, match=r"belongs to another run: its data is '[0-9a-f]{64}', and this one's is '[0-9a-f]{64}'; give"):
+        train(llm, tmp_path / "fifo", whole)
+    writer.join()
 
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
-    with pytest.raises(ValueError, match="is in the way: it is no folder of a training run"):
+    with pytest.raises(ValueError, match="full is not the folder of a training run; choose another"):
         train(llm, data, tmp_path / "full")
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(ValueError, match="has no prompts; expected a JSON object a line"):
         train(llm, tmp_path / "empty.jsonl", tmp_path / "other")
 
 
-def test_goes_on_from_a_drafter(llm: LLM, data: Path, tmp_path: Path) -> None:
+def test_goes_on_from_a_drafter(llm: LLM, data: Path, whole: Path, tmp_path: Path) -> None:
     """Its weights, shape, vocabulary and table, whatever the settings say; and longer texts count as trained on."""
-    first = open_drafter(train(llm, data, tmp_path / "first"))
-    longest = max(len(line["prompt_token_ids"]) + len(line["token_ids"]) for line in map(json.loads, outcome(tmp_path / "first")[0]))
+    first = open_drafter(whole / "drafter")
+    longest = max(len(line["prompt_token_ids"]) + len(line["token_ids"]) for line in map(json.loads, outcome(whole)[0]))
     assert first.config.decoder.max_position_embeddings <= longest  # some are held out
     first = dataclasses.replace(first, speculation={"float32": {"1": "chain:1"}})
     (tmp_path / "target").mkdir()
@@ -185,9 +204,9 @@ def test_goes_on_from_a_drafter(llm: LLM, data: Path, tmp_path: Path) -> None:
     assert found.config.decoder.max_position_embeddings > longest
     assert found.config == trained_at(first.config, found.config.decoder.max_position_embeddings)
     assert (found.speculation, found.text_files) == (first.speculation, ("LICENSE.txt",))
-    for name, weight in outcome(tmp_path / "first")[2].items():
+    for name, weight in outcome(whole)[2].items():
         np.testing.assert_allclose(outcome(tmp_path / "second")[2][name], weight, atol=1e-9, err_msg=name)
-    with pytest.raises(ValueError, match=r"is another run's: its start is '[0-9a-f]+', and this one's None; give the same settings"):
+    with pytest.raises(ValueError, match=r"belongs to another run: its start is '[0-9a-f]+', and this one's is None; give the same"):
         train(llm, data, tmp_path / "second", more.of_shape(first.config))
     other = tiny.llama3_like(vocab_size=32)
     with pytest.raises(ValueError, match="the drafter is for a model with a vocabulary of 24, not 32"):
@@ -205,7 +224,7 @@ def test_the_target_s_output_head_stays_as_it_is(tied: bool, data: Path, tmp_pat
         return LLM(config, weights | {table: weights[table] + 0.1}, max_batch=4)
 
     llm = target(0)
-    found = open_drafter(train(llm, data, tmp_path / "out", dataclasses.replace(SETTINGS, target_head=True)))
+    found = open_drafter(train(llm, data, tmp_path / "out", dataclasses.replace(SETTINGS, target_head=True, epochs=1)))
     weights = outcome(tmp_path / "out")[2]
     assert found.config.target_head
     np.testing.assert_array_equal(weights["head"], np.asarray(llm.weights[table])[weights["token_ids"]])
@@ -216,6 +235,8 @@ def test_the_target_s_output_head_stays_as_it_is(tied: bool, data: Path, tmp_pat
     np.testing.assert_allclose(np.sqrt(np.mean(np.var(state_ND @ begun["head"].T, axis=-1))), 1.0, rtol=0.05)
     assert not np.allclose(weights["norm.scale"], begun["norm.scale"])
 
+    if tied:
+        return
     other = target(1)  # another of the same sizes, as a model is that was trained on
     train(other, data, tmp_path / "more", dataclasses.replace(SETTINGS, epochs=1), start=found)
     np.testing.assert_array_equal(outcome(tmp_path / "more")[2]["head"], np.asarray(other.weights[table])[weights["token_ids"]])
@@ -227,9 +248,10 @@ def test_the_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     save_group(target / "weights" / "00000", weights)
     stored = {name: StoredWeight("00000", weight.shape, weight.dtype.name, checksum(weight)) for name, weight in weights.items()}
     write_manifest(target, source_format="hf", config=small.config(), weights=stored, text_files=[])
-    options = {"draft-vocab": 4, "ttt-steps": 2, "length": 24, "batch": 2, "lr": 0.01, "warmup": 1, "held-out": 0.3, "max-tokens": 10}
-    command = ["train-drafter", str(target), "--data", str(data), "--out", str(tmp_path / "out")]
-    command += [f"--{name}={value}" for name, value in options.items()]
+    changed = {field.name: getattr(SETTINGS, field.name) for field in dataclasses.fields(Settings)}
+    changed = {name: value for name, value in changed.items() if value != getattr(Settings, name)}
+    command = ["train-drafter", str(target), "--data", str(data), "--out", str(tmp_path / "out"), "--answer-batch=4"]
+    command += [f"--{name.replace('_', '-')}={value}" for name, value in changed.items()]
     assert cli.main([*command, "--report-every", "1"]) == 0
     out, err = capsys.readouterr()
     assert out == f"{tmp_path / 'out' / 'drafter'} is complete\n"
@@ -242,13 +264,14 @@ def test_the_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         "l4jax: error: --draft-vocab is given together with --start, whose drafter already has its shape; leave out --draft-vocab\n"
     )
     assert cli.main([*command, "--seed", "1"]) == 2
-    assert "out is another run's: its seed is 0, and this one's 1; give the same settings" in capsys.readouterr().err
+    assert (
+        f"out belongs to another run: its seed is {SETTINGS.seed}, and this one's is 1; give the same settings" in capsys.readouterr().err
+    )
 
 
-def test_kept_states_change_nothing(llm: LLM, data: Path, tmp_path: Path) -> None:
-    train(llm, data, tmp_path / "computed")
+def test_kept_states_change_nothing(llm: LLM, data: Path, whole: Path, tmp_path: Path) -> None:
     train(llm, data, tmp_path / "kept", keep_states=True)
-    computed, kept = outcome(tmp_path / "computed"), outcome(tmp_path / "kept")
+    computed, kept = outcome(whole), outcome(tmp_path / "kept")
     assert kept[:2] == computed[:2]
     for name, weight in computed[2].items():
         np.testing.assert_array_equal(kept[2][name], weight, err_msg=name)

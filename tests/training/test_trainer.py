@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -14,12 +16,16 @@ from l4jax.training.evaluate import replay
 from tests.training import small
 
 
+@pytest.fixture(scope="module")
+def target() -> LLM:
+    return small.target()
+
+
 @pytest.mark.parametrize("version", ["eagle3", "eagle1"])
-def test_two_devices_learn_what_one_does(version: Version) -> None:
+def test_two_devices_learn_what_one_does(version: Version, target: LLM) -> None:
     losses, weights = [], []
-    for mesh in ("data=1", "data=2"):
-        llm = small.target(mesh)
-        examples = small.answered(llm, (3, 6, 2, 9, 5, 4, 7), 8)
+    examples = small.answered(target, (3, 6, 2, 9, 5, 4, 7), 8)
+    for llm in (target, small.target("data=2")):
         ids = draft_vocabulary(examples, 6) if version == "eagle3" else np.arange(llm.config.vocab_size, dtype=np.int32)
         trainer = small.trainer(llm, version, ids)
         state = trainer.first_state(small.random_drafter(trainer))
@@ -34,10 +40,9 @@ def test_two_devices_learn_what_one_does(version: Version) -> None:
         np.testing.assert_allclose(weights[1][name], weight, atol=1e-4, err_msg=name)
 
 
-def test_begins_with_residual_streams_of_one_size() -> None:
-    llm = small.target()
+def test_begins_with_residual_streams_of_one_size(target: LLM) -> None:
     ids = np.arange(6, dtype=np.int32)
-    trainer = small.trainer(llm, "eagle3", ids)
+    trainer = small.trainer(target, "eagle3", ids)
     count, width = len(trainer.config.aux_layers), trainer.config.target_hidden_size
     feature_Mf = np.random.default_rng(0).normal(size=(64, count, width)) * np.array([0.1, 1.0, 30.0])[:, None]
     feature_Mf[0] *= 1000.0  # as the first token of a sequence has it
@@ -47,9 +52,16 @@ def test_begins_with_residual_streams_of_one_size() -> None:
     np.testing.assert_allclose(sizes_I, sizes_I[0], rtol=0.2)  # of a random projection
 
 
-def test_learns_a_few_answers_by_heart_and_real_speculation_shows_it() -> None:
+def test_all_bits_of_a_seed_count(target: LLM) -> None:
+    trainer = small.trainer(target, "eagle3", np.arange(6, dtype=np.int32))
+    feature_Nf = np.ones((1, len(trainer.config.aux_layers) * trainer.config.target_hidden_size))
+    drawn = [np.asarray(first_weights(trainer.config, {}, feature_Nf, seed)["head"]) for seed in (1, 1 + 2**32, 1 + 2**63, 2**64 - 1)]
+    assert all(not np.array_equal(one, other) for one, other in itertools.combinations(drawn, 2))
+
+
+def test_learns_a_few_answers_by_heart_and_real_speculation_shows_it(target: LLM) -> None:
     depth = 3
-    llm = small.target()
+    llm = target
     examples = small.answered(llm, (3, 6, 2, 9), 1 + 4 * (1 + depth))
     ids = draft_vocabulary(examples, len({token for example in examples for token in example.answer or ()}))
     trainer = small.trainer(llm, "eagle3", ids, passes=depth, steps=100)

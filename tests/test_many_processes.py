@@ -50,8 +50,8 @@ found = {"tokens": [c.token_ids for c in completions], "seed": np.uint64(complet
 np.savez(results, logprobs=[entry.logprob for entry in completions[1].logprobs], **found)
 """
 REFUSE_AND_GENERATE = """
-refused = refusals(checkpoint, mesh, int(process_id))
 llm = l4jax.load(checkpoint, mesh=mesh)
+refused = refusals(llm, checkpoint, mesh, int(process_id))
 logits = llm.logits(PROMPTS)
 completions = llm.generate(PROMPTS, PARAMS)
 found = {"tokens": [c.token_ids for c in completions], "seed": np.uint64(completions[-1].seed)}
@@ -69,9 +69,8 @@ while True:
 """
 
 
-def refusals(checkpoint, mesh, process_id):
+def refusals(llm, checkpoint, mesh, process_id):
     """What a process is told when all are asked for different things, which leaves them able to go on."""
-    llm = load(checkpoint, mesh=mesh)
     calls = (
         lambda: load([checkpoint, checkpoint + "_other"][process_id], mesh=mesh),
         lambda: load(checkpoint, mesh=[mesh, "data=4"][process_id]),
@@ -81,7 +80,7 @@ def refusals(checkpoint, mesh, process_id):
     )
     messages = []
     for call in calls:
-        with pytest.raises(ValueError, match="expected|start every process|call every process") as refused:
+        with pytest.raises(ValueError, match=r"expected|start every process|call every process") as refused:
             call()
         messages.append(str(refused.value))
     return messages

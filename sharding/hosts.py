@@ -1,7 +1,7 @@
-"""Many processes as one program: joining, agreeing before anything is compiled, and ending together.
+"""Many processes as one program: they join, agree before anything is compiled, and end together.
 
-JAX's distributed runtime is the engine. Each process runs the same program on its own devices, and a mesh spans those of all.
-Without :func:`join` there is one process, and everything here returns at once.
+This builds on JAX's distributed runtime. Each process runs the same program on its own devices, and a mesh spans the devices of all.
+Without :func:`join` there is one process, and every function here returns at once.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from typing import Any
 
 import jax
 
-# JAX has no public way to the key-value store of its coordinator.
+# JAX has no public access to the key-value store of its coordinator.
 from jax._src.distributed import global_state
 
 from sharding import monitor
 from sharding.rendezvous import Arrival, Rendezvous, check_alone, check_in
 
 _EXCHANGE_SECONDS = 3600
-# JAX aborts the process when its own time-out runs out; ours, which is an exception, comes first.
+# When JAX's own timeout expires it aborts the process; ours raises an exception, and expires first.
 _NEVER_SECONDS = 10**6
 
 _exchanges = itertools.count()
@@ -39,7 +39,7 @@ _exchanges = itertools.count()
 
 @dataclasses.dataclass
 class _Group:
-    """The processes that have joined: each one's host, and this one's monitor if it is not alone."""
+    """The processes that have joined: the host of each, and this one's monitor if there are others."""
 
     hosts: list[str]
     monitor: subprocess.Popen[str] | None = None
@@ -54,19 +54,19 @@ def join(coordinator: str, processes: int | None = None, process_id: int | None 
     ``coordinator``: ``"HOST:PORT"`` of process 0, where it will listen, with the number of ``processes`` and this one's
     ``process_id`` (from 0); or ``"auto"``, to take all three from Slurm, Kubernetes or MPI as ``jax.distributed.initialize`` does.
 
-    When a process dies, the others are ended with a message that names it and its host. Raises ValueError for arguments that do
-    not fit together, and TimeoutError if not all processes have come after ``timeout_seconds``.
+    When a process dies, the others are ended with a message that names it and its host. Raises ValueError for arguments that do not fit
+    together and for a process that process 0 refuses, and TimeoutError if not all processes have come after ``timeout_seconds``.
     """
     if global_state.client is not None:
         raise ValueError("this process has already joined the others; expected one call, before anything else uses JAX")
     if os.getpid() == 1:
         raise ValueError(
-            "this process is number 1 of its container, which nothing inside can end when another one dies; start the container with an "
-            "init process (docker run --init, or shareProcessNamespace: true in a pod)"
+            "this process is number 1 of its container, which nothing inside can end when another process dies; start the container with "
+            "an init process (docker run --init, or shareProcessNamespace: true in a pod)"
         )
     deadline = time.monotonic() + timeout_seconds
     arguments = _join_arguments(coordinator, processes, process_id, timeout_seconds)
-    # It would catch SIGTERM, for checkpoints during training.
+    # The service would catch SIGTERM, to save checkpoints during training.
     jax.config.update("jax_enable_preemption_service", False)
 
     def meet() -> None:
@@ -93,23 +93,23 @@ def process_id() -> int:
 
 
 def share(value: str) -> list[str]:
-    """Every process's value, in the order of processes. All must call this equally often and in the same order."""
+    """Every process's value, by process id. All processes must call this equally often and in the same order."""
     client = global_state.client
     if client is None:
         return [value]
     exchange = next(_exchanges)
     client.key_value_set(f"l4jax/{exchange}/{process_id()}", value)
     values = [client.blocking_key_value_get(f"l4jax/{exchange}/{i}", _EXCHANGE_SECONDS * 1000) for i in range(process_count())]
-    # Whoever has set a value of this exchange has read all of the last one.
+    # A process that has set a value in this exchange has read all values of the one before.
     client.key_value_delete(f"l4jax/{exchange - 1}/{process_id()}")
     return values
 
 
 def check_same(values: Mapping[str, str], advice: str) -> None:
-    """ValueError in every process unless all have the same ``values``, which are named by their keys."""
+    """Raise ValueError in every process unless all have the same ``values``; the message has the key of the first that differs."""
     if process_count() > 1 and _group.monitor is None:
         raise ValueError(
-            "the processes were joined by jax.distributed.initialize, and nothing would end them together; call l4jax.join instead"
+            "the processes were joined by jax.distributed.initialize, so nothing would end them together; call l4jax.join instead"
         )
     every: list[dict[str, str]] = [json.loads(text) for text in share(json.dumps(dict(values)))]
     for other in range(1, len(every)):
@@ -122,21 +122,21 @@ def check_same(values: Mapping[str, str], advice: str) -> None:
 
 
 def end_with_error(status: int) -> None:
-    """End this process, one of several, and the others with it, after it has shown an error. Returns if it is the only one."""
+    """End this process and the others with it, after it has shown an error. Returns if this is the only process."""
     if global_state.client is None and global_state.service is None:
         return
     sys.stdout.flush()
     sys.stderr.flush()
     if _group.monitor is not None:
         _tell_monitor(monitor.FAILED)
-        if process_id() == 0:  # JAX aborts the others when it goes, so they are given the time to end
+        if process_id() == 0:  # JAX aborts the others when process 0 ends, so they are given time to end first
             with contextlib.suppress(OSError):
                 _of_monitor()
     os._exit(status)  # JAX would wait for the others
 
 
 def _join_arguments(coordinator: str, processes: int | None, process_id: int | None, timeout_seconds: float) -> dict[str, Any]:
-    """What JAX is to join with; it finds out itself, without any, if the coordinator is "auto"."""
+    """The arguments of ``jax.distributed.initialize``, which needs none if the coordinator is "auto"."""
     if coordinator == "auto":
         if processes is not None or process_id is not None:
             raise ValueError("the coordinator is auto, which finds the number of processes and the process id too; leave both out")
@@ -162,7 +162,7 @@ def _join_arguments(coordinator: str, processes: int | None, process_id: int | N
 
 
 def _meet(own: Arrival, host: str, port: int, timeout_seconds: float) -> int:
-    """Wait until all processes have come; the port of JAX's coordinator."""
+    """Wait until all processes have come, and return the port of JAX's coordinator."""
     if own.process_id > 0:
         return check_in(own, host, port, timeout_seconds)
     check_alone(own, host, port)
@@ -180,7 +180,7 @@ def _initialize(arguments: dict[str, Any]) -> None:
     try:
         jax.distributed.initialize(**arguments, initialization_timeout=_NEVER_SECONDS)
     except (ValueError, RuntimeError) as error:
-        # The runtime's own errors are RuntimeErrors too.
+        # Errors of the runtime are RuntimeErrors too.
         if arguments or isinstance(error, jax.errors.JaxRuntimeError):
             raise
         raise ValueError(
@@ -190,7 +190,7 @@ def _initialize(arguments: dict[str, Any]) -> None:
 
 
 def _call_until(deadline: float, call: Callable[[], None], refusal: str) -> None:
-    """Call in a thread; TimeoutError when the deadline has passed, and the thread is left waiting."""
+    """Call in a thread. Raises TimeoutError after the deadline; the thread is left waiting."""
     errors: list[BaseException] = []
 
     def run() -> None:
@@ -209,7 +209,7 @@ def _call_until(deadline: float, call: Callable[[], None], refusal: str) -> None
 
 
 def _start_monitor() -> None:
-    """Start this process's monitor, and meet the others'."""
+    """Start this process's monitor, and wait until it is connected to the others'."""
     first = process_id() == 0
     command = [sys.executable, "-I", str(Path(monitor.__file__)), *(["--listen"] if first else [])]
     _group.monitor = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
@@ -233,11 +233,11 @@ def _start_monitor() -> None:
 
 
 def _of_monitor() -> str:
-    """The next line that this process's monitor says."""
+    """The next line from this process's monitor."""
     assert _group.monitor is not None and _group.monitor.stdout is not None
     line = _group.monitor.stdout.readline().strip()
     if not line:
-        raise OSError("the process that watches over this one did not start; what it said is above")
+        raise OSError("the process that watches this one did not start; its message is above")
     return line
 
 
@@ -247,12 +247,12 @@ def _say_farewell() -> None:
 
 def _tell_monitor(line: str) -> None:
     assert _group.monitor is not None and _group.monitor.stdin is not None
-    with contextlib.suppress(OSError):  # it is no more
+    with contextlib.suppress(OSError):  # it has ended
         print(line, file=_group.monitor.stdin, flush=True)
 
 
 def _hold_errors() -> None:
-    """Before an error of the runtime ends this process, wait: if another has died, the monitor knows and says so instead."""
+    """Before an error of the runtime ends this process, wait: if another process has died, the monitor ends this one and says so."""
     show = sys.excepthook
 
     def hold(kind: type[BaseException], error: BaseException, traceback: Any) -> None:

@@ -46,7 +46,7 @@ _STOPPED, _CONTINUED = "stopped", "continued"
 
 @dataclass(frozen=True)
 class Settings:
-    """What a monitor is told: ``port`` and ``address`` are those of process 0's monitor, ``token`` keeps strangers out."""
+    """What a monitor is told. ``address`` and ``port`` are those of process 0's monitor; ``token`` keeps strangers out."""
 
     process_id: int
     hosts: list[str]
@@ -57,7 +57,7 @@ class Settings:
 
 
 class Monitor:
-    """One process's monitor. ``verdict`` becomes the first process that died and how, or None when all are done."""
+    """One process's monitor. Its verdict is the first process that died, and how; or None when all are done."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -68,7 +68,7 @@ class Monitor:
         self._done: set[int] = set()
 
     async def run(self, worker: asyncio.StreamReader, listener: socket.socket | None) -> None:
-        """Watch until every process is done, or end this one because of another. Process 0's monitor has the ``listener``."""
+        """Watch until every process is done, or until this one must end because of another. Process 0's monitor has the ``listener``."""
         watching = [self._watch_worker(worker), self._beat()]
         server = None
         if listener is None:
@@ -93,18 +93,18 @@ class Monitor:
         await worker.read()
         self._gone.set()
         if self._last_word == DONE:
-            await asyncio.sleep(GRACE_SECONDS)  # processes leave when all are done: the others' word may be on its way
+            await asyncio.sleep(GRACE_SECONDS)  # processes leave when all are done: the word of the others may be on its way
             await self._report(_DIED)
 
     async def _report(self, word: str) -> None:
-        """Let process 0's monitor know."""
+        """Tell process 0's monitor."""
         if self._settings.process_id == 0:
             await self._heard(0, word)
         elif 0 in self._peers:
             await _send(self._peers[0], word)
 
     async def _hear_process(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """As process 0's monitor: hear one other."""
+        """As process 0's monitor: listen to another's."""
         token, _, process = (await _line(reader) or "").partition(" ")
         if token == self._settings.token:
             process_id = int(process)
@@ -135,11 +135,11 @@ class Monitor:
             self._verdict.set_result(None if all_done else (process_id, word))
 
     async def _follow(self) -> None:
-        """As another's monitor: talk to that of process 0."""
+        """As another's monitor: talk to process 0's."""
         address, port = self._settings.address, self._settings.port
         try:
             reader, writer = await asyncio.wait_for(asyncio.open_connection(address, port), SILENCE_SECONDS)
-        except OSError as error:  # a time-out is one
+        except OSError as error:  # includes a timeout
             _tell(f"process 0's monitor at {address}:{port} cannot be reached ({error or 'no answer'})")
             self._verdict.set_result(None)
             return
@@ -155,7 +155,7 @@ class Monitor:
             elif word != _BEAT:
                 break
         first, _, how = (word or f"0 {_DIED}").partition(" ")
-        # Process 0's monitor leaves without a word once all are done.
+        # Process 0's monitor leaves silently once all are done.
         all_done = word is None and self._last_word == DONE
         self._verdict.set_result(None if all_done else (int(first), how))
 
@@ -178,7 +178,7 @@ class Monitor:
             await asyncio.sleep(BEAT_SECONDS)
 
     async def _end(self, first: int, how: str) -> None:
-        """End the process, with a message unless it has shown one. Process 0 goes last: JAX aborts those that it leaves."""
+        """End the process, with a message unless it has shown one. Process 0 ends last: JAX aborts the others when it ends."""
         me, hosts = self._settings.process_id, self._settings.hosts
         begun = time.monotonic()
         if me == 0:
@@ -197,10 +197,10 @@ class Monitor:
 
 
 async def _line(reader: asyncio.StreamReader) -> str | None:
-    """The next line; None if the connection has ended or gone silent."""
+    """The next line; None if the connection has ended or is silent."""
     try:
         return (await asyncio.wait_for(reader.readline(), SILENCE_SECONDS)).decode().strip() or None
-    except (OSError, ValueError):  # a time-out is the one; what is no text, or too long, the other
+    except (OSError, ValueError):  # a timeout is an OSError; a line that is too long or not text is a ValueError
         return None
 
 
@@ -220,13 +220,13 @@ def _warn(line: str) -> None:
 
 
 def _tell(line: str) -> None:
-    """Say it to the watched process."""
+    """Tell the watched process."""
     with contextlib.suppress(OSError):  # it is dead
         print(line, flush=True)
 
 
 async def _send(writer: asyncio.StreamWriter, line: str) -> None:
-    with contextlib.suppress(OSError):  # whoever reads the connection learns that it is broken
+    with contextlib.suppress(OSError):  # the task that reads the connection notices that it is broken
         writer.write(f"{line}\n".encode())
         await asyncio.wait_for(writer.drain(), BEAT_SECONDS)
 
@@ -238,7 +238,7 @@ def _listen() -> socket.socket:
 
 
 async def _main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interruption is for the watched process, whose end is then noticed
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the watched process, whose end is noticed
     worker = asyncio.StreamReader(limit=1 << 24)  # the settings name every host
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(worker), sys.stdin)
     listener = None
@@ -250,7 +250,7 @@ async def _main() -> None:
         settings: dict[str, Any] = json.loads(line)
         await Monitor(Settings(**settings)).run(worker, listener)
     sys.stderr.flush()
-    os._exit(0)  # connections that are still open are of no more use
+    os._exit(0)  # without waiting for open connections
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--held-out", type=float, default=0.02, help="share of the prompts kept for evaluation (default: 0.02)")
     parser.add_argument("--temperature", type=float, default=0.8, help="temperature of the answers (default: 0.8)")
     parser.add_argument("--max-tokens", type=int, default=512, help="most tokens of an answer (default: 512)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="seed of answers, batches and new weights (default: 0)")
     parser.add_argument("--report-every", type=int, default=20, metavar="STEPS")
     parser.add_argument(
         "--save-every", type=int, default=200, metavar="STEPS", help="steps between saved states, each measured on the held-out prompts"

@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import secrets
 import socket
 import subprocess
@@ -119,6 +120,14 @@ def check_same(values: Mapping[str, str], advice: str) -> None:
                     f"{name} differs between processes: process 0 (host {_group.hosts[0]}) has {every[0].get(name)}, "
                     f"process {other} (host {_group.hosts[other]}) has {every[other].get(name)}; {advice}"
                 )
+
+
+def hold(error: BaseException) -> None:
+    """Before an error is shown: if it is the runtime's, wait. If another process has died, the monitor ends this one and says so."""
+    # A failed collective may come as either; its message starts with the status, as in "UNKNOWN: ...".
+    of_runtime = isinstance(error, jax.errors.JaxRuntimeError) or (isinstance(error, ValueError) and re.match("[A-Z_]+: ", str(error)))
+    if of_runtime and _group.monitor is not None:
+        time.sleep(monitor.SILENCE_SECONDS + monitor.GRACE_SECONDS)
 
 
 def end_with_error(status: int) -> None:
@@ -252,12 +261,10 @@ def _tell_monitor(line: str) -> None:
 
 
 def _hold_errors() -> None:
-    """Before an error of the runtime ends this process, wait: if another process has died, the monitor ends this one and says so."""
     show = sys.excepthook
 
-    def hold(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
-        if isinstance(error, jax.errors.JaxRuntimeError):
-            time.sleep(monitor.SILENCE_SECONDS + monitor.GRACE_SECONDS)
+    def hold_and_show(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
+        hold(error)
         show(kind, error, traceback)
 
-    sys.excepthook = hold
+    sys.excepthook = hold_and_show

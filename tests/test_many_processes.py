@@ -20,7 +20,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import l4jax
-from l4jax import SamplingParams, load
+from l4jax import SamplingParams, cli, load
 from l4jax.checkpoints.convert import convert
 from sharding import hosts
 
@@ -59,7 +59,7 @@ np.savez(results, *logits, refused=refused, **found)
 """
 # Goes on until it is killed.
 ENDLESS = """
-import jax
+import jax  # sums alone: no model is needed to see processes end
 mesh = jax.make_mesh((int(processes),), ("x",))
 sum = jax.jit(jax.shard_map(lambda x: jax.lax.psum(x, "x"), mesh=mesh, in_specs=jax.P("x"), out_specs=jax.P()))
 x = jax.make_array_from_callback((int(processes),), jax.NamedSharding(mesh, jax.P("x")), lambda _: jax.numpy.ones(1))
@@ -266,6 +266,22 @@ hosts.share("for ever")
     assert one_line(first[2]) == f"l4jax: error: process 1 (host {HOST}) stopped with an error; process 0 (host {HOST}) stops"
 
 
+def test_an_error_of_the_runtime_waits_for_the_news_of_a_death(monkeypatch, capsys):
+    """A failed collective is not this process's own error: who has died is told first."""
+    waited = []
+    monkeypatch.setattr(hosts._group, "monitor", object())
+    monkeypatch.setattr(hosts.time, "sleep", waited.append)
+
+    def fail(_):
+        raise ValueError(message)
+
+    monkeypatch.setattr("l4jax.cli.demo.run", fail)
+    for message, waits in (("UNKNOWN: Gloo all-reduce failed", True), ("temperature is -1", False)):
+        assert cli.main(["demo"]) == 2 and bool(waited) == waits
+        assert capsys.readouterr().err == f"l4jax: error: {message}\n"
+        waited.clear()
+
+
 def test_processes_that_nobody_watches_are_refused(monkeypatch):
     monkeypatch.setattr(hosts.global_state, "num_processes", 2)  # as jax.distributed.initialize leaves it
     with pytest.raises(ValueError, match=r"joined by jax\.distributed\.initialize, .*; call l4jax\.join instead"):
@@ -274,7 +290,7 @@ def test_processes_that_nobody_watches_are_refused(monkeypatch):
 
 def test_number_1_of_a_container_is_refused(monkeypatch):
     monkeypatch.setattr(os, "getpid", lambda: 1)
-    with pytest.raises(ValueError, match="nothing inside can end when another one dies; start the container with an init process"):
+    with pytest.raises(ValueError, match="nothing inside can end when another process dies; start the container with an init process"):
         l4jax.join("127.0.0.1:8476", 2, 0)
 
 

@@ -36,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _drop_output()
         return _failed(141)
     except (ValueError, OSError) as error:
+        hosts = sys.modules.get("sharding.hosts")  # not imported, with JAX, by commands that do without
+        if hosts is not None:
+            hosts.hold(error)
         _say(f"error: {error}")
         return _failed(2)
     except KeyboardInterrupt:
@@ -93,7 +96,7 @@ def _failed(status: int) -> int:
         sys.stdout.flush()
     except OSError:
         _drop_output()
-    hosts = sys.modules.get("sharding.hosts")  # not imported, with JAX, by commands that do without
+    hosts = sys.modules.get("sharding.hosts")
     if hosts is not None:
         hosts.end_with_error(status)
     return status

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,8 @@ sys.exit(l4jax.cli.main(["demo"]))
 
 def shell(run: str, redirection: str) -> subprocess.CompletedProcess[str]:
     command = ["sh", "-c", f'exec "$0" "$@" {redirection}', sys.executable, "-c", COMMAND.format(run=run)]
-    return subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.run(command, cwd=ROOT, env=buffered, check=False, capture_output=True, text=True)
 
 
 def test_a_closed_output_is_refused_before_anything_is_done(tmp_path: Path) -> None:

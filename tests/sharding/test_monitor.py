@@ -199,7 +199,8 @@ def test_a_process_that_is_stopped_is_named_once_to_all_and_nobody_is_killed(cap
 async def said(capfd, times, what):
     """Wait until so many monitors have said this of process 1, and nothing else."""
     lines = []
-    while len(lines) < times:
-        await asyncio.sleep(0.05)
-        lines += capfd.readouterr().err.splitlines()
+    async with asyncio.timeout(5):
+        while len(lines) < times:
+            await asyncio.sleep(0.05)
+            lines += capfd.readouterr().err.splitlines()
     assert all(line.startswith(f"l4jax: process 1 (host b) {what}") for line in lines)

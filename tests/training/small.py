@@ -44,7 +44,7 @@ def answered(llm: LLM, lengths: tuple[int, ...], tokens: int, temperature: float
 
 def trainer(llm: LLM, version: Version, token_ids: np.ndarray, **changes: Any) -> Trainer:
     drafter = new_drafter(llm.config, version, layers=1, draft_vocab=len(token_ids), length=LENGTH)
-    options: dict[str, Any] = {"passes": 3, "rate": 1e-2, "warmup": 2, "steps": 100, "seed": 0}
+    options: dict[str, Any] = {"passes": 2, "rate": 1e-2, "warmup": 2, "steps": 100, "seed": 0}
     return Trainer(drafter, llm, {"token_ids": token_ids}, **(options | changes))
 
 

@@ -60,7 +60,7 @@ def test_all_bits_of_a_seed_count(target: LLM) -> None:
 
 
 def test_learns_a_few_answers_by_heart_and_real_speculation_shows_it(target: LLM) -> None:
-    depth = 3
+    depth = 2
     llm = target
     examples = small.answered(llm, (3, 6, 2, 9), 1 + 4 * (1 + depth))
     ids = draft_vocabulary(examples, len({token for example in examples for token in example.answer or ()}))
@@ -73,7 +73,7 @@ def test_learns_a_few_answers_by_heart_and_real_speculation_shows_it(target: LLM
     for step in range(100):
         state, _ = trainer.step(state, every, trainer.target_states(every), step)
     simulated = replay(trainer, state, rows, 4, depth)
-    assert untrained.acceptance_length < 2.5 and simulated.acceptance_length > 1 + 0.9 * depth
+    assert untrained.acceptance_length < 2.0 and simulated.acceptance_length > 1 + 0.9 * depth
 
     drafter = LoadedDrafter(trainer.config, trainer.weights(state), SpeculationTable.always(Speculation.parse(f"chain:{depth}")))
     speculating = LLM(llm.config, llm.weights, drafter=drafter)

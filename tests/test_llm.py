@@ -294,7 +294,7 @@ class Paused:
 
         def wait(batch, steps):
             self.begun.set()
-            self.going_on.wait()
+            self.going_on.wait(20)
             return step(batch, steps)
 
         monkeypatch.setattr(Batch, "step", wait)

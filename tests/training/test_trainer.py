@@ -54,8 +54,8 @@ def test_begins_with_residual_streams_of_one_size(target: LLM) -> None:
 
 def test_all_bits_of_a_seed_count(target: LLM) -> None:
     trainer = small.trainer(target, "eagle3", np.arange(6, dtype=np.int32))
-    feature_Nf = np.ones((1, len(trainer.config.aux_layers) * trainer.config.target_hidden_size))
-    drawn = [np.asarray(first_weights(trainer.config, {}, feature_Nf, seed)["head"]) for seed in (1, 1 + 2**32, 1 + 2**63, 2**64 - 1)]
+    feature_Mf = np.ones((1, len(trainer.config.aux_layers) * trainer.config.target_hidden_size))
+    drawn = [np.asarray(first_weights(trainer.config, {}, feature_Mf, seed)["head"]) for seed in (1, 1 + 2**32, 1 + 2**63, 2**64 - 1)]
     assert all(not np.array_equal(one, other) for one, other in itertools.combinations(drawn, 2))
 
 

@@ -103,7 +103,7 @@ class Stream(Iterator[str]):
 
     def __next__(self) -> str:
         """The next piece. Raises RuntimeError if the generation failed earlier, or while another thread is using the LLM."""
-        with self._run.llm.alone():
+        with self._run.llm._alone():
             for (text,) in self._pieces:
                 if text:
                     return text
@@ -145,19 +145,6 @@ class LLM:
         speculator = speculator_for(config, placement, drafter, speculation, beyond_training)
         self.runner = Runner(placement, weights, speculator=speculator, prefill_lengths=prefill_lengths, ring_hardware=ring_hardware)
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """While the context lasts the caller has the model to itself. Raises RuntimeError, at once, if another call has it."""
-        if not self._in_use.acquire(blocking=False):
-            raise RuntimeError(
-                "this LLM is in use by another thread's call; it takes one call at a time: make the calls one after the other, or hold a "
-                "lock of your own around each call and each step of a stream"
-            )
-        try:
-            yield
-        finally:
-            self._in_use.release()
-
     @property
     def weights(self) -> dict[str, jax.Array]:
         """The weights by name, as they lie on the mesh."""
@@ -170,7 +157,7 @@ class LLM:
 
     def logits(self, prompts: Prompt | Sequence[Prompt]) -> list[np.ndarray]:
         """Next-token logits at every position of each prompt: float32 [T, vocab_size] each."""
-        with self.alone():
+        with self._alone():
             encoded = [self._encode(p) for p in _as_list(prompts)]
             _check_agreed(encoded)
             return [logits for group in _groups(encoded, self.max_batch) for logits in self.runner.logits(group)]
@@ -183,7 +170,7 @@ class LLM:
         params_of_each = [params or SamplingParams()] * len(each) if isinstance(params, SamplingParams) or params is None else params
         if len(params_of_each) != len(each):
             raise ValueError(f"{len(each)} prompts but {len(params_of_each)} sampling params; give one for all, or one for each")
-        with self.alone():
+        with self._alone():
             requests = _agreed([self._request(self._encode(prompt), p) for prompt, p in zip(each, params_of_each, strict=True)])
             completions = []
             for group in _groups(requests, self.max_batch):
@@ -216,7 +203,7 @@ class LLM:
         context = self.config.max_position_embeddings
         if not 2 <= max_length <= context:
             raise ValueError(f"max_length is {max_length}; expected 2 (a prompt and a token) to {context}, the model's context")
-        with self.alone():
+        with self._alone():
             self._warmup(max_length, max_batch)
 
     def _warmup(self, max_length: int, max_batch: int) -> None:
@@ -240,6 +227,19 @@ class LLM:
                     run([0] * length, 1, rows, plan)
             for rows in sorted(sizes):
                 run([0], 2, rows, plan)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """While the context lasts the caller has the model to itself. Raises RuntimeError, at once, if another call has it."""
+        if not self._in_use.acquire(blocking=False):
+            raise RuntimeError(
+                "this LLM is in use by another thread's call; it takes one call at a time: make the calls one after the other, or hold a "
+                "lock of your own around each call and each step of a stream"
+            )
+        try:
+            yield
+        finally:
+            self._in_use.release()
 
     def _stream(self, token_ids: list[int], params: SamplingParams | None) -> Stream:
         if self.tokenizer is None:

@@ -80,8 +80,8 @@ def run(args: argparse.Namespace) -> int:
     names = {field.name for field in dataclasses.fields(l4jax.SamplingParams)}
     params = l4jax.SamplingParams(**{name: value for name, value in vars(args).items() if name in names})
     speculation = {"drafter": args.drafter, "speculation": args.speculation, "beyond_training": args.beyond_training}
-    llm = l4jax.load(args.checkpoint, mesh=args.mesh, dtype=args.dtype, max_batch=1, **speculation)
     prompt = _shared_stdin() if args.prompt == "-" else args.prompt
+    llm = l4jax.load(args.checkpoint, mesh=args.mesh, dtype=args.dtype, max_batch=1, **speculation)
     if args.chat:
         system = [] if args.system is None else [{"role": "system", "content": args.system}]
         stream = llm.stream_chat([*system, {"role": "user", "content": prompt}], params)
@@ -111,8 +111,12 @@ def _shared_stdin() -> str:
     """What process 0 reads, for all: launchers give the others an empty standard input."""
     from sharding import hosts
 
+    try:
+        text = sys.stdin.read() if hosts.process_id() == 0 else ""
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input is not {sys.stdin.encoding} text ({error}); expected the prompt") from error
     # Shells and editors end the last line: a newline there is not part of the text.
-    return hosts.share(sys.stdin.read().removesuffix("\n") if hosts.process_id() == 0 else "")[0]
+    return hosts.share(text.removesuffix("\n"))[0]
 
 
 def _keep_stdout_for_text() -> None:

@@ -231,10 +231,11 @@ async def _send(writer: asyncio.StreamWriter, line: str) -> None:
         await asyncio.wait_for(writer.drain(), BEAT_SECONDS)
 
 
-def _listen() -> socket.socket:
+def listen(port: int) -> socket.socket:
+    """A socket that listens on all of this host's addresses; 0 takes a free port. Raises OSError if the port is in use."""
     if socket.has_dualstack_ipv6():
-        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
-    return socket.create_server(("", 0))
+        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", port))
 
 
 async def _main() -> None:
@@ -243,7 +244,7 @@ async def _main() -> None:
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(worker), sys.stdin)
     listener = None
     if sys.argv[1:] == ["--listen"]:
-        listener = _listen()
+        listener = listen(0)
         _tell(str(listener.getsockname()[1]))
     line = await worker.readline()
     if line:

@@ -17,6 +17,8 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+from sharding.monitor import listen
+
 _GREETING_SECONDS = 10.0
 """How long an arrival may take to say who it is."""
 _PROBE_SECONDS = 1.0
@@ -39,12 +41,12 @@ class Refused(ValueError):
 class Rendezvous:
     """Process 0's side, which serves in a thread of its own until it is closed.
 
-    ``port``: where JAX's coordinator is to listen. Raises OSError if this side cannot listen on ``listen_port``.
+    ``port``: where JAX's coordinator is to listen. Raises OSError if this side cannot listen on ``coordinator_port``.
     """
 
-    def __init__(self, own: Arrival, listen_port: int) -> None:
-        listener = _listen(listen_port)
-        with _listen(0) as free:
+    def __init__(self, own: Arrival, coordinator_port: int) -> None:
+        listener = listen(coordinator_port)
+        with listen(0) as free:
             self.port: int = free.getsockname()[1]
         self._processes = own.processes
         self._hosts = {own.process_id: own.host}
@@ -187,10 +189,3 @@ def _port(reply: bytes, host: str, port: int) -> int:
 
 def _line(values: Mapping[str, int | str]) -> bytes:
     return json.dumps(dict(values)).encode() + b"\n"
-
-
-def _listen(port: int) -> socket.socket:
-    """A socket that listens on all of this host's addresses."""
-    if socket.has_dualstack_ipv6():
-        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
-    return socket.create_server(("", port))

@@ -61,7 +61,7 @@ class Result:
 def answer(llm: l4jax.LLM, prompts: list[list[int]], new_tokens: int) -> Result:
     """Answer one batch. Prefill and first token are not timed: they are the same for every plan."""
     params = l4jax.SamplingParams(max_tokens=new_tokens, temperature=0.0)
-    ends = sorted(set(llm.config.eos_token_ids) | set(llm.chat_format.stop_token_ids if llm.chat_format else ()))
+    ends = sorted(llm.stop_token_ids)
     batch = Batch(llm.runner, [Request(tokens, params, 0, ends) for tokens in prompts])
     rows = [new.token_ids for new in batch.step(1)]
     start = time.perf_counter()

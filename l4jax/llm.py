@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal, cast
+from typing import Literal, Unpack, cast
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +34,8 @@ from l4jax.placement import Placement
 from l4jax.runner import Runner
 from l4jax.speculator import LoadedDrafter, open_fitting_drafter, speculation_table, speculator_for
 from l4jax.spread import H100_RING
-from l4jax.text.chat import ChatFormat, load_chat_format
-from l4jax.text.load import load_tokenizer
+from l4jax.text.chat import ChatFormat, ChatOptions
+from l4jax.text.load import Text, load_text
 from l4jax.text.stream import StopStringFilter, StreamDecoder
 from l4jax.text.tokenizer import Tokenizer
 from sharding import hosts
@@ -127,11 +127,16 @@ class LLM:
         beyond_training: BeyondTraining = "window",
         tokenizer: Tokenizer | None = None,
         chat_format: ChatFormat | None = None,
+        no_tokenizer: str = Text.no_tokenizer,
+        no_chat: str = Text.no_chat,
         max_batch: int | None = None,
         prefill_lengths: Sequence[int] | None = None,
         ring_hardware: RingHardware = H100_RING,
     ) -> None:
-        """``weights`` by the names of ``l4jax.model.weights.weight_specs``; the other arguments are those of :func:`load`."""
+        """``weights`` by the names of ``l4jax.model.weights.weight_specs``; the other arguments are those of :func:`load`.
+
+        ``no_tokenizer``, ``no_chat``: why there is none, for the errors of calls that need one.
+        """
         self.placement = placement = Placement.on(config, mesh)
         max_batch = 8 * placement.spec.data if max_batch is None else max_batch
         _check_max_batch(max_batch)
@@ -140,6 +145,7 @@ class LLM:
         self.config = config
         self.tokenizer = tokenizer
         self.chat_format = chat_format
+        self._no_tokenizer, self._no_chat = no_tokenizer, no_chat
         self.max_batch = max_batch
         self._in_use = threading.Lock()
         speculator = speculator_for(config, placement, drafter, speculation, beyond_training)
@@ -155,6 +161,12 @@ class LLM:
         """Bytes of all weights, each counted once; KV heads that a mesh repeats, as often as it does."""
         return self.runner.weight_bytes
 
+    @property
+    def stop_token_ids(self) -> frozenset[int]:
+        """The tokens that end an answer: the configuration's, the tokenizer's and the chat template's."""
+        tokenizers = () if self.tokenizer is None else self.tokenizer.eos_ids
+        return frozenset((*self.config.eos_token_ids, *tokenizers, *(() if self.chat_format is None else self.chat_format.stop_token_ids)))
+
     def logits(self, prompts: Prompt | Sequence[Prompt]) -> list[np.ndarray]:
         """Next-token logits at every position of each prompt: float32 [T, vocab_size] each."""
         with self._alone():
@@ -163,11 +175,11 @@ class LLM:
             return [logits for group in _groups(encoded, self.max_batch) for logits in self.runner.logits(group)]
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Iterable[SamplingParams] | None = None
     ) -> list[Completion]:
         """Continue each prompt (text or token ids). One ``params`` serves all prompts, or there is one for each."""
         each = _as_list(prompts)
-        params_of_each = [params or SamplingParams()] * len(each) if isinstance(params, SamplingParams) or params is None else params
+        params_of_each = list(params) if isinstance(params, Iterable) else [SamplingParams() if params is None else params] * len(each)
         if len(params_of_each) != len(each):
             raise ValueError(f"{len(each)} prompts but {len(params_of_each)} sampling params; give one for all, or one for each")
         with self._alone():
@@ -184,13 +196,13 @@ class LLM:
         """Continue one prompt, giving out text as it comes."""
         return self._stream(self._encode(prompt), params)
 
-    def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Completion:
-        """Answer a conversation: a list of ``{"role": ..., "content": ...}``, put in the model's chat format."""
-        return self.generate([self._encode_chat(messages)], params)[0]
+    def chat(self, messages: Sequence[Message], params: SamplingParams | None = None, **options: Unpack[ChatOptions]) -> Completion:
+        """Answer a conversation: a list of ``{"role": ..., "content": ...}``, put in the model's chat format with :class:`ChatOptions`."""
+        return self.generate([self._encode_chat(messages, options)], params)[0]
 
-    def stream_chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Stream:
-        """Answer a conversation, giving out text as it comes."""
-        return self._stream(self._encode_chat(messages), params)
+    def stream_chat(self, messages: Sequence[Message], params: SamplingParams | None = None, **options: Unpack[ChatOptions]) -> Stream:
+        """Answer a conversation as :meth:`chat` does, returning text as it comes."""
+        return self._stream(self._encode_chat(messages, options), params)
 
     def warmup(self, *, max_length: int, max_batch: int | None = None) -> None:
         """Compile everything that requests of up to ``max_length`` tokens (prompt and output) and this batch size need.
@@ -243,19 +255,20 @@ class LLM:
 
     def _stream(self, token_ids: list[int], params: SamplingParams | None) -> Stream:
         if self.tokenizer is None:
-            raise ValueError("streaming gives out text, but this checkpoint has no tokenizer; use generate, which returns token ids")
+            raise ValueError(f"a stream is of text, but {self._no_tokenizer}; use generate, which returns token ids")
         return Stream(_Run(self, _agreed([self._request(token_ids, params or SamplingParams())])))
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             if self.tokenizer is None:
-                raise ValueError(
-                    "the prompt is text, but this checkpoint has no tokenizer; give token ids, or convert it with its tokenizer"
-                )
+                raise ValueError(f"the prompt is text, but {self._no_tokenizer}; give token ids, or convert the model with its tokenizer")
             if not prompt:
                 raise ValueError("the prompt is empty; expected at least one character")
             return self._checked(self.tokenizer.encode(prompt))
         try:
+            # Bytes and truth values are whole numbers to Python, and never meant as token ids.
+            if isinstance(prompt, bytes | bytearray | memoryview) or any(isinstance(token, bool | np.bool_) for token in prompt):
+                raise TypeError
             return self._checked([operator.index(token) for token in prompt])
         except TypeError as error:
             raise ValueError(f"a prompt is {reprlib.repr(prompt)}; expected text or a list of token ids") from error
@@ -274,13 +287,13 @@ class LLM:
             if not 0 <= token < self.config.vocab_size:
                 raise ValueError(f"{where} has token id {token}; expected 0 to {self.config.vocab_size - 1}, the model's vocabulary")
 
-    def _encode_chat(self, messages: Sequence[Message]) -> list[int]:
+    def _encode_chat(self, messages: Sequence[Message], options: ChatOptions) -> list[int]:
         if self.chat_format is None:
             raise ValueError(
-                "this checkpoint has no chat template; use generate with token ids in the model's own format, as "
+                f"{self._no_chat}; use generate with token ids in the model's own format, as "
                 "llm.tokenizer.encode(text, parse_special=True) makes them"
             )
-        return self._checked(self.chat_format.encode(messages))
+        return self._checked(self.chat_format.encode(messages, **options))
 
     def _request(self, token_ids: list[int], params: SamplingParams) -> Request:
         if not isinstance(params, SamplingParams):
@@ -289,14 +302,14 @@ class LLM:
         if room < 1:
             raise ValueError(f"the prompt fills the model's context of {len(token_ids)} tokens; shorten it to leave room for an answer")
         if params.stop and self.tokenizer is None:
-            raise ValueError("stop strings need a tokenizer, which this checkpoint does not have; use stop_token_ids")
+            raise ValueError(f"stop strings need a tokenizer, but {self._no_tokenizer}; use stop_token_ids")
         self._check_vocabulary(params.logit_bias, "logit_bias")
         if sum(bias == -math.inf for bias in params.logit_bias.values()) == self.config.vocab_size:
             raise ValueError(f"logit_bias forbids all {self.config.vocab_size} tokens; leave at least one")
         self._check_vocabulary(params.stop_token_ids, "stop_token_ids")
         ends = set(params.stop_token_ids)
         if not params.ignore_eos:
-            ends |= set(self.config.eos_token_ids) | set(self.chat_format.stop_token_ids if self.chat_format else ())
+            ends |= self.stop_token_ids
         self.runner.check_speculates(len(token_ids))
         seed = secrets.randbits(64) if params.seed is None else int(params.seed)
         return Request(token_ids, dataclasses.replace(params, max_tokens=min(params.max_tokens, room)), seed, sorted(ends))
@@ -452,7 +465,7 @@ def load(
         },
         "start every process with the same checkpoint, arguments and versions",
     )
-    tokenizer = load_tokenizer(checkpoint.directory)
+    text = load_text(checkpoint.directory)
     return LLM(
         checkpoint.config,
         checkpoint.restore(placement, held_in),
@@ -460,8 +473,7 @@ def load(
         drafter=None if opened is None else LoadedDrafter.restored(opened, placement, held_in),
         speculation=speculation,
         beyond_training=beyond_training,
-        tokenizer=tokenizer,
-        chat_format=None if tokenizer is None else load_chat_format(checkpoint.directory, tokenizer),
+        **vars(text),
         max_batch=max_batch,
         prefill_lengths=prefill_lengths,
         ring_hardware=ring_hardware,
@@ -490,8 +502,8 @@ def _check_max_batch(max_batch: int) -> None:
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
     """One prompt, given without a list around it, as a list of one."""
     if not isinstance(prompts, Sequence | np.ndarray):
-        raise ValueError(f"the prompts are {reprlib.repr(prompts)}; expected text, a list of token ids, or a list of such")
-    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], numbers.Integral)):
+        raise ValueError(f"the prompts are {reprlib.repr(prompts)}; expected text, a list of token ids, or a list of these")
+    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], numbers.Integral | np.bool_)):
         return [cast(Prompt, prompts)]
     return cast(Sequence[Prompt], prompts)
 

@@ -165,6 +165,32 @@ def test_end_tokens(written: Any, meant: tuple[int, ...]) -> None:
     assert config_from_hf({**LLAMA, "eos_token_id": written}).eos_token_ids == meant
 
 
+def test_end_tokens_are_those_of_every_file_and_section_that_names_some() -> None:
+    config = config_from_hf({**LLAMA, "eos_token_id": 1}, {"eos_token_id": [1, 4]})
+    assert config.eos_token_ids == (1, 4)
+    assert source(config, "eos_token_ids") == "config.json: eos_token_id, generation_config.json: eos_token_id"
+    # The default of the format's class is meant only where no file says anything.
+    assert config_from_hf(LLAMA, {"eos_token_id": 9}).eos_token_ids == (9,)
+    assert config_from_hf(LLAMA, {"eos_token_id": None}).eos_token_ids == (2,)
+    assert config_from_hf({**WRAPPER, "eos_token_id": 5, "text_config": {"eos_token_id": [6]}}, {"eos_token_id": 7}).eos_token_ids == (
+        6,
+        5,
+        7,
+    )
+    with pytest.raises(ConfigError, match=r'generation_config.json: eos_token_id is "x"; expected an integer'):
+        config_from_hf(LLAMA, {"eos_token_id": ["x"]})
+
+
+def test_an_original_length_outside_the_scaling_comes_first() -> None:
+    config = config_from_hf({**LLAMA, "rope_scaling": {"rope_type": "llama3", **SCALING}, "original_max_position_embeddings": 32})
+    assert config.rope_scaling.original_max_position_embeddings == 32
+    assert source(config, "rope_scaling.original_max_position_embeddings") == "config.json: original_max_position_embeddings"
+
+
+def test_no_chunk_size_means_full_attention() -> None:
+    assert config_from_hf({**SMALL4, "attention_chunk_size": None}).attention_chunk_size is None
+
+
 def test_padding_of_minus_one_is_none() -> None:
     assert config_from_hf({**LLAMA, "pad_token_id": -1}).pad_token_id is None
 
@@ -216,7 +242,10 @@ def test_the_model_type_will_do_for_an_architecture() -> None:
         ({**SMALL4, "use_qk_norm": 7}, "use_qk_norm is 7; expected"),
         ({**SMALL4, "floor_scale": 2**40}, "floor_scale is 1099511627776; expected less than 2**31"),
         ({**SMALL4, "max_position_embeddings": 2**33}, "max_position_embeddings is 8589934592; expected at most 2147483648"),
-        ({**SMALL4, "attention_chunk_size": None}, "attention_chunk_size is null, but the layers are chunked_attention"),
+        (
+            {**SMALL4, "attention_chunk_size": None, "layer_types": ["chunked_attention"] * 3 + ["full_attention"]},
+            "attention_chunk_size is null, but the layers are chunked_attention",
+        ),
         ({**SMALL4, "layer_types": ["chunked_attention"] * 4}, "layer_types disagrees with no_rope_layers"),
         ({**SMALL4, "layer_types": ["full_attention"]}, "expected a list of 4 names"),
         ({**WRAPPER, "text_config": 3}, "text_config is 3; expected an object"),

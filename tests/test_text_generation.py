@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 from l4jax import LLM, SamplingParams
 from l4jax.batch import Batch
@@ -26,7 +28,7 @@ PARAMS = SamplingParams(max_tokens=60, seed=5, ignore_eos=True)
 @pytest.fixture(scope="module")
 def llm():
     config = scout_like(vocab_size=TOKENIZER.vocab_size)
-    chat = ChatFormat(TEMPLATE, TOKENIZER, origin="test", variables={}, stop_token_ids=[TOKENIZER.special_tokens["<|im_end|>"]])
+    chat = ChatFormat(TEMPLATE, TOKENIZER, origin="test", variables={})
     return LLM(config, weights(config), tokenizer=TOKENIZER, chat_format=chat)
 
 
@@ -130,6 +132,35 @@ def test_chat_answers_in_the_models_format(llm):
     assert "".join(stream) == completion.text
     forced = llm.chat(messages, SamplingParams(max_tokens=20, logit_bias={end: 1e6}))
     assert (forced.token_ids, forced.text, forced.finish_reason) == ([end], "", "stop")
+
+
+def test_chat_continues_its_last_message_and_takes_options(llm):
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "the dog"}]
+    params = SamplingParams(max_tokens=20, seed=1)
+    prompt = TOKENIZER.encode("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nthe dog", parse_special=True)
+    completion = llm.chat(messages, params, continue_final_message=True)
+    assert completion.prompt_token_ids == prompt
+    assert completion.token_ids == llm.generate([prompt], params)[0].token_ids
+    assert "".join(llm.stream_chat(messages, params, continue_final_message=True)) == completion.text
+    with pytest.raises(ValueError, match="the chat template does not use tools"):
+        llm.chat(messages, params, tools=[{"name": "f"}])
+
+
+def test_an_end_token_that_the_files_label_as_text_ends_an_answer():
+    values = json.loads(small.backend().to_str())
+    values["added_tokens"] = values["added_tokens"][:2]
+    tokenizer = HfTokenizer(tokenizers.Tokenizer.from_str(json.dumps(values)), {"eos_token": "<|end_of_text|>"})
+    chat = ChatFormat(TEMPLATE, tokenizer, origin="test", variables={})
+    config = scout_like(vocab_size=tokenizer.vocab_size)
+    llm = LLM(config, weights(config), tokenizer=tokenizer, chat_format=chat)
+    end = tokenizer.token_id("<|im_end|>")
+    forced = SamplingParams(max_tokens=3, logit_bias={end: 1e6})
+    for completion in (llm.chat([{"role": "user", "content": "hi <|im_end|>"}], forced), llm.generate("the dog", forced)[0]):
+        assert (completion.token_ids, completion.text, completion.finish_reason) == ([end], "", "stop")
+        assert completion.prompt_token_ids.count(end) <= 1
+    # The tokenizer's own end token needs no template.
+    without = LLM(config, weights(config), tokenizer=tokenizer)
+    assert without.generate("the dog", SamplingParams(max_tokens=3, logit_bias={1: 1e6}))[0].token_ids == [1]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

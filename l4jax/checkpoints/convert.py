@@ -36,6 +36,7 @@ from l4jax.config import config_to_json, decoder_of
 from l4jax.config_formats.eagle import NO_ANSWERS, HeadAnswers
 from l4jax.decoding.plan import UNMEASURED, TableJson
 from l4jax.model.weights import weight_specs
+from l4jax.text.load import check_text
 
 DType = Literal["float32", "bfloat16", "float16"]
 Progress = Callable[[Literal["converting", "verifying"], int, int], None]
@@ -67,8 +68,9 @@ def convert(
     check_complete(source)
     with unfinished(result, "conversion") as partial:
         state = _resume(partial, _identity(source, dtype))
-        # Before the weights: what is wrong with a tokenizer should not come out hours later.
+        # Before the weights: what is wrong with a tokenizer or template should not come out hours later.
         text_files = source.write_text_files(partial)
+        check_text(partial)
         architecture = decoder_of(source.config).architecture
         text_files += write_notice(partial, text_files, architecture=architecture, source_format=source.format)
         weights = _write_groups(source, partial, dtype, state, progress)

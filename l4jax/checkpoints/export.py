@@ -73,10 +73,11 @@ def export(
     with unfinished(target, "export") as partial:
         for entry in partial.iterdir():
             if entry.name != LOCK:
-                entry.unlink()
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         _write_shards(checkpoint, exports, partial)
         for name in checkpoint.text_files:
             if name != SOURCE_CONFIG:
+                (partial / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(checkpoint.directory / name, partial / name)
         (partial / "config.json").write_bytes(config)
         partial.replace(target)

@@ -37,7 +37,10 @@ class HFSource:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self.config: ModelConfig = config_from_hf(read_json(directory / "config.json"))
+        generation = directory / "generation_config.json"
+        self.config: ModelConfig = config_from_hf(
+            read_json(directory / "config.json"), read_json(generation) if generation.exists() else None
+        )
         self._files = SafetensorsFiles(directory)
         self.fingerprint: Mapping[str, list[int]] = self._files.fingerprint
         self.tensors: Mapping[str, TensorInfo] = self._files.tensors
@@ -54,6 +57,10 @@ class HFSource:
     def write_text_files(self, directory: Path) -> list[str]:
         """Copy tokenizer, chat template, generation defaults and licence files."""
         names = copy_files(self._directory, _COPIED, directory)
+        templates = "additional_chat_templates"
+        if (self._directory / templates).is_dir():
+            (directory / templates).mkdir()
+            names += [f"{templates}/{name}" for name in copy_files(self._directory / templates, ("*.jinja",), directory / templates)]
         shutil.copyfile(self._directory / "config.json", directory / SOURCE_CONFIG)
         return [*names, SOURCE_CONFIG]
 

@@ -126,13 +126,17 @@ def _read_config(path: Path) -> ModelConfig:
     from l4jax.config import ConfigError
     from l4jax.config_formats import config_from_hf
 
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path} is not valid JSON ({error}); expected a Hugging Face config.json") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds a {type(values).__name__}; expected the object of a Hugging Face config.json")
-    return config_from_hf(values)
+    def read(file: Path) -> dict[str, Any]:
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ConfigError(f"{file} is not valid JSON ({error}); expected a Hugging Face {file.name}") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"{file} holds a {type(values).__name__}; expected the object of a Hugging Face {file.name}")
+        return values
+
+    generation = path.with_name("generation_config.json")
+    return config_from_hf(read(path), read(generation) if generation.exists() else None)
 
 
 def _decoder(config: ModelConfig) -> list[Row]:
@@ -152,16 +156,12 @@ def _counts(dtypes: Sequence[str]) -> str:
 
 def _text(directory: Path) -> list[Row]:
     """Tokenizer and chat template in ``directory``."""
-    from l4jax.text.chat import load_chat_format
-    from l4jax.text.load import load_tokenizer
+    from l4jax.text.load import Text, load_text
 
-    try:
-        tokenizer = load_tokenizer(directory)
-        chat_format = None if tokenizer is None else load_chat_format(directory, tokenizer)
-    except ValueError as error:
-        return [("tokenizer", f"not usable: {error}")]
+    text = load_text(directory)
+    tokenizer, chat_format = text.tokenizer, text.chat_format
     if tokenizer is None:
-        return [("tokenizer", "none")]
+        return [("tokenizer", "none" if text.no_tokenizer == Text.no_tokenizer else f"not usable: {text.no_tokenizer}")]
     names = {token_id: name for name, token_id in tokenizer.special_tokens.items()}
 
     def word(token_id: int | None) -> str:
@@ -173,7 +173,7 @@ def _text(directory: Path) -> list[Row]:
         ("begin token", word(tokenizer.bos_id) + before),
     ]
     if chat_format is None:
-        return [*rows, ("chat template", "none")]
+        return [*rows, ("chat template", "none" if text.no_chat == Text.no_chat else f"not usable: {text.no_chat}")]
     return [
         *rows,
         ("chat template", chat_format.origin.removeprefix(f"{directory}/")),

@@ -113,8 +113,8 @@ def drafter_config_from_eagle(
             )
     return DrafterConfig(
         **common,
-        draft_vocab_size=_integer(values, "draft_vocab_size", decoder.vocab_size),
-        target_hidden_size=_integer(values, "target_hidden_size", decoder.hidden_size),
+        draft_vocab_size=said.integer("draft_vocab_size", decoder.vocab_size),
+        target_hidden_size=said.integer("target_hidden_size", decoder.hidden_size),
         aux_layers=_aux_layers(said, target.num_layers, answers.aux_layers),
         fuse_bias=False,
         first_layer_normed=False,
@@ -143,6 +143,11 @@ class _Said:
         """True or false, or None where it is not there."""
         value = self._values.get(key)
         return None if value is None else bool(convert(value, bool, f"config.json: {key}"))
+
+    def integer(self, key: str, default: int) -> int:
+        """The number, or ``default`` where it is not there."""
+        value = self._values.get(key)
+        return default if value is None else int(convert(value, int, f"config.json: {key}"))
 
 
 def _version(values: Mapping[str, Any], form: HeadFormat, tensors: Collection[str]) -> Literal["eagle1", "eagle3"]:
@@ -187,11 +192,6 @@ def _trained_length(layer: Mapping[str, Any], form: HeadFormat, context: int, re
         )
         raise ConfigError(f"config.json {says}, and not what length the head was trained at; give --trained-length N")
     return read
-
-
-def _integer(values: Mapping[str, Any], key: str, default: int) -> int:
-    value = values.get(key)
-    return default if value is None else int(convert(value, int, f"config.json: {key}"))
 
 
 def _aux_layers(said: _Said, layers: int, answer: tuple[int, ...] | None) -> tuple[int, ...]:

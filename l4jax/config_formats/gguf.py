@@ -23,6 +23,7 @@ _SUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "logit_scale": (0, 1),
     "rope.scaling.type": ("none",),
     "rope.scaling.factor": (1, 0),
+    "rope.scaling.attn_factor": (1,),
     "rope.scale_linear": (1, 0),
 }
 _ENDS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")

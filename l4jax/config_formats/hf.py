@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from l4jax.config import ConfigError, ModelConfig, MoEConfig, RopeScaling, VisionConfig
@@ -90,18 +90,20 @@ _HF_VISION_ONLY: Mapping[str, tuple[Any, ...]] = {
 }
 
 
-def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
+def config_from_hf(config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None) -> ModelConfig:
     """Read a Hugging Face ``config.json`` of Llama, Llama 4 text, or the multimodal Llama 4 wrapper.
 
-    Understands the spellings of transformers 4 (``rope_theta``, ``rope_scaling``) and 5 (``rope_parameters``). Raises
-    :class:`ConfigError` for another architecture and for what the decoder does not compute.
+    Understands the spellings of transformers 4 (``rope_theta``, ``rope_scaling``) and 5 (``rope_parameters``). The end tokens are all
+    that ``config.json`` and ``generation_config`` (the contents of ``generation_config.json``) name. Raises :class:`ConfigError` for
+    another architecture and for what the decoder does not compute.
     """
     model_type = _model_type(config)
     sources = {"architecture": "config.json: " + ("architectures" if config.get("architectures") else "model_type")}
+    generation = Section(generation_config or {}, "generation_config.json: ", {}, "", sources)
     if model_type == "llama":
-        return _llama(Section(config, "config.json: ", _HF_LLAMA, "transformers LlamaConfig", sources))
+        return _llama(Section(config, "config.json: ", _HF_LLAMA, "transformers LlamaConfig", sources), (generation,))
     if model_type == "llama4_text":
-        return _llama4(Section(config, "config.json: ", _HF_LLAMA4_TEXT, "transformers Llama4TextConfig", sources), None)
+        return _llama4(Section(config, "config.json: ", _HF_LLAMA4_TEXT, "transformers Llama4TextConfig", sources), None, (generation,))
     wrapper = Section(config, "config.json: ", _HF_LLAMA4, "transformers Llama4Config", sources)
     wrapper.refuse_other({"quantization_config": (None,)})
     parts = []
@@ -117,7 +119,7 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     tied = [v["tie_word_embeddings"] for v in (config, text.values) if "tie_word_embeddings" in v]
     if len(set(tied)) > 1:
         raise ConfigError("config.json: tie_word_embeddings and text_config.tie_word_embeddings disagree; make them equal")
-    return _llama4(text, _vision(vision, wrapper))
+    return _llama4(text, _vision(vision, wrapper), (wrapper, generation))
 
 
 def _model_type(config: Mapping[str, Any]) -> str:
@@ -140,9 +142,9 @@ def _model_type(config: Mapping[str, Any]) -> str:
     return str(model_type)
 
 
-def _llama(text: Section) -> ModelConfig:
+def _llama(text: Section, others: Sequence[Section]) -> ModelConfig:
     text.refuse_other(_HF_ONLY)
-    common = _common(text)
+    common = _common(text, others)
     return ModelConfig(
         architecture="llama",
         **common,
@@ -152,11 +154,11 @@ def _llama(text: Section) -> ModelConfig:
     )
 
 
-def _llama4(text: Section, vision: VisionConfig | None) -> ModelConfig:
+def _llama4(text: Section, vision: VisionConfig | None, others: Sequence[Section]) -> ModelConfig:
     text.refuse_other(_HF_ONLY)
     if vision is None:
         text.derive("vision", None, "the architecture, a text model")
-    common = _common(text)
+    common = _common(text, others)
     rope_layers = _rope_layers(text, common["num_layers"])
     return ModelConfig(
         architecture="llama4",
@@ -175,8 +177,8 @@ def _llama4(text: Section, vision: VisionConfig | None) -> ModelConfig:
     )
 
 
-def _common(text: Section) -> dict[str, Any]:
-    """The fields that Llama 3 and Llama 4 share, as arguments of ModelConfig."""
+def _common(text: Section, others: Sequence[Section]) -> dict[str, Any]:
+    """The fields that Llama 3 and Llama 4 share, as arguments of ModelConfig. ``others``: what else may name end tokens."""
     hidden = text.take("hidden_size", "hidden_size", int)
     heads = text.take("num_heads", "num_attention_heads", int)
     kv_heads = text.take_optional("num_kv_heads", "num_key_value_heads", int)
@@ -197,17 +199,24 @@ def _common(text: Section) -> dict[str, Any]:
         "rope_scaling": scaling,
         "tie_word_embeddings": text.take("tie_word_embeddings", "tie_word_embeddings", bool),
         "bos_token_id": text.take_optional("bos_token_id", "bos_token_id", int),
-        "eos_token_ids": _token_ids(text, "eos_token_ids", "eos_token_id"),
+        "eos_token_ids": _end_tokens(text, others),
         "pad_token_id": _pad_token_id(text),
     }
 
 
-def _token_ids(section: Section, field: str, key: str) -> tuple[int, ...]:
-    if isinstance(section.values.get(key), list):
-        section.sources[field] = section.place + key
-        return tuple(convert(token, int, section.place + key) for token in section.values[key])
-    token = section.take_optional(field, key, int)
-    return () if token is None else (token,)
+def _end_tokens(text: Section, others: Sequence[Section]) -> tuple[int, ...]:
+    """Every end token that any of the sections names; the format's default where none does."""
+    field, key = "eos_token_ids", "eos_token_id"
+    stated = [section for section in (text, *others) if section.values.get(key) is not None]
+    if not stated:
+        token = text.take_optional(field, key, int)
+        return () if token is None else (token,)
+    ends: dict[int, None] = {}
+    for section in stated:
+        value = section.values[key]
+        ends |= dict.fromkeys(convert(token, int, section.place + key) for token in (value if isinstance(value, list) else [value]))
+    text.sources[field] = ", ".join(section.place + key for section in stated)
+    return tuple(ends)
 
 
 def _pad_token_id(text: Section) -> int | None:
@@ -223,7 +232,8 @@ def _rope(text: Section, context: int) -> tuple[float, RopeScaling | None]:
     if not isinstance(values, Mapping) or any(isinstance(v, Mapping) for v in values.values()):
         raise ConfigError(f"{text.place}{key} is {shorten(values)}; expected one object for all layers")
     place = f"{text.place}{key}."
-    rope = Section(values, place, {"original_max_position_embeddings": context}, "transformers: max_position_embeddings", text.sources)
+    original = "original_max_position_embeddings"
+    rope = Section(values, place, {original: context}, "transformers: max_position_embeddings", text.sources)
     rope.refuse_other({"partial_rotary_factor": (1, None)})
     theta = (rope if "rope_theta" in values else text).take("rope_theta", "rope_theta", float)
     type_key = "type" if "type" in values and "rope_type" not in values else "rope_type"
@@ -242,9 +252,8 @@ def _rope(text: Section, context: int) -> tuple[float, RopeScaling | None]:
         factor=rope.take("rope_scaling.factor", "factor", float),
         low_freq_factor=rope.take("rope_scaling.low_freq_factor", "low_freq_factor", float),
         high_freq_factor=rope.take("rope_scaling.high_freq_factor", "high_freq_factor", float),
-        original_max_position_embeddings=rope.take(
-            "rope_scaling.original_max_position_embeddings", "original_max_position_embeddings", int
-        ),
+        # One outside the object comes first in transformers.
+        original_max_position_embeddings=(text if original in text.values else rope).take(f"rope_scaling.{original}", original, int),
     )
 
 
@@ -270,12 +279,12 @@ def _rope_layers(text: Section, layers: int) -> tuple[bool, ...]:
 
 
 def _chunk_size(text: Section, rope_layers: tuple[bool, ...]) -> int | None:
-    """The attention chunk of the RoPE layers; None where ``layer_types`` has full attention in all of them."""
+    """The attention chunk of the RoPE layers; None where it is null, or ``layer_types`` has full attention in all of them."""
     chunk: int | None = text.take_optional("attention_chunk_size", "attention_chunk_size", int)
     chunked = tuple("chunked_attention" if rope else "full_attention" for rope in rope_layers)
     layer_types = text.values.get("layer_types")
     if layer_types is None:
-        layer_types = chunked
+        return chunk
     place = f"{text.place}layer_types"
     if not isinstance(layer_types, list | tuple) or len(layer_types) < len(rope_layers):
         raise ConfigError(f"{place} is {shorten(layer_types)}; expected a list of {len(rope_layers)} names")

@@ -2,150 +2,255 @@
 
 from __future__ import annotations
 
-import datetime
+import contextlib
+import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, TypedDict, Unpack
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
-
-from l4jax.text.tokenizer import Tokenizer, TokenizerError, check_unicode, read_json, token_text
+from l4jax.text.hf_tokenizer import read_tokenizer_config
+from l4jax.text.template import ChatError, ChatTemplate, TemplateRefusal, turns_of
+from l4jax.text.tokenizer import Tokenizer, TokenizerError, check_unicode, read_json, read_text, token_text
 
 ROLES = ("system", "user", "assistant", "tool", "ipython")
 
-# The built-in templates, and the special tokens that tell which one a tokenizer is made for.
+# The built-in templates, and the tokens that tell which one a tokenizer is made for.
 _BUILT_IN = {
     "llama4": ("<|header_start|>", "<|header_end|>", "<|eot|>", "<|eom|>"),
     "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     "chatml": ("<|im_start|>", "<|im_end|>"),
 }
+# Ends of a turn that a template may write after tool calls only, or never.
 _END_OF_TURN = ("<|eot|>", "<|eom|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>")
 
-# A Unicode noncharacter, which no text contains that was meant to be exchanged.
-_MARK = "\ufdd0"
-_EXHAUSTED = (RecursionError, MemoryError)
+# Unicode noncharacters, which text meant for others does not contain: one breaks special tokens up, one marks where to continue.
+_BREAK, _CONTINUE = "\ufdd0", "\ufdd1"
+_OWN_VARIABLES = ("messages", "tools", "documents", "add_generation_prompt")
 
 
-class ChatError(ValueError):
-    """A conversation or chat template that cannot be used; the message is one line."""
+class ChatOptions(TypedDict, total=False):
+    """What may be given to a chat template beside the messages.
+
+    ``tools``: JSON schemas of functions; ``documents``: objects with a title and a text; ``chat_template_kwargs``: further variables
+    of the template, such as ``enable_thinking``. ``continue_final_message``: the prompt ends within the last message, which the model
+    continues, as with transformers' ``apply_chat_template``.
+    """
+
+    tools: Sequence[Mapping[str, Any]] | None
+    documents: Sequence[Mapping[str, Any]] | None
+    chat_template_kwargs: Mapping[str, Any] | None
+    continue_final_message: bool
 
 
 class ChatFormat:
     """Turns conversations into prompts by a Jinja template with what transformers offers to templates.
 
-    A template is complete: no BOS is added to what it writes. ``origin`` says where the template is from.
+    A template is complete: no BOS is added to what it writes. ``origin`` says where the template was found.
     ``stop_token_ids`` end the assistant's turn.
     """
 
     def __init__(
-        self, template: str, tokenizer: Tokenizer, *, origin: str, variables: Mapping[str, str], stop_token_ids: Sequence[int]
+        self,
+        template: str,
+        tokenizer: Tokenizer,
+        *,
+        origin: str,
+        variables: Mapping[str, str],
+        stop_token_ids: Sequence[int] = (),
+        tool_use: str | None = None,
     ) -> None:
-        """``variables``: the names of special tokens for the template (``bos_token``). Raises :class:`ChatError` if it does not compile."""
-        self.origin = origin
-        self.stop_token_ids = tuple(stop_token_ids)
-        self._tokenizer = tokenizer
-        self._variables = dict(variables)
-        try:
-            self._template = _environment().from_string(template)
-        except jinja2.TemplateSyntaxError as error:
-            raise ChatError(f"{origin}: line {error.lineno} of the chat template is not valid Jinja: {error.message}") from error
-        except RecursionError as error:
-            raise ChatError(f"{origin}: the chat template is nested too deep") from error
+        """``variables``: the names of special tokens for the template (``bos_token``). ``tool_use``: the template where tools are given.
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
-        """The prompt for ``messages``, each with a ``role`` and a ``content`` (a text, or a list of ``{"type": "text", "text": ...}``).
-
-        With ``add_generation_prompt`` it ends where the assistant's answer begins. Raises :class:`ChatError` for messages of another
-        form and for those that the template refuses.
+        The tokenizer's tokens that the template writes around turns become special, and those that it writes after an assistant's
+        words are added to ``stop_token_ids``. Raises :class:`ChatError` for a template that does not compile.
         """
-        _check(messages)
-        return self._render(messages, add_generation_prompt)
+        self.origin = origin
+        self._tokenizer = tokenizer
+        self._template = ChatTemplate(template, origin=origin, variables=variables)
+        self._tool_use = self._template if tool_use is None else ChatTemplate(tool_use, origin=f"{origin} (tool_use)", variables=variables)
+        turns = [turns_of(one, tokenizer) for one in dict.fromkeys((self._template, self._tool_use))]
+        for each in turns:
+            tokenizer.make_special(each.markers)
+        ends = (tokenizer.special_tokens.get(name) for name in _END_OF_TURN)
+        self.stop_token_ids = tuple(
+            dict.fromkeys(i for i in (*stop_token_ids, *(e for t in turns for e in t.ends), *ends) if i is not None)
+        )
 
-    def encode(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
-        """Token ids of the prompt. Special tokens are the template's only: spelt out in a message they are plain text."""
-        _check(messages)
-        # The names of special tokens in messages are broken up by a mark, so that those left in the prompt are the template's.
-        # It is longer than all the like that the messages have, however a template joins them.
-        mark = _MARK * (1 + json.dumps(messages, ensure_ascii=False, default=str).count(_MARK))
-        prompt = self._render(_broken_up(messages, self._tokenizer, mark), add_generation_prompt)
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool | None = None, **options: Unpack[ChatOptions]
+    ) -> str:
+        """The prompt for ``messages``, each with a ``role`` and a ``content``: a text, or a list of ``{"type": "text", "text": ...}``.
+
+        ``content`` may be absent or None beside ``tool_calls``. By default the prompt ends where the assistant's answer begins or, with
+        ``continue_final_message``, goes on. Raises :class:`ChatError` for other messages and options, and where the template
+        refuses them.
+        """
+        return self._render(_Conversation.checked(messages, options), add_generation_prompt, str)
+
+    def encode(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool | None = None, **options: Unpack[ChatOptions]
+    ) -> list[int]:
+        """Token ids of the prompt. Only the template writes special tokens: spelt out in a message, tool or variable they are text."""
+        conversation = _Conversation.checked(messages, options)
+        # Names of special tokens in what the user gives are broken up by a mark, so that those left in the prompt are the template's.
+        # The mark is longer than any run of its character that was given, however a template joins texts.
+        mark = conversation.longer_than_any(_BREAK)
+        prompt = self._render(conversation, add_generation_prompt, lambda text: self._tokenizer.break_special(text, mark))
         check_unicode(prompt)
         ids: list[int] = []
-        for piece in self._tokenizer.split_special(prompt):
+        for piece in self._tokenizer.split_special(prompt.replace(_escaped(mark), mark)):
             ids += [piece] if isinstance(piece, int) else self._tokenizer.encode_ordinary(piece.replace(mark, ""))
         return ids
 
-    def _render(self, messages: Any, add_generation_prompt: bool) -> str:
+    def check(self) -> None:
+        """Raise :class:`ChatError` for a template that fails on the simplest conversation. It may refuse one."""
+        with contextlib.suppress(TemplateRefusal):
+            self.render([{"role": "user", "content": "Hello"}])
+
+    def _render(self, given: _Conversation, add_generation_prompt: bool | None, text_of: Callable[[str], str]) -> str:
+        template = self._template if given.tools is None else self._tool_use
+        asked = {name for name in ("tools", "documents") if getattr(given, name) is not None} | given.variables.keys()
+        for name in sorted(asked - template.names):
+            known = ", ".join(sorted(template.names - template.variables.keys() - set(_OWN_VARIABLES))) or "no further ones"
+            raise ChatError(f"{template.origin}: the chat template does not use {name}; leave it out (its own variables: {known})")
+        own = sorted({*_OWN_VARIABLES, *template.variables} & given.variables.keys())
+        if own:
+            raise ChatError(f"chat_template_kwargs has {own[0]}, which l4jax gives to the template itself; leave it out")
+        given = given.mapped(text_of)
+        if not given.continues:
+            return template.render(given.messages, **given.rest(add_generation_prompt is not False))
+        if add_generation_prompt:
+            raise ChatError("continue_final_message and add_generation_prompt are both set; give one of them")
+        # As transformers does: what follows the mark is cut off, and with it space that the template has trimmed before the mark.
+        mark = given.longer_than_any(_CONTINUE)
+        messages, last = given.marked(mark + " ")
+        text = template.render(messages, **given.rest(False))
+        before, found, after = text.rpartition(mark)
+        if not found or last.strip() not in text:
+            raise ChatError(f"{template.origin}: the chat template does not write the final message as it is, so it cannot be continued")
+        return before if after.startswith(" ") else before.rstrip()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Conversation:
+    """What is given to a chat template: checked, and made of plain JSON values."""
+
+    messages: list[dict[str, Any]]
+    tools: list[Any] | None
+    documents: list[Any] | None
+    variables: dict[str, Any]
+    continues: bool
+
+    @classmethod
+    def checked(cls, messages: Any, options: ChatOptions) -> _Conversation:
+        _check_messages(messages)
+        unknown = sorted(options.keys() - ChatOptions.__annotations__.keys())
+        if unknown:
+            raise TypeError(f"unexpected argument {unknown[0]!r}; expected {', '.join(ChatOptions.__annotations__)}")
+        objects = {}
+        for name in ("tools", "documents"):
+            given: Any = options.get(name)
+            if given is not None and not (_is_list(given) and all(isinstance(item, Mapping) for item in given)):
+                raise ChatError(f"{name} is a {type(given).__name__}; expected a list of JSON objects")
+            objects[name] = given
+        variables: Any = options.get("chat_template_kwargs") or {}
+        if not isinstance(variables, Mapping):
+            raise ChatError(f"chat_template_kwargs is a {type(variables).__name__}; expected the template's variables by name")
+        continues = options.get("continue_final_message", False)
+        if not isinstance(continues, bool):
+            raise ChatError(f"continue_final_message is {continues!r}; expected True or False")
         try:
-            return self._template.render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **self._variables
+            return cls(
+                # A key with None says what an absent key says; templates test for keys.
+                [{k: v for k, v in _plain(m, f"message {n}").items() if v is not None} for n, m in enumerate(messages, start=1)],
+                _plain(objects["tools"], "tools"),
+                _plain(objects["documents"], "documents"),
+                _plain(variables, "chat_template_kwargs"),
+                continues,
             )
-        # A template may do anything with the messages; whatever fails in it, it is the conversation that it cannot format.
-        except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError, *_EXHAUSTED) as error:
-            raise ChatError(f"{self.origin}: the chat template cannot format these messages: {error}") from error
+        except RecursionError as error:
+            raise ChatError("the conversation is nested too deep, or contains itself; expected JSON values") from error
+
+    def mapped(self, text_of: Callable[[str], str]) -> _Conversation:
+        """The same with every text changed by ``text_of``."""
+        parts = (_map_texts(part, text_of) for part in (self.messages, self.tools, self.documents, self.variables))
+        return _Conversation(*parts, self.continues)
+
+    def longer_than_any(self, character: str) -> str:
+        """A run of ``character`` that is longer than any here, also of its JSON escapes."""
+        escaped = json.dumps([self.messages, self.tools, self.documents, self.variables])
+        return character * (1 + escaped.count(_escaped(character)))
+
+    def rest(self, add_generation_prompt: bool) -> dict[str, Any]:
+        """All variables but the messages."""
+        return {**self.variables, "tools": self.tools, "documents": self.documents, "add_generation_prompt": add_generation_prompt}
+
+    def marked(self, mark: str) -> tuple[list[dict[str, Any]], str]:
+        """The messages with ``mark`` at the end of the last one's text, and that text without it."""
+        final = self.messages[-1]
+        content = final.get("content")
+        if isinstance(content, list) and content:
+            text, marked = content[-1]["text"], [*content[:-1], {**content[-1], "text": content[-1]["text"] + mark}]
+        elif isinstance(content, str):
+            text, marked = content, content + mark
+        else:
+            raise ChatError("continue_final_message is set, but the final message has no text to continue")
+        return [*self.messages[:-1], {**final, "content": marked}], text
 
 
 def load_chat_format(directory: Path, tokenizer: Tokenizer) -> ChatFormat | None:
-    """The chat format of the checkpoint in ``directory``.
+    """The chat format of the checkpoint in ``directory``; None if it has none.
 
     The template is its ``chat_template.jinja``, else the one in ``chat_template.json`` or ``tokenizer_config.json``, else the built-in
-    one (Llama 4, Llama 3, ChatML) whose special tokens the tokenizer has; None if there is no such.
+    one (Llama 4, Llama 3, ChatML) whose special tokens the tokenizer has. Where tools are given it is the one named ``tool_use``, if
+    there is one beside it. Raises :class:`ChatError` or :class:`TokenizerError` for a template that cannot be used.
     """
-    config = read_json(directory / "tokenizer_config.json")
-    found = _checkpoint_template(directory, config) or _built_in_template(tokenizer)
-    if found is None:
+    config = read_tokenizer_config(directory)
+    found = _checkpoint_templates(directory)
+    if "default" not in found:
+        found = _built_in_template(tokenizer)
+    if not found:
         return None
-    template, origin = found
+    template, origin = found["default"]
     texts = {token_id: text for text, token_id in tokenizer.special_tokens.items()}
     ids = {"bos_token": tokenizer.bos_id, "eos_token": next(iter(tokenizer.eos_ids), None)}
     variables = {name: texts[token_id] for name, token_id in ids.items() if token_id in texts}
     named = {key: token_text(value) for key, value in config.items() if key.endswith("_token")}
     variables |= {key: text for key, text in named.items() if text is not None}
-    stops = [*_generation_ends(directory), *tokenizer.eos_ids, *(tokenizer.special_tokens.get(name) for name in _END_OF_TURN)]
-    stop_token_ids = tuple(dict.fromkeys(stop for stop in stops if stop is not None))
-    return ChatFormat(template, tokenizer, origin=origin, variables=variables, stop_token_ids=stop_token_ids)
+    tool_use, _ = found.get("tool_use", (None, None))
+    return ChatFormat(template, tokenizer, origin=origin, variables=variables, stop_token_ids=tokenizer.eos_ids, tool_use=tool_use)
 
 
-def _checkpoint_template(directory: Path, tokenizer_config: Mapping[str, Any]) -> tuple[str, str] | None:
-    path = directory / "chat_template.jinja"
-    if path.exists():
-        try:
-            return path.read_text(encoding="utf-8"), str(path)
-        except UnicodeDecodeError as error:
-            raise TokenizerError(f"{path} is not UTF-8 text ({error}); fetch the file again") from error
-    separate = directory / "chat_template.json"
-    for path, values in ((separate, read_json(separate)), (directory / "tokenizer_config.json", tokenizer_config)):
-        template = values.get("chat_template")
-        if isinstance(template, list):
-            # Several, by name.
-            template = next((t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), None)
-        if isinstance(template, str):
-            return template, f"{path}: chat_template"
-    return None
+def _checkpoint_templates(directory: Path) -> dict[str, tuple[str, str]]:
+    """The checkpoint's templates by name, with their origin. Files of their own replace what the JSON files say, as in transformers."""
+    files = {"default": directory / "chat_template.jinja"}
+    files |= {path.stem: path for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
+    found = {name: (read_text(path), str(path)) for name, path in files.items() if path.exists()}
+    if found:
+        return found
+    for path in (directory / "chat_template.json", directory / "tokenizer_config.json"):
+        given = read_json(path).get("chat_template")
+        if given is None:
+            continue
+        # Several are a list of objects, each with its name.
+        several = given if isinstance(given, list) else [{"name": "default", "template": given}]
+        if not all(isinstance(t, dict) and isinstance(t.get("name"), str) and isinstance(t.get("template"), str) for t in several):
+            raise TokenizerError(f"{path}: chat_template is neither a template nor a list of templates with names; fetch the file again")
+        return {t["name"]: (t["template"], f"{path}: chat_template") for t in several}
+    return {}
 
 
-def _built_in_template(tokenizer: Tokenizer) -> tuple[str, str] | None:
+def _built_in_template(tokenizer: Tokenizer) -> dict[str, tuple[str, str]]:
     for name, tokens in _BUILT_IN.items():
-        if all(token in tokenizer.special_tokens for token in tokens):
+        if all(tokenizer.marker_id(token) is not None for token in tokens):
             path = Path(__file__).parent / "templates" / f"{name}.jinja"
-            return path.read_text(encoding="utf-8"), f"built-in {name} template"
-    return None
+            return {"default": (path.read_text(encoding="utf-8"), f"built-in {name} template")}
+    return {}
 
 
-def _generation_ends(directory: Path) -> list[int]:
-    ends = read_json(directory / "generation_config.json").get("eos_token_id")
-    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
-    if any(type(end) is not int for end in ends):
-        raise TokenizerError(f"{directory / 'generation_config.json'}: eos_token_id is {ends!r}; expected a token id or a list of them")
-    return ends
-
-
-def _check(messages: Any) -> None:
-    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
+def _check_messages(messages: Any) -> None:
+    if not _is_list(messages):
         raise ChatError(f"the conversation is a {type(messages).__name__}; expected a list of messages, each with role and content")
     if not messages:
         raise ChatError("the conversation has no messages; expected at least one")
@@ -155,67 +260,48 @@ def _check(messages: Any) -> None:
         role = message.get("role")
         if role not in ROLES:
             raise ChatError(f"message {number} has role {role!r}; expected one of {', '.join(ROLES)}")
+        calls = message.get("tool_calls")
+        if calls is not None and not (_is_list(calls) and all(isinstance(call, Mapping) for call in calls)):
+            raise ChatError(f"message {number} has tool_calls of type {type(calls).__name__}; expected a list of objects")
         content = message.get("content")
-        if isinstance(content, Sequence) and not isinstance(content, str):
+        if _is_list(content):
             for part in content:
                 if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
                     raise ChatError(
                         f"message {number} has a content part that is no text; only {{'type': 'text', 'text': ...}} is supported"
                     )
-        elif not isinstance(content, str):
+        elif not isinstance(content, str) and not (content is None and calls):
             raise ChatError(f"message {number} has content of type {type(content).__name__}; expected a text, or a list of text parts")
 
 
-def _broken_up(value: Any, tokenizer: Tokenizer, mark: str) -> Any:
-    """``value`` with the special tokens in all its texts broken up by ``mark``."""
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray)
+
+
+def _plain(value: Any, where: str) -> Any:
+    """``value`` in JSON's own types: templates are not trusted with methods of others."""
+    if value is None or isinstance(value, bool):
+        return value
+    for kind in (str, int, float):
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {str(key): _plain(item, where) for key, item in value.items()}
+    if _is_list(value):
+        return [_plain(item, where) for item in value]
+    raise ChatError(f"{where} has a value of type {type(value).__name__}; expected JSON values")
+
+
+def _map_texts(value: Any, text_of: Callable[[str], str]) -> Any:
     if isinstance(value, str):
-        return tokenizer.break_special(value, mark)
-    if isinstance(value, Mapping):
-        return {key: _broken_up(item, tokenizer, mark) for key, item in value.items()}
-    if isinstance(value, Sequence):
-        return [_broken_up(item, tokenizer, mark) for item in value]
+        return text_of(value)
+    if isinstance(value, dict):
+        return {text_of(key): _map_texts(item, text_of) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_map_texts(item, text_of) for item in value]
     return value
 
 
-def _environment() -> jinja2.Environment:
-    """What transformers gives to chat templates. Sandboxed: a template comes with a download and is not trusted."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now, text_of=_text_of)
-    return environment
-
-
-class _GenerationTag(jinja2.ext.Extension):
-    """``{% generation %}``, which marks the assistant's words for training, writes what is in it."""
-
-    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False) -> str:
-    """Jinja's own filter would escape HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)
-
-
-def _text_of(message: Mapping[str, Any]) -> str:
-    """For the built-in templates: the text of a message's content."""
-
-    def texts() -> Iterator[str]:
-        content = message["content"]
-        for part in [content] if isinstance(content, str) else content:
-            yield part if isinstance(part, str) else part["text"]
-
-    return "".join(texts())
+def _escaped(text: str) -> str:
+    """``text`` as JSON writes it in ASCII."""
+    return json.dumps(text)[1:-1]

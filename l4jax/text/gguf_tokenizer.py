@@ -13,30 +13,33 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 from l4jax.text.tiktoken_tokenizer import LLAMA3_SPLIT, LLAMA4_SPLIT
 from l4jax.text.tokenizer import TokenizerError
 
-# GGUF's kinds of token.
-_CONTROL, _USER_DEFINED = 3, 4
+# GGUF's kinds of token. llama.cpp neither prints unknown and unused ones nor finds them in text.
+_UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 2, 3, 4, 5
 
-# By tokenizer.ggml.pre. The two with a split pattern come from tiktoken, which takes a word that is a token as it is, without
+# By tokenizer.ggml.pre. Those with a split pattern come from tiktoken, which takes a word that is a token as it is, without
 # looking at the merges.
 _SPLITS = {"llama-bpe": LLAMA3_SPLIT, "llama4": LLAMA4_SPLIT, "gpt-4o": LLAMA4_SPLIT}
 _DIGIT_BY_DIGIT = ("smollm",)
 
 
 def write_gguf_tokenizer(metadata: Mapping[str, Any], directory: Path) -> list[str]:
-    """Write ``tokenizer.json``, ``tokenizer_config.json`` and, if there is a template, ``chat_template.jinja`` into ``directory``.
+    """Write ``tokenizer.json``, ``tokenizer_config.json`` and, if there is one template, ``chat_template.jinja`` into ``directory``.
 
-    ``metadata``: the GGUF file's, as plain Python values. Returns the names of the files, none if the file has no tokenizer.
-    Raises :class:`TokenizerError` for a tokenizer of another kind than byte-level BPE, or an unknown splitting into words.
+    ``metadata``: the GGUF file's, as plain Python values. Returns the names of the files, none if the file has no tokenizer. Several
+    templates go into ``tokenizer_config.json``. Raises :class:`TokenizerError` for a tokenizer of another kind than byte-level BPE, or
+    an unknown splitting into words.
     """
     if "tokenizer.ggml.model" not in metadata:
         return []
-    tokenizer = _build(metadata)
+    tokenizer, config, templates = _build(metadata), _tokenizer_config(metadata), _templates(metadata)
+    if len(templates) > 1:
+        config["chat_template"] = [{"name": name, "template": template} for name, template in templates.items()]
     files = {
         "tokenizer.json": tokenizer.to_str(pretty=False),
-        "tokenizer_config.json": json.dumps(_tokenizer_config(metadata), indent=2, ensure_ascii=False) + "\n",
+        "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n",
     }
-    if "tokenizer.chat_template" in metadata:
-        files["chat_template.jinja"] = metadata["tokenizer.chat_template"]
+    if templates.keys() == {"default"}:
+        files["chat_template.jinja"] = templates["default"]
     for name, text in files.items():
         (directory / name).write_text(text, encoding="utf-8")
     return list(files)
@@ -63,7 +66,10 @@ def _build(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
         if len(merge) != 2 or not vocabulary.keys() >= {*merge, "".join(merge)}:
             raise TokenizerError(f"GGUF: the merge {' '.join(merge)!r} does not make one token of two; the file is damaged")
 
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in _SPLITS))
+    # Converters fill the rows beyond a tokenizer with unused tokens, "[PAD17]". Those that merges make are words.
+    made = {part for merge in merges for part in (*merge, "".join(merge))}
+    used = {token: i for token, i in vocabulary.items() if kinds[i] != _UNUSED or token in made}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=used, merges=merges, ignore_merges=pre in _SPLITS))
     tokenizer.decoder = decoders.ByteLevel()
     prefix_space = bool(metadata.get("tokenizer.ggml.add_space_prefix", False))
     words: pre_tokenizers.PreTokenizer
@@ -74,8 +80,10 @@ def _build(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
         words = pre_tokenizers.Digits(individual_digits=True)
         bytes_of_words = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space, use_regex=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, bytes_of_words])
-    for special, kind in ((True, _CONTROL), (False, _USER_DEFINED)):
-        added = [tokenizers.AddedToken(t, special=special, normalized=False) for t, k in zip(tokens, kinds, strict=True) if k == kind]
+    for special, added_kinds in ((True, (_CONTROL, _UNKNOWN)), (False, (_USER_DEFINED,))):
+        added = [
+            tokenizers.AddedToken(t, special=special, normalized=False) for t, k in zip(tokens, kinds, strict=True) if k in added_kinds
+        ]
         (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(added)
     bos = _token(metadata, "bos")
     if bos is not None and _adds_bos(metadata):
@@ -92,6 +100,18 @@ def _tokenizer_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
         "add_bos_token": _adds_bos(metadata),
         "clean_up_tokenization_spaces": False,
     }
+
+
+def _templates(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """The chat templates by name: the default one, and others in fields of their own."""
+    key = "tokenizer.chat_template"
+    found = {name.removeprefix(f"{key}."): text for name, text in metadata.items() if name.startswith(f"{key}.")}
+    if key in metadata:
+        found["default"] = metadata[key]
+    for name, text in found.items():
+        if not isinstance(text, str):
+            raise TokenizerError(f"GGUF: the chat template {name!r} is a {type(text).__name__}; expected a text; the file is damaged")
+    return found
 
 
 def _adds_bos(metadata: Mapping[str, Any]) -> bool:

@@ -8,13 +8,13 @@ from typing import Any, override
 
 import tokenizers
 
-from l4jax.text.tokenizer import Tokenizer, TokenizerError, read_json, token_text
+from l4jax.text.tokenizer import Tokenizer, TokenizerError, is_mark, read_json, read_text, token_text
 
 
 def byte_alphabet() -> dict[str, int]:
-    """The printable character that byte-level BPE (GPT-2) writes for each byte, to the byte.
+    """The printable character that byte-level BPE (GPT-2) writes for each byte, mapped to the byte.
 
-    Printable bytes of Latin-1 stand for themselves; the others, in order, for the characters from U+0100 on.
+    Printable bytes of Latin-1 are their own characters; the other bytes, in order, have the characters from U+0100 on.
     """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -29,10 +29,11 @@ class HfTokenizer(Tokenizer):
     """A tokenizer of the tokenizers library with a byte-level vocabulary."""
 
     def __init__(self, backend: tokenizers.Tokenizer, tokenizer_config: Mapping[str, Any]) -> None:
-        """``tokenizer_config``: the contents of ``tokenizer_config.json``, which names BOS and EOS."""
+        """``tokenizer_config``: the contents of ``tokenizer_config.json``, which names BOS, EOS and other special tokens."""
+        self._backend = backend
         added = backend.get_added_tokens_decoder()
-        special = {token.content: token_id for token_id, token in added.items() if token.special}
-        # What a plain prompt gets from the tokenizer's own post-processing.
+        self._bytes = {token_id: token.content.encode() for token_id, token in added.items()}
+        # What the tokenizer's own post-processing puts around a plain prompt.
         template = backend.encode("", add_special_tokens=True).ids
         named_bos = token_text(tokenizer_config.get("bos_token"))
         named_eos = token_text(tokenizer_config.get("eos_token"))
@@ -40,16 +41,23 @@ class HfTokenizer(Tokenizer):
         eos_id = backend.token_to_id(named_eos) if named_eos is not None else None
         prepends_bos = tokenizer_config.get("add_bos_token")
         super().__init__(
-            vocab_size=backend.get_vocab_size(with_added_tokens=True),
-            special_tokens=special,
+            vocab_size=1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1),
+            special_tokens={t.content: i for i, t in added.items() if t.special or t.content in _labelled_special(tokenizer_config)},
             bos_id=bos_id,
             eos_ids=() if eos_id is None else (eos_id,),
             prepends_bos=prepends_bos if isinstance(prepends_bos, bool) else bos_id is not None and template[:1] == [bos_id],
         )
         # From here on the library takes the names of special tokens as text; split_special finds them where they are wanted.
         backend.encode_special_tokens = True
-        self._backend = backend
-        self._bytes = {token_id: token.content.encode() for token_id, token in added.items()}
+        # A name alone does not make a word special: some files name "!" for padding.
+        self.make_special({name: token_id for name in _named(tokenizer_config) if (token_id := self.marker_id(name)) is not None})
+
+    @override
+    def make_special(self, tokens: Mapping[str, int]) -> None:
+        # The library finds added tokens in text unless it knows them as special. It keeps the id of a token that it has.
+        added = {token.content for token in self._backend.get_added_tokens_decoder().values()}
+        self._backend.add_special_tokens([tokenizers.AddedToken(t, special=True, normalized=False) for t in tokens if t in added])
+        super().make_special(tokens)
 
     @override
     def encode_ordinary(self, text: str) -> list[int]:
@@ -59,24 +67,37 @@ class HfTokenizer(Tokenizer):
     def token_bytes(self, token_id: int) -> bytes:
         known = self._bytes.get(token_id)
         if known is None:
-            token = self._backend.id_to_token(token_id) if token_id >= 0 else None
-            known = self._bytes[token_id] = b"" if token is None else bytes(_BYTES[character] for character in token)
+            token = self._backend.id_to_token(token_id) if 0 <= token_id < self.vocab_size else None
+            known = self._bytes[token_id] = b"" if token is None else _bytes_of(token)
         return known
 
     @override
     def token_id(self, token: str) -> int | None:
-        special = self.special_tokens.get(token)
-        if special is not None:
-            return special
-        ordinary: int | None = self._backend.token_to_id("".join(_CHARACTERS[byte] for byte in token.encode()))
-        return ordinary
+        try:
+            characters = "".join(_CHARACTERS[byte] for byte in token.encode())
+        except UnicodeEncodeError:
+            return None
+        found = self.special_tokens.get(token)
+        # Added tokens, and entries outside the byte alphabet, are in the vocabulary as they read.
+        candidates = (found, self._backend.token_to_id(characters), self._backend.token_to_id(token))
+        return next((token_id for token_id in candidates if token_id is not None), None)
+
+    @override
+    def marker_id(self, text: str) -> int | None:
+        token_id = self.token_id(text)
+        if token_id is None or text in self.special_tokens:
+            return token_id
+        # Merges stay inside a word: a token that is several words was put in the vocabulary by hand.
+        words = self._backend.pre_tokenizer.pre_tokenize_str(text) if self._backend.pre_tokenizer is not None else [text]
+        return token_id if len(words) > 1 and is_mark(text[0]) and is_mark(text[-1]) else None
 
 
 def load_hf_tokenizer(directory: Path) -> HfTokenizer:
     """The tokenizer in ``directory/tokenizer.json``. Raises :class:`TokenizerError`."""
     path = directory / "tokenizer.json"
+    content = read_text(path)
     try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
+        backend = tokenizers.Tokenizer.from_str(content)
     # The library raises plain Exception.
     except Exception as error:
         raise TokenizerError(
@@ -88,9 +109,66 @@ def load_hf_tokenizer(directory: Path) -> HfTokenizer:
             f"{path} has a {type(backend.model).__name__} model with a {decoder} decoder, which is not supported; "
             "expected byte-level BPE, as Llama 3, Llama 4 and SmolLM2 have"
         )
+    config = read_tokenizer_config(directory)
+    _add_missing(backend, config, directory)
     for token in backend.get_added_tokens_decoder().values():
         if token.special and (token.lstrip or token.rstrip or token.single_word):
             raise TokenizerError(f"{path}: the special token {token.content!r} changes the text around it, which is not supported")
     backend.no_truncation()
     backend.no_padding()
-    return HfTokenizer(backend, read_json(directory / "tokenizer_config.json"))
+    return HfTokenizer(backend, config)
+
+
+def read_tokenizer_config(directory: Path) -> dict[str, Any]:
+    """``tokenizer_config.json``, completed from the older ``special_tokens_map.json`` and ``added_tokens.json`` as transformers does.
+
+    Both are read only where ``added_tokens_decoder`` is absent, and the map's values come before the configuration's.
+    """
+    config = read_json(directory / "tokenizer_config.json")
+    if "added_tokens_decoder" in config:
+        return config
+    config |= read_json(directory / "special_tokens_map.json")
+    added = read_json(directory / "added_tokens.json")
+    return config | {"added_tokens_decoder": {token_id: {"content": token} for token, token_id in added.items()}}
+
+
+def _add_missing(backend: tokenizers.Tokenizer, config: Mapping[str, Any], directory: Path) -> None:
+    """Add the tokens that only ``added_tokens_decoder`` (or ``added_tokens.json``) has."""
+    try:
+        added = sorted((int(key), str(token["content"]), bool(token.get("special"))) for key, token in _added(config).items())
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise TokenizerError(f"{directory / 'tokenizer_config.json'}: added_tokens_decoder is not a table of tokens by id") from error
+    for token_id, content, special in added:
+        if backend.token_to_id(content) is None:
+            backend.add_tokens([tokenizers.AddedToken(content, special=special, normalized=False)])
+        if backend.token_to_id(content) != token_id:
+            raise TokenizerError(
+                f"{directory}: the token {content!r} has id {token_id} among the added tokens and {backend.token_to_id(content)} in "
+                "tokenizer.json; the files are not of one tokenizer"
+            )
+
+
+def _added(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    return config.get("added_tokens_decoder") or {}
+
+
+def _named(config: Mapping[str, Any]) -> list[str]:
+    """The tokens that a tokenizer's configuration names: BOS, EOS, padding, and further special ones."""
+    names = [token_text(value) for key, value in config.items() if key.endswith("_token")]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        extra = config.get(key) or []
+        names += map(token_text, extra.values() if isinstance(extra, dict) else extra)
+    return [name for name in names if name]
+
+
+def _labelled_special(config: Mapping[str, Any]) -> set[str]:
+    """The tokens that a tokenizer's configuration labels as special; ``tokenizer.json`` has a label of its own."""
+    return {token["content"] for token in _added(config).values() if token.get("special")}
+
+
+def _bytes_of(token: str) -> bytes:
+    """What an entry of the vocabulary stands for: bytes in GPT-2's alphabet or, with any other character in it, its own UTF-8.
+
+    (As the tokenizers library decodes it. Converters of finetuned models write such entries.)
+    """
+    return bytes(_BYTES[c] for c in token) if all(c in _BYTES for c in token) else token.encode()

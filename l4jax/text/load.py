@@ -1,19 +1,69 @@
-"""Finding out what tokenizer a checkpoint has."""
+"""The tokenizer and chat format of a folder, and whether they can be used."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from pathlib import Path
 
+from l4jax.text.chat import ChatFormat, load_chat_format
 from l4jax.text.hf_tokenizer import load_hf_tokenizer
+from l4jax.text.template import ChatError
 from l4jax.text.tiktoken_tokenizer import load_tiktoken_tokenizer
-from l4jax.text.tokenizer import Tokenizer
+from l4jax.text.tokenizer import Tokenizer, TokenizerError
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """What a folder has for text. ``no_tokenizer``, ``no_chat``: where it is None, why, as part of a sentence."""
+
+    tokenizer: Tokenizer | None
+    chat_format: ChatFormat | None
+    no_tokenizer: str = "this checkpoint has no tokenizer"
+    no_chat: str = "this checkpoint has no chat template"
+
+
+def load_text(directory: Path) -> Text:
+    """Tokenizer and chat format of the checkpoint in ``directory``. One that cannot be used is None: the model still takes token ids."""
+    try:
+        tokenizer = _read_tokenizer(directory)
+    except TokenizerError as error:
+        reason = f"this checkpoint's tokenizer cannot be used ({error})"
+        return Text(None, None, no_tokenizer=reason, no_chat=reason)
+    if tokenizer is None:
+        return Text(None, None)
+    try:
+        return Text(tokenizer, load_chat_format(directory, tokenizer))
+    except (ChatError, TokenizerError) as error:
+        return Text(tokenizer, None, no_chat=f"this checkpoint's chat template cannot be used ({error})")
 
 
 def load_tokenizer(directory: Path) -> Tokenizer | None:
     """The tokenizer in ``directory``: its ``tokenizer.json``, else its ``tokenizer.model``; None if it has neither.
 
-    Raises :class:`l4jax.text.tokenizer.TokenizerError` for a file that is damaged or of another kind.
+    The tokens that the folder's chat template writes around turns are special in it, whatever the files label them. Raises
+    :class:`l4jax.text.tokenizer.TokenizerError` for a file that is damaged or of another kind.
     """
+    tokenizer = _read_tokenizer(directory)
+    if tokenizer is not None:
+        with contextlib.suppress(ChatError, TokenizerError):
+            load_chat_format(directory, tokenizer)
+    return tokenizer
+
+
+def check_text(directory: Path) -> None:
+    """Read the tokenizer and chat template in ``directory`` as :func:`load_text` will, and format a message.
+
+    Raises :class:`l4jax.text.tokenizer.TokenizerError` or :class:`l4jax.text.template.ChatError` for files that are damaged, git-lfs
+    pointers or not supported. A folder without them passes.
+    """
+    tokenizer = _read_tokenizer(directory)
+    chat_format = None if tokenizer is None else load_chat_format(directory, tokenizer)
+    if chat_format is not None:
+        chat_format.check()
+
+
+def _read_tokenizer(directory: Path) -> Tokenizer | None:
     if (directory / "tokenizer.json").exists():
         return load_hf_tokenizer(directory)
     if (directory / "tokenizer.model").exists():

@@ -1,7 +1,7 @@
 """Meta's ``tokenizer.model``: tiktoken's ranks in base64, with the special tokens of Llama 3 and Llama 4.
 
 The file holds ordinary tokens only. The split into words and the special tokens, whose ids follow the ranks, belong to the model
-family, which is told by the number of ranks.
+family, which is recognised by the number of ranks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import override
 
 import tiktoken
 
-from l4jax.text.tokenizer import Tokenizer, TokenizerError
+from l4jax.text.tokenizer import Tokenizer, TokenizerError, read_bytes
 
 LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 """How Llama 3 cuts text into words before merging bytes."""
@@ -26,11 +26,11 @@ LLAMA4_SPLIT = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTION}"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""How Llama 4 does (the o200k split)."""
+"""How Llama 4 cuts text into words (the o200k split)."""
 
 LLAMA3_RANKS, LLAMA4_RANKS = 128_000, 200_000
 
-# Meta encodes long texts in slices, and cuts runs without (or of nothing but) spaces: tokens never cross these borders.
+# Meta encodes long texts in slices, and cuts long runs of spaces and long runs of other characters: tokens never cross these borders.
 _SLICE_CHARACTERS, _RUN_CHARACTERS = 400_000, 25_000
 _RUN = re.compile(r"\s+|\S+")
 
@@ -103,13 +103,18 @@ class TiktokenTokenizer(Tokenizer):
 
     @override
     def token_id(self, token: str) -> int | None:
-        return self.special_tokens.get(token, self._ranks.get(token.encode()))
+        return self.special_tokens.get(token, self._ranks.get(token.encode(errors="surrogatepass")))
+
+    @override
+    def marker_id(self, text: str) -> int | None:
+        # The ranks are ordinary tokens, each a part of a word.
+        return self.special_tokens.get(text)
 
 
 def load_tiktoken_tokenizer(path: Path) -> TiktokenTokenizer:
     """Read a ``tokenizer.model`` of lines "base64 rank". Raises :class:`TokenizerError`."""
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    for number, line in enumerate(read_bytes(path).splitlines(), start=1):
         try:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
@@ -127,7 +132,7 @@ def load_tiktoken_tokenizer(path: Path) -> TiktokenTokenizer:
 
 
 def _parts(text: str) -> Iterator[str]:
-    """``text`` in the slices that Meta encodes one by one."""
+    """Cut ``text`` into the slices that Meta encodes one by one."""
     for start in range(0, len(text), _SLICE_CHARACTERS):
         piece = text[start : start + _SLICE_CHARACTERS]
         cut = 0

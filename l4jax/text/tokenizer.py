@@ -23,21 +23,26 @@ class TokenizerError(ValueError):
 class Tokenizer(abc.ABC):
     """A byte-level tokenizer: every token stands for some bytes, and text is their UTF-8.
 
-    ``vocab_size``: number of tokens, special ones included. ``special_tokens``: id of each special token. ``bos_id``: the token
-    that begins a text, or None. ``prepends_bos``: whether the model expects it before a plain prompt. ``eos_ids``: the tokens that
-    end an answer, as the tokenizer's own files name them.
+    ``vocab_size``: the largest token id plus one. ``special_tokens``: the id of each special token, by its name. ``bos_id``: the
+    token that begins a text, or None. ``prepends_bos``: whether the model expects it before a plain prompt. ``eos_ids``: the tokens
+    that end an answer, as the tokenizer's own files name them.
     """
 
     def __init__(
         self, *, vocab_size: int, special_tokens: Mapping[str, int], bos_id: int | None, eos_ids: Sequence[int], prepends_bos: bool
     ) -> None:
         self.vocab_size = vocab_size
-        self.special_tokens = dict(special_tokens)
         self.bos_id = bos_id
         self.eos_ids = tuple(eos_ids)
         self.prepends_bos = prepends_bos
+        self.special_tokens: dict[str, int] = {}
+        self.make_special(special_tokens)
+
+    def make_special(self, tokens: Mapping[str, int]) -> None:
+        """Treat further tokens, by their names, as special: text never becomes them, and decoding leaves them out."""
+        self.special_tokens |= tokens
         self._special_ids = frozenset(self.special_tokens.values())
-        # Of two tokens that begin at the same place, the longer one is meant.
+        # Where two tokens start at the same place, the longer one is meant.
         longest_first = sorted(self.special_tokens, key=len, reverse=True)
         self._special_pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
@@ -66,7 +71,7 @@ class Tokenizer(abc.ABC):
         return [piece for piece in pieces if piece != ""]
 
     def break_special(self, text: str, mark: str) -> str:
-        """``text`` with ``mark`` after the first character of each special token that is spelt out in it or begun at its end."""
+        """``text`` with ``mark`` after the first character of each special token that it spells out, and of one that its end begins."""
         text = self._special_pattern.sub(lambda match: match[0][0] + mark + match[0][1:], text)
         first_characters = {token[0] for token in self.special_tokens}
         longest = max(map(len, self.special_tokens), default=0)
@@ -76,7 +81,7 @@ class Tokenizer(abc.ABC):
         return text
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """The text of ``ids``. Bytes that are no UTF-8 become U+FFFD; ids that no token has are left out."""
+        """The text of ``ids``. Bytes that are not UTF-8 become U+FFFD; ids without a token are left out."""
         return b"".join(self.token_bytes(i) for i in ids if not (skip_special and self.is_special(i))).decode("utf-8", errors="replace")
 
     def is_special(self, token_id: int) -> bool:
@@ -85,15 +90,24 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def encode_ordinary(self, text: str) -> list[int]:
-        """Token ids of ``text``, whatever it says taken as plain text."""
+        """Token ids of ``text``, with special tokens spelt out in it taken as plain text."""
 
     @abc.abstractmethod
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that the token stands for (a special token: its name); none for an id that no token has."""
+        """The bytes that the token stands for (a special token: its name); empty for an id without a token."""
 
     @abc.abstractmethod
     def token_id(self, token: str) -> int | None:
         """Id of the special token with this name, or of the ordinary token with this text; None if there is none."""
+
+    @abc.abstractmethod
+    def marker_id(self, text: str) -> int | None:
+        """Id of the token with this text if no text can become it, whatever its label: only a template puts it in a prompt. Else None."""
+
+
+def is_mark(character: str) -> bool:
+    """Whether a character is neither letter, digit nor space: the first and last one of a marker."""
+    return not (character.isalnum() or character.isspace())
 
 
 def check_unicode(text: str) -> None:
@@ -106,13 +120,29 @@ def check_unicode(text: str) -> None:
         ) from None
 
 
+def read_bytes(path: Path) -> bytes:
+    """The contents of a file. Raises :class:`TokenizerError` for a git-lfs pointer, which an incomplete clone has in its place."""
+    content = path.read_bytes()
+    if content.startswith(b"version https://git-lfs.github.com/spec/"):
+        raise TokenizerError(f"{path} is a git-lfs pointer in place of the file; fetch the file itself, with: git lfs pull")
+    return content
+
+
+def read_text(path: Path) -> str:
+    """The contents of a file of UTF-8 text. Raises :class:`TokenizerError` for any other file."""
+    try:
+        return read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise TokenizerError(f"{path} is not UTF-8 text ({error}); fetch the file again") from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if there is no such file."""
+    """The object in a JSON file; empty if there is no such file. Raises :class:`TokenizerError` for a file with anything else."""
     if not path.exists():
         return {}
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        values = json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
         raise TokenizerError(f"{path} is not valid JSON ({error}); fetch the file again") from error
     if not isinstance(values, dict):
         raise TokenizerError(f"{path} holds a {type(values).__name__}; expected a JSON object")

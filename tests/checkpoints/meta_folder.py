@@ -84,7 +84,7 @@ def write_meta_folder(folder: Path, config: dict, tensors: dict[str, np.ndarray]
     """A Hugging Face model (its ``config.json`` and tensors) as Meta would have published it."""
     folder.mkdir()
     (folder / "params.json").write_text(json.dumps(_params(config)))
-    (folder / "tokenizer.model").write_text("not read by the converter")
+    (folder / "USE_POLICY.md").write_text("not read by the converter")
     is_llama4 = "text_config" in config or config["model_type"] == "llama4_text"
     text = config.get("text_config", config)
     tensors = {key.removeprefix("language_model."): value for key, value in tensors.items()}

@@ -45,7 +45,7 @@ def test_meta_and_hugging_face_give_identical_weights(model, shards, tmp_path):
     meta, hf = open_checkpoint(tmp_path / "meta"), open_checkpoint(tmp_path / "hf")
     assert dict(meta.weights) == dict(hf.weights)
     assert meta.config.moe == hf.config.moe
-    assert meta.text_files == ("tokenizer.model", "NOTICE")
+    assert meta.text_files == ("USE_POLICY.md", "NOTICE")
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])

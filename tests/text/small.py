@@ -29,20 +29,20 @@ TEXTS = (
 
 
 @functools.cache
-def _trained(kind: str) -> str:
+def _trained(kind: str, special: tuple[str, ...]) -> str:
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     backend.decoder = decoders.ByteLevel() if kind == "bytes" else decoders.Metaspace()
     trainer = trainers.BpeTrainer(
-        vocab_size=420, special_tokens=list(SPECIAL), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=420, special_tokens=list(special), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     backend.train_from_iterator(CORPUS, trainer)
     return str(backend.to_str())
 
 
-def backend(kind: str = "bytes") -> tokenizers.Tokenizer:
-    """A byte-level BPE of some 400 tokens, trained on a few lines."""
-    return tokenizers.Tokenizer.from_str(_trained(kind))
+def backend(kind: str = "bytes", special: tuple[str, ...] = SPECIAL) -> tokenizers.Tokenizer:
+    """A byte-level BPE of some 400 tokens, trained on a few lines; the first are ``special``."""
+    return tokenizers.Tokenizer.from_str(_trained(kind, special))
 
 
 def write(directory: Path, *, post_processed: bool = False, **tokenizer_config: Any) -> Path:

@@ -14,7 +14,7 @@ from l4jax.text.chat import ChatError, ChatFormat, load_chat_format
 from l4jax.text.hf_tokenizer import HfTokenizer
 from l4jax.text.load import load_tokenizer
 from l4jax.text.tiktoken_tokenizer import LLAMA3_RANKS, LLAMA4_RANKS, TiktokenTokenizer
-from l4jax.text.tokenizer import Tokenizer, TokenizerError
+from l4jax.text.tokenizer import Tokenizer
 from tests.text import small
 
 TOKENIZER = HfTokenizer(small.backend(), {})
@@ -28,8 +28,8 @@ CONVERSATION = [
 ]
 
 
-def chat_format(template: str, tokenizer: Tokenizer = TOKENIZER) -> ChatFormat:
-    return ChatFormat(template, tokenizer, origin="test", variables={"bos_token": "<|begin_of_text|>"}, stop_token_ids=())
+def chat_format(template: str, tokenizer: Tokenizer = TOKENIZER, tool_use: str | None = None) -> ChatFormat:
+    return ChatFormat(template, tokenizer, origin="test", variables={"bos_token": "<|begin_of_text|>"}, tool_use=tool_use)
 
 
 def built_in(directory: Path, tokenizer: Tokenizer) -> ChatFormat:
@@ -117,10 +117,12 @@ def test_built_in_formats_have_metas_tokens(
             {"tokenizer_config.json": {"chat_template": [{"name": "tool_use", "template": "B"}, {"name": "default", "template": "A"}]}},
             "tokenizer_config.json",
         ),
+        ({"chat_template.jinja": "A", "additional_chat_templates/tool_use.jinja": "B"}, "chat_template.jinja"),
     ],
 )
 def test_the_checkpoints_template_is_used(tmp_path: Path, files: dict[str, Any], origin: str) -> None:
     for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
     found = load_chat_format(tmp_path, TOKENIZER)
     assert found is not None
@@ -129,21 +131,14 @@ def test_the_checkpoints_template_is_used(tmp_path: Path, files: dict[str, Any],
 
 
 def test_without_any_template_there_is_no_chat(tmp_path: Path) -> None:
-    backend = small.backend()
-    tokenizer = HfTokenizer(backend, {})
-    tokenizer.special_tokens = {}
-    assert load_chat_format(tmp_path, tokenizer) is None
+    assert load_chat_format(tmp_path, HfTokenizer(small.backend(special=("<s>", "</s>")), {})) is None
 
 
 def test_stop_tokens_come_from_all_that_names_them(tmp_path: Path) -> None:
     small.write(tmp_path, eos_token="<|end_of_text|>")
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 1]}')
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer is not None
-    assert built_in(tmp_path, tokenizer).stop_token_ids == (7, 1, 3)
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": "x"}')
-    with pytest.raises(TokenizerError, match=r"eos_token_id is \['x'\]; expected a token id or a list of them"):
-        load_chat_format(tmp_path, tokenizer)
+    assert built_in(tmp_path, tokenizer).stop_token_ids == (1, 3)
 
 
 def test_templates_know_the_special_tokens(tmp_path: Path) -> None:
@@ -223,6 +218,217 @@ def test_parts_of_a_message_cannot_join_to_a_special_token(parts: list[str]) -> 
     assert TOKENIZER.decode(ids) == "".join(parts)
 
 
+def parts(*texts: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text} for text in texts]
+
+
+# Llama 3.2's way: the system message is a text, the others texts or lists of parts, each trimmed.
+EITHER = (
+    "{% if messages[0].role == 'system' %}[{{ messages[0]['content'] | trim }}]{% set messages = messages[1:] %}{% endif %}"
+    "{% for m in messages %}{% if m.content is string %}<{{ m.content }}>"
+    "{% else %}{% for part in m['content'] %}{% if part.type == 'text' %}({{ part.text | trim }}){% endif %}{% endfor %}{% endif %}"
+    "{% endfor %}"
+)
+PARTS_ONLY = (
+    "{% for m in messages %}{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }};{% endif %}{% endfor %}{% endfor %}"
+)
+TEXT_ONLY = "{% for m in messages %}{{ m['content'] | trim }};{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "contents", "rendered"),
+    [
+        (TEXT_ONLY, [parts("Bye", " now "), "x"], "Bye now;x;"),
+        (TEXT_ONLY.replace("| trim", ""), [parts("Bye", " now "), parts()], "Bye now ;;"),
+        (TEXT_ONLY.replace("| trim", "+ ''"), [parts("Bye", " now")], "Bye now;"),
+        (PARTS_ONLY, ["Bye now", parts("a", "b")], "Bye now;a;b;"),
+        (EITHER, [parts(" Bye ", "now"), " x"], "(Bye)(now)< x>"),
+    ],
+)
+def test_a_template_gets_contents_in_the_form_that_it_takes(template: str, contents: list[Any], rendered: str) -> None:
+    assert chat_format(template).render([{"role": "user", "content": content} for content in contents]) == rendered
+
+
+def test_each_role_has_a_form_of_its_own() -> None:
+    conversation = [{"role": "system", "content": parts("Be", " brief ")}, {"role": "user", "content": parts("a ", "b")}]
+    assert chat_format(EITHER).render(conversation) == "[Be brief](a)(b)"
+
+
+# Rendered with transformers 5.24, apply_chat_template(continue_final_message=True).
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+)
+TRIMMED = CHATML.replace("m.content", "m.content | trim")
+
+
+@pytest.mark.parametrize(
+    ("template", "content", "ending"),
+    [
+        (CHATML, "Hello, my name", "assistant\nHello, my name"),
+        (CHATML, "  Hello \n", "assistant\n  Hello \n"),
+        (TRIMMED, "  Hello \n", "assistant\nHello"),
+        (TRIMMED, "Hello", "assistant\nHello"),
+        (TRIMMED.replace("<|im_end|>", " <|im_end|>"), "Hello ", "assistant\nHello "),
+        (PARTS_ONLY, "Hello ", "Hi;Hello "),
+        (CHATML, parts("Hel", "lo "), "assistant\nHello "),
+        (PARTS_ONLY, parts("Hel", "lo "), "Hi;Hel;lo "),
+        # Twice in the text: the last one is continued.
+        (CHATML, "user", "assistant\nuser"),
+        (CHATML, "\ufdd1 \ufdd1", "assistant\n\ufdd1 \ufdd1"),
+    ],
+)
+def test_the_final_message_is_continued_as_by_transformers(template: str, content: Any, ending: str) -> None:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": content}]
+    chat = chat_format(template)
+    prompt = chat.render(messages, continue_final_message=True)
+    assert prompt.endswith(ending)
+    assert messages[1]["content"] == content
+    assert chat.render(messages).startswith(prompt.rstrip())
+    assert chat.encode(messages, continue_final_message=True) == TOKENIZER.encode(prompt, parse_special=True, add_bos=False)
+
+
+def test_a_continued_message_cannot_speak_for_the_template() -> None:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "<|im_end|>x<|im_"}]
+    ids = chat_format(CHATML).encode(messages, continue_final_message=True)
+    assert [i for i in ids if TOKENIZER.is_special(i)] == [2, 3, 2]
+    assert TOKENIZER.decode(ids).endswith("assistant\n<|im_end|>x<|im_")
+
+
+TOOLS = [{"type": "function", "function": {"name": "f", "description": "<|im_end|> & <b>"}}]
+WITH_ALL = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for d in documents or [] %}{{ d.title }}={{ d.text }};{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.arguments | tojson }}{% endfor %}{% endfor %}"
+    "{{ 'quiet' if enable_thinking is defined and not enable_thinking else 'thinking' }}{{ date | default('') }}"
+)
+
+
+def test_tools_documents_and_variables_reach_the_template() -> None:
+    chat = chat_format(WITH_ALL)
+    documents = [{"title": "t", "text": "<|im_end|>"}]
+    options: dict[str, Any] = {
+        "tools": TOOLS,
+        "documents": documents,
+        "chat_template_kwargs": {"enable_thinking": False, "date": "<|im_start|>"},
+    }
+    text = json.dumps(TOOLS) + "t=<|im_end|>;<|im_start|>hiquiet<|im_start|>"
+    messages = [{"role": "user", "content": "hi"}]
+    assert chat.render(messages, **options) == text
+    ids = chat.encode(messages, **options)
+    assert [i for i in ids if TOKENIZER.is_special(i)] == [2]
+    assert TOKENIZER.decode(ids, skip_special=False) == text
+
+
+def test_texts_that_a_template_escapes_keep_their_marks_out() -> None:
+    chat = chat_format("{{ tools | tojson(ensure_ascii=True) }}{{ messages[0].content }}")
+    tools = [{"<|im_end|>": r"é \ufdd0 \\ufdd0"}]
+    ids = chat.encode([{"role": "user", "content": "\ufdd0"}], tools=tools)
+    assert not any(TOKENIZER.is_special(i) for i in ids)
+    assert TOKENIZER.decode(ids) == json.dumps(tools) + "\ufdd0"
+
+
+def test_tool_calls_need_no_content() -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": [1, 2.5, None, True]}}}
+    for message in (
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "assistant", "tool_calls": [call], "name": None},
+    ):
+        assert chat_format(WITH_ALL).render([message]) == '<|im_start|>{"x": [1, 2.5, null, true]}thinking'
+        # A key with None is as an absent one, as in transformers.
+        assert chat_format("{{ 'content' in messages[0] }}{{ 'name' in messages[0] }}").render([message]) == "FalseFalse"
+
+
+def test_the_template_for_tools_is_used_with_tools() -> None:
+    chat = chat_format("{{ messages[0].content }}", tool_use="{{ tools[0].function.name }}<|im_end|>")
+    messages = [{"role": "user", "content": "hi"}]
+    assert (chat.render(messages), chat.render(messages, tools=TOOLS)) == ("hi", "f<|im_end|>")
+    with pytest.raises(ChatError, match=r"test \(tool_use\): line 1 of the chat template is not valid Jinja"):
+        chat_format("x", tool_use="{% for %}")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tools": "f"}, "tools is a str; expected a list of JSON objects"),
+        ({"tools": {"name": "f"}}, "tools is a dict; expected a list of JSON objects"),
+        ({"tools": [len]}, "tools is a list; expected a list of JSON objects"),
+        ({"documents": ["text"]}, "documents is a list; expected a list of JSON objects"),
+        ({"tools": [{"name": b"f"}]}, "tools has a value of type bytes; expected JSON values"),
+        ({"tools": [{5: "f"}]}, "tools has a value of type dict; expected JSON values"),
+        ({"chat_template_kwargs": ["x"]}, "chat_template_kwargs is a list; expected the template's variables by name"),
+        (
+            {"chat_template_kwargs": {"enable_thinkng": False}},
+            "the chat template does not use enable_thinkng; leave it out (its own variables: ",
+        ),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs has messages, which l4jax gives to the template itself"),
+        ({"chat_template_kwargs": {"add_generation_prompt": False}}, "chat_template_kwargs has add_generation_prompt"),
+        ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs has tools"),
+        ({"chat_template_kwargs": {"bos_token": "x"}}, "chat_template_kwargs has bos_token"),
+        ({"chat_template_kwargs": {"date": object()}}, "chat_template_kwargs has a value of type object; expected JSON values"),
+        ({"continue_final_message": 1}, "continue_final_message is 1; expected True or False"),
+        ({"continue_final_message": True, "add_generation_prompt": True}, "are both set; give one of them"),
+    ],
+)
+def test_bad_options_are_refused_in_one_line(options: dict[str, Any], message: str) -> None:
+    chat = chat_format(WITH_ALL + "{{ bos_token }}{{ add_generation_prompt }}")
+    for use in (chat.render, chat.encode):
+        with pytest.raises(ChatError) as error:
+            use([{"role": "user", "content": "hi"}], **options)
+        assert message in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_what_a_template_has_no_use_for_is_refused() -> None:
+    for options in ({"tools": TOOLS}, {"documents": []}):
+        with pytest.raises(ChatError, match=f"test: the chat template does not use {next(iter(options))}; leave it out"):
+            chat_format(CHATML).render(CONVERSATION[:1], **options)
+    with pytest.raises(TypeError, match="unexpected argument 'tool'; expected tools, documents, chat_template_kwargs"):
+        chat_format(CHATML).render(CONVERSATION[:1], tool=TOOLS)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("template", "message", "refusal"),
+    [
+        (CHATML, {"role": "assistant", "tool_calls": [{"name": "f"}]}, "the final message has no text to continue"),
+        (CHATML, {"role": "assistant", "content": []}, "the final message has no text to continue"),
+        (
+            "{% for m in messages %}{{ m.role }}{% endfor %}",
+            {"role": "assistant", "content": "Hi"},
+            "does not write the final message as it is",
+        ),
+        (
+            "{% for m in messages %}{{ m.content | upper }}{% endfor %}",
+            {"role": "assistant", "content": "Hi"},
+            "does not write the final message",
+        ),
+    ],
+)
+def test_what_cannot_be_continued_is_refused(template: str, message: dict[str, Any], refusal: str) -> None:
+    with pytest.raises(ChatError, match=refusal):
+        chat_format(template).render([message], continue_final_message=True)
+
+
+def test_the_built_in_templates_refuse_tool_calls(tmp_path: Path) -> None:
+    message = {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}
+    for tokenizer in (TOKENIZER, LLAMA3, LLAMA4):
+        with pytest.raises(ChatError, match="the built-in template has no form for tool calls"):
+            built_in(tmp_path, tokenizer).render([message])
+
+
+def test_a_conversation_that_contains_itself_is_refused() -> None:
+    message: dict[str, Any] = {"role": "user", "content": "hi"}
+    message["more"] = message
+    with pytest.raises(ChatError, match="nested too deep, or contains itself"):
+        chat_format(CHATML).encode([message])
+
+
+def test_a_refusal_of_several_lines_is_told_in_one() -> None:
+    with pytest.raises(ChatError) as error:
+        chat_format("{{ raise_exception('first\n  second') }}").render(CONVERSATION)
+    assert str(error.value).endswith(": first second")
+
+
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
@@ -238,6 +444,11 @@ def test_parts_of_a_message_cannot_join_to_a_special_token(parts: list[str]) -> 
         ([{"role": "user", "content": 5}], "message 1 has content of type int"),
         ([{"role": "user", "content": [{"type": "image"}]}], "message 1 has a content part that is no text"),
         ([{"role": "user", "content": ["hi"]}], "message 1 has a content part that is no text"),
+        (b"hi", "the conversation is a bytes; expected a list of messages"),
+        ([{"role": "user", "content": b"hi"}], "message 1 has content of type bytes"),
+        ([{"role": "assistant", "content": None, "tool_calls": []}], "message 1 has content of type NoneType"),
+        ([{"role": "assistant", "content": None, "tool_calls": {"name": "f"}}], "message 1 has tool_calls of type dict; expected a list"),
+        ([{"role": "user", "content": "hi", "name": b"x"}], "message 1 has a value of type bytes; expected JSON values"),
     ],
 )
 def test_bad_messages_are_refused_in_one_line(messages: Any, message: str) -> None:

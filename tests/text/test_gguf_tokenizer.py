@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
+from l4jax.text.chat import load_chat_format
 from l4jax.text.gguf_tokenizer import write_gguf_tokenizer
 from l4jax.text.load import load_tokenizer
 from l4jax.text.tiktoken_tokenizer import LLAMA3_RANKS, LLAMA4_RANKS, TiktokenTokenizer
 from l4jax.text.tokenizer import Tokenizer, TokenizerError
 from tests.text import small
 
-CONTROL, USER_DEFINED, NORMAL = 3, 4, 1
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 
 
 def metadata(**changes: Any) -> dict[str, Any]:
@@ -100,6 +101,30 @@ def test_user_defined_tokens_are_found_in_text_but_are_text(tmp_path: Path) -> N
     tokenizer = convert(tmp_path, tokens=[*tokens, "<tool>"], token_type=[*types, USER_DEFINED])
     assert tokenizer.encode("<tool>") == [len(tokens)]
     assert tokenizer.decode([len(tokens)]) == "<tool>"
+
+
+def test_a_word_outside_the_byte_alphabet_is_decoded_as_it_is_and_unused_rows_as_nothing(tmp_path: Path) -> None:
+    fields = metadata()
+    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    count = len(tokens)
+    tokenizer = convert(tmp_path, tokens=[*tokens, "[PAD1]", "你好 世", "[PAD2]"], token_type=[*types, UNUSED, NORMAL, UNUSED])
+    assert tokenizer.decode(range(count, count + 3)) == "你好 世"
+    assert tokenizer.token_id("[PAD1]") is None
+    # Every id can be decoded, also those that the model's embedding has beyond the tokenizer.
+    assert all(isinstance(tokenizer.decode([i]), str) for i in range(count + 100))
+
+
+def test_several_templates(tmp_path: Path) -> None:
+    templates = {"tokenizer.chat_template": "{{ messages[0].content }}", "tokenizer.chat_template.tool_use": "T{{ tools | tojson }}"}
+    assert write_gguf_tokenizer(metadata() | templates, tmp_path) == ["tokenizer.json", "tokenizer_config.json"]
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer is not None
+    chat = load_chat_format(tmp_path, tokenizer)
+    assert chat is not None
+    assert chat.render([{"role": "user", "content": "hi"}]) == "hi"
+    assert chat.render([{"role": "user", "content": "hi"}], tools=[{"name": "f"}]) == 'T[{"name": "f"}]'
+    with pytest.raises(TokenizerError, match="the chat template 'default' is a int; expected a text"):
+        write_gguf_tokenizer(metadata() | {"tokenizer.chat_template": 5}, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from tokenizers import models, pre_tokenizers
 
 from l4jax.text.hf_tokenizer import HfTokenizer, byte_alphabet
 from l4jax.text.load import load_tokenizer
+from l4jax.text.stream import StreamDecoder
 from l4jax.text.tokenizer import TokenizerError
 from tests.text import small
 
@@ -48,6 +49,44 @@ def test_ids_are_the_librarys(text: str) -> None:
 def test_decoding_any_tokens_agrees_with_the_library(ids: list[int]) -> None:
     assert TOKENIZER.decode(ids, skip_special=False) == small.backend().decode(ids, skip_special_tokens=False)
     assert TOKENIZER.decode(ids) == small.backend().decode(ids, skip_special_tokens=True)
+
+
+# A word of another writing in the vocabulary itself, as converters of finetuned models leave it, and ids without a token.
+ODD = {"你好 世": 700, "Ġ日": 702, "\u0141\u0142\u0143": 703}
+
+
+def with_odd_tokens() -> tokenizers.Tokenizer:
+    values = json.loads(small.backend().to_str())
+    values["model"]["vocab"] |= ODD
+    return tokenizers.Tokenizer.from_str(json.dumps(values))
+
+
+def test_tokens_outside_the_byte_alphabet_are_their_own_text() -> None:
+    tokenizer = HfTokenizer(with_odd_tokens(), {})
+    assert tokenizer.decode([700, 5, 702]) == "你好 世" + TOKENIZER.decode([5]) + "Ġ日"
+    assert tokenizer.token_id("你好 世") == 700
+    # All of its characters are in the alphabet, where they are bytes.
+    assert tokenizer.token_bytes(703) == bytes(byte_alphabet()[c] for c in "\u0141\u0142\u0143")
+    assert tokenizer.decode(tokenizer.encode("你好 世")) == "你好 世"
+
+
+@given(st.lists(st.integers(-3, 710)))
+def test_every_id_decodes_as_in_the_library(ids: list[int]) -> None:
+    tokenizer = HfTokenizer(with_odd_tokens(), {})
+    assert tokenizer.vocab_size == 704
+    known = [i for i in ids if i >= 0]
+    assert tokenizer.decode(ids, skip_special=False) == with_odd_tokens().decode(known, skip_special_tokens=False)
+    decoder = StreamDecoder(tokenizer)
+    assert "".join(decoder.push([i]) for i in ids) + decoder.finish() == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("token_id", [-1, 2**31, 2**64, 421, 699])
+def test_ids_without_a_token_are_nothing(token_id: int) -> None:
+    assert HfTokenizer(with_odd_tokens(), {}).token_bytes(token_id) == b""
+
+
+def test_half_a_surrogate_pair_is_no_token() -> None:
+    assert TOKENIZER.token_id("\ud800") is None
 
 
 def test_special_tokens_are_text_unless_asked() -> None:
@@ -147,6 +186,22 @@ def test_a_damaged_tokenizer_configuration_is_refused(tmp_path: Path, text: str,
     (small.write(tmp_path) / "tokenizer_config.json").write_text(text)
     with pytest.raises(TokenizerError, match=message):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        ({"3": {"content": "<|im_start|>"}}, "the token '<|im_start|>' has id 3 among the added tokens and 2 in tokenizer.json"),
+        ({"9999": {"content": "<late>"}}, "the token '<late>' has id 9999 among the added tokens"),
+        ({"x": {"content": "<late>"}}, "added_tokens_decoder is not a table of tokens by id"),
+        ({"3": "<|im_end|>"}, "added_tokens_decoder is not a table of tokens by id"),
+    ],
+)
+def test_added_tokens_of_another_tokenizer_are_refused(tmp_path: Path, added: dict[str, object], message: str) -> None:
+    with pytest.raises(TokenizerError) as error:
+        load_tokenizer(small.write(tmp_path, added_tokens_decoder=added))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_tokenizer_json_is_preferred_to_tokenizer_model(tmp_path: Path) -> None:

@@ -1,0 +1,187 @@
+"""Chat templates: Jinja with what transformers offers to them, and what their renderings say about a model's turns."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.meta
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+
+from l4jax.text.tokenizer import Tokenizer, is_mark
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+class ChatError(ValueError):
+    """A conversation or chat template that cannot be used; the message is one line."""
+
+
+class TemplateRefusal(ChatError):
+    """The template itself refuses the conversation, by ``raise_exception``."""
+
+
+class ChatTemplate:
+    """A compiled chat template. ``origin`` says where it was found, ``variables`` are the special tokens that it may name.
+
+    ``names``: the variables that it reads. Raises :class:`ChatError` if it does not compile.
+    """
+
+    def __init__(self, source: str, *, origin: str, variables: Mapping[str, str]) -> None:
+        self.origin = origin
+        self.variables = dict(variables)
+        environment = _environment()
+        try:
+            self.names = jinja2.meta.find_undeclared_variables(environment.parse(source)) - environment.globals.keys()
+            self._template = environment.from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise ChatError(f"{origin}: line {error.lineno} of the chat template is not valid Jinja: {_one_line(error)}") from error
+        except (RecursionError, MemoryError, SyntaxError) as error:
+            raise ChatError(f"{origin}: the chat template is nested too deep") from error
+        self._takes: dict[tuple[str, bool], bool] = {}
+
+    def render(self, messages: Messages, **variables: Any) -> str:
+        """The text for ``messages``, whose contents are texts or lists of text parts; the template gets each in the form that it takes.
+
+        Raises :class:`TemplateRefusal` for messages that the template refuses, :class:`ChatError` for those that it fails on.
+        """
+        return self._render([self._shaped(message) for message in messages], **variables)
+
+    def _render(self, messages: Messages, **variables: Any) -> str:
+        given = {"tools": None, "documents": None, "add_generation_prompt": False, **self.variables, **variables}
+        try:
+            return self._template.render(messages=messages, **given)
+        except _Refused as error:
+            raise TemplateRefusal(f"{self.origin}: the chat template cannot format these messages: {_one_line(error)}") from error
+        # A template may do anything with the messages; whatever fails in it, the cause is a conversation that it cannot format.
+        except Exception as error:
+            raise ChatError(f"{self.origin}: the chat template cannot format these messages: {_one_line(error)}") from error
+
+    def _shaped(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
+        """``message`` with its content as a text or as a list of parts, whichever the template takes from this role."""
+        content, role = message.get("content"), message["role"]
+        if isinstance(content, list) and not self._takes_content(role, parts=True):
+            return {**message, "content": "".join(part["text"] for part in content)}
+        if isinstance(content, str) and self._takes_content(role, parts=True) and not self._takes_content(role, parts=False):
+            return {**message, "content": [{"type": "text", "text": content}]}
+        return message
+
+    def _takes_content(self, role: str, *, parts: bool) -> bool:
+        """Whether contents of this form appear as they are in what the template writes."""
+        key = (role, parts)
+        if key not in self._takes:
+            content = [{"type": "text", "text": word} for word in _WORDS[:2]] if parts else "".join(_WORDS[:2])
+            user, probe = {"role": "user", "content": _WORDS[2]}, {"role": role, "content": content}
+            answer = {"role": "assistant", "content": _WORDS[3]}
+            conversations = {"system": [probe, user], "user": [probe], "assistant": [user, probe, user]}
+            try:
+                text = self._render(conversations.get(role, [user, answer, probe]))
+            except ChatError:
+                text = ""
+            # A list that is taken for a text is written as Python or JSON has it.
+            self._takes[key] = all(word in text for word in _WORDS[:2]) and not re.search(r"""["']text["']""", text)
+        return self._takes[key]
+
+
+@dataclasses.dataclass(frozen=True)
+class Turns:
+    """The tokens that a template writes around the turns of a plain conversation.
+
+    ``markers``: their ids by their names, whatever the tokenizer's files label them. ``ends``: the ids of those that follow an
+    assistant's words.
+    """
+
+    markers: Mapping[str, int]
+    ends: tuple[int, ...]
+
+
+def turns_of(template: ChatTemplate, tokenizer: Tokenizer) -> Turns:
+    """Render conversations of a few plain words, and find the tokens around the words that no text can become."""
+    system, user, answer, result, further = _WORDS
+    roles = {system: "system", user: "user", answer: "assistant", result: "tool", further: "user"}
+    markers: dict[str, int] = {}
+    ends: list[int] = []
+    for words in ((system, user, answer, further), (user, answer, further), (user, answer), (user, answer, result, further)):
+        try:
+            text = template.render([{"role": roles[word], "content": word} for word in words])
+        except ChatError:
+            continue
+        # A last answer, and one that a tool's result follows, may begin in ways of their own: with a thought, or a tool call.
+        searched = text if words[-1] == further and result not in words else text.partition(answer)[2]
+        _, said, after = text.partition(answer)
+        pieces = re.split("|".join(words), searched)
+        markers |= dict(found for piece in pieces for found in _markers(piece, tokenizer))
+        first = next(_markers(re.split("|".join(words), after)[0], tokenizer), None) if said else None
+        ends += [] if first is None else [first[1]]
+    return Turns(markers, tuple(dict.fromkeys(ends)))
+
+
+# Words that no template knows.
+_WORDS = ("quistel", "voramin", "tessolor", "belquin", "ardanoy")
+_LONGEST_MARKER = 64
+
+
+def _markers(text: str, tokenizer: Tokenizer) -> Iterator[tuple[str, int]]:
+    """The special tokens and markers in ``text``, by name, in order; where several begin at one place, the longest."""
+    names = {token_id: name for name, token_id in tokenizer.special_tokens.items()}
+    for piece in tokenizer.split_special(text):
+        if isinstance(piece, int):
+            yield names[piece], piece
+            continue
+        places = [place for place, character in enumerate(piece) if is_mark(character)]
+        done = 0
+        for start in places:
+            for end in reversed([p + 1 for p in places if done <= start < p < start + _LONGEST_MARKER]):
+                if (token_id := tokenizer.marker_id(piece[start:end])) is not None:
+                    yield piece[start:end], token_id
+                    done = end
+                    break
+
+
+class _Refused(jinja2.TemplateError):
+    """What ``raise_exception`` raises."""
+
+
+def _environment() -> jinja2.Environment:
+    """What transformers gives to chat templates. Sandboxed: a template comes with a download and is not trusted."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
+    return environment
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """``{% generation %}``, which marks the assistant's words for training, writes what is in it."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False) -> str:
+    """Jinja's own filter would escape HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise _Refused(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.datetime.now().strftime(form)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,130 @@
+"""A folder's tokenizer and template are read before its weights are converted; a model whose text is unusable takes token ids."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tokenizers
+from tokenizers import decoders, models
+
+import l4jax
+from l4jax import SamplingParams
+from l4jax.checkpoints.convert import convert
+from l4jax.checkpoints.export import export
+from l4jax.cli import main
+from l4jax.text.load import check_text, load_text
+from tests.text import small
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "data"
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9085657\n"
+
+
+def damaged(name: str, text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text(text)
+
+
+def metaspace(folder: Path) -> None:
+    made = tokenizers.Tokenizer(models.BPE())
+    made.decoder = decoders.Metaspace()
+    made.save(str(folder / "tokenizer.json"))
+
+
+BROKEN = [
+    (
+        damaged("tokenizer.json", POINTER),
+        "tokenizer.json is a git-lfs pointer in place of the file; fetch the file itself, with: git lfs pull",
+    ),
+    (damaged("tokenizer.json", "{"), "tokenizer.json cannot be read"),
+    (damaged("tokenizer_config.json", POINTER), "tokenizer_config.json is a git-lfs pointer"),
+    (damaged("tokenizer_config.json", "[" * 100_000), "tokenizer_config.json is not valid JSON"),
+    (damaged("special_tokens_map.json", "{"), "special_tokens_map.json is not valid JSON"),
+    (metaspace, "has a BPE model with a Metaspace decoder, which is not supported"),
+    (damaged("chat_template.jinja", POINTER), "chat_template.jinja is a git-lfs pointer"),
+    (damaged("chat_template.jinja", "{% for %}"), "line 1 of the chat template is not valid Jinja"),
+    (damaged("chat_template.jinja", "{{ messages | no_such_filter }}"), "No filter named 'no_such_filter'"),
+    (damaged("chat_template.jinja", "{{ messages[0].content.no.such }}"), "the chat template cannot format these messages"),
+    (damaged("chat_template.json", '{"chat_template": 5}'), "chat_template is neither a template nor a list of templates with names"),
+    (damaged("tokenizer_config.json", '{"chat_template": [{"name": "default"}]}'), "chat_template is neither a template nor a list"),
+]
+SOUND = [
+    lambda folder: None,
+    damaged("chat_template.jinja", "{{ raise_exception('a system message first') }}"),
+    damaged("chat_template.jinja", "{{ messages[0].content }}"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), BROKEN)
+def test_what_load_would_trip_over_is_found(tmp_path: Path, damage: Callable[[Path], object], message: str) -> None:
+    damage(small.write(tmp_path))
+    with pytest.raises(ValueError) as error:
+        check_text(tmp_path)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    # A model that has been converted is loaded all the same, and says why it has no text, or no chat.
+    text = load_text(tmp_path)
+    reason = text.no_chat if text.tokenizer else text.no_tokenizer
+    assert message in reason
+    assert reason.startswith("this checkpoint's")
+
+
+@pytest.mark.parametrize("change", SOUND)
+def test_what_is_sound_passes(tmp_path: Path, change: Callable[[Path], object]) -> None:
+    check_text(tmp_path)
+    change(small.write(tmp_path))
+    check_text(tmp_path)
+    assert load_text(tmp_path).chat_format is not None
+
+
+def test_a_pointer_in_place_of_metas_tokenizer_is_found(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_text(POINTER)
+    with pytest.raises(ValueError, match=r"tokenizer.model is a git-lfs pointer"):
+        check_text(tmp_path)
+
+
+def test_text_is_checked_before_any_weight_is_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = Path(shutil.copytree(GOLDEN / "llama3_tied", tmp_path / "source"))
+    (small.write(source) / "chat_template.jinja").write_text(POINTER)
+    assert main(["convert", str(source), str(tmp_path / "made")]) == 2
+    assert "chat_template.jinja is a git-lfs pointer" in capsys.readouterr().err
+    assert not (tmp_path / "made").exists()
+    assert not any((tmp_path / "made.partial").glob("weights/*"))
+
+
+def test_templates_with_names_are_copied_and_exported(tmp_path: Path) -> None:
+    source = Path(shutil.copytree(GOLDEN / "llama3_tied", tmp_path / "source"))
+    small.write(source)
+    (source / "additional_chat_templates").mkdir()
+    for name, text in (("chat_template", "{{ messages[0].content }}"), ("additional_chat_templates/tool_use", "T{{ tools }}")):
+        (source / f"{name}.jinja").write_text(text)
+    convert(source, tmp_path / "made")
+    export(tmp_path / "made", tmp_path / "back")
+    for folder in (tmp_path / "made", tmp_path / "back"):
+        chat = load_text(folder).chat_format
+        assert chat is not None
+        assert chat.render([{"role": "user", "content": "hi"}], tools=[]) == "T[]"
+
+
+def test_a_model_without_usable_text_stops_at_the_end_tokens_of_its_generation_config(tmp_path: Path) -> None:
+    """No chat template, and then no tokenizer, is needed for them."""
+    source = Path(shutil.copytree(GOLDEN / "llama3_tied", tmp_path / "source"))
+    config = json.loads((source / "config.json").read_text())
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [config["eos_token_id"], 7]}))
+    small.write(source)
+    convert(source, tmp_path / "made")
+    (tmp_path / "made" / "tokenizer.json").write_text("{")
+    llm = l4jax.load(tmp_path / "made", max_batch=1, prefill_lengths=(4,))
+    (completion,) = llm.generate([[1, 2, 3]], SamplingParams(max_tokens=3, temperature=0.0, logit_bias={7: 1e6}))
+    assert (completion.token_ids, completion.text, completion.finish_reason) == ([7], None, "stop")
+    for call in (
+        lambda: llm.generate("text"),
+        lambda: llm.stream([1, 2]),
+        lambda: llm.chat([{"role": "user", "content": "hi"}]),
+        lambda: llm.generate([[1]], SamplingParams(stop=["x"])),
+    ):
+        with pytest.raises(ValueError, match=r"this checkpoint's tokenizer cannot be used \(.*tokenizer.json cannot be read") as error:
+            call()
+        assert "\n" not in str(error.value)

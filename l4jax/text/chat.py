@@ -174,8 +174,8 @@ class _Conversation:
 
     def mapped(self, text_of: Callable[[str], str]) -> _Conversation:
         """The same with every text changed by ``text_of``."""
-        parts = (_map_texts(part, text_of) for part in (self.messages, self.tools, self.documents, self.variables))
-        return _Conversation(*parts, self.continues)
+        messages, tools, documents, variables = _map_texts([self.messages, self.tools, self.documents, self.variables], text_of)
+        return _Conversation(messages, tools, documents, variables, self.continues)
 
     def longer_than_any(self, character: str) -> str:
         """A run of ``character`` that is longer than any here, also of its JSON escapes."""
@@ -188,15 +188,14 @@ class _Conversation:
 
     def marked(self, mark: str) -> tuple[list[dict[str, Any]], str]:
         """The messages with ``mark`` at the end of the last one's text, and that text without it."""
-        final = self.messages[-1]
+        *before, final = self.messages
         content = final.get("content")
-        if isinstance(content, list) and content:
-            text, marked = content[-1]["text"], [*content[:-1], {**content[-1], "text": content[-1]["text"] + mark}]
-        elif isinstance(content, str):
-            text, marked = content, content + mark
-        else:
+        if isinstance(content, str):
+            return [*before, {**final, "content": content + mark}], content
+        if not content:
             raise ChatError("continue_final_message is set, but the final message has no text to continue")
-        return [*self.messages[:-1], {**final, "content": marked}], text
+        *parts, last = content
+        return [*before, {**final, "content": [*parts, {**last, "text": last["text"] + mark}]}], str(last["text"])
 
 
 def load_chat_format(directory: Path, tokenizer: Tokenizer) -> ChatFormat | None:
@@ -263,7 +262,7 @@ def _check_messages(messages: Any) -> None:
         calls = message.get("tool_calls")
         if calls is not None and not (_is_list(calls) and all(isinstance(call, Mapping) for call in calls)):
             raise ChatError(f"message {number} has tool_calls of type {type(calls).__name__}; expected a list of objects")
-        content = message.get("content")
+        content: Any = message.get("content")
         if _is_list(content):
             for part in content:
                 if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):

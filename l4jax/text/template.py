@@ -78,9 +78,9 @@ class ChatTemplate:
         """Whether contents of this form appear as they are in what the template writes."""
         key = (role, parts)
         if key not in self._takes:
-            content = [{"type": "text", "text": word} for word in _WORDS[:2]] if parts else "".join(_WORDS[:2])
-            user, probe = {"role": "user", "content": _WORDS[2]}, {"role": role, "content": content}
-            answer = {"role": "assistant", "content": _WORDS[3]}
+            content: Any = [{"type": "text", "text": word} for word in _WORDS[:2]] if parts else "".join(_WORDS[:2])
+            probe = {"role": role, "content": content}
+            user, answer = {"role": "user", "content": _WORDS[2]}, {"role": "assistant", "content": _WORDS[3]}
             conversations = {"system": [probe, user], "user": [probe], "assistant": [user, probe, user]}
             try:
                 text = self._render(conversations.get(role, [user, answer, probe]))

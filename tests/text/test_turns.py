@@ -156,7 +156,9 @@ def test_markers_that_a_template_puts_together(tmp_path: Path) -> None:
 
 
 def test_an_answer_without_an_end_of_its_own_ends_where_the_next_turn_begins(tmp_path: Path) -> None:
-    template = "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}{% endfor %}<|assistant|>"
+    template = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
     made = backend("plain", *plain("<|user|>", "<|assistant|>"))
     _, chat = loaded(tmp_path, made, template)
     assert chat.stop_token_ids == (1, made.token_to_id("<|user|>"))

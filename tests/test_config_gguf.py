@@ -65,7 +65,7 @@ def test_llama_3_scaling_is_recognised_by_its_divisors(factor: float) -> None:
 
 
 def test_an_unknown_scaling_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"rope_freqs.weight \(shape \(32,\), largest 2\) is the scaling of no known Llama 3 model"):
+    with pytest.raises(ConfigError, match=r"rope_freqs.weight \(shape \(32,\), largest 2\) is not the scaling of any known Llama 3 model"):
         read(METADATA, np.full(32, 2, np.float32))
 
 

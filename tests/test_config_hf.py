@@ -228,7 +228,7 @@ def test_the_model_type_will_do_for_an_architecture() -> None:
         ({**LLAMA, "hidden_size": None}, "hidden_size is null; expected an integer"),
         ({**LLAMA, "hidden_size": 4096.5}, "hidden_size is 4096.5; expected an integer"),
         ({**LLAMA, "tie_word_embeddings": "no"}, 'tie_word_embeddings is "no"; expected true or false'),
-        ({**LLAMA, "hidden_size": 100}, "width 100 is no multiple of 32 heads"),
+        ({**LLAMA, "hidden_size": 100}, "width 100 is not a multiple of 32 heads"),
         ({**LLAMA, "num_key_value_heads": 5}, "num_heads is 32; expected a multiple of num_kv_heads, which is 5"),
         ({**LLAMA, "eos_token_id": 32000}, "outside the vocabulary"),
         ({**SMALL4, "no_rope_layers": [1, 0]}, "expected a list of 4 times 0 or 1"),

@@ -100,7 +100,7 @@ def test_absent_fields_have_the_defaults_of_metas_own_classes() -> None:
     sources = dict(config.sources)
     assert sources["attn_temperature_tuning"] == "default of Meta's Llama 4 ModelArgs: false"
     assert sources["vocab_size"] == "derived from the shape of tok_embeddings.weight"
-    assert sources["bos_token_id"] == "derived from the vocabulary's size, 96, which is of no tokenizer of Meta's"
+    assert sources["bos_token_id"] == "derived from the vocabulary's size, 96, which no tokenizer of Meta's has"
     assert (config.bos_token_id, config.eos_token_ids) == (None, ())
 
 
@@ -147,7 +147,7 @@ def test_llama_3_must_state_its_rope_theta() -> None:
 def test_llama_3_2s_small_models_must_say_their_scaling():
     """Their params.json has no factor, and Meta's code the constant of Llama 3.1: 8, where they were trained with 32."""
     small = {**LLAMA_31_8B, "dim": 2048, "n_layers": 16}
-    with pytest.raises(ConfigError, match=r"no rope_scaling_factor, and dim 2048 is none of Llama 3\.1's; add it \(.* 32 in") as refused:
+    with pytest.raises(ConfigError, match=r"no rope_scaling_factor, and dim 2048 is not one of Llama 3\.1's; add it \(.* 32 in") as refused:
         config_from_meta(small, vocab_size=128256)
     assert "\n" not in str(refused.value)
     config = config_from_meta({**small, "rope_scaling_factor": 32.0}, vocab_size=128256)

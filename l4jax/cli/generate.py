@@ -25,7 +25,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--coordinator", help="HOST:PORT of process 0, to run as one of several processes; auto: by Slurm, Kubernetes or MPI"
     )
-    parser.add_argument("--processes", type=int, help="with --coordinator: how many processes there are")
+    parser.add_argument("--processes", type=int, help="with --coordinator: the number of processes")
     parser.add_argument("--process-id", type=int, help="with --coordinator: which of them this is, from 0; only 0 prints the text")
     parser.add_argument(
         "--coordinator-timeout", type=float, default=300.0, metavar="SECONDS", help="how long to wait for the others (default: 300)"
@@ -41,7 +41,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--beyond-training",
         choices=("window", "stop"),
         default="window",
-        help="what a drafter does with longer texts than it learned",
+        help="what a drafter does with texts longer than it was trained on",
     )
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")

@@ -1,7 +1,8 @@
 """DrafterConfig from the ``config.json`` of published EAGLE heads.
 
-A head's file says neither which model it is for nor, mostly, all that decides its outputs. What it leaves open is taken from what its
-format documents, or asked for; auxiliary layers, which formats number in two ways, come out as the layers whose *input* is read.
+A head's file does not name its model and, mostly, does not say everything that its outputs depend on. What it leaves open is its
+format's documented default, or is asked for. Formats number auxiliary layers in two ways; here they are the layers whose *input* is
+read.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from l4jax.config_formats.fields import convert, shorten
 from l4jax.config_formats.hf import config_from_hf
 
 HeadFormat = Literal["eagle", "speculators", "llama4"]
-"""What a head's names and numbers follow: SafeAILab's code (SpecForge, SGLang and ModelOpt write it too), speculators, or Meta's heads."""
+"""Whose conventions a head follows: SafeAILab's code (SpecForge, SGLang and ModelOpt write it too), speculators, or Meta's heads."""
 
 _LLAMA4 = "EagleLlama4ForCausalLM"
 _IDS = "eagle_aux_hidden_state_layer_ids"
@@ -23,7 +24,7 @@ _IDS = "eagle_aux_hidden_state_layer_ids"
 
 @dataclasses.dataclass(frozen=True)
 class HeadAnswers:
-    """What the user says of a head where its files leave it open; None: as they say.
+    """The user's answers to what a head's files leave open; None: as the files say.
 
     ``trained_length``: tokens of the longest text it was trained on. ``aux_layers``: layers whose input is read.
     ``norm_before_residual``, ``norm_fed_back``: as in :class:`DrafterConfig`.
@@ -39,7 +40,7 @@ NO_ANSWERS = HeadAnswers()
 
 
 def head_format(values: Mapping[str, Any]) -> HeadFormat:
-    """Which format a head's ``config.json`` is of."""
+    """Return the format of a head's ``config.json``."""
     if "speculators_config" in values or "speculators_model_type" in values:
         return "speculators"
     architectures = values.get("architectures") or ()
@@ -85,7 +86,7 @@ def drafter_config_from_eagle(
         if bias is not None and bias != (bias_key in tensors):
             has = "has" if bias_key in tensors else "lacks"
             raise ConfigError(
-                f"config.json says {'a' if bias else 'no'} bias, and the head {has} tensor {bias_key}: they are not of one head"
+                f"config.json says {'a' if bias else 'no'} bias, and the head {has} tensor {bias_key}: they do not belong together"
             )
         norms = form == "llama4"
         return DrafterConfig(
@@ -109,7 +110,7 @@ def drafter_config_from_eagle(
     for key, stated in (("input_norm.weight", before_fuse), ("fc_norm.0.weight", each_aux)):
         if stated != (key in tensors):
             raise ConfigError(
-                f"config.json and the tensors disagree on {key}: the file says {str(stated).lower()}; they are not of one head"
+                f"config.json and the tensors disagree on {key}: the file says {str(stated).lower()}; they do not belong together"
             )
     return DrafterConfig(
         **common,
@@ -140,12 +141,12 @@ class _Said:
         self._values = {**values, **{key: value for key, value in nested.items() if value is not None}}
 
     def flag(self, key: str) -> bool | None:
-        """True or false, or None where it is not there."""
+        """True or false, or None where the field is absent."""
         value = self._values.get(key)
         return None if value is None else bool(convert(value, bool, f"config.json: {key}"))
 
     def integer(self, key: str, default: int) -> int:
-        """The number, or ``default`` where it is not there."""
+        """The number, or ``default`` where the field is absent."""
         value = self._values.get(key)
         return default if value is None else int(convert(value, int, f"config.json: {key}"))
 
@@ -162,7 +163,7 @@ def _version(values: Mapping[str, Any], form: HeadFormat, tensors: Collection[st
 
 
 def _decoder(layer: Mapping[str, Any], version: str, form: HeadFormat) -> ModelConfig:
-    """The head's layers. What its file leaves out has the default of transformers' configuration, as in the code that heads come from."""
+    """Return the head's layers. An absent field has the default of transformers' configuration, as in the code that heads come from."""
     values = dict(layer)
     quantized = values.get("quantization_config") or {}
     if isinstance(quantized, Mapping) and quantized.get("quant_algo") is None and quantized.get("quant_method") in (None, "modelopt"):
@@ -182,7 +183,7 @@ def _decoder(layer: Mapping[str, Any], version: str, form: HeadFormat) -> ModelC
 
 
 def _trained_length(layer: Mapping[str, Any], form: HeadFormat, context: int, read: int, answer: int | None) -> int:
-    """What a head says, unless that is its target's: many writers copy it, and a drafter trained at 2048 fails at 16,000."""
+    """Return the stated length, unless it is the target's: many writers copy that, and a drafter trained at 2048 fails at 16,000."""
     if answer is not None:
         return answer
     stated = layer.get("max_position_embeddings")
@@ -190,16 +191,16 @@ def _trained_length(layer: Mapping[str, Any], form: HeadFormat, context: int, re
         says = (
             "has no max_position_embeddings" if stated is None else f"says max_position_embeddings {stated}, which is the model's context"
         )
-        raise ConfigError(f"config.json {says}, and not what length the head was trained at; give --trained-length N")
+        raise ConfigError(f"config.json {says}, and does not say what length the head was trained at; give --trained-length N")
     return read
 
 
 def _aux_layers(said: _Said, layers: int, answer: tuple[int, ...] | None) -> tuple[int, ...]:
-    """Layers whose input is read.
+    """Return the layers whose input is read.
 
-    ModelOpt and SpecForge number, in ``eagle_config``, the layers whose output is read; speculators, at the top, those whose input is,
-    but heads that were converted to it have kept numbers of outputs. Of others' numbers at the top only the usual ones are known in both
-    ways of numbering.
+    ModelOpt and SpecForge number, in ``eagle_config``, the layers whose output is read. Speculators numbers, at the top, those whose
+    input is read, but heads that were converted to it have kept numbers of outputs. Of other writers' numbers at the top, only the usual
+    layers can be recognised, in either way of numbering.
     """
     usual = usual_aux_layers(layers)
     if answer is not None:
@@ -224,8 +225,8 @@ def _aux_layers(said: _Said, layers: int, answer: tuple[int, ...] | None) -> tup
     if tuple(ids) == usual or (said.form == "speculators" and not numbers_outputs):
         return tuple(ids)
     raise ConfigError(
-        f"config.json: {_IDS} is {ids}, and it is not said whether these layers' inputs or outputs are read; give the layers whose input "
-        f"is, --aux-layers {','.join(map(str, outputs_plus_one))} if they number outputs"
+        f"config.json: {_IDS} is {ids}, and does not say whether these layers' inputs or outputs are read; give the layers whose input "
+        f"is read, --aux-layers {','.join(map(str, outputs_plus_one))} if they number outputs"
     )
 
 
@@ -235,7 +236,7 @@ def _norm_before_residual(said: _Said, answer: bool | None) -> bool:
         return answer
     if stated is None and said.form == "speculators":
         raise ConfigError(
-            "config.json has no norm_before_residual, for which versions of speculators have other defaults; "
+            "config.json has no norm_before_residual, and its default differs between versions of speculators; "
             "give --norm-before-residual yes or no"
         )
     return bool(stated)

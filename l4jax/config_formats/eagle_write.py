@@ -9,20 +9,18 @@ from l4jax.config_formats.hf_write import config_to_hf
 
 
 def config_to_eagle(config: DrafterConfig, dtype: str, to: Literal["hf", "eagle", "speculators"]) -> dict[str, Any]:
-    """What ``drafter_config_from_eagle`` reads back as an equal configuration, in this format.
+    """Return the ``config.json`` that ``drafter_config_from_eagle`` reads back as an equal configuration, in the format ``to``.
 
-    Raises :class:`ConfigError` for a drafter that the format has no way to describe.
+    Raises :class:`ConfigError` for a drafter that the format cannot describe.
     """
     decoder, eagle3 = config.decoder, config.version == "eagle3"
     layer = config_to_hf(decoder, dtype)
-    # As readers before transformers 5 look for them too.
+    # Readers before transformers 5 look for them under these names.
     layer["rope_theta"], layer["torch_dtype"] = decoder.rope_theta, dtype
     if decoder.rope_scaling is not None:
         layer["rope_scaling"] = {key: value for key, value in layer["rope_parameters"].items() if key != "rope_theta"}
     if decoder.architecture == "llama" and (config.first_layer_normed or config.final_normed):
-        raise ConfigError(
-            "the drafter is an EAGLE-1 drafter with Llama 4's norms around plain Llama layers, which no format has a name for"
-        )
+        raise ConfigError("the drafter is an EAGLE-1 drafter with Llama 4's norms around plain Llama layers, which no format can describe")
     norms = {
         "norm_before_residual": config.norm_before_residual,
         "norm_before_fc": config.norm_before_fuse,
@@ -33,11 +31,11 @@ def config_to_eagle(config: DrafterConfig, dtype: str, to: Literal["hf", "eagle"
     if config.target_head:
         head["target_head"] = True
     if to == "speculators" or config.target_hidden_size != decoder.hidden_size:
-        # SafeAILab's code takes a head that has this field for one with an embedding of its own.
+        # SafeAILab's code takes a head with this field to have an embedding of its own.
         head["target_hidden_size"] = config.target_hidden_size
     if to == "speculators":
         if decoder.architecture != "llama" or decoder.num_layers != 1:
-            raise ConfigError("the drafter has layers of Llama 4, or several, which speculators has no format for; export it --to eagle")
+            raise ConfigError("the drafter has layers of Llama 4, or several, which speculators cannot describe; export it --to eagle")
         kind = "eagle3" if eagle3 else "eagle"
         verifier: dict[str, Any] = {"name_or_path": None, "architectures": []}
         proposal = {"proposal_type": "greedy", "speculative_tokens": 5}
@@ -59,9 +57,9 @@ def config_to_eagle(config: DrafterConfig, dtype: str, to: Literal["hf", "eagle"
         return layer | ({"bias": config.fuse_bias} if decoder.architecture == "llama" else {"architectures": ["EagleLlama4ForCausalLM"]})
     if config.norm_fed_back or 0 in config.aux_layers:
         what = "feeds its normed state back" if config.norm_fed_back else "reads the embedding"
-        raise ConfigError(f"the drafter {what}, which this format has no way to say; export it --to speculators")
+        raise ConfigError(f"the drafter {what}, which this format cannot say; export it --to speculators")
     if any(norms.values()):
         flags = ", ".join(name for name, value in norms.items() if value)
-        raise ConfigError(f"the drafter has {flags}, which the code that reads this format does not know; export it --to speculators")
+        raise ConfigError(f"the drafter has {flags}, which readers of this format do not know; export it --to speculators")
     eagle = {"eagle_aux_hidden_state_layer_ids": [i - 1 for i in config.aux_layers], "use_aux_hidden_state": True}
     return layer | {"architectures": ["LlamaForCausalLMEagle3"], **head, "eagle_config": eagle}

@@ -38,7 +38,7 @@ def config_from_gguf(
 
     ``vocab_size`` is the number of rows of ``token_embd.weight``, ``tie_word_embeddings`` is True if there is no
     ``output.weight``, and ``rope_freqs`` is the tensor ``rope_freqs.weight`` [head_dim / 2] if there is one. GGUF keeps Llama 3's
-    RoPE scaling only as that tensor, of frequency divisors: the scaling is found as the one among the known Llama 3 scalings
+    RoPE scaling only as that tensor, of frequency divisors: the scaling is the one among Llama 3's known scalings
     that gives these divisors. Raises :class:`ConfigError` for another architecture and for what the decoder does not compute.
     """
     architecture = metadata.get("general.architecture")
@@ -57,7 +57,7 @@ def config_from_gguf(
     if "attention.head_count_kv" in model:
         kv_heads = section.take("num_kv_heads", "attention.head_count_kv", int)
     else:
-        section.derive("num_kv_heads", None, "attention.head_count, as GGUF has it for a model without grouped queries")
+        section.derive("num_kv_heads", None, "attention.head_count, which GGUF means for a model without grouped queries")
     width = head_dim(
         section, section.take("head_dim", "attention.key_length", int) if "attention.key_length" in model else None, hidden, num_heads
     )
@@ -95,7 +95,7 @@ def config_from_gguf(
 
 
 def _exact(value: Any) -> Any:
-    """GGUF keeps numbers in float32; the decimal that was meant is the shortest that rounds to it (1e-05, not 9.99999975e-06)."""
+    """Undo GGUF's rounding to float32: the decimal that was meant is the shortest that rounds to it (1e-05, not 9.99999975e-06)."""
     if isinstance(value, float) and float(np.float32(value)) == value:
         return float(str(np.float32(value)))
     return value
@@ -128,6 +128,6 @@ def _rope_scaling(section: Section, rope_freqs: np.ndarray | None, width: int, t
                 section.derive(f"rope_scaling.{field}", None, "GGUF: rope_freqs.weight")
             return scaling
     raise ConfigError(
-        f"GGUF: rope_freqs.weight (shape {rope_freqs.shape}, largest {rope_freqs.max():.6g}) is the scaling of no known Llama 3 model; "
-        "convert the Hugging Face checkpoint instead"
+        f"GGUF: rope_freqs.weight (shape {rope_freqs.shape}, largest {rope_freqs.max():.6g}) is not the scaling of any known "
+        "Llama 3 model; convert the Hugging Face checkpoint instead"
     )

@@ -72,7 +72,7 @@ _HF_LLAMA4_VISION: Mapping[str, Any] = {
 }
 _HF_LLAMA4: Mapping[str, Any] = {"image_token_index": 200092, "boi_token_index": 200080, "eoi_token_index": 200081}
 
-# Fields that change the mathematics in a way that the decoder does not have, and the values that leave it as it is.
+# Fields that can ask for mathematics that the decoder does not have, and the values that do not.
 _HF_ONLY: Mapping[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
     "mlp_bias": (False,),
@@ -166,7 +166,6 @@ def _llama4(text: Section, vision: VisionConfig | None, others: Sequence[Section
         rope_layers=rope_layers,
         attention_chunk_size=_chunk_size(text, rope_layers),
         use_qk_norm=text.take("use_qk_norm", "use_qk_norm", bool),
-        # The first release of Scout wrote the number 4 here.
         attn_temperature_tuning=_temperature_tuning(text),
         floor_scale=text.take("floor_scale", "floor_scale", int),
         attn_scale=text.take("attn_scale", "attn_scale", float),
@@ -178,7 +177,7 @@ def _llama4(text: Section, vision: VisionConfig | None, others: Sequence[Section
 
 
 def _common(text: Section, others: Sequence[Section]) -> dict[str, Any]:
-    """The fields that Llama 3 and Llama 4 share, as arguments of ModelConfig. ``others``: what else may name end tokens."""
+    """Return the fields that Llama 3 and Llama 4 share, as arguments of ModelConfig. ``others``: what else may name end tokens."""
     hidden = text.take("hidden_size", "hidden_size", int)
     heads = text.take("num_heads", "num_attention_heads", int)
     kv_heads = text.take_optional("num_kv_heads", "num_key_value_heads", int)
@@ -205,7 +204,7 @@ def _common(text: Section, others: Sequence[Section]) -> dict[str, Any]:
 
 
 def _end_tokens(text: Section, others: Sequence[Section]) -> tuple[int, ...]:
-    """Every end token that any of the sections names; the format's default where none does."""
+    """Return every end token that one of the sections names, or the format's default where none does."""
     field, key = "eos_token_ids", "eos_token_id"
     stated = [section for section in (text, *others) if section.values.get(key) is not None]
     if not stated:
@@ -221,12 +220,12 @@ def _end_tokens(text: Section, others: Sequence[Section]) -> tuple[int, ...]:
 
 def _pad_token_id(text: Section) -> int | None:
     pad = text.take_optional("pad_token_id", "pad_token_id", int)
-    # -1 was transformers' word for none in Llama's early days.
+    # Early Llama configurations write -1 for none.
     return None if pad == -1 else pad
 
 
 def _rope(text: Section, context: int) -> tuple[float, RopeScaling | None]:
-    """Base and scaling, from ``rope_scaling`` where it says something, else ``rope_parameters``, as transformers does."""
+    """Return base and scaling, from ``rope_scaling`` where it is not empty, else from ``rope_parameters``, as transformers does."""
     key = "rope_scaling" if text.values.get("rope_scaling") else "rope_parameters"
     values = text.values.get(key) or {}
     if not isinstance(values, Mapping) or any(isinstance(v, Mapping) for v in values.values()):
@@ -258,7 +257,7 @@ def _rope(text: Section, context: int) -> tuple[float, RopeScaling | None]:
 
 
 def _temperature_tuning(text: Section) -> bool:
-    """Scout's configuration has 4 for true."""
+    """Read a truth value; Scout's configuration has 4 for true."""
     name = "attn_temperature_tuning"
     return bool(text.take(name, name, int if type(text.values.get(name)) is int else bool))
 
@@ -279,7 +278,7 @@ def _rope_layers(text: Section, layers: int) -> tuple[bool, ...]:
 
 
 def _chunk_size(text: Section, rope_layers: tuple[bool, ...]) -> int | None:
-    """The attention chunk of the RoPE layers; None where it is null, or ``layer_types`` has full attention in all of them."""
+    """Return the attention chunk of the RoPE layers; None where it is null, or ``layer_types`` has full attention in all of them."""
     chunk: int | None = text.take_optional("attention_chunk_size", "attention_chunk_size", int)
     chunked = tuple("chunked_attention" if rope else "full_attention" for rope in rope_layers)
     layer_types = text.values.get("layer_types")

@@ -9,7 +9,7 @@ from l4jax.config import ModelConfig, MoEConfig
 
 
 def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """The ``config.json`` that :func:`config_from_hf` reads back as an equal configuration. ``dtype`` is the weights'."""
+    """Return the ``config.json`` that :func:`config_from_hf` reads back as an equal configuration. ``dtype`` is the weights'."""
     scaling = config.rope_scaling
     rope = {"rope_theta": config.rope_theta, "rope_type": "default"}
     if scaling is not None:

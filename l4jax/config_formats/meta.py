@@ -45,7 +45,7 @@ _SUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "vision_model": (None,),
 }
 
-# Where Meta's tokenizers have their special tokens, by the size of the vocabulary: begin, ends, padding.
+# The special tokens of Meta's tokenizers, by the size of the vocabulary: begin, ends, padding.
 _SPECIAL_TOKENS = {
     128256: (128000, (128001, 128008, 128009), 128004),
     202048: (200000, (200001, 200007, 200008), 200018),
@@ -56,7 +56,7 @@ def config_from_meta(params: Mapping[str, Any], *, vocab_size: int, tie_word_emb
     """Read Meta's ``params.json``.
 
     ``vocab_size`` is the number of rows of ``tok_embeddings.weight`` over all shards (params.json may say -1), and
-    ``tie_word_embeddings`` is True if there is no ``output.weight``. params.json says nothing of the context's length and the
+    ``tie_word_embeddings`` is True if there is no ``output.weight``. params.json does not give the context's length and the
     special tokens: they are what Meta states for the model family. Raises :class:`ConfigError`.
     """
     sources = {"architecture": "params.json: its fields"}
@@ -73,7 +73,7 @@ def config_from_meta(params: Mapping[str, Any], *, vocab_size: int, tie_word_emb
     scaled = section.take("rope_scaling", "use_scaled_rope", bool)
     begin, ends, padding = _SPECIAL_TOKENS.get(vocab_size, (None, (), None))
     for field in ("bos_token_id", "eos_token_ids", "pad_token_id"):
-        section.derive(field, None, f"the vocabulary's size, {vocab_size}" + ("" if ends else ", which is of no tokenizer of Meta's"))
+        section.derive(field, None, f"the vocabulary's size, {vocab_size}" + ("" if ends else ", which no tokenizer of Meta's has"))
     return ModelConfig(
         architecture="llama4" if is_llama4 else "llama",
         vocab_size=_vocab_size(section, vocab_size),
@@ -102,7 +102,7 @@ def _vocab_size(section: Section, from_tensors: int) -> int:
         return int(section.derive("vocab_size", from_tensors, "the shape of tok_embeddings.weight"))
     if written != from_tensors:
         raise ConfigError(
-            f"params.json: vocab_size is {shorten(written)}, but tok_embeddings.weight has {from_tensors} rows; one is not this model's"
+            f"params.json: vocab_size is {shorten(written)}, but tok_embeddings.weight has {from_tensors} rows; one is another model's"
         )
     return int(section.take("vocab_size", "vocab_size", int))
 
@@ -116,10 +116,10 @@ def _context(section: Section, *, is_llama4: bool, scaled: bool) -> int:
 
 
 def _rope_scaling(section: Section, *, is_llama4: bool, dim: int) -> RopeScaling:
-    # Llama 3's code has 8 as a constant, which is that of the models it was written for; 3.2's small ones have 32.
+    # Llama 3's code has the constant 8, right for the models it was written for; Llama 3.2's small models have 32.
     if not is_llama4 and section.values.get("rope_scaling_factor") is None and dim not in _LLAMA31_WIDTHS:
         raise ConfigError(
-            f"params.json has use_scaled_rope but no rope_scaling_factor, and dim {dim} is none of Llama 3.1's; add it "
+            f"params.json has use_scaled_rope but no rope_scaling_factor, and dim {dim} is not one of Llama 3.1's; add it "
             "(8 in Llama 3.1 and 3.3, 32 in Llama 3.2's 1B and 3B)"
         )
     del section.sources["rope_scaling"]
@@ -134,7 +134,7 @@ def _rope_scaling(section: Section, *, is_llama4: bool, dim: int) -> RopeScaling
 
 
 def _dense_width(section: Section, dim: int) -> int:
-    """``2/3 * 4 * dim``, times ``ffn_dim_multiplier``, rounded up to ``multiple_of``; each step truncated as Meta does."""
+    """Compute ``2/3 * 4 * dim * ffn_dim_multiplier``, rounded up to ``multiple_of``; each step truncated as Meta does."""
     multiple = section.take("intermediate_size", "multiple_of", int)
     multiplier = section.take_optional("intermediate_size", "ffn_dim_multiplier", float)
     width = int(2 * (4 * dim) / 3)
@@ -184,7 +184,7 @@ def _moe(section: Section, dim: int, num_layers: int) -> MoEConfig | None:
 
 
 def _expert_width(section: Section, moe: Section, dim: int) -> int:
-    """As the dense width with ``ffn_exp`` for 4, and shared between the experts that a token uses if ``auto_scale_F``."""
+    """Compute as the dense width with ``ffn_exp`` for 4, divided between the experts that a token uses if ``auto_scale_F``."""
     field = "moe.intermediate_size"
     expansion = section.take_optional(field, "ffn_exp", float)
     multiplier = section.take_optional(field, "ffn_dim_multiplier", float)

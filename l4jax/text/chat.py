@@ -33,7 +33,7 @@ class ChatOptions(TypedDict, total=False):
     """What may be given to a chat template beside the messages.
 
     ``tools``: JSON schemas of functions; ``documents``: objects with a title and a text; ``chat_template_kwargs``: further variables
-    of the template, such as ``enable_thinking``. ``continue_final_message``: the prompt ends within the last message, which the model
+    of the template, such as ``enable_thinking``. ``continue_final_message``: the prompt ends inside the last message, which the model
     continues, as with transformers' ``apply_chat_template``.
     """
 
@@ -72,26 +72,25 @@ class ChatFormat:
         turns = [turns_of(one, tokenizer) for one in dict.fromkeys((self._template, self._tool_use))]
         for each in turns:
             tokenizer.make_special(each.markers)
-        ends = (tokenizer.special_tokens.get(name) for name in _END_OF_TURN)
-        self.stop_token_ids = tuple(
-            dict.fromkeys(i for i in (*stop_token_ids, *(e for t in turns for e in t.ends), *ends) if i is not None)
-        )
+        ends = [end for each in turns for end in each.ends]
+        ends += [tokenizer.special_tokens[name] for name in _END_OF_TURN if name in tokenizer.special_tokens]
+        self.stop_token_ids = tuple(dict.fromkeys((*stop_token_ids, *ends)))
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool | None = None, **options: Unpack[ChatOptions]
     ) -> str:
-        """The prompt for ``messages``, each with a ``role`` and a ``content``: a text, or a list of ``{"type": "text", "text": ...}``.
+        """Return the prompt for ``messages``, each with a ``role`` and a ``content``.
 
-        ``content`` may be absent or None beside ``tool_calls``. By default the prompt ends where the assistant's answer begins or, with
-        ``continue_final_message``, goes on. Raises :class:`ChatError` for other messages and options, and where the template
-        refuses them.
+        ``content`` is a text, or a list of ``{"type": "text", "text": ...}``; beside ``tool_calls`` it may be absent or None. By default
+        the prompt ends where the assistant's answer begins; with ``continue_final_message`` it ends inside the final message. Raises
+        :class:`ChatError` for other messages and options, and where the template refuses them.
         """
         return self._render(_Conversation.checked(messages, options), add_generation_prompt, str)
 
     def encode(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool | None = None, **options: Unpack[ChatOptions]
     ) -> list[int]:
-        """Token ids of the prompt. Only the template writes special tokens: spelt out in a message, tool or variable they are text."""
+        """Return the prompt's token ids. Special tokens spelt out in a message, tool or variable are text: only the template writes them."""
         conversation = _Conversation.checked(messages, options)
         # Names of special tokens in what the user gives are broken up by a mark, so that those left in the prompt are the template's.
         # The mark is longer than any run of its character that was given, however a template joins texts.
@@ -110,13 +109,13 @@ class ChatFormat:
 
     def _render(self, given: _Conversation, add_generation_prompt: bool | None, text_of: Callable[[str], str]) -> str:
         template = self._template if given.tools is None else self._tool_use
+        own = sorted({*_OWN_VARIABLES, *template.variables} & given.variables.keys())
+        if own:
+            raise ChatError(f"chat_template_kwargs has {own[0]}, which l4jax gives to the template itself; leave it out")
         asked = {name for name in ("tools", "documents") if getattr(given, name) is not None} | given.variables.keys()
         for name in sorted(asked - template.names):
             known = ", ".join(sorted(template.names - template.variables.keys() - set(_OWN_VARIABLES))) or "no further ones"
             raise ChatError(f"{template.origin}: the chat template does not use {name}; leave it out (its own variables: {known})")
-        own = sorted({*_OWN_VARIABLES, *template.variables} & given.variables.keys())
-        if own:
-            raise ChatError(f"chat_template_kwargs has {own[0]}, which l4jax gives to the template itself; leave it out")
         given = given.mapped(text_of)
         if not given.continues:
             return template.render(given.messages, **given.rest(add_generation_prompt is not False))
@@ -199,7 +198,7 @@ class _Conversation:
 
 
 def load_chat_format(directory: Path, tokenizer: Tokenizer) -> ChatFormat | None:
-    """The chat format of the checkpoint in ``directory``; None if it has none.
+    """Return the chat format of the checkpoint in ``directory``; None if it has none.
 
     The template is its ``chat_template.jinja``, else the one in ``chat_template.json`` or ``tokenizer_config.json``, else the built-in
     one (Llama 4, Llama 3, ChatML) whose special tokens the tokenizer has. Where tools are given it is the one named ``tool_use``, if
@@ -267,7 +266,7 @@ def _check_messages(messages: Any) -> None:
             for part in content:
                 if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
                     raise ChatError(
-                        f"message {number} has a content part that is no text; only {{'type': 'text', 'text': ...}} is supported"
+                        f"message {number} has a content part that is not text; only {{'type': 'text', 'text': ...}} is supported"
                     )
         elif not isinstance(content, str) and not (content is None and calls):
             raise ChatError(f"message {number} has content of type {type(content).__name__}; expected a text, or a list of text parts")

@@ -115,7 +115,7 @@ def _templates(metadata: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _adds_bos(metadata: Mapping[str, Any]) -> bool:
-    # llama.cpp's defaults.
+    # The defaults are llama.cpp's.
     return bool(metadata.get("tokenizer.ggml.add_bos_token", metadata.get("tokenizer.ggml.pre") == "llama-bpe"))
 
 

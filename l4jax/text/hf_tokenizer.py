@@ -12,7 +12,7 @@ from l4jax.text.tokenizer import Tokenizer, TokenizerError, is_mark, read_json, 
 
 
 def byte_alphabet() -> dict[str, int]:
-    """The printable character that byte-level BPE (GPT-2) writes for each byte, mapped to the byte.
+    """Map the printable character that byte-level BPE (GPT-2) writes for each byte to the byte.
 
     Printable bytes of Latin-1 are their own characters; the other bytes, in order, have the characters from U+0100 on.
     """
@@ -93,7 +93,7 @@ class HfTokenizer(Tokenizer):
 
 
 def load_hf_tokenizer(directory: Path) -> HfTokenizer:
-    """The tokenizer in ``directory/tokenizer.json``. Raises :class:`TokenizerError`."""
+    """Load the tokenizer in ``directory/tokenizer.json``. Raises :class:`TokenizerError`."""
     path = directory / "tokenizer.json"
     content = read_text(path)
     try:
@@ -120,7 +120,7 @@ def load_hf_tokenizer(directory: Path) -> HfTokenizer:
 
 
 def read_tokenizer_config(directory: Path) -> dict[str, Any]:
-    """``tokenizer_config.json``, completed from the older ``special_tokens_map.json`` and ``added_tokens.json`` as transformers does.
+    """Read ``tokenizer_config.json``, completed from the older ``special_tokens_map.json`` and ``added_tokens.json`` as transformers does.
 
     Both are read only where ``added_tokens_decoder`` is absent, and the map's values come before the configuration's.
     """
@@ -153,7 +153,7 @@ def _added(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _named(config: Mapping[str, Any]) -> list[str]:
-    """The tokens that a tokenizer's configuration names: BOS, EOS, padding, and further special ones."""
+    """Return the tokens that a tokenizer's configuration names: BOS, EOS, padding, and further special ones."""
     names = [token_text(value) for key, value in config.items() if key.endswith("_token")]
     for key in ("additional_special_tokens", "extra_special_tokens"):
         extra = config.get(key) or []
@@ -162,12 +162,12 @@ def _named(config: Mapping[str, Any]) -> list[str]:
 
 
 def _labelled_special(config: Mapping[str, Any]) -> set[str]:
-    """The tokens that a tokenizer's configuration labels as special; ``tokenizer.json`` has a label of its own."""
+    """Return the tokens that a tokenizer's configuration labels as special; ``tokenizer.json`` has labels of its own."""
     return {token["content"] for token in _added(config).values() if token.get("special")}
 
 
 def _bytes_of(token: str) -> bytes:
-    """What an entry of the vocabulary stands for: bytes in GPT-2's alphabet or, with any other character in it, its own UTF-8.
+    """Return what an entry of the vocabulary stands for: bytes in GPT-2's alphabet or, with any other character in it, its own UTF-8.
 
     (As the tokenizers library decodes it. Converters of finetuned models write such entries.)
     """

@@ -24,7 +24,7 @@ class Text:
 
 
 def load_text(directory: Path) -> Text:
-    """Tokenizer and chat format of the checkpoint in ``directory``. One that cannot be used is None: the model still takes token ids."""
+    """Load tokenizer and chat format of the checkpoint in ``directory``; None for one that cannot be used: the model takes token ids."""
     try:
         tokenizer = _read_tokenizer(directory)
     except TokenizerError as error:
@@ -39,7 +39,7 @@ def load_text(directory: Path) -> Text:
 
 
 def load_tokenizer(directory: Path) -> Tokenizer | None:
-    """The tokenizer in ``directory``: its ``tokenizer.json``, else its ``tokenizer.model``; None if it has neither.
+    """Load the tokenizer in ``directory``: its ``tokenizer.json``, else its ``tokenizer.model``; None if it has neither.
 
     The tokens that the folder's chat template writes around turns are special in it, whatever the files label them. Raises
     :class:`l4jax.text.tokenizer.TokenizerError` for a file that is damaged or of another kind.

@@ -1,4 +1,4 @@
-"""Text as it comes: token ids to text without broken characters, and text up to a stop string."""
+"""Text of a growing answer: token ids to text without broken characters, and text up to a stop string."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from l4jax.text.tokenizer import Tokenizer
 class StreamDecoder:
     """Turns tokens into text piece by piece. The pieces joined are ``tokenizer.decode`` of all the tokens.
 
-    A character whose bytes are spread over several tokens is given out once it is complete.
+    A character whose bytes are spread over several tokens is returned once it is complete.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
@@ -20,21 +20,21 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, ids: Iterable[int]) -> str:
-        """The text that these further tokens complete."""
+        """Return the text that these further tokens complete."""
         tokenizer = self._tokenizer
         shown = [i for i in ids if not (self._skip_special and tokenizer.is_special(i))]
         return self._utf8.decode(b"".join(map(tokenizer.token_bytes, shown)))
 
     def finish(self) -> str:
-        """What is left at the end: U+FFFD for a character that was never completed."""
+        """Return what is left at the end: U+FFFD for a character that was never completed."""
         return self._utf8.decode(b"", final=True)
 
 
 class StopStringFilter:
     """Passes text on up to the first stop string, which is left out; ``stopped`` is then set.
 
-    Text that may turn out to be the beginning of a stop string is held back. The first stop string is the one that is complete
-    first; of two that are complete at the same character, the longer. What is passed on does not depend on how the text was cut.
+    Text that may be the start of a stop string is held back. The first stop string is the one that is complete first or, of two that
+    are complete at the same character, the longer. What is passed on does not depend on how the text was cut into pieces.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -45,7 +45,7 @@ class StopStringFilter:
         self.stopped = False
 
     def push(self, text: str) -> str:
-        """The text that may be shown, now that ``text`` has come."""
+        """Return the text that may be shown after ``text`` has been added."""
         if self.stopped:
             return ""
         text = self._held + text
@@ -59,11 +59,11 @@ class StopStringFilter:
         return text[:kept]
 
     def finish(self) -> str:
-        """What was held back, now that no more text comes."""
+        """Return what was held back, at the end of the text."""
         held, self._held = self._held, ""
         return held
 
     def _partial(self, text: str) -> int:
-        """Length of the longest end of ``text`` that a stop string begins with."""
+        """Return the length of the longest end of ``text`` that is the start of a stop string."""
         lengths = (n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
         return max(lengths, default=0)

@@ -49,9 +49,9 @@ class ChatTemplate:
         self._takes: dict[tuple[str, bool], bool] = {}
 
     def render(self, messages: Messages, **variables: Any) -> str:
-        """The text for ``messages``, whose contents are texts or lists of text parts; the template gets each in the form that it takes.
+        """Return the text for ``messages``, whose contents are texts or lists of text parts.
 
-        Raises :class:`TemplateRefusal` for messages that the template refuses, :class:`ChatError` for those that it fails on.
+        The template gets each content in the form that it takes. Raises :class:`TemplateRefusal` for messages that the template refuses, :class:`ChatError` for those that it fails on.
         """
         return self._render([self._shaped(message) for message in messages], **variables)
 
@@ -66,7 +66,7 @@ class ChatTemplate:
             raise ChatError(f"{self.origin}: the chat template cannot format these messages: {_one_line(error)}") from error
 
     def _shaped(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
-        """``message`` with its content as a text or as a list of parts, whichever the template takes from this role."""
+        """Return ``message`` with its content as a text or as a list of parts, whichever the template takes from this role."""
         content, role = message.get("content"), message["role"]
         if isinstance(content, list) and not self._takes_content(role, parts=True):
             return {**message, "content": "".join(part["text"] for part in content)}
@@ -104,7 +104,7 @@ class Turns:
 
 
 def turns_of(template: ChatTemplate, tokenizer: Tokenizer) -> Turns:
-    """Render conversations of a few plain words, and find the tokens around the words that no text can become."""
+    """Render conversations of a few plain words, and find the tokens around the words that no text is encoded as."""
     system, user, answer, result, further = _WORDS
     roles = {system: "system", user: "user", answer: "assistant", result: "tool", further: "user"}
     markers: dict[str, int] = {}
@@ -130,7 +130,7 @@ _LONGEST_MARKER = 64
 
 
 def _markers(text: str, tokenizer: Tokenizer) -> Iterator[tuple[str, int]]:
-    """The special tokens and markers in ``text``, by name, in order; where several begin at one place, the longest."""
+    """Find the special tokens and markers in ``text``, by name, in order; where several start at one place, the longest."""
     names = {token_id: name for name, token_id in tokenizer.special_tokens.items()}
     for piece in tokenizer.split_special(text):
         if isinstance(piece, int):

@@ -47,7 +47,7 @@ class Tokenizer(abc.ABC):
         self._special_pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     def encode(self, text: str, *, add_bos: bool = True, parse_special: bool = False) -> list[int]:
-        """Token ids of ``text``, after the BOS token where the model expects one and ``add_bos`` is set.
+        """Return the token ids of ``text``, after the BOS token where the model expects one and ``add_bos`` is set.
 
         With ``parse_special``, special tokens spelt out in ``text`` become those tokens; a BOS token at its start is then not
         doubled. Raises ValueError for text that is not Unicode (half of a surrogate pair).
@@ -61,7 +61,7 @@ class Tokenizer(abc.ABC):
         return ids
 
     def split_special(self, text: str) -> list[str | int]:
-        """``text`` cut at the special tokens spelt out in it: text pieces as they are, special tokens as ids."""
+        """Cut ``text`` at the special tokens spelt out in it: text pieces stay as they are, special tokens become ids."""
         pieces: list[str | int] = []
         end = 0
         for match in self._special_pattern.finditer(text):
@@ -71,7 +71,7 @@ class Tokenizer(abc.ABC):
         return [piece for piece in pieces if piece != ""]
 
     def break_special(self, text: str, mark: str) -> str:
-        """``text`` with ``mark`` after the first character of each special token that it spells out, and of one that its end begins."""
+        """Return ``text`` with ``mark`` inside each special token that it spells out, and inside one that it ends in the middle of."""
         text = self._special_pattern.sub(lambda match: match[0][0] + mark + match[0][1:], text)
         first_characters = {token[0] for token in self.special_tokens}
         longest = max(map(len, self.special_tokens), default=0)
@@ -81,28 +81,28 @@ class Tokenizer(abc.ABC):
         return text
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """The text of ``ids``. Bytes that are not UTF-8 become U+FFFD; ids without a token are left out."""
+        """Return the text of ``ids``. Bytes that are not UTF-8 become U+FFFD; ids without a token are left out."""
         return b"".join(self.token_bytes(i) for i in ids if not (skip_special and self.is_special(i))).decode("utf-8", errors="replace")
 
     def is_special(self, token_id: int) -> bool:
-        """Whether the token is a special one, which is no part of the text."""
+        """Whether the token is a special one, which is not part of the text."""
         return token_id in self._special_ids
 
     @abc.abstractmethod
     def encode_ordinary(self, text: str) -> list[int]:
-        """Token ids of ``text``, with special tokens spelt out in it taken as plain text."""
+        """Return the token ids of ``text``; special tokens spelt out in it are plain text."""
 
     @abc.abstractmethod
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that the token stands for (a special token: its name); empty for an id without a token."""
+        """Return the bytes that the token stands for (a special token: its name); empty for an id without a token."""
 
     @abc.abstractmethod
     def token_id(self, token: str) -> int | None:
-        """Id of the special token with this name, or of the ordinary token with this text; None if there is none."""
+        """Return the id of the special token with this name, or of the ordinary token with this text; None if there is none."""
 
     @abc.abstractmethod
     def marker_id(self, text: str) -> int | None:
-        """Id of the token with this text if no text can become it, whatever its label: only a template puts it in a prompt. Else None."""
+        """Return the id of the token with this text if no text is encoded as it, whatever its label; else None."""
 
 
 def is_mark(character: str) -> bool:
@@ -116,12 +116,12 @@ def check_unicode(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"the text has {text[error.start]!r} at position {error.start}, which is no Unicode character; expected UTF-8 text"
+            f"the text has {text[error.start]!r} at position {error.start}, which is not a Unicode character; expected UTF-8 text"
         ) from None
 
 
 def read_bytes(path: Path) -> bytes:
-    """The contents of a file. Raises :class:`TokenizerError` for a git-lfs pointer, which an incomplete clone has in its place."""
+    """Return the contents of a file. Raises :class:`TokenizerError` for a git-lfs pointer, which an incomplete clone has in its place."""
     content = path.read_bytes()
     if content.startswith(b"version https://git-lfs.github.com/spec/"):
         raise TokenizerError(f"{path} is a git-lfs pointer in place of the file; fetch the file itself, with: git lfs pull")
@@ -129,7 +129,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """The contents of a file of UTF-8 text. Raises :class:`TokenizerError` for any other file."""
+    """Return the contents of a file of UTF-8 text. Raises :class:`TokenizerError` for any other file."""
     try:
         return read_bytes(path).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -137,7 +137,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if there is no such file. Raises :class:`TokenizerError` for a file with anything else."""
+    """Return the object in a JSON file, or an empty one if the file is absent. Raises :class:`TokenizerError` for any other file."""
     if not path.exists():
         return {}
     try:
@@ -150,6 +150,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def token_text(value: Any) -> str | None:
-    """A token as Hugging Face's files name it: its text, or an object that has it as ``content``."""
+    """Return the text of a token as Hugging Face's files name it: a text, or an object with the text as ``content``."""
     text = value.get("content") if isinstance(value, dict) else value
     return text if isinstance(text, str) else None

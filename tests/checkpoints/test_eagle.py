@@ -371,11 +371,11 @@ REFUSED = {
     ),
     "the model's context": (
         eagle3_head(max_position_embeddings=256),
-        "says max_position_embeddings 256, which is the model's context, and not what .* trained at; give --trained-length N",
+        "says max_position_embeddings 256, which is the model's context, and does not say what .* trained at; give --trained-length N",
     ),
     "no length": (
         dataclasses.replace(llama4_head(), config={k: v for k, v in llama4_head().config.items() if k != "max_position_embeddings"}),
-        "has no max_position_embeddings, and not what .* trained at; give --trained-length N",
+        "has no max_position_embeddings, and does not say what .* trained at; give --trained-length N",
     ),
     "norm_output": (eagle3_head(norm_output=True), "norm_output is true, .*; give --norm-fed-back yes or no"),
     "single state": (

@@ -50,9 +50,9 @@ def test_a_template_that_asks_too_much_is_refused(template: str) -> None:
 
 
 def test_half_a_surrogate_pair_is_refused() -> None:
-    with pytest.raises(ValueError, match="which is no Unicode character"):
+    with pytest.raises(ValueError, match="which is not a Unicode character"):
         chat_format("{{ messages[0].content }}").encode([{"role": "user", "content": "a\udcff"}])
-    with pytest.raises(ValueError, match="at position 1, which is no Unicode character"):
+    with pytest.raises(ValueError, match="at position 1, which is not a Unicode character"):
         TOKENIZER.encode("a\udcff")
 
 
@@ -442,8 +442,8 @@ def test_a_refusal_of_several_lines_is_told_in_one() -> None:
         ([{"role": ["user"], "content": "hi"}], "message 1 has role ['user']"),
         ([{"role": "user"}], "message 1 has content of type NoneType; expected a text"),
         ([{"role": "user", "content": 5}], "message 1 has content of type int"),
-        ([{"role": "user", "content": [{"type": "image"}]}], "message 1 has a content part that is no text"),
-        ([{"role": "user", "content": ["hi"]}], "message 1 has a content part that is no text"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "message 1 has a content part that is not text"),
+        ([{"role": "user", "content": ["hi"]}], "message 1 has a content part that is not text"),
         (b"hi", "the conversation is a bytes; expected a list of messages"),
         ([{"role": "user", "content": b"hi"}], "message 1 has content of type bytes"),
         ([{"role": "assistant", "content": None, "tool_calls": []}], "message 1 has content of type NoneType"),

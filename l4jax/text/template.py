@@ -51,7 +51,8 @@ class ChatTemplate:
     def render(self, messages: Messages, **variables: Any) -> str:
         """Return the text for ``messages``, whose contents are texts or lists of text parts.
 
-        The template gets each content in the form that it takes. Raises :class:`TemplateRefusal` for messages that the template refuses, :class:`ChatError` for those that it fails on.
+        The template gets each content in the form that it takes. Raises :class:`TemplateRefusal` for messages that the template
+        refuses, :class:`ChatError` for those that it fails on.
         """
         return self._render([self._shaped(message) for message in messages], **variables)
 

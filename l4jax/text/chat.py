@@ -90,7 +90,7 @@ class ChatFormat:
     def encode(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool | None = None, **options: Unpack[ChatOptions]
     ) -> list[int]:
-        """Return the prompt's token ids. Only the template writes special tokens: spelt out in a message, tool or variable they are text."""
+        """Return the prompt as token ids. Only the template writes special tokens: spelt out in a message or option they are text."""
         conversation = _Conversation.checked(messages, options)
         # Names of special tokens in what the user gives are broken up by a mark, so that those left in the prompt are the template's.
         # The mark is longer than any run of its character that was given, however a template joins texts.

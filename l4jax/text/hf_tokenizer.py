@@ -156,8 +156,8 @@ def _named(config: Mapping[str, Any]) -> list[str]:
     """Return the tokens that a tokenizer's configuration names: BOS, EOS, padding, and further special ones."""
     names = [token_text(value) for key, value in config.items() if key.endswith("_token")]
     for key in ("additional_special_tokens", "extra_special_tokens"):
-        extra = config.get(key) or []
-        names += map(token_text, extra.values() if isinstance(extra, dict) else extra)
+        extra = config.get(key)
+        names += map(token_text, extra.values() if isinstance(extra, dict) else extra if isinstance(extra, list) else [])
     return [name for name in names if name]
 
 

@@ -132,6 +132,19 @@ def test_tokens_of_thoughts_and_tool_calls_stay_text(tmp_path: Path) -> None:
     assert chat.stop_token_ids == (1, 3)
 
 
+def test_a_last_answer_may_begin_with_a_thought(tmp_path: Path) -> None:
+    template = CHATML.replace("+ m['content'] +", "+ ('<think></think>' if loop.last and m.role == 'assistant' else '') + m['content'] +")
+    tokenizer, chat = loaded(tmp_path, backend("plain", *plain("<think>", "</think>")), template)
+    assert set(tokenizer.special_tokens) == set(small.SPECIAL)
+    assert chat.stop_token_ids == (1, 3)
+
+
+def test_an_end_that_is_written_after_tool_calls_only_is_known_by_its_name(tmp_path: Path) -> None:
+    made = backend("added")
+    made.add_special_tokens(["<|eom_id|>", "<|other|>"])
+    assert loaded(tmp_path, made)[1].stop_token_ids == (1, 3, made.token_to_id("<|eom_id|>"))
+
+
 def test_a_tools_result_has_markers_too(tmp_path: Path) -> None:
     template = (
         "{% for m in messages %}<|im_start|>{% if m.role == 'tool' %}user\n<result>{{ m.content }}</result>"

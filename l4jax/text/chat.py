@@ -200,9 +200,10 @@ class _Conversation:
 def load_chat_format(directory: Path, tokenizer: Tokenizer) -> ChatFormat | None:
     """Return the chat format of the checkpoint in ``directory``; None if it has none.
 
-    The template is its ``chat_template.jinja``, else the one in ``chat_template.json`` or ``tokenizer_config.json``, else the built-in
-    one (Llama 4, Llama 3, ChatML) whose special tokens the tokenizer has. Where tools are given it is the one named ``tool_use``, if
-    there is one beside it. Raises :class:`ChatError` or :class:`TokenizerError` for a template that cannot be used.
+    The template is its ``chat_template.jinja``, else the one in ``chat_template.json``, ``processor_config.json`` or
+    ``tokenizer_config.json``, else the built-in one (Llama 4, Llama 3, ChatML) whose special tokens the tokenizer has. Where tools are
+    given it is the one named ``tool_use``, if there is one beside it. Raises :class:`ChatError` or :class:`TokenizerError` for a
+    template that cannot be used.
     """
     config = read_tokenizer_config(directory)
     found = _checkpoint_templates(directory)
@@ -227,7 +228,7 @@ def _checkpoint_templates(directory: Path) -> dict[str, tuple[str, str]]:
     found = {name: (read_text(path), str(path)) for name, path in files.items() if path.exists()}
     if found:
         return found
-    for path in (directory / "chat_template.json", directory / "tokenizer_config.json"):
+    for path in (directory / name for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json")):
         given = read_json(path).get("chat_template")
         if given is None:
             continue

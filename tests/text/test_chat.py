@@ -113,6 +113,7 @@ def test_built_in_formats_have_metas_tokens(
         ({"chat_template.jinja": "A", "tokenizer_config.json": {"chat_template": "B"}}, "chat_template.jinja"),
         ({"chat_template.json": {"chat_template": "A"}, "tokenizer_config.json": {"chat_template": "B"}}, "chat_template.json"),
         ({"tokenizer_config.json": {"chat_template": "A"}}, "tokenizer_config.json"),
+        ({"processor_config.json": {"chat_template": "A"}, "tokenizer_config.json": {"chat_template": "B"}}, "processor_config.json"),
         (
             {"tokenizer_config.json": {"chat_template": [{"name": "tool_use", "template": "B"}, {"name": "default", "template": "A"}]}},
             "tokenizer_config.json",

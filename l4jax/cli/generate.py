@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 import sys
+from typing import Any
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -21,6 +23,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("--chat", action="store_true", help="put the prompt in the model's chat format, as a user's message")
     parser.add_argument("--system", help="with --chat: a system message before it")
+    parser.add_argument(
+        "--chat-template-kwargs", metavar="JSON", help='with --chat: variables of the chat template, such as {"enable_thinking": false}'
+    )
     parser.add_argument("--mesh", default="tensor=1", help="devices to run on, such as tensor=4,expert=2, or a .json file (default: one)")
     parser.add_argument(
         "--coordinator", help="HOST:PORT of process 0, to run as one of several processes; auto: by Slurm, Kubernetes or MPI"
@@ -72,6 +77,9 @@ def run(args: argparse.Namespace) -> int:
 
     if args.system is not None and not args.chat:
         raise ValueError("--system needs --chat; without it the prompt is continued as it is")
+    if args.chat_template_kwargs is not None and not args.chat:
+        raise ValueError("--chat-template-kwargs needs --chat; without it the prompt is continued as it is")
+    variables = _json_object(args.chat_template_kwargs)
     if args.coordinator is not None:
         _keep_stdout_for_text()
         hosts.join(args.coordinator, args.processes, args.process_id, timeout_seconds=args.coordinator_timeout)
@@ -84,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     llm = l4jax.load(args.checkpoint, mesh=args.mesh, dtype=args.dtype, max_batch=1, **speculation)
     if args.chat:
         system = [] if args.system is None else [{"role": "system", "content": args.system}]
-        stream = llm.stream_chat([*system, {"role": "user", "content": prompt}], params)
+        stream = llm.stream_chat([*system, {"role": "user", "content": prompt}], params, chat_template_kwargs=variables)
     else:
         stream = llm.stream(prompt, params)
     printing = hosts.process_id() == 0
@@ -117,6 +125,17 @@ def _shared_stdin() -> str:
         raise ValueError(f"standard input is not {sys.stdin.encoding} text ({error}); expected the prompt") from error
     # Shells and editors end the last line: a newline there is not part of the text.
     return hosts.share(text.removesuffix("\n"))[0]
+
+
+def _json_object(text: str | None) -> dict[str, Any]:
+    """Read ``--chat-template-kwargs``."""
+    try:
+        values = json.loads(text or "{}")
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"--chat-template-kwargs is not valid JSON ({error}); expected an object") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"--chat-template-kwargs is a {type(values).__name__}; expected a JSON object")
+    return values
 
 
 def _keep_stdout_for_text() -> None:

@@ -54,6 +54,10 @@ def test_answers_a_question_from_standard_input_up_to_a_stop_string(
     ("options", "message"),
     [
         (["-p", "x", "--system", "y"], "--system needs --chat"),
+        (["-p", "x", "--chat-template-kwargs", "{}"], "--chat-template-kwargs needs --chat"),
+        (["-p", "x", "--chat", "--chat-template-kwargs", "{"], "--chat-template-kwargs is not valid JSON"),
+        (["-p", "x", "--chat", "--chat-template-kwargs", "[]"], "--chat-template-kwargs is a list; expected a JSON object"),
+        (["-p", "x", "--chat", "--chat-template-kwargs", '{"tone": 1}'], "the chat template does not use tone; leave it out"),
         (["-p", ""], "the prompt is empty"),
         (["-p", "x", "--temperature", "-1"], "temperature is -1.0; expected 0 (greedy) or a positive number"),
         (["-p", "x", "--max-tokens", "0"], "max_tokens is 0; expected an integer of at least 1"),

@@ -14,9 +14,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from l4jax.checkpoints.eagle import EagleSource
 from l4jax.checkpoints.licences import write_notice
-from l4jax.checkpoints.open import open_source
+from l4jax.checkpoints.open import open_head, open_source
 from l4jax.checkpoints.partial import LOCK, check_destination, unfinished, write_atomically
 from l4jax.checkpoints.source import CheckpointError, Recipe, Source
 from l4jax.checkpoints.store import (
@@ -28,13 +27,13 @@ from l4jax.checkpoints.store import (
     groups_of,
     load_verified,
     module_of,
-    open_checkpoint,
     save_group,
     write_manifest,
 )
 from l4jax.config import config_to_json, decoder_of
 from l4jax.config_formats.eagle import NO_ANSWERS, HeadAnswers
 from l4jax.decoding.plan import UNMEASURED, TableJson
+from l4jax.interrupts import kept_interrupts
 from l4jax.model.weights import weight_specs
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -51,31 +50,36 @@ def convert(
     answers: HeadAnswers = NO_ANSWERS,
     speculation: TableJson = UNMEASURED,
     progress: Progress | None = None,
+    note: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Convert a Hugging Face, Meta or GGUF checkpoint, or an EAGLE head, into a folder that ``l4jax.load`` reads.
 
     With ``target``, a converted model, the source is a head that was trained for it; ``answers`` are for what its files leave open,
-    ``speculation`` says how to speculate with it by default.
+    ``speculation`` says how to speculate with it by default. ``note`` is called, before weights are converted, with each line that the
+    user should know about how the source is read.
 
     ``dtype`` None keeps what the source has (quantised GGUF tensors become float32). Everything is made in ``DEST.partial``,
-    verified there, and renamed to ``DEST`` at the end; an interrupted conversion goes on where it stopped when the same call is made
-    again. Raises :class:`CheckpointError` for a source that cannot be used, a destination that exists or is being written, and a full
-    disk.
+    verified there, and renamed to ``DEST`` at the end; an interrupted conversion continues where it stopped when the same call is made
+    again. Raises :class:`CheckpointError` for a source that cannot be used, a destination that exists, is being written or cannot be
+    written, and a full disk; KeyboardInterrupt for every Ctrl-C.
     """
     result = check_destination(destination)
-    source = open_source(source_path) if target is None else EagleSource(Path(source_path), open_checkpoint(target), answers)
+    source = open_source(source_path) if target is None else open_head(source_path, target, answers)
     check_complete(source)
-    with unfinished(result, "conversion") as partial:
+    for line in source.notes:
+        note(line)
+    with unfinished(result, "conversion") as partial, kept_interrupts() as check_interrupts:
         state = _resume(partial, _identity(source, dtype))
-        # Before the weights: what is wrong with a tokenizer should not come out hours later.
+        # Before the weights: an unusable tokenizer should not be found hours later.
         text_files = source.write_text_files(partial)
         architecture = decoder_of(source.config).architecture
         text_files += write_notice(partial, text_files, architecture=architecture, source_format=source.format)
-        weights = _write_groups(source, partial, dtype, state, progress)
-        _verify(partial, weights, progress)
+        weights = _write_groups(source, partial, dtype, state, progress, check_interrupts)
+        _verify(partial, weights, progress, check_interrupts)
         write_manifest(
             partial, source_format=source.format, config=source.config, weights=weights, text_files=text_files, speculation=speculation
         )
+        check_interrupts()
         partial.replace(result)
         # Last: a conversion killed before the renaming can go on, one killed after it is complete.
         (result / _PROGRESS).unlink()
@@ -83,15 +87,9 @@ def convert(
 
 
 def check_complete(source: Source) -> None:
-    """Every weight has a recipe, every source tensor is used exactly once or ignored by design."""
-    wanted = set(weight_specs(module_of(source.config)))
-    missing = sorted(wanted - source.recipes.keys())
-    if missing:
-        raise CheckpointError(f"the source has no tensors for {len(missing)} weights, {missing[0]} the first; is a shard missing?")
+    """Raise :class:`CheckpointError` unless every source tensor is used exactly once, or ignored by design."""
     used = Counter(key for recipe in source.recipes.values() for key in recipe.keys)
-    absent = sorted(used.keys() - source.tensors.keys())
-    if absent:
-        raise CheckpointError(f"the source lacks {len(absent)} tensors, {absent[0]} the first; is a shard missing?")
+    assert source.recipes.keys() >= weight_specs(module_of(source.config)).keys() and source.tensors.keys() >= used.keys()
     twice = sorted(key for key, times in used.items() if times > 1)
     unused = sorted(source.tensors.keys() - used.keys() - source.ignored)
     if twice or unused:
@@ -118,12 +116,18 @@ def _resume(partial: Path, identity: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_groups(
-    source: Source, partial: Path, dtype: DType | None, state: dict[str, Any], progress: Progress | None
+    source: Source,
+    partial: Path,
+    dtype: DType | None,
+    state: dict[str, Any],
+    progress: Progress | None,
+    check_interrupts: Callable[[], None],
 ) -> dict[str, StoredWeight]:
     """Write the groups that are not there yet; what is known of all weights."""
     weights = {name: StoredWeight(**{**w, "shape": tuple(w["shape"])}) for name, w in state["weights"].items()}
     nbytes = {name: _nbytes(source, recipe, dtype) for name, recipe in source.recipes.items()}
     specs = weight_specs(module_of(source.config))
+    tables = {name for name, spec in specs.items() if spec.init == "numbers"}
     groups = group_weights(nbytes)
     missing = [group for group, names in groups.items() if not (weights.keys() >= set(names) and (partial / "weights" / group).is_dir())]
     _check_space(partial, sum(nbytes[name] for group in missing for name in groups[group]))
@@ -132,8 +136,10 @@ def _write_groups(
         if group in missing:
             for unfinished_group in (partial / "weights").glob(f"{group}*"):
                 shutil.rmtree(unfinished_group)
-            tables = {name for name, spec in specs.items() if spec.init == "numbers"}
-            arrays = {name: _make(source, name, source.recipes[name], None if name in tables else dtype) for name in names}
+            arrays = {}
+            for name in names:
+                check_interrupts()
+                arrays[name] = _make(source, name, source.recipes[name], dtype, is_table=name in tables)
             for name, array in arrays.items():
                 if name in specs and array.shape != specs[name].shape:
                     raise CheckpointError(
@@ -159,17 +165,31 @@ def _check_space(partial: Path, needed: int) -> None:
         )
 
 
-def _make(source: Source, name: str, recipe: Recipe, dtype: DType | None) -> np.ndarray:
-    array = np.ascontiguousarray(recipe.assemble([source.read(key) for key in recipe.keys]))
+def _make(source: Source, name: str, recipe: Recipe, dtype: DType | None, *, is_table: bool) -> np.ndarray:
+    """A weight, cast to ``dtype`` unless it is a table, which is no weight to compute with."""
+    made_of = f"weight {name}, made of {', '.join(recipe.keys)},"
+    array = np.ascontiguousarray(recipe.assemble([_read(source, key) for key in recipe.keys]))
+    expected = [np.dtype(table) for table in TABLE_DTYPES] if is_table else [*DTYPES.values(), np.dtype(np.float64)]
+    if array.dtype not in expected:
+        raise CheckpointError(f"{made_of} is {array.dtype.name}; expected {', '.join(kind.name for kind in expected)}")
+    if is_table:
+        return array
     if not _all_finite(array):
-        raise CheckpointError(f"weight {name}, made of {', '.join(recipe.keys)}, has values that are not finite; the source is damaged")
+        raise CheckpointError(f"{made_of} has values that are not finite; the source is damaged")
+    if dtype is None and array.dtype not in DTYPES.values():
+        raise CheckpointError(f"weight {name} is {array.dtype.name}; expected {', '.join(DTYPES)}; choose a dtype to convert to")
     if dtype is not None and array.dtype != DTYPES[dtype]:
         with np.errstate(over="ignore"):
             array = array.astype(DTYPES[dtype])
         if not _all_finite(array):
             raise CheckpointError(f"weight {name} has values too large for {dtype}; choose another dtype")
-    if array.dtype.name not in (*DTYPES, *TABLE_DTYPES):
-        raise CheckpointError(f"weight {name} is {array.dtype.name}; expected {', '.join(DTYPES)}; choose a dtype to convert to")
+    return array
+
+
+def _read(source: Source, key: str) -> np.ndarray:
+    """A tensor in the shape and dtype, byte order included, that the source has said: nothing is ever reinterpreted."""
+    array = source.read(key)
+    assert (array.shape, array.dtype) == (source.tensors[key].shape, source.tensors[key].dtype)
     return array
 
 
@@ -179,11 +199,12 @@ def _all_finite(array: np.ndarray) -> bool:
     return all(np.isfinite(flat[start : start + _BLOCK]).all() for start in range(0, flat.size, _BLOCK))
 
 
-def _verify(partial: Path, weights: Mapping[str, StoredWeight], progress: Progress | None) -> None:
+def _verify(partial: Path, weights: Mapping[str, StoredWeight], progress: Progress | None, check_interrupts: Callable[[], None]) -> None:
     """Read every group back from disk and compare shapes, dtypes and checksums with what was written."""
     groups = groups_of(weights)
     for done, (group, names) in enumerate(groups.items(), start=1):
         directory = partial / "weights" / group
+        check_interrupts()
         try:
             load_verified(directory, {name: weights[name] for name in names})
         except CheckpointError as error:

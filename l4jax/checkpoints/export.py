@@ -29,6 +29,7 @@ from l4jax.checkpoints.store import (
 from l4jax.config import ModelConfig
 from l4jax.config_formats import config_to_hf
 from l4jax.config_formats.eagle_write import config_to_eagle
+from l4jax.interrupts import kept_interrupts
 
 Format = Literal["hf", "eagle", "speculators"]
 
@@ -70,35 +71,35 @@ def export(
             del exports["lm_head.weight"]
     else:
         config, exports = _config(checkpoint), hf_exports(checkpoint)
-    with unfinished(target, "export") as partial:
+    with unfinished(target, "export") as partial, kept_interrupts() as check_interrupts:
         for entry in partial.iterdir():
             if entry.name != LOCK:
                 entry.unlink()
-        _write_shards(checkpoint, exports, partial)
+        _write_shards(checkpoint, exports, partial, check_interrupts)
         for name in checkpoint.text_files:
             if name != SOURCE_CONFIG:
                 shutil.copyfile(checkpoint.directory / name, partial / name)
         (partial / "config.json").write_bytes(config)
+        check_interrupts()
         partial.replace(target)
         (target / LOCK).unlink()
 
 
 def _config(checkpoint: Checkpoint) -> bytes:
-    """``config.json``: a Hugging Face source's own to the byte, unless the weights have another dtype than it says."""
+    """``config.json``: a Hugging Face source's own to the byte, unless the weights have another dtype or head than it says."""
     if SOURCE_CONFIG not in checkpoint.text_files:
         return json.dumps(config_to_hf(checkpoint.config, checkpoint.dtype), indent=2).encode() + b"\n"
     original = (checkpoint.directory / SOURCE_CONFIG).read_bytes()
     values = json.loads(original)
-    said = [
-        (section, key)
-        for section in (values, values.get("text_config"), values.get("vision_config"))
-        if isinstance(section, dict)
-        for key in ("dtype", "torch_dtype")
-        if section.get(key) not in (None, checkpoint.dtype)
-    ]
-    for section, key in said:
-        section[key] = checkpoint.dtype
-    return json.dumps(values, indent=2).encode() + b"\n" if said else original
+    for section in (values, values.get("text_config"), values.get("vision_config")):
+        if not isinstance(section, dict):
+            continue
+        for key in ("dtype", "torch_dtype"):
+            if section.get(key) is not None:
+                section[key] = checkpoint.dtype
+        if "tie_word_embeddings" in section:
+            section["tie_word_embeddings"] = checkpoint.config.tie_word_embeddings
+    return original if values == json.loads(original) else json.dumps(values, indent=2).encode() + b"\n"
 
 
 def hf_exports(checkpoint: Checkpoint) -> dict[str, Export]:
@@ -205,7 +206,7 @@ def _same(weight: np.ndarray) -> np.ndarray:
     return weight
 
 
-def _write_shards(checkpoint: Stored, exports: Mapping[str, Export], directory: Path) -> None:
+def _write_shards(checkpoint: Stored, exports: Mapping[str, Export], directory: Path, check_interrupts: Callable[[], None]) -> None:
     """One file if all fits into one shard, else shards and an index. Holds one group of weights at a time."""
 
     def dtype(key: str) -> str:
@@ -235,6 +236,7 @@ def _write_shards(checkpoint: Stored, exports: Mapping[str, Export], directory: 
         with (directory / name).open("wb") as file:
             file.write(struct.pack("<Q", len(header)) + header)
             for key in keys:
+                check_interrupts()
                 file.write(np.ascontiguousarray(exports[key].cut(arrays[exports[key].weight])).view(np.uint8).data)
     if len(shards) > 1:
         weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}

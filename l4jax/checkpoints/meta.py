@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+from l4jax.checkpoints.files import LICENCES, copy_files, not_read, read_json
 from l4jax.checkpoints.recipes import fuse_qkv
-from l4jax.checkpoints.source import LICENCES, CheckpointError, Recipe, TensorInfo, copy_files, read_json
+from l4jax.checkpoints.source import CheckpointError, Recipe, TensorInfo
 from l4jax.checkpoints.torch_zip import TorchFile
 from l4jax.checkpoints.vision import meta_name, vision_shapes
 from l4jax.config import ModelConfig
@@ -39,7 +40,8 @@ class MetaSource:
                 f"{directory} has the shards {', '.join(numbers)}; expected 00 to the last without a gap: fetch what is missing"
             )
         self._files = [TorchFile(path) for path in paths]
-        self.fingerprint: Mapping[str, list[int]] = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
+        self.fingerprint: Mapping[str, list[int]] = {file.path.name: file.fingerprint for file in self._files}
+        self.notes = not_read(directory, self.fingerprint)
         self.tensors: Mapping[str, TensorInfo] = {
             f"{shard}:{key}": tensor.info for shard, file in enumerate(self._files) for key, tensor in file.tensors.items()
         }
@@ -52,7 +54,7 @@ class MetaSource:
         self.recipes: Mapping[str, Recipe] = _Recipes(self.config, self.tensors, len(self._files)).recipes
 
     def read(self, key: str) -> np.ndarray:
-        """The tensor, memory-mapped."""
+        """Return the tensor."""
         shard, _, name = key.partition(":")
         return self._files[int(shard)].read(name)
 

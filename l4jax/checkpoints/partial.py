@@ -33,7 +33,7 @@ def check_destination(destination: str | os.PathLike[str]) -> Path:
 def unfinished(target: Path, work: Work) -> Iterator[Path]:
     """``TARGET.partial``, made or taken over from an earlier run of the same work, to oneself while the context lasts.
 
-    Raises :class:`CheckpointError` if it is in use or is not ours to write in, and for a disk that is full.
+    Raises :class:`CheckpointError` if it is in use, is not ours to write in or cannot be written, and for a disk that is full.
     """
     partial = target.with_name(target.name + SUFFIX)
     try:
@@ -58,7 +58,8 @@ def unfinished(target: Path, work: Work) -> Iterator[Path]:
             raise CheckpointError(
                 f"the disk of {target} is full; free some space and run the same {work} again, what is written is kept in {partial}"
             ) from error
-        raise
+        # Sources report their files that cannot be read themselves; what is left is ours.
+        raise CheckpointError(f"{error.filename or partial} cannot be written ({error.strerror}); choose another destination") from error
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -26,7 +26,7 @@ class Wanted:
         """Weight ``name`` is ``assemble`` of the tensors ``parts``, (key, expected shape) each."""
         for key, shape in parts:
             if key not in self._tensors:
-                raise CheckpointError(f"the checkpoint has no tensor {key}, which the configuration asks for; is a shard missing?")
+                raise CheckpointError(f"the checkpoint has no tensor {key}, which the configuration asks for: the two are not of one model")
             found = self._tensors[key].shape
             if found != shape:
                 raise CheckpointError(f"tensor {key} has shape {found}; the configuration says {shape}: the two are not of one model")

@@ -15,11 +15,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import logging
 import math
 import os
 import re
-import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -32,8 +30,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
+from l4jax.checkpoints.files import absent, read_json, reading
 from l4jax.checkpoints.partial import SUFFIX
-from l4jax.checkpoints.source import CheckpointError, read_json
+from l4jax.checkpoints.quiet import only_the_error
+from l4jax.checkpoints.source import CheckpointError
 from l4jax.config import ConfigError, DrafterConfig, ModelConfig, config_from_json, config_to_json, drafter_config_from_json
 from l4jax.decoding.plan import UNMEASURED, TableJson
 from l4jax.model.drafter import build_drafter
@@ -103,7 +103,7 @@ def save_group(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write one group as an Orbax checkpoint, atomically; ``directory`` must not exist. Raises OSError if the disk is full."""
     arguments = {name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for name in arrays}
     try:
-        with _only_the_error():
+        with only_the_error():
             _checkpointer().save(directory.absolute(), dict(arrays), save_args=arguments)
     except ValueError as error:
         # So tensorstore reports what the system told it.
@@ -114,7 +114,10 @@ def save_group(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def load_group(directory: Path, names: Iterable[str], placement: Placement | None = None) -> dict[str, Any]:
-    """Read one group's named weights: each device's part of them straight to it, or as numpy arrays without a placement."""
+    """Read one group's named weights: each device's part of them straight to it, or as numpy arrays without a placement.
+
+    Raises :class:`CheckpointError` where a file is missing or damaged.
+    """
     arguments: dict[str, ocp.RestoreArgs] = {}
     for name in names:
         if placement is None:
@@ -122,10 +125,14 @@ def load_group(directory: Path, names: Iterable[str], placement: Placement | Non
         else:
             arguments[name] = ocp.ArrayRestoreArgs(sharding=placement.read_sharding(name))
     try:
-        with _only_the_error():
+        with only_the_error():
             restored: dict[str, Any] = _checkpointer().restore(directory.absolute(), restore_args=arguments)
-    except (ValueError, OSError, KeyError) as error:
-        reason = str(error).split("\n", 1)[0][:200]
+    except Exception as error:
+        # Orbax wraps whatever ends the reading of an array, an interruption too, in an Exception.
+        cause = error.__cause__ if type(error) is Exception and error.__cause__ is not None else error
+        if not isinstance(cause, ValueError | OSError | KeyError):
+            raise cause from None
+        reason = str(cause).split("\n", 1)[0][:200]
         raise CheckpointError(f"{directory} cannot be read ({reason}); the checkpoint is damaged, convert it again") from error
     return restored
 
@@ -144,42 +151,6 @@ def _checkpointer() -> Any:
     # Not compressed: weights hardly compress, and so they load as fast as the disk. One file a chunk: tensorstore's database of
     # files (OCDBT) holds a second copy of large arrays while it writes.
     return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False, use_ocdbt=False))
-
-
-@contextmanager
-def _only_the_error() -> Iterator[None]:
-    """Orbax without all that it says beside the error that it raises.
-
-    It warns that there is no OCDBT database to merge. When one of its tasks fails it logs that with a traceback; asyncio logs the
-    others that failed; and tensorstore's threads report to an event loop that is closed, for which Python prints a traceback each.
-    What comes from threads may come at any time, also after the error: the filters for it stay.
-    """
-    absl_logger, hook = logging.getLogger("absl"), sys.unraisablehook
-
-    def drop(record: logging.LogRecord) -> bool:
-        return False
-
-    def print_others(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            hook(unraisable)
-
-    absl_logger.addFilter(drop)
-    sys.unraisablehook = print_others
-    try:
-        yield
-    except Exception:  # whatever it is: it goes on to the caller, and only what is said beside it is filtered
-        logging.getLogger("asyncio").addFilter(_not_of_tensorstore)
-        raise
-    else:
-        sys.unraisablehook = hook
-    finally:
-        absl_logger.removeFilter(drop)
-
-
-def _not_of_tensorstore(record: logging.LogRecord) -> bool:
-    """False for asyncio's report of a failed read or write that nobody waited for, because another had failed before."""
-    error = record.exc_info[1] if record.exc_info else None
-    return not (isinstance(error, ValueError) and re.search(r"(reading|writing) local file", str(error)))
 
 
 def write_manifest(
@@ -343,7 +314,7 @@ def _open(path: str | os.PathLike[str]) -> tuple[Stored, dict[str, Any]]:
     """What all checkpoints have, and the manifest."""
     directory = Path(path)
     if not directory.exists():
-        raise CheckpointError(f"{directory} does not exist; expected a folder made by `l4jax convert`")
+        raise absent(directory, "a folder made by `l4jax convert`")
     if directory.resolve().name.endswith(SUFFIX):
         raise CheckpointError(f"{directory} is an unfinished conversion; run the same `l4jax convert` again to finish it")
     if not (directory / MANIFEST).is_file():
@@ -356,10 +327,11 @@ def _open(path: str | os.PathLike[str]) -> tuple[Stored, dict[str, Any]]:
         weights = {name: StoredWeight(**{**w, "shape": tuple(w["shape"])}) for name, w in manifest["weights"].items()}
         sizes: dict[str, int] = dict(manifest["weight_files"])
         stored = Stored(directory, manifest["source_format"], weights, tuple(manifest["text_files"]))
-    for file, size in sizes.items():
-        found = (directory / file).stat().st_size if (directory / file).is_file() else None
-        if found != size:
-            state = "is missing" if found is None else f"has {found} bytes; expected {size}"
+    for file in (*sizes, *stored.text_files):
+        with reading(directory / file):
+            found = (directory / file).stat().st_size if (directory / file).is_file() else None
+        if found is None or found != sizes.get(file, found):
+            state = "is missing" if found is None else f"has {found} bytes; expected {sizes[file]}"
             raise CheckpointError(f"{directory / file} {state}; the checkpoint is damaged, convert it again")
     return stored, manifest
 

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
+from l4jax.checkpoints.files import WeightFile, reading
 from l4jax.checkpoints.source import CheckpointError, TensorInfo
 
 _STORAGES = {
@@ -99,6 +100,11 @@ class TorchTensor(_Sealed):
         """Shape and dtype."""
         return TensorInfo(self.shape, self.storage.dtype)
 
+    @property
+    def last(self) -> int:
+        """The last element of the storage that it reaches, for a tensor that is not empty."""
+        return self.offset + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
+
 
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> TorchTensor:
     tensor = TorchTensor(storage, operator.index(offset), tuple(map(operator.index, shape)), tuple(map(operator.index, strides)))
@@ -155,9 +161,10 @@ class TorchFile:
     """An opened ``torch.save`` file that holds a dictionary of tensors. Raises :class:`CheckpointError` for any other file."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self._file = WeightFile(path)
+        self.fingerprint = self._file.fingerprint
         try:
-            with zipfile.ZipFile(path) as archive:
+            with reading(path), zipfile.ZipFile(path) as archive:
                 self._offsets = _storage_offsets(archive, path)
                 pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
                 if len(pickles) != 1:
@@ -177,21 +184,24 @@ class TorchFile:
         for key, tensor in self.tensors.items():
             self._check(key, tensor)
 
+    @property
+    def path(self) -> Path:
+        """The file's path."""
+        return self._file.path
+
     def read(self, key: str) -> np.ndarray:
-        """The tensor, memory-mapped."""
+        """Return the tensor."""
         tensor = self.tensors[key]
         dtype = tensor.storage.dtype
         if 0 in tensor.shape:
             return np.zeros(tensor.shape, dtype)
         start, _ = self._offsets[tensor.storage.key]
-        flat = np.memmap(self.path, dtype, "r", start, (tensor.storage.size,))
-        strides = [stride * dtype.itemsize for stride in tensor.strides]
-        return np.lib.stride_tricks.as_strided(flat[tensor.offset :], tensor.shape, strides, writeable=False)
+        span = self._file.read(start + tensor.offset * dtype.itemsize, (tensor.last + 1 - tensor.offset,), dtype)
+        return np.lib.stride_tricks.as_strided(span, tensor.shape, [stride * dtype.itemsize for stride in tensor.strides], writeable=False)
 
     def _check(self, key: str, tensor: TorchTensor) -> None:
         _, nbytes = self._offsets.get(tensor.storage.key, (0, -1))
-        last = tensor.offset + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True))
-        inside = tensor.offset >= 0 and min(tensor.strides, default=0) >= 0 and last < tensor.storage.size
+        inside = tensor.offset >= 0 and min(tensor.strides, default=0) >= 0 and tensor.last < tensor.storage.size
         if 0 not in tensor.shape and not (inside and tensor.storage.size * tensor.storage.dtype.itemsize <= nbytes):
             raise CheckpointError(f"{self.path}: tensor {key} reaches outside its storage; the file is damaged, fetch it again")
 

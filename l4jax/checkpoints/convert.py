@@ -38,7 +38,7 @@ from l4jax.model.weights import weight_specs
 
 DType = Literal["float32", "bfloat16", "float16"]
 Progress = Callable[[Literal["converting", "verifying"], int, int], None]
-"""Called with what is being done, how much of it is done and how much there is: bytes of weights, then groups."""
+"""Called with the stage, how much of it is done and its total: in bytes of weights, then in groups."""
 
 
 def convert(
@@ -104,7 +104,7 @@ _BLOCK = 1 << 24
 
 
 def _resume(partial: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """What an earlier conversion of the same source to the same dtype has done; all else in the folder is removed."""
+    """Return what an earlier conversion of the same source to the same dtype has done; remove everything else from the folder."""
     state = _read_progress(partial / _PROGRESS)
     if state is None or state["source"] != identity:
         state = {"source": identity, "weights": {}}
@@ -123,7 +123,7 @@ def _write_groups(
     progress: Progress | None,
     check_interrupts: Callable[[], None],
 ) -> dict[str, StoredWeight]:
-    """Write the groups that are not there yet; what is known of all weights."""
+    """Write the groups that are missing; return the entries of all weights."""
     weights = {name: StoredWeight(**{**w, "shape": tuple(w["shape"])}) for name, w in state["weights"].items()}
     nbytes = {name: _nbytes(source, recipe, dtype) for name, recipe in source.recipes.items()}
     specs = weight_specs(module_of(source.config))
@@ -166,7 +166,7 @@ def _check_space(partial: Path, needed: int) -> None:
 
 
 def _make(source: Source, name: str, recipe: Recipe, dtype: DType | None, *, is_table: bool) -> np.ndarray:
-    """A weight, cast to ``dtype`` unless it is a table, which is no weight to compute with."""
+    """Make a weight; cast it to ``dtype``, unless it is a table of token ids."""
     made_of = f"weight {name}, made of {', '.join(recipe.keys)},"
     array = np.ascontiguousarray(recipe.assemble([_read(source, key) for key in recipe.keys]))
     expected = [np.dtype(table) for table in TABLE_DTYPES] if is_table else [*DTYPES.values(), np.dtype(np.float64)]
@@ -187,14 +187,14 @@ def _make(source: Source, name: str, recipe: Recipe, dtype: DType | None, *, is_
 
 
 def _read(source: Source, key: str) -> np.ndarray:
-    """A tensor in the shape and dtype, byte order included, that the source has said: nothing is ever reinterpreted."""
+    """Read a tensor, which has the stated shape and dtype, byte order included: values are never reinterpreted."""
     array = source.read(key)
     assert (array.shape, array.dtype) == (source.tensors[key].shape, source.tensors[key].dtype)
     return array
 
 
 def _all_finite(array: np.ndarray) -> bool:
-    """In blocks: a mask of a whole expert tensor would be half its size again."""
+    """Works in blocks: a mask of a whole expert tensor would add half its size."""
     flat = array.reshape(-1)
     return all(np.isfinite(flat[start : start + _BLOCK]).all() for start in range(0, flat.size, _BLOCK))
 
@@ -208,16 +208,16 @@ def _verify(partial: Path, weights: Mapping[str, StoredWeight], progress: Progre
         try:
             load_verified(directory, {name: weights[name] for name in names})
         except CheckpointError as error:
-            shutil.rmtree(directory)  # or it would stay as it is
+            shutil.rmtree(directory)  # so that the next run writes it again
             raise CheckpointError(
-                f"{directory} reads back other than it was written; check the disk and run the conversion again"
+                f"{directory} reads back differently from what was written; check the disk and run the conversion again"
             ) from error
         if progress is not None:
             progress("verifying", done, len(groups))
 
 
 def _identity(source: Source, dtype: DType | None) -> dict[str, Any]:
-    """What a resumed conversion must have in common with the interrupted one."""
+    """Everything that must be the same for a conversion to continue an interrupted one."""
     tensors = {key: [list(info.shape), info.dtype.name] for key, info in source.tensors.items()}
     values: dict[str, Any] = {"format": source.format, "dtype": dtype, "config": config_to_json(source.config), "tensors": tensors}
     return json.loads(json.dumps({**values, "files": source.fingerprint}))
@@ -232,6 +232,6 @@ def _read_progress(path: Path) -> dict[str, Any] | None:
 
 
 def _nbytes(source: Source, recipe: Recipe, dtype: DType | None) -> int:
-    """Bytes of the weight that a recipe makes."""
+    """Return the bytes of the weight that a recipe makes."""
     infos = [source.tensors[key] for key in recipe.keys]
     return sum(math.prod(info.shape) * (info.dtype if dtype is None else DTYPES[dtype]).itemsize for info in infos)

@@ -1,7 +1,7 @@
 """Published EAGLE heads: a folder with ``config.json`` and the weights, as safetensors or ``pytorch_model.bin``.
 
-Each format names the same weights in its own way; all of a format's names are mandatory, for an engine that fills up a missing one drafts
-badly and says nothing.
+Each format has its own names for the same weights. All of a format's names are mandatory: an engine that replaces a missing tensor by
+random values drafts badly, without any error.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _ROWS = 4096
 
 
 class EagleSource:
-    """An opened head (see :class:`l4jax.checkpoints.source.Source`), for a target that it is checked against."""
+    """An opened head (see :class:`l4jax.checkpoints.source.Source`), checked against the target that it is for."""
 
     def __init__(self, directory: Path, target: Checkpoint, answers: HeadAnswers) -> None:
         self._directory, self._target = directory, target
@@ -37,7 +37,7 @@ class EagleSource:
         self._files = _open_files(directory)
         self.fingerprint: Mapping[str, list[int]] = self._files.fingerprint
         self.notes = self._files.notes
-        # Some writers put the module's own name before all others.
+        # Some writers prefix all names with the module's own.
         prefix = "model." if "model.fc.weight" in self._files.tensors else ""
         self._names = {key.removeprefix(prefix): key for key in self._files.tensors}
         if len(self._names) < len(self._files.tensors):
@@ -47,7 +47,7 @@ class EagleSource:
         self.config: DrafterConfig = drafter_config_from_eagle(values, self.tensors, target.config, target.tokenizer_digest, answers)
         check_fits(self.config, target.config)
         if self.config.target_head:
-            # A conversion that is taken up again must be for the same target.
+            # A conversion may only be continued for the same target.
             self.fingerprint = {**self.fingerprint, f"the target {target.digest}": []}
             if _HEAD not in self.tensors and "fc.weight" in self.tensors:
                 shape = (self.config.draft_vocab_size, self.config.decoder.hidden_size)
@@ -83,12 +83,12 @@ class EagleSource:
         return self._target.read_group(self._target.weights[name].group)[name]
 
     def write_text_files(self, directory: Path) -> list[str]:
-        """Copy licence files: the head's own, or else the target's, from which it was distilled."""
+        """Copy the head's licence files, or else those of the target, from which it was distilled."""
         return copy_files(self._directory, LICENCES, directory) or copy_files(self._target.directory, LICENCES, directory)
 
 
 def _equal_but_for_rounding(a_VD: np.ndarray, b_VD: np.ndarray) -> bool:
-    """Whether they differ by at most one rounding to 16 bits, as of a target that was held in them while its drafter was trained."""
+    """Whether they differ by at most one rounding to 16 bits: the target may have been held in 16 bits while its drafter was trained."""
     blocks = (slice(start, start + _ROWS) for start in range(0, len(a_VD), _ROWS))
     return a_VD.shape == b_VD.shape and all(
         np.allclose(a_VD[rows].astype(np.float32), b_VD[rows].astype(np.float32), rtol=2.0**-8, atol=1e-7) for rows in blocks
@@ -166,7 +166,7 @@ def _eagle3_recipes(config: DrafterConfig, tensors: Mapping[str, TensorInfo], *,
     if decoder.vocab_size == V and "d2t" not in tensors:
         wanted.add("token_ids", [], lambda _: np.arange(V, dtype=np.int32), "all tokens")
         return wanted.recipes
-    # ModelOpt writes no t2d: it says nothing that d2t does not.
+    # ModelOpt leaves out t2d, which repeats what d2t says.
     parts: list[tuple[str, tuple[int, ...]]] = [("d2t", (V,))]
     if "t2d" in tensors or not tensors.keys() >= {"d2t"}:
         parts.append(("t2d", (decoder.vocab_size,)))
@@ -175,7 +175,7 @@ def _eagle3_recipes(config: DrafterConfig, tensors: Mapping[str, TensorInfo], *,
 
 
 def _token_ids(parts: Sequence[np.ndarray], vocab_size: int) -> np.ndarray:
-    """The target's token for each of the draft vocabulary."""
+    """Return the target's token id for each token of the draft vocabulary: int32 [draft_vocab_size]."""
     kinds = [part.dtype.kind for part in parts]
     if kinds[0] not in "iu" or kinds[1:] not in ([], ["b"]):
         names = ", ".join(part.dtype.name for part in parts)
@@ -183,8 +183,8 @@ def _token_ids(parts: Sequence[np.ndarray], vocab_size: int) -> np.ndarray:
     ids = np.arange(len(parts[0])) + parts[0].astype(np.int64)
     if ids.min() < 0 or ids.max() >= vocab_size or len(np.unique(ids)) < len(ids):
         raise CheckpointError(
-            f"tensor d2t does not lead to different tokens of the target's {vocab_size}; expected offsets, target = draft + d2t[draft]"
+            f"tensor d2t does not lead to different tokens of the target's {vocab_size}; expected offsets: target = draft + d2t[draft]"
         )
     if len(parts) > 1 and not np.array_equal(np.flatnonzero(parts[1]), np.sort(ids)):
-        raise CheckpointError("tensors d2t and t2d name other tokens; expected t2d to be true at the tokens that d2t leads to")
+        raise CheckpointError("tensors d2t and t2d name different tokens; expected t2d to be true at the tokens that d2t leads to")
     return ids.astype(np.int32)

@@ -1,4 +1,4 @@
-"""Export: a checkpoint back to Hugging Face safetensors, bit for bit what a Hugging Face source had; drafters as published heads."""
+"""Export: a checkpoint back to Hugging Face safetensors, bit for bit as a Hugging Face source had it; drafters as published heads."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _SAFETENSORS_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I64": 8, "BOOL": 1}
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """A Hugging Face tensor: its shape, how it is cut out of one of our weights, and its type in the file if that is not the weight's."""
+    """A Hugging Face tensor: its shape, how to cut it out of one of our weights, and its dtype in the file if that differs."""
 
     weight: str
     shape: tuple[int, ...]
@@ -54,13 +54,14 @@ def export(
     """Write a checkpoint as a Hugging Face folder: safetensors in shards of 5 GB, ``config.json``, tokenizer files.
 
     ``to``: "hf" for a model; for a drafter "eagle", as SafeAILab's code reads it, or "speculators". ``without_head``: leave out a
-    drafter's output head that is its target's, for ``convert`` to fill in; other readers need it. Made in ``DEST.partial`` and renamed at
-    the end. Raises :class:`CheckpointError` if the destination exists, the checkpoint is damaged or the disk is full.
+    drafter's output head that is its target's; ``convert`` fills it in, other readers need it. Written to ``DEST.partial`` and renamed at
+    the end. Raises :class:`CheckpointError` if the destination exists or cannot be written, the checkpoint is damaged or the disk is full;
+    KeyboardInterrupt for every Ctrl-C.
     """
     checkpoint = open_checkpoint(checkpoint_path) if to == "hf" else open_drafter(checkpoint_path)
     if without_head and not (isinstance(checkpoint, DrafterCheckpoint) and checkpoint.config.target_head):
         raise CheckpointError(
-            f"{checkpoint.directory} is no drafter with its target's output head, as train-drafter --target-head makes them; "
+            f"{checkpoint.directory} is not a drafter with its target's output head (train-drafter --target-head makes those); "
             "leave out --without-head"
         )
     target = check_destination(destination)
@@ -103,7 +104,7 @@ def _config(checkpoint: Checkpoint) -> bytes:
 
 
 def hf_exports(checkpoint: Checkpoint) -> dict[str, Export]:
-    """Every tensor of the Hugging Face folder, by its name there; the inverse of ``hf.hf_recipes``."""
+    """Return every tensor of the Hugging Face folder, by its name there; the inverse of ``hf.hf_recipes``."""
     config = checkpoint.config
     prefix = "" if config.vision is None else "language_model."
     D, V = config.hidden_size, config.vocab_size
@@ -142,8 +143,8 @@ def _attention(config: ModelConfig, ours: str, theirs: str, input_size: int) -> 
     halves = config.architecture == "llama"
 
     def rows(part: slice) -> Callable[[np.ndarray], np.ndarray]:
-        turned = halves and part != slice(-1, None)  # values are not rotated
-        return lambda fused: (halve(fused[:, part]) if turned else fused[:, part]).reshape(-1, input_size)
+        halved = halves and part != slice(-1, None)  # RoPE does not rotate values
+        return lambda fused: (halve(fused[:, part]) if halved else fused[:, part]).reshape(-1, input_size)
 
     return {
         f"{theirs}q_proj.weight": Export(f"{ours}qkv", (H * h, input_size), rows(slice(None, -2))),
@@ -162,7 +163,7 @@ def _swiglu(ours: str, theirs: str, D: int, F: int) -> dict[str, Export]:
 
 
 def eagle_exports(checkpoint: DrafterCheckpoint, to: Format) -> dict[str, Export]:
-    """Every tensor of a published head, by its name there; the inverse of ``eagle.EagleSource``."""
+    """Return every tensor of a published head, by its name there; the inverse of ``eagle.EagleSource``."""
     config, speculators = checkpoint.config, to == "speculators"
     decoder, version = config.decoder, config.version
     D, V, width = decoder.hidden_size, config.draft_vocab_size, config.target_hidden_size
@@ -207,7 +208,7 @@ def _same(weight: np.ndarray) -> np.ndarray:
 
 
 def _write_shards(checkpoint: Stored, exports: Mapping[str, Export], directory: Path, check_interrupts: Callable[[], None]) -> None:
-    """One file if all fits into one shard, else shards and an index. Holds one group of weights at a time."""
+    """Write one file if everything fits into one shard, else shards and an index. Holds one group of weights at a time."""
 
     def dtype(key: str) -> str:
         return exports[key].dtype or _SAFETENSORS_NAMES[checkpoint.weights[exports[key].weight].dtype]
@@ -232,7 +233,7 @@ def _write_shards(checkpoint: Stored, exports: Mapping[str, Export], directory: 
             described[key] = {"dtype": dtype(key), "shape": list(exports[key].shape), "data_offsets": [offset, offset + nbytes(key)]}
             offset += nbytes(key)
         header = json.dumps({"__metadata__": {"format": "pt"}, **described}).encode()
-        header += b" " * (-len(header) % 8)  # the data begins aligned
+        header += b" " * (-len(header) % 8)  # aligns the data
         with (directory / name).open("wb") as file:
             file.write(struct.pack("<Q", len(header)) + header)
             for key in keys:
@@ -245,7 +246,7 @@ def _write_shards(checkpoint: Stored, exports: Mapping[str, Export], directory: 
 
 
 class _Groups:
-    """Weights by name; the group last asked for is in memory."""
+    """Weights by name. Keeps the group of the last one in memory."""
 
     def __init__(self, checkpoint: Stored) -> None:
         self._checkpoint = checkpoint

@@ -1,4 +1,4 @@
-"""A source's files: every way in which one cannot be read is one line, and one that changes during a conversion is noticed."""
+"""Reading a source's files: each failure is one line, and a file that changes during a conversion is noticed."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def refuse_pointer(path: Path) -> None:
 
 
 def absent(path: Path, expected: str) -> CheckpointError:
-    """The error for a path at which there is nothing."""
+    """Return the error for a path that does not exist."""
     if re.fullmatch(r"(https?:/.*|[\w-][\w.-]*/[\w-][\w.-]*)", str(path)):
         return CheckpointError(
             f"{path} does not exist here; expected {expected}. If it is a model on the Hugging Face hub, fetch it first "
@@ -116,12 +116,12 @@ def copy_files(source: Path, patterns: Sequence[str], destination: Path) -> list
 
 
 def weight_names(directory: Path) -> list[str]:
-    """Names of the files of a folder that are weights by their names, of whatever format, and of their indices."""
+    """Return the names of a folder's files that look like weights of any format, or like an index of them."""
     return _names(directory, _WEIGHTS)
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first three names, and how many more there are."""
+    """Return the first three names, and how many more there are, as text."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 

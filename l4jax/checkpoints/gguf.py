@@ -52,7 +52,7 @@ class GGUFSource:
 
 
 def _recipes(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> dict[str, Recipe]:
-    """GGUF stores Llama's query and key rows for interleaved RoPE pairs, as we compute it."""
+    """Return how our weights are made. GGUF stores query and key rows for interleaved RoPE pairs, as we compute it."""
     K, h, D, V, F, H = (
         config.num_kv_heads,
         config.head_dim,

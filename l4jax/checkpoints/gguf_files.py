@@ -74,7 +74,7 @@ class GGUFFiles:
 
 
 def parts_of(path: Path) -> list[Path]:
-    """All parts of the file that ``path`` is one of, by its name; ``path`` alone if it is whole."""
+    """Return all parts of the split file that ``path`` belongs to by its name; ``path`` alone if it is whole."""
     named = _PART.fullmatch(path.name)
     if named is None:
         return [path]
@@ -86,7 +86,7 @@ def parts_of(path: Path) -> list[Path]:
 
 
 def _read(file: WeightFile) -> tuple[dict[str, Any], dict[str, _Tensor]]:
-    """Metadata and tensors of one file."""
+    """Read the metadata and the tensors' places of one file."""
     path = file.path
     try:
         reader = GGUFReader(path)

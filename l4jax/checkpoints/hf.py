@@ -85,12 +85,12 @@ def _untied(config: ModelConfig, head: str) -> ModelConfig:
 
 
 def _prefix(tensors: Mapping[str, TensorInfo]) -> str:
-    """What the names of the decoder's tensors begin with."""
+    """Return the prefix of the names of the decoder's tensors."""
     return "language_model." if any(key.startswith("language_model.") for key in tensors) else ""
 
 
 def hf_recipes(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> dict[str, Recipe]:
-    """How each of our weights is made of the folder's tensors.
+    """Return how each of our weights is made of the folder's tensors.
 
     Hugging Face stores Llama 3's query and key rows for half-split RoPE, Llama 4's for interleaved pairs as we compute it.
     Raises :class:`CheckpointError` where a tensor's shape is not what the configuration says.
@@ -111,7 +111,7 @@ def hf_recipes(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> dict[s
 
 
 def layer_recipes(wanted: Wanted, config: ModelConfig, layer: int, ours: str, theirs: str, *, attention_normed: bool = True) -> None:
-    """How a decoder layer is made; ``attention_normed``: there is a norm before its attention."""
+    """Add how a decoder layer is made; ``attention_normed``: whether it has a norm before its attention."""
     D = config.hidden_size
     if attention_normed:
         wanted.same(f"{ours}attention_norm.scale", f"{theirs}input_layernorm.weight", (D,))
@@ -121,7 +121,7 @@ def layer_recipes(wanted: Wanted, config: ModelConfig, layer: int, ours: str, th
 
 
 def attention_recipes(wanted: Wanted, config: ModelConfig, ours: str, theirs: str, *, input_size: int) -> None:
-    """How a layer's attention is made, that projects from this width."""
+    """Add how a layer's attention, with inputs of width ``input_size``, is made."""
     K, h, H, D = config.num_kv_heads, config.head_dim, config.num_heads, config.hidden_size
     halves = config.architecture == "llama"
     wanted.add(
@@ -145,7 +145,7 @@ def _feed_forward(wanted: Wanted, config: ModelConfig, layer: int, ours: str, th
         wanted.reshaped(f"{ours}experts_gate_up", f"{theirs}experts.gate_up_proj", (E, D, 2 * F), (E, D, 2, F))
         wanted.same(f"{ours}experts_down", f"{theirs}experts.down_proj", (E, F, D))
         return
-    # Packaged for offline quantisation: one matrix an expert, [out, in].
+    # As stored for offline quantisation: one matrix for each expert, [out, in].
     wanted.add(
         f"{ours}experts_gate_up",
         [(f"{theirs}experts.{e}.{x}_proj.weight", (F, D)) for e in range(E) for x in ("gate", "up")],
@@ -161,13 +161,13 @@ def _feed_forward(wanted: Wanted, config: ModelConfig, layer: int, ours: str, th
 
 
 def swiglu_recipes(wanted: Wanted, ours: str, theirs: str, D: int, F: int) -> None:
-    """How a dense feed-forward block of width ``F`` is made."""
+    """Add how a dense feed-forward block of width ``F`` is made."""
     wanted.add(f"{ours}gate_up", [(f"{theirs}{x}_proj.weight", (F, D)) for x in ("gate", "up")], stack_gate_up, "gate, up stacked")
     wanted.same(f"{ours}down", f"{theirs}down_proj.weight", (D, F))
 
 
 def _stack_transposed_gate_up(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """[E, D, 2, F] of gate and up [F, D] of each expert in turn."""
+    """Return [E, D, 2, F] from gate and up [F, D] of each expert in turn."""
     F, D = parts[0].shape
     stacked = np.empty((len(parts) // 2, D, 2, F), np.result_type(*parts))
     for i, part in enumerate(parts):

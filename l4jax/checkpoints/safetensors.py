@@ -25,8 +25,8 @@ _BLOCK = 1 << 22
 class SafetensorsFiles:
     """The tensors of a folder's safetensors files.
 
-    A ``model.safetensors`` is read alone, even beside an index and its shards: that is what transformers loads from such a folder, which
-    is what saving a sharded model again in one file leaves. ``notes`` says so.
+    A ``model.safetensors`` is read alone, even if an index and its shards are in the folder too, as transformers does: saving a sharded
+    model again in one file leaves the old shards there. ``notes`` says what is not read.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -74,7 +74,7 @@ class _Entry:
 
 
 def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
-    """The safetensors files of a folder, and the tensors that the index puts in each (None without an index)."""
+    """Return the safetensors files of a folder, and the tensors that the index puts in each (None without an index)."""
     index, single = directory / INDEX, directory / SINGLE
     if single.exists() or single.is_symlink():
         return {single: None}
@@ -99,9 +99,9 @@ def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
 
 
 def _read_header(file: WeightFile) -> dict[str, _Entry]:
-    """Every tensor of a safetensors file; the values are not read.
+    """Return every tensor of a safetensors file; the values are not read.
 
-    The rules are those of the safetensors library: a name stands once, and the tensors' bytes fill the file without gap or overlap.
+    The rules are the safetensors library's: each name occurs once, and the tensors' bytes fill the file without gaps or overlaps.
     """
     prefix = file.read(0, (min(8, file.size),), np.dtype(np.uint8)).tobytes()
     length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else file.size
@@ -128,7 +128,7 @@ def _read_header(file: WeightFile) -> dict[str, _Entry]:
 
 
 def _once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of the header. JSON readers take the last of two entries with one name."""
+    """Return an object of the header. A JSON reader would take the last of two entries with the same name."""
     values = dict(pairs)
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
@@ -137,7 +137,7 @@ def _once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _span(path: Path, key: str, tensor: Mapping[str, Any]) -> tuple[int, int, TensorInfo]:
-    """(begin, end) of a tensor's bytes, counted from the end of the header, and what they are."""
+    """Return (begin, end) of a tensor's bytes, counted from the end of the header, and its shape and dtype."""
     name, shape, (begin, end) = tensor["dtype"], tuple(map(operator.index, tensor["shape"])), map(operator.index, tensor["data_offsets"])
     known = {**_DTYPES, **_TABLES}
     if name not in known:

@@ -13,7 +13,7 @@ from l4jax.config import DrafterConfig, ModelConfig
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message is one line: what was given, what was expected, what to do."""
+    """A checkpoint cannot be used; the message is one line: what was given, what was expected, what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +26,9 @@ class TensorInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How one of our weights is made: ``assemble`` of the arrays of ``keys``, in that order.
+    """How one of our weights is made: by ``assemble``, from the arrays of ``keys`` in that order.
 
-    ``description`` says it in words for ``--dry-run`` ("q, k, v grouped by KV head; q, k rows to interleaved pairs").
+    ``description``: the same in words, for ``--dry-run`` ("q, k, v grouped by KV head; q, k rows to interleaved pairs").
     """
 
     keys: tuple[str, ...]
@@ -44,7 +44,7 @@ class Source(Protocol):
 
     @property
     def config(self) -> ModelConfig | DrafterConfig:
-        """What it is a checkpoint of."""
+        """The configuration of the model or drafter."""
         ...
 
     tensors: Mapping[str, TensorInfo]
@@ -52,7 +52,7 @@ class Source(Protocol):
     ignored: frozenset[str]
     """Names among ``tensors`` that hold no weight of ours (``rope.freqs``, a copy of the tied embedding); all others are used once."""
     recipes: Mapping[str, Recipe]
-    """For each of our weights (``l4jax.model.weights.weight_specs``), and each vision weight kept as it is (``vision.*``)."""
+    """A recipe for each of our weights (``l4jax.model.weights.weight_specs``), and each vision weight kept as it is (``vision.*``)."""
 
     fingerprint: Mapping[str, list[int]]
     """Size and modification time (ns) of each weight file: tells whether an interrupted conversion may go on."""

@@ -1,7 +1,7 @@
 """Tensors of a ``torch.save`` file, without torch and without ever running code from it.
 
 The file is an uncompressed zip archive: a pickle that describes the tensors, and an entry of raw bytes for each storage. The
-unpickler knows a short list of names and refuses all others; what it does know only notes where a tensor lies.
+unpickler knows a short list of names, refuses all others, and only records where each tensor's bytes are.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _STORAGES = {
     "FloatStorage": np.dtype(np.float32),
     "HalfStorage": np.dtype(np.float16),
     "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
-    # Not weights of ours, but statistics and the like that may lie beside them.
+    # Not weights, but statistics and the like that some files have besides.
     "DoubleStorage": np.dtype(np.float64),
     "LongStorage": np.dtype(np.int64),
     "IntStorage": np.dtype(np.int32),
@@ -38,7 +38,7 @@ _STORAGES = {
 
 
 class _Sealed:
-    """A pickle may set the state of any object that it gets hold of; not of one of these."""
+    """An object whose state a pickle cannot set. It can set the state of every other object that it is given."""
 
     __slots__ = ()
 
@@ -47,7 +47,7 @@ class _Sealed:
 
 
 class _Known(_Sealed):
-    """What a name in the pickle stands for: something to call. A function or class itself would have a state."""
+    """The callable that a name in the pickle refers to. A function or class itself would have a state to set."""
 
     __slots__ = ("_function",)
 
@@ -68,7 +68,7 @@ class _StorageType(_Sealed):
 
 
 class _Opaque:
-    """Stands for an object that is never looked at: an ``_extra_state`` buffer. The one class handed out: pickles make it by NEWOBJ."""
+    """Replaces an object that is never used: an ``_extra_state`` buffer. The only class given to pickles, which create it by NEWOBJ."""
 
     __slots__ = ()
 
@@ -88,7 +88,7 @@ class _Storage(_Sealed):
 
 @dataclasses.dataclass(frozen=True)
 class TorchTensor(_Sealed):
-    """A tensor's place in the archive; offset and strides in elements of its storage."""
+    """A tensor's place in the archive; offset and strides are in elements of its storage."""
 
     storage: _Storage
     offset: int
@@ -127,7 +127,7 @@ _KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Looks nothing up but the names above."""
+    """Looks up only the names above."""
 
     def __init__(self, stream: BinaryIO, path: Path) -> None:
         super().__init__(stream, encoding="utf-8")
@@ -138,7 +138,7 @@ class _Unpickler(pickle.Unpickler):
             return _StorageType(name)
         if (module, name) not in _KNOWN:
             raise CheckpointError(
-                f"{self._path}: its pickle asks for {module}.{name}; expected nothing but tensors: do not trust this file (nothing was run)"
+                f"{self._path}: its pickle asks for {module}.{name}; expected only tensors: do not trust this file (nothing was run)"
             )
         known = _KNOWN[module, name]
         return known if known is _Opaque else _Known(known)
@@ -154,7 +154,7 @@ _BROKEN = (
     *(pickle.UnpicklingError, EOFError, AttributeError, LookupError, TypeError, ValueError),
     *(MemoryError, OverflowError, RecursionError),
 )
-"""What unpickling can end with, for a stream of bytes that means nothing."""
+"""What unpickling raises for a meaningless stream of bytes."""
 
 
 class TorchFile:
@@ -207,7 +207,7 @@ class TorchFile:
 
 
 def _storage_offsets(archive: zipfile.ZipFile, path: Path) -> dict[str, tuple[int, int]]:
-    """(position of the bytes in the file, number of bytes) of each storage."""
+    """Return (position of the bytes in the file, number of bytes) of each storage."""
     offsets = {}
     with path.open("rb") as file:
         for entry in archive.infolist():
@@ -218,7 +218,7 @@ def _storage_offsets(archive: zipfile.ZipFile, path: Path) -> dict[str, tuple[in
                 continue
             if entry.compress_type != zipfile.ZIP_STORED:
                 raise CheckpointError(f"{path} is compressed; expected an archive as torch.save writes it")
-            # The local header's name and extra field may be longer than the directory's: torch aligns the data with them.
+            # The local header's name and extra field may be longer than the directory's: torch pads them to align the data.
             file.seek(entry.header_offset + 26)
             name_length, extra_length = struct.unpack("<HH", file.read(4))
             offsets[key] = (entry.header_offset + 30 + name_length + extra_length, entry.file_size)

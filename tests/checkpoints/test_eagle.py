@@ -319,7 +319,7 @@ def test_an_output_head_of_its_own_is_not_left_out(target: Path, tmp_path: Path,
     convert(heads.write(tmp_path / "head", eagle3_head().config, eagle3_head().tensors), tmp_path / "drafter", target=target)
     capsys.readouterr()
     assert cli.main(["export", str(tmp_path / "drafter"), str(tmp_path / "small"), "--to", "eagle", "--without-head"]) == 2
-    assert "drafter is no drafter with its target's output head, as train-drafter --target-head makes" in capsys.readouterr().err
+    assert "drafter is not a drafter with its target's output head (train-drafter --target-head makes those)" in capsys.readouterr().err
     assert not (tmp_path / "small").exists()
 
 
@@ -349,9 +349,9 @@ REFUSED = {
     "another tensor": (with_tensor(eagle3_head(), extra=np.zeros(3, np.float32)), "source tensor extra would be used 0 times"),
     "absolute d2t": (
         with_tensor(eagle3_head(), d2t=eagle3_head().tensors["d2t"] + np.arange(heads.DRAFT)),
-        "d2t does not lead to different tokens|d2t and t2d name other tokens",
+        "d2t does not lead to different tokens|d2t and t2d name different tokens",
     ),
-    "other t2d": (with_tensor(eagle3_head(), t2d=np.arange(V) < heads.DRAFT), "tensors d2t and t2d name other tokens"),
+    "other t2d": (with_tensor(eagle3_head(), t2d=np.arange(V) < heads.DRAFT), "tensors d2t and t2d name different tokens"),
     "vocabulary": (eagle3_head(vocab_size=50), "the drafter is for a model with a vocabulary of 50, not 40; give this model's own drafter"),
     "width": (eagle3_head(target_hidden_size=64), "hidden size of 64, not 32|width"),
     "numbering": (

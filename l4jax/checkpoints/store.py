@@ -104,7 +104,7 @@ def save_group(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
     arguments = {name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for name in arrays}
     try:
         with only_the_error():
-            _checkpointer().save(directory.absolute(), dict(arrays), save_args=arguments)
+            _checkpointer(type_handler_registry=_SAVED).save(directory.absolute(), dict(arrays), save_args=arguments)
     except ValueError as error:
         # tensorstore reports the system's error in this form.
         code = re.search(r"os_error_code='(\d+)'", str(error))
@@ -147,10 +147,14 @@ def load_verified(directory: Path, weights: Mapping[str, StoredWeight]) -> dict[
     return arrays
 
 
-def _checkpointer() -> Any:
+# Orbax would copy each array first, in case it is changed during the writing.
+_SAVED = ocp.type_handlers.create_type_handler_registry((np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)))
+
+
+def _checkpointer(**options: Any) -> Any:
     # Not compressed: weights hardly compress, and uncompressed ones load as fast as the disk. One file for each chunk: tensorstore's
     # database of files (OCDBT) holds a second copy of large arrays while it writes.
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False, use_ocdbt=False))
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False, use_ocdbt=False, **options))
 
 
 def write_manifest(

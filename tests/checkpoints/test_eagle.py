@@ -417,7 +417,7 @@ def test_what_a_head_leaves_open_can_be_said(target: Path, tmp_path: Path, capsy
     heads.write(tmp_path / "head", head.config, head.tensors)
     common = [str(tmp_path / "head"), str(tmp_path / "drafter"), "--aux-layers", "2,5,8", "--norm-fed-back", "no", "--trained-length", "48"]
     assert cli.main(["convert", *common]) != 0
-    assert "are for EAGLE heads; give --target" in capsys.readouterr().err
+    assert "are for EAGLE heads; give the head's model as --target" in capsys.readouterr().err
     assert cli.main(["convert", *common, "--target", str(target), "--dry-run"]) == 0
     assert "token_ids <- d2t [12] int64, t2d [40] bool: d2t: offsets" in capsys.readouterr().out
     assert cli.main(["convert", *common, "--target", str(target)]) == 0

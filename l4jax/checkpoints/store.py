@@ -215,7 +215,8 @@ class Stored:
         """The SHA-256 of the manifest, which has a checksum of every weight, and of the text files."""
         digest = hashlib.sha256()
         for file in (MANIFEST, *self.text_files):
-            digest.update((self.directory / file).read_bytes())
+            with reading(self.directory / file):
+                digest.update((self.directory / file).read_bytes())
         return digest.hexdigest()
 
     def groups(self, names: Iterable[str]) -> dict[str, list[str]]:
@@ -262,7 +263,10 @@ class Checkpoint(Stored):
     def tokenizer_digest(self) -> str | None:
         """The SHA-256 of the tokenizer's file, by which a drafter recognises its model's; None without one."""
         files = [self.directory / name for name in ("tokenizer.json", "tokenizer.model") if name in self.text_files]
-        return hashlib.sha256(files[0].read_bytes()).hexdigest() if files else None
+        if not files:
+            return None
+        with reading(files[0]):
+            return hashlib.sha256(files[0].read_bytes()).hexdigest()
 
     @property
     def drafter(self) -> Path | None:

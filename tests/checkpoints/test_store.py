@@ -100,3 +100,10 @@ def test_a_text_file_that_is_missing_is_named(ours):
     (ours / "source_config.json").unlink()
     with pytest.raises(CheckpointError, match=r"source_config\.json is missing; the checkpoint is damaged"):
         open_checkpoint(ours)
+
+
+def test_a_text_file_that_vanishes_after_opening_is_one_line(ours):
+    checkpoint = open_checkpoint(ours)
+    (ours / "source_config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"source_config\.json cannot be read \(No such file or directory\)"):
+        _ = checkpoint.digest

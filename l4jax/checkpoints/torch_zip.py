@@ -106,7 +106,10 @@ class TorchTensor(_Sealed):
         return self.offset + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
 
 
-def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> TorchTensor:
+def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> TorchTensor:
+    # requires_grad, hooks and, third, bits that change the meaning of the bytes: negated, conjugated.
+    if any(rest[2:]):
+        raise pickle.UnpicklingError("a tensor is a negated or conjugated view")
     tensor = TorchTensor(storage, operator.index(offset), tuple(map(operator.index, shape)), tuple(map(operator.index, strides)))
     if not isinstance(storage, _Storage) or len(tensor.shape) != len(tensor.strides) or min((0, *tensor.shape)) < 0:
         raise pickle.UnpicklingError("a tensor has no storage, or a shape that does not fit its strides")
@@ -126,6 +129,10 @@ _KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
 }
 
 
+_QUANTISED = ("_rebuild_tensor_v3", "_rebuild_qtensor")
+"""What torch rebuilds tensors of float8 and of its own quantised types with."""
+
+
 class _Unpickler(pickle.Unpickler):
     """Looks up only the names above."""
 
@@ -136,6 +143,8 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in _STORAGES:
             return _StorageType(name)
+        if module == "torch._utils" and name in _QUANTISED:
+            raise CheckpointError(f"{self._path} holds quantised weights ({name}), which are not supported; fetch the model in bfloat16")
         if (module, name) not in _KNOWN:
             raise CheckpointError(
                 f"{self._path}: its pickle asks for {module}.{name}; expected only tensors: do not trust this file (nothing was run)"

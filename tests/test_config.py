@@ -46,6 +46,7 @@ VISION = VisionConfig(
         ({"head_dim": 7}, "head_dim is 7; expected an even number"),
         ({"rope_layers": (True,) * 3}, "rope_layers describes 3 layers; expected num_layers, which is 4"),
         ({"attention_chunk_size": 0}, "attention_chunk_size is 0"),
+        ({"attention_chunk_size": 2**31}, "attention_chunk_size is 2147483648; expected less than 2**31"),
         ({"moe": MoEConfig(num_experts=4, intermediate_size=48, moe_layers=(True,) * 5)}, "moe.moe_layers describes 5 layers"),
         ({"bos_token_id": 64}, "bos_token_id has token 64, which is outside the vocabulary of 64"),
         ({"eos_token_ids": (1, -1)}, "eos_token_ids has token -1"),
@@ -57,6 +58,13 @@ def test_a_model_that_cannot_be_is_refused_in_one_line(changes: dict[str, Any], 
         scout_like(**changes)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("chunk", "exact"), [(None, 2**24), (8, 2**31)], ids=["whole", "chunked"])
+def test_the_context_ends_where_positions_are_no_longer_exact(chunk: int | None, exact: int) -> None:
+    assert scout_like(attention_chunk_size=chunk, max_position_embeddings=exact).max_position_embeddings == exact
+    with pytest.raises(ConfigError, match=f"max_position_embeddings is {exact + 1}; expected at most {exact}"):
+        scout_like(attention_chunk_size=chunk, max_position_embeddings=exact + 1)
 
 
 def test_parts_are_checked_too() -> None:

@@ -14,9 +14,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from l4jax.checkpoints.eagle import EagleSource
 from l4jax.checkpoints.licences import write_notice
-from l4jax.checkpoints.open import open_source
+from l4jax.checkpoints.open import open_head, open_source
 from l4jax.checkpoints.partial import LOCK, check_destination, unfinished, write_atomically
 from l4jax.checkpoints.source import CheckpointError, Recipe, Source
 from l4jax.checkpoints.store import (
@@ -28,19 +27,19 @@ from l4jax.checkpoints.store import (
     groups_of,
     load_verified,
     module_of,
-    open_checkpoint,
     save_group,
     write_manifest,
 )
 from l4jax.config import config_to_json, decoder_of
 from l4jax.config_formats.eagle import NO_ANSWERS, HeadAnswers
 from l4jax.decoding.plan import UNMEASURED, TableJson
+from l4jax.interrupts import kept_interrupts
 from l4jax.model.weights import weight_specs
 from l4jax.text.load import check_text
 
 DType = Literal["float32", "bfloat16", "float16"]
 Progress = Callable[[Literal["converting", "verifying"], int, int], None]
-"""Called with what is being done, how much of it is done and how much there is: bytes of weights, then groups."""
+"""Called with the stage, how much of it is done and its total: in bytes of weights, then in groups."""
 
 
 def convert(
@@ -52,32 +51,37 @@ def convert(
     answers: HeadAnswers = NO_ANSWERS,
     speculation: TableJson = UNMEASURED,
     progress: Progress | None = None,
+    note: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Convert a Hugging Face, Meta or GGUF checkpoint, or an EAGLE head, into a folder that ``l4jax.load`` reads.
 
     With ``target``, a converted model, the source is a head that was trained for it; ``answers`` are for what its files leave open,
-    ``speculation`` says how to speculate with it by default.
+    ``speculation`` says how to speculate with it by default. ``note`` is called, before weights are converted, with each line that the
+    user should know about how the source is read.
 
     ``dtype`` None keeps what the source has (quantised GGUF tensors become float32). Everything is made in ``DEST.partial``,
-    verified there, and renamed to ``DEST`` at the end; an interrupted conversion goes on where it stopped when the same call is made
-    again. Raises :class:`CheckpointError` for a source that cannot be used, a destination that exists or is being written, and a full
-    disk.
+    verified there, and renamed to ``DEST`` at the end; an interrupted conversion continues where it stopped when the same call is made
+    again. Raises :class:`CheckpointError` for a source that cannot be used, a destination that exists, is being written or cannot be
+    written, and a full disk; KeyboardInterrupt for every Ctrl-C.
     """
     result = check_destination(destination)
-    source = open_source(source_path) if target is None else EagleSource(Path(source_path), open_checkpoint(target), answers)
+    source = open_source(source_path) if target is None else open_head(source_path, target, answers)
     check_complete(source)
-    with unfinished(result, "conversion") as partial:
+    for line in source.notes:
+        note(line)
+    with unfinished(result, "conversion") as partial, kept_interrupts() as check_interrupts:
         state = _resume(partial, _identity(source, dtype))
-        # Before the weights: what is wrong with a tokenizer or template should not come out hours later.
+        # Before the weights: an unusable tokenizer or template should not be found hours later.
         text_files = source.write_text_files(partial)
         check_text(partial)
         architecture = decoder_of(source.config).architecture
         text_files += write_notice(partial, text_files, architecture=architecture, source_format=source.format)
-        weights = _write_groups(source, partial, dtype, state, progress)
-        _verify(partial, weights, progress)
+        weights = _write_groups(source, partial, dtype, state, progress, check_interrupts)
+        _verify(partial, weights, progress, check_interrupts)
         write_manifest(
             partial, source_format=source.format, config=source.config, weights=weights, text_files=text_files, speculation=speculation
         )
+        check_interrupts()
         partial.replace(result)
         # Last: a conversion killed before the renaming can go on, one killed after it is complete.
         (result / _PROGRESS).unlink()
@@ -85,15 +89,9 @@ def convert(
 
 
 def check_complete(source: Source) -> None:
-    """Every weight has a recipe, every source tensor is used exactly once or ignored by design."""
-    wanted = set(weight_specs(module_of(source.config)))
-    missing = sorted(wanted - source.recipes.keys())
-    if missing:
-        raise CheckpointError(f"the source has no tensors for {len(missing)} weights, {missing[0]} the first; is a shard missing?")
+    """Raise :class:`CheckpointError` unless every source tensor is used exactly once, or ignored by design."""
     used = Counter(key for recipe in source.recipes.values() for key in recipe.keys)
-    absent = sorted(used.keys() - source.tensors.keys())
-    if absent:
-        raise CheckpointError(f"the source lacks {len(absent)} tensors, {absent[0]} the first; is a shard missing?")
+    assert source.recipes.keys() >= weight_specs(module_of(source.config)).keys() and source.tensors.keys() >= used.keys()
     twice = sorted(key for key, times in used.items() if times > 1)
     unused = sorted(source.tensors.keys() - used.keys() - source.ignored)
     if twice or unused:
@@ -108,7 +106,7 @@ _BLOCK = 1 << 24
 
 
 def _resume(partial: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """What an earlier conversion of the same source to the same dtype has done; all else in the folder is removed."""
+    """Return what an earlier conversion of the same source to the same dtype has done; remove everything else from the folder."""
     state = _read_progress(partial / _PROGRESS)
     if state is None or state["source"] != identity:
         state = {"source": identity, "weights": {}}
@@ -120,12 +118,18 @@ def _resume(partial: Path, identity: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_groups(
-    source: Source, partial: Path, dtype: DType | None, state: dict[str, Any], progress: Progress | None
+    source: Source,
+    partial: Path,
+    dtype: DType | None,
+    state: dict[str, Any],
+    progress: Progress | None,
+    check_interrupts: Callable[[], None],
 ) -> dict[str, StoredWeight]:
-    """Write the groups that are not there yet; what is known of all weights."""
+    """Write the groups that are missing; return the entries of all weights."""
     weights = {name: StoredWeight(**{**w, "shape": tuple(w["shape"])}) for name, w in state["weights"].items()}
     nbytes = {name: _nbytes(source, recipe, dtype) for name, recipe in source.recipes.items()}
     specs = weight_specs(module_of(source.config))
+    tables = {name for name, spec in specs.items() if spec.init == "numbers"}
     groups = group_weights(nbytes)
     missing = [group for group, names in groups.items() if not (weights.keys() >= set(names) and (partial / "weights" / group).is_dir())]
     _check_space(partial, sum(nbytes[name] for group in missing for name in groups[group]))
@@ -134,8 +138,10 @@ def _write_groups(
         if group in missing:
             for unfinished_group in (partial / "weights").glob(f"{group}*"):
                 shutil.rmtree(unfinished_group)
-            tables = {name for name, spec in specs.items() if spec.init == "numbers"}
-            arrays = {name: _make(source, name, source.recipes[name], None if name in tables else dtype) for name in names}
+            arrays = {}
+            for name in names:
+                check_interrupts()
+                arrays[name] = _make(source, name, source.recipes[name], dtype, is_table=name in tables)
             for name, array in arrays.items():
                 if name in specs and array.shape != specs[name].shape:
                     raise CheckpointError(
@@ -161,44 +167,59 @@ def _check_space(partial: Path, needed: int) -> None:
         )
 
 
-def _make(source: Source, name: str, recipe: Recipe, dtype: DType | None) -> np.ndarray:
-    array = np.ascontiguousarray(recipe.assemble([source.read(key) for key in recipe.keys]))
+def _make(source: Source, name: str, recipe: Recipe, dtype: DType | None, *, is_table: bool) -> np.ndarray:
+    """Make a weight; cast it to ``dtype``, unless it is a table of token ids."""
+    made_of = f"weight {name}, made of {', '.join(recipe.keys)},"
+    array = np.ascontiguousarray(recipe.assemble([_read(source, key) for key in recipe.keys]))
+    expected = [np.dtype(table) for table in TABLE_DTYPES] if is_table else [*DTYPES.values(), np.dtype(np.float64)]
+    if array.dtype not in expected:
+        raise CheckpointError(f"{made_of} is {array.dtype.name}; expected {', '.join(kind.name for kind in expected)}")
+    if is_table:
+        return array
     if not _all_finite(array):
-        raise CheckpointError(f"weight {name}, made of {', '.join(recipe.keys)}, has values that are not finite; the source is damaged")
+        raise CheckpointError(f"{made_of} has values that are not finite; the source is damaged")
+    if dtype is None and array.dtype not in DTYPES.values():
+        raise CheckpointError(f"weight {name} is {array.dtype.name}; expected {', '.join(DTYPES)}; choose a dtype to convert to")
     if dtype is not None and array.dtype != DTYPES[dtype]:
         with np.errstate(over="ignore"):
             array = array.astype(DTYPES[dtype])
         if not _all_finite(array):
             raise CheckpointError(f"weight {name} has values too large for {dtype}; choose another dtype")
-    if array.dtype.name not in (*DTYPES, *TABLE_DTYPES):
-        raise CheckpointError(f"weight {name} is {array.dtype.name}; expected {', '.join(DTYPES)}; choose a dtype to convert to")
+    return array
+
+
+def _read(source: Source, key: str) -> np.ndarray:
+    """Read a tensor, which has the stated shape and dtype, byte order included: values are never reinterpreted."""
+    array = source.read(key)
+    assert (array.shape, array.dtype) == (source.tensors[key].shape, source.tensors[key].dtype)
     return array
 
 
 def _all_finite(array: np.ndarray) -> bool:
-    """In blocks: a mask of a whole expert tensor would be half its size again."""
+    """Works in blocks: a mask of a whole expert tensor would add half its size."""
     flat = array.reshape(-1)
     return all(np.isfinite(flat[start : start + _BLOCK]).all() for start in range(0, flat.size, _BLOCK))
 
 
-def _verify(partial: Path, weights: Mapping[str, StoredWeight], progress: Progress | None) -> None:
+def _verify(partial: Path, weights: Mapping[str, StoredWeight], progress: Progress | None, check_interrupts: Callable[[], None]) -> None:
     """Read every group back from disk and compare shapes, dtypes and checksums with what was written."""
     groups = groups_of(weights)
     for done, (group, names) in enumerate(groups.items(), start=1):
         directory = partial / "weights" / group
+        check_interrupts()
         try:
             load_verified(directory, {name: weights[name] for name in names})
         except CheckpointError as error:
-            shutil.rmtree(directory)  # or it would stay as it is
+            shutil.rmtree(directory)  # so that the next run writes it again
             raise CheckpointError(
-                f"{directory} reads back other than it was written; check the disk and run the conversion again"
+                f"{directory} reads back differently from what was written; check the disk and run the conversion again"
             ) from error
         if progress is not None:
             progress("verifying", done, len(groups))
 
 
 def _identity(source: Source, dtype: DType | None) -> dict[str, Any]:
-    """What a resumed conversion must have in common with the interrupted one."""
+    """Everything that must be the same for a conversion to continue an interrupted one."""
     tensors = {key: [list(info.shape), info.dtype.name] for key, info in source.tensors.items()}
     values: dict[str, Any] = {"format": source.format, "dtype": dtype, "config": config_to_json(source.config), "tensors": tensors}
     return json.loads(json.dumps({**values, "files": source.fingerprint}))
@@ -213,6 +234,6 @@ def _read_progress(path: Path) -> dict[str, Any] | None:
 
 
 def _nbytes(source: Source, recipe: Recipe, dtype: DType | None) -> int:
-    """Bytes of the weight that a recipe makes."""
+    """Return the bytes of the weight that a recipe makes."""
     infos = [source.tensors[key] for key in recipe.keys]
     return sum(math.prod(info.shape) * (info.dtype if dtype is None else DTYPES[dtype]).itemsize for info in infos)

@@ -1,4 +1,4 @@
-"""Export: a checkpoint back to Hugging Face safetensors, bit for bit what a Hugging Face source had; drafters as published heads."""
+"""Export: a checkpoint back to Hugging Face safetensors, bit for bit as a Hugging Face source had it; drafters as published heads."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from l4jax.checkpoints.store import (
 from l4jax.config import ModelConfig
 from l4jax.config_formats import config_to_hf
 from l4jax.config_formats.eagle_write import config_to_eagle
+from l4jax.interrupts import kept_interrupts
 
 Format = Literal["hf", "eagle", "speculators"]
 
@@ -39,7 +40,7 @@ _SAFETENSORS_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I64": 8, "BOOL": 1}
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """A Hugging Face tensor: its shape, how it is cut out of one of our weights, and its type in the file if that is not the weight's."""
+    """A Hugging Face tensor: its shape, how to cut it out of one of our weights, and its dtype in the file if that differs."""
 
     weight: str
     shape: tuple[int, ...]
@@ -53,13 +54,14 @@ def export(
     """Write a checkpoint as a Hugging Face folder: safetensors in shards of 5 GB, ``config.json``, tokenizer files.
 
     ``to``: "hf" for a model; for a drafter "eagle", as SafeAILab's code reads it, or "speculators". ``without_head``: leave out a
-    drafter's output head that is its target's, for ``convert`` to fill in; other readers need it. Made in ``DEST.partial`` and renamed at
-    the end. Raises :class:`CheckpointError` if the destination exists, the checkpoint is damaged or the disk is full.
+    drafter's output head that is its target's; ``convert`` fills it in, other readers need it. Written to ``DEST.partial`` and renamed at
+    the end. Raises :class:`CheckpointError` if the destination exists or cannot be written, the checkpoint is damaged or the disk is full;
+    KeyboardInterrupt for every Ctrl-C.
     """
     checkpoint = open_checkpoint(checkpoint_path) if to == "hf" else open_drafter(checkpoint_path)
     if without_head and not (isinstance(checkpoint, DrafterCheckpoint) and checkpoint.config.target_head):
         raise CheckpointError(
-            f"{checkpoint.directory} is no drafter with its target's output head, as train-drafter --target-head makes them; "
+            f"{checkpoint.directory} is not a drafter with its target's output head (train-drafter --target-head makes those); "
             "leave out --without-head"
         )
     target = check_destination(destination)
@@ -70,40 +72,40 @@ def export(
             del exports["lm_head.weight"]
     else:
         config, exports = _config(checkpoint), hf_exports(checkpoint)
-    with unfinished(target, "export") as partial:
+    with unfinished(target, "export") as partial, kept_interrupts() as check_interrupts:
         for entry in partial.iterdir():
             if entry.name != LOCK:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        _write_shards(checkpoint, exports, partial)
+        _write_shards(checkpoint, exports, partial, check_interrupts)
         for name in checkpoint.text_files:
             if name != SOURCE_CONFIG:
                 (partial / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(checkpoint.directory / name, partial / name)
         (partial / "config.json").write_bytes(config)
+        check_interrupts()
         partial.replace(target)
         (target / LOCK).unlink()
 
 
 def _config(checkpoint: Checkpoint) -> bytes:
-    """``config.json``: a Hugging Face source's own to the byte, unless the weights have another dtype than it says."""
+    """``config.json``: a Hugging Face source's own to the byte, unless the weights have another dtype or head than it says."""
     if SOURCE_CONFIG not in checkpoint.text_files:
         return json.dumps(config_to_hf(checkpoint.config, checkpoint.dtype), indent=2).encode() + b"\n"
     original = (checkpoint.directory / SOURCE_CONFIG).read_bytes()
     values = json.loads(original)
-    said = [
-        (section, key)
-        for section in (values, values.get("text_config"), values.get("vision_config"))
-        if isinstance(section, dict)
-        for key in ("dtype", "torch_dtype")
-        if section.get(key) not in (None, checkpoint.dtype)
-    ]
-    for section, key in said:
-        section[key] = checkpoint.dtype
-    return json.dumps(values, indent=2).encode() + b"\n" if said else original
+    for section in (values, values.get("text_config"), values.get("vision_config")):
+        if not isinstance(section, dict):
+            continue
+        for key in ("dtype", "torch_dtype"):
+            if section.get(key) is not None:
+                section[key] = checkpoint.dtype
+        if "tie_word_embeddings" in section:
+            section["tie_word_embeddings"] = checkpoint.config.tie_word_embeddings
+    return original if values == json.loads(original) else json.dumps(values, indent=2).encode() + b"\n"
 
 
 def hf_exports(checkpoint: Checkpoint) -> dict[str, Export]:
-    """Every tensor of the Hugging Face folder, by its name there; the inverse of ``hf.hf_recipes``."""
+    """Return every tensor of the Hugging Face folder, by its name there; the inverse of ``hf.hf_recipes``."""
     config = checkpoint.config
     prefix = "" if config.vision is None else "language_model."
     D, V = config.hidden_size, config.vocab_size
@@ -142,8 +144,8 @@ def _attention(config: ModelConfig, ours: str, theirs: str, input_size: int) -> 
     halves = config.architecture == "llama"
 
     def rows(part: slice) -> Callable[[np.ndarray], np.ndarray]:
-        turned = halves and part != slice(-1, None)  # values are not rotated
-        return lambda fused: (halve(fused[:, part]) if turned else fused[:, part]).reshape(-1, input_size)
+        halved = halves and part != slice(-1, None)  # RoPE does not rotate values
+        return lambda fused: (halve(fused[:, part]) if halved else fused[:, part]).reshape(-1, input_size)
 
     return {
         f"{theirs}q_proj.weight": Export(f"{ours}qkv", (H * h, input_size), rows(slice(None, -2))),
@@ -162,7 +164,7 @@ def _swiglu(ours: str, theirs: str, D: int, F: int) -> dict[str, Export]:
 
 
 def eagle_exports(checkpoint: DrafterCheckpoint, to: Format) -> dict[str, Export]:
-    """Every tensor of a published head, by its name there; the inverse of ``eagle.EagleSource``."""
+    """Return every tensor of a published head, by its name there; the inverse of ``eagle.EagleSource``."""
     config, speculators = checkpoint.config, to == "speculators"
     decoder, version = config.decoder, config.version
     D, V, width = decoder.hidden_size, config.draft_vocab_size, config.target_hidden_size
@@ -206,8 +208,8 @@ def _same(weight: np.ndarray) -> np.ndarray:
     return weight
 
 
-def _write_shards(checkpoint: Stored, exports: Mapping[str, Export], directory: Path) -> None:
-    """One file if all fits into one shard, else shards and an index. Holds one group of weights at a time."""
+def _write_shards(checkpoint: Stored, exports: Mapping[str, Export], directory: Path, check_interrupts: Callable[[], None]) -> None:
+    """Write one file if everything fits into one shard, else shards and an index. Holds one group of weights at a time."""
 
     def dtype(key: str) -> str:
         return exports[key].dtype or _SAFETENSORS_NAMES[checkpoint.weights[exports[key].weight].dtype]
@@ -232,10 +234,11 @@ def _write_shards(checkpoint: Stored, exports: Mapping[str, Export], directory: 
             described[key] = {"dtype": dtype(key), "shape": list(exports[key].shape), "data_offsets": [offset, offset + nbytes(key)]}
             offset += nbytes(key)
         header = json.dumps({"__metadata__": {"format": "pt"}, **described}).encode()
-        header += b" " * (-len(header) % 8)  # the data begins aligned
+        header += b" " * (-len(header) % 8)  # aligns the data
         with (directory / name).open("wb") as file:
             file.write(struct.pack("<Q", len(header)) + header)
             for key in keys:
+                check_interrupts()
                 file.write(np.ascontiguousarray(exports[key].cut(arrays[exports[key].weight])).view(np.uint8).data)
     if len(shards) > 1:
         weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
@@ -244,7 +247,7 @@ def _write_shards(checkpoint: Stored, exports: Mapping[str, Export], directory: 
 
 
 class _Groups:
-    """Weights by name; the group last asked for is in memory."""
+    """Weights by name. Keeps the group of the last one in memory."""
 
     def __init__(self, checkpoint: Stored) -> None:
         self._checkpoint = checkpoint

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import math
-import operator
+import dataclasses
 import shutil
-import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
+from l4jax.checkpoints.files import LICENCES, copy_files, read_json
 from l4jax.checkpoints.recipes import Wanted, fuse_qkv, stack_gate_up
-from l4jax.checkpoints.source import LICENCES, CheckpointError, Recipe, TensorInfo, copy_files, read_json
+from l4jax.checkpoints.safetensors import SafetensorsFiles
+from l4jax.checkpoints.source import CheckpointError, Recipe, TensorInfo
 from l4jax.checkpoints.store import SOURCE_CONFIG
 from l4jax.checkpoints.vision import vision_shapes
 from l4jax.config import ModelConfig
 from l4jax.config_formats import config_from_hf
 
-_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
-_TABLES = {"I64": np.dtype(np.int64), "I32": np.dtype(np.int32), "BOOL": np.dtype(np.bool_)}  # of a drafter's vocabulary
 _COPIED = (
     *("tokenizer*", "special_tokens_map.json", "chat_template*", "generation_config.json"),
     *("preprocessor_config.json", "processor_config.json"),
@@ -37,21 +33,33 @@ class HFSource:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        values = read_json(directory / "config.json")
+        _refuse_quantised(values, directory)
         generation = directory / "generation_config.json"
-        self.config: ModelConfig = config_from_hf(
-            read_json(directory / "config.json"), read_json(generation) if generation.exists() else None
-        )
+        config = config_from_hf(values, read_json(generation) if generation.exists() else None)
         self._files = SafetensorsFiles(directory)
         self.fingerprint: Mapping[str, list[int]] = self._files.fingerprint
         self.tensors: Mapping[str, TensorInfo] = self._files.tensors
+        self.notes = self._files.notes
+        # Computed from the configuration; transformers ignores these too.
         self.ignored = frozenset(key for key in self.tensors if key.endswith("rotary_emb.inv_freq"))
-        if self.config.tie_word_embeddings:
-            # Some writers store the tied head a second time.
-            self.ignored |= {key for key in self.tensors if key.endswith("lm_head.weight")}
+        prefix = _prefix(self.tensors)
+        head, embedding = f"{prefix}lm_head.weight", f"{prefix}model.embed_tokens.weight"
+        if config.tie_word_embeddings and self.tensors.keys() >= {head, embedding}:
+            if self._files.same_values(head, embedding):
+                # Some writers store the tied head a second time.
+                self.ignored |= {head}
+            else:
+                # As transformers 5 decides: what is trained is in the file.
+                config = _untied(config, head)
+                self.notes += (
+                    f"config.json ties {head} to the embedding, but the one in the files differs: it is kept, as transformers 5 does",
+                )
+        self.config: ModelConfig = config
         self.recipes: Mapping[str, Recipe] = hf_recipes(self.config, self.tensors)
 
     def read(self, key: str) -> np.ndarray:
-        """The tensor, memory-mapped."""
+        """Return the tensor."""
         return self._files.read(key)
 
     def write_text_files(self, directory: Path) -> list[str]:
@@ -65,52 +73,34 @@ class HFSource:
         return [*names, SOURCE_CONFIG]
 
 
-class SafetensorsFiles:
-    """The tensors of a folder's safetensors files."""
-
-    def __init__(self, directory: Path) -> None:
-        self._entries: dict[str, _Entry] = {}
-        files = _weight_files(directory)
-        for file, expected in files.items():
-            entries = _read_header(file)
-            if expected is not None and expected != entries.keys():
-                key = min(expected ^ entries.keys())
-                said = "lacks" if key in expected else "also has"
-                where = "puts there" if key in expected else "does not put there"
-                raise CheckpointError(f"{file} {said} tensor {key}, which the index {where}; fetch the index and the shard again")
-            self._entries |= entries
-        self.fingerprint: Mapping[str, list[int]] = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
-        self.tensors: Mapping[str, TensorInfo] = {key: entry.info for key, entry in self._entries.items()}
-
-    def read(self, key: str) -> np.ndarray:
-        """The tensor, memory-mapped."""
-        return self._entries[key].map()
+def _refuse_quantised(values: Mapping[str, Any], directory: Path) -> None:
+    for section in (values, values.get("text_config")):
+        said = section.get("quantization_config") or section.get("quantization") if isinstance(section, Mapping) else None
+        if said:
+            # mlx-lm names no method.
+            method = said.get("quant_method", "MLX" if "group_size" in said else "unknown") if isinstance(said, Mapping) else said
+            raise CheckpointError(
+                f"{directory} holds quantised weights ({method}), which are not supported; fetch the model in bfloat16, or as a GGUF file"
+            )
 
 
-class _Entry:
-    """Where a tensor's bytes lie."""
+def _untied(config: ModelConfig, head: str) -> ModelConfig:
+    sources = {**dict(config.sources), "tie_word_embeddings": f"{head}, which differs from the embedding, against config.json"}
+    return dataclasses.replace(config, tie_word_embeddings=False, sources=tuple(sources.items()))
 
-    def __init__(self, file: Path, offset: int, info: TensorInfo) -> None:
-        self._file = file
-        self._offset = offset
-        self.info = info
 
-    @property
-    def end(self) -> int:
-        """Where the tensor's bytes end in the file."""
-        return self._offset + math.prod(self.info.shape) * self.info.dtype.itemsize
-
-    def map(self) -> np.ndarray:
-        return np.memmap(self._file, self.info.dtype, "r", self._offset, self.info.shape or (1,)).reshape(self.info.shape)
+def _prefix(tensors: Mapping[str, TensorInfo]) -> str:
+    """Return the prefix of the names of the decoder's tensors."""
+    return "language_model." if any(key.startswith("language_model.") for key in tensors) else ""
 
 
 def hf_recipes(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> dict[str, Recipe]:
-    """How each of our weights is made of the folder's tensors.
+    """Return how each of our weights is made of the folder's tensors.
 
     Hugging Face stores Llama 3's query and key rows for half-split RoPE, Llama 4's for interleaved pairs as we compute it.
     Raises :class:`CheckpointError` where a tensor's shape is not what the configuration says.
     """
-    prefix = "language_model." if any(key.startswith("language_model.") for key in tensors) else ""
+    prefix = _prefix(tensors)
     D, V = config.hidden_size, config.vocab_size
     wanted = Wanted(tensors)
     wanted.same("embed", f"{prefix}model.embed_tokens.weight", (V, D))
@@ -126,7 +116,7 @@ def hf_recipes(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> dict[s
 
 
 def layer_recipes(wanted: Wanted, config: ModelConfig, layer: int, ours: str, theirs: str, *, attention_normed: bool = True) -> None:
-    """How a decoder layer is made; ``attention_normed``: there is a norm before its attention."""
+    """Add how a decoder layer is made; ``attention_normed``: whether it has a norm before its attention."""
     D = config.hidden_size
     if attention_normed:
         wanted.same(f"{ours}attention_norm.scale", f"{theirs}input_layernorm.weight", (D,))
@@ -136,7 +126,7 @@ def layer_recipes(wanted: Wanted, config: ModelConfig, layer: int, ours: str, th
 
 
 def attention_recipes(wanted: Wanted, config: ModelConfig, ours: str, theirs: str, *, input_size: int) -> None:
-    """How a layer's attention is made, that projects from this width."""
+    """Add how a layer's attention, with inputs of width ``input_size``, is made."""
     K, h, H, D = config.num_kv_heads, config.head_dim, config.num_heads, config.hidden_size
     halves = config.architecture == "llama"
     wanted.add(
@@ -160,7 +150,7 @@ def _feed_forward(wanted: Wanted, config: ModelConfig, layer: int, ours: str, th
         wanted.reshaped(f"{ours}experts_gate_up", f"{theirs}experts.gate_up_proj", (E, D, 2 * F), (E, D, 2, F))
         wanted.same(f"{ours}experts_down", f"{theirs}experts.down_proj", (E, F, D))
         return
-    # Packaged for offline quantisation: one matrix an expert, [out, in].
+    # As stored for offline quantisation: one matrix for each expert, [out, in].
     wanted.add(
         f"{ours}experts_gate_up",
         [(f"{theirs}experts.{e}.{x}_proj.weight", (F, D)) for e in range(E) for x in ("gate", "up")],
@@ -176,69 +166,15 @@ def _feed_forward(wanted: Wanted, config: ModelConfig, layer: int, ours: str, th
 
 
 def swiglu_recipes(wanted: Wanted, ours: str, theirs: str, D: int, F: int) -> None:
-    """How a dense feed-forward block of width ``F`` is made."""
+    """Add how a dense feed-forward block of width ``F`` is made."""
     wanted.add(f"{ours}gate_up", [(f"{theirs}{x}_proj.weight", (F, D)) for x in ("gate", "up")], stack_gate_up, "gate, up stacked")
     wanted.same(f"{ours}down", f"{theirs}down_proj.weight", (D, F))
 
 
 def _stack_transposed_gate_up(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """[E, D, 2, F] of gate and up [F, D] of each expert in turn."""
+    """Return [E, D, 2, F] from gate and up [F, D] of each expert in turn."""
     F, D = parts[0].shape
     stacked = np.empty((len(parts) // 2, D, 2, F), np.result_type(*parts))
     for i, part in enumerate(parts):
         stacked[i // 2, :, i % 2] = part.T
     return stacked
-
-
-def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
-    """The safetensors files of a folder, and the tensors that the index puts in each (None without an index)."""
-    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
-    if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise CheckpointError(f"{index} has no weight_map from tensors to files; fetch it again")
-        files: dict[Path, set[str]] = {}
-        for key, name in weight_map.items():
-            files.setdefault(directory / name, set()).add(key)
-        absent = sorted(file.name for file in files if not file.exists())
-        if absent or not files:
-            raise CheckpointError(
-                f"{directory} lacks {absent[0] if absent else 'shards'}, which {index.name} names; fetch the missing shard"
-            )
-        return {**files}
-    if single.exists():
-        return {single: None}
-    raise CheckpointError(f"{directory} has no model.safetensors and no {index.name}; expected one of them beside config.json")
-
-
-def _read_header(file: Path) -> dict[str, _Entry]:
-    """Every tensor of a safetensors file; the values are not read."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        prefix = stream.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-        header = stream.read(length) if 8 + length <= size else b""
-    try:
-        described: dict[str, dict[str, Any]] = json.loads(header)
-        entries = {key: _entry(file, 8 + length, key, tensor) for key, tensor in described.items() if key != "__metadata__"}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{file} is truncated or no safetensors file: its header cannot be read; fetch it again") from error
-    end = max((entry.end for entry in entries.values()), default=0)
-    if end > size:
-        raise CheckpointError(f"{file} is truncated: it has {size} bytes and its tensors end at {end}; fetch it again")
-    return entries
-
-
-def _entry(file: Path, data: int, key: str, tensor: Mapping[str, Any]) -> _Entry:
-    """A tensor as the header describes it; ``data`` is where the values begin."""
-    name, shape, (begin, end) = tensor["dtype"], tuple(map(operator.index, tensor["shape"])), tensor["data_offsets"]
-    known = {**_DTYPES, **_TABLES}
-    if name not in known:
-        raise CheckpointError(f"{file.name}: tensor {key} has dtype {name}; expected {', '.join(_DTYPES)}")
-    if min((begin, *shape)) < 0 or end - begin != math.prod(shape) * known[name].itemsize:
-        raise CheckpointError(
-            f"{file.name}: tensor {key} has {end - begin} bytes; its shape and dtype need another number; fetch the file again"
-        )
-    return _Entry(file, data + begin, TensorInfo(shape, known[name]))

@@ -1,7 +1,7 @@
-"""The notice that Llama's community licences ask of whoever passes the weights on.
+"""The notice that Llama's community licences require of everyone who redistributes the weights.
 
-The licence of Llama 4 (section 1.b) has a redistributor keep a "Notice" file with a given line, show "Built with Llama", and
-pass on a copy of the agreement. The converter copies what the source has of these and writes the notice if it has none.
+The licence of Llama 4 (section 1.b) requires a redistributor to keep a "Notice" file with a given line, to show "Built with Llama", and
+to pass on a copy of the agreement. The converter copies these from the source, and writes the notice if the source lacks it.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ _LICENSED = re.compile(r"(?:Meta )?Llama (\d+(?:\.\d+)?) Community License", re.
 
 
 def write_notice(directory: Path, copied: Sequence[str], *, architecture: str, source_format: str) -> list[str]:
-    """Write ``NOTICE`` into a converted Llama checkpoint whose source had none; the names of the files written.
+    """Write ``NOTICE`` into a converted Llama checkpoint whose source lacks it; return the names of the files written.
 
-    ``copied``: the source's own files in ``directory``. A checkpoint is Llama if a licence file among them says so, if its
-    architecture is Llama 4's, or if it came in Meta's own format; other models of the ``llama`` architecture have licences of
-    their own.
+    ``copied``: the source's own files in ``directory``. A checkpoint is Llama if one of these, a licence file, says so, if its
+    architecture is Llama 4's, or if it came in Meta's own format; other models of the ``llama`` architecture have other licences.
     """
     if any(name.lower().startswith("notice") for name in copied):
         return []
@@ -31,8 +30,8 @@ def write_notice(directory: Path, copied: Sequence[str], *, architecture: str, s
         name = "Meta Llama 3" if versions[0] == "3" else f"Llama {versions[0]}"
         line = f"{name} is licensed under the {name} Community License, Copyright © Meta Platforms, Inc. All Rights Reserved."
     elif source_format == "meta":
-        # Llama 3, 3.1, 3.2 or 3.3: the files do not say.
-        line = "The source came without its licence: add the Llama agreement of its version, and that version's notice, to pass this on."
+        # Llama 3, 3.1, 3.2 or 3.3: the files do not say which.
+        line = "The source came without its licence: before you pass this on, add the Llama agreement and the notice of its version."
     else:
         return []
     (directory / NOTICE).write_text(f"{line}\n\nBuilt with Llama\n", encoding="utf-8")

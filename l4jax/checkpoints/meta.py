@@ -1,9 +1,8 @@
 """Meta's own folders: ``params.json`` and ``consolidated.*.pth``, one file for each model-parallel shard.
 
-Shards are put together by shape: a tensor that is whole in every shard is replicated (and must be the same in all), one
-that is smaller in a single dimension is cut along it. Three kinds are more than that: the fused query-key-value matrix of
-Llama 4 and its fused gate-up matrix are fused within each shard, and the experts' output matrices have the expert and the
-cut dimension in one.
+Shards are joined by shape: a tensor that is whole in every shard is replicated (and must be the same in all), a tensor that is
+smaller in one dimension is cut along it. Three kinds need more: Llama 4's query-key-value matrix and its gate-up matrix are
+fused within each shard, and in the experts' output matrices one dimension holds both the experts and the dimension that is cut.
 """
 
 from __future__ import annotations
@@ -14,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from l4jax.checkpoints.files import LICENCES, copy_files, not_read, read_json
 from l4jax.checkpoints.recipes import fuse_qkv
-from l4jax.checkpoints.source import LICENCES, CheckpointError, Recipe, TensorInfo, copy_files, read_json
+from l4jax.checkpoints.source import CheckpointError, Recipe, TensorInfo
 from l4jax.checkpoints.torch_zip import TorchFile
 from l4jax.checkpoints.vision import meta_name, vision_shapes
 from l4jax.config import ModelConfig
@@ -39,7 +39,8 @@ class MetaSource:
                 f"{directory} has the shards {', '.join(numbers)}; expected 00 to the last without a gap: fetch what is missing"
             )
         self._files = [TorchFile(path) for path in paths]
-        self.fingerprint: Mapping[str, list[int]] = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
+        self.fingerprint: Mapping[str, list[int]] = {file.path.name: file.fingerprint for file in self._files}
+        self.notes = not_read(directory, self.fingerprint)
         self.tensors: Mapping[str, TensorInfo] = {
             f"{shard}:{key}": tensor.info for shard, file in enumerate(self._files) for key, tensor in file.tensors.items()
         }
@@ -47,12 +48,12 @@ class MetaSource:
         for file in self._files:
             strange = sorted(key for key in file.others if not _IGNORED.fullmatch(key))
             if strange:
-                raise CheckpointError(f"{file.path}: {strange[0]} is no tensor; expected a dictionary of tensors")
+                raise CheckpointError(f"{file.path}: {strange[0]} is not a tensor; expected a dictionary of tensors")
         self.config: ModelConfig = self._read_config()
         self.recipes: Mapping[str, Recipe] = _Recipes(self.config, self.tensors, len(self._files)).recipes
 
     def read(self, key: str) -> np.ndarray:
-        """The tensor, memory-mapped."""
+        """Return the tensor."""
         shard, _, name = key.partition(":")
         return self._files[int(shard)].read(name)
 
@@ -146,7 +147,7 @@ class _Recipes:
         )
 
     def _fused_qkv(self, name: str, key: str, config: ModelConfig) -> None:
-        """Rows [q | k | v] in each shard; shards beyond the number of KV heads share one."""
+        """Add a matrix with rows [q | k | v] in each shard. Where there are more shards than KV heads, neighbours share one."""
         n, D, h, H, K = self._shards, config.hidden_size, config.head_dim, config.num_heads, config.num_kv_heads
         q, kv = H // n * h, max(K // n, 1) * h
 
@@ -169,7 +170,7 @@ class _Recipes:
         self._add(name, list(zip(keys, shapes, strict=True)), assemble, "q, k, v grouped by KV head")
 
     def _fused_gate_up(self, name: str, key: str, F: int, D: int) -> None:
-        """Rows [gate | up] in each shard."""
+        """Add a matrix with rows [gate | up] in each shard."""
         self._add(
             name,
             [(key, (2 * F // self._shards, D))],
@@ -202,7 +203,7 @@ class _Recipes:
         turn: Callable[[np.ndarray], np.ndarray] = lambda w: w,
         said: str = "as it is",
     ) -> None:
-        """A weight that is one tensor of this shape, replicated or cut along one dimension."""
+        """Add a weight that is one tensor of this shape, replicated or cut along one dimension."""
         part = self._shape(0, key)
         cut = [i for i, (a, b) in enumerate(zip(part, shape, strict=False)) if a != b]
         if len(part) != len(shape) or len(cut) > 1 or (cut and part[cut[0]] * self._shards != shape[cut[0]]):
@@ -219,7 +220,7 @@ class _Recipes:
     def _add(
         self, name: str, parts: Sequence[tuple[str, tuple[int, ...]]], assemble: Callable[[Sequence[np.ndarray]], np.ndarray], said: str
     ) -> None:
-        """A weight made of all shards of some tensors: the first tensor's shards, then the second's, ..."""
+        """Add a weight made of all shards of some tensors: the first tensor's shards, then the second's, ..."""
         for key, shape in parts:
             for shard in range(self._shards):
                 found = self._shape(shard, key)
@@ -231,7 +232,7 @@ class _Recipes:
 
     def _shape(self, shard: int, key: str) -> tuple[int, ...]:
         if f"{shard}:{key}" not in self._tensors:
-            raise CheckpointError(f"shard {shard} has no tensor {key}, which params.json asks for; is it another model's shard?")
+            raise CheckpointError(f"shard {shard} has no tensor {key}, which params.json asks for: the two are not of one model")
         return self._tensors[f"{shard}:{key}"].shape
 
 
@@ -245,6 +246,6 @@ def _replicated(parts: Sequence[np.ndarray], key: str) -> np.ndarray:
 
 
 def _joined_heads(parts: Sequence[np.ndarray], rows: int, key: str) -> np.ndarray:
-    """Rows of all shards; where there are more shards than KV heads, neighbours hold the same one."""
+    """Join the rows of all shards. Where there are more shards than KV heads, neighbours hold the same one."""
     copies = sum(len(part) for part in parts) // rows
     return np.concatenate([_replicated(parts[i : i + copies], key) for i in range(0, len(parts), copies)])

@@ -1,4 +1,4 @@
-"""``DEST.partial``: where a destination is made until it is complete."""
+"""``DEST.partial``: the folder in which a destination is made until it is complete."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from l4jax.checkpoints.source import CheckpointError
 
 SUFFIX = ".partial"
 LOCK = "lock"
-"""File in an unfinished destination: locked while it is being written, and says by what."""
+"""The file in an unfinished destination that is locked while that is written; it names the kind of work."""
 
 Work = Literal["conversion", "export"]
 
 
 def check_destination(destination: str | os.PathLike[str]) -> Path:
-    """A destination that may be made. Raises :class:`CheckpointError` if it exists or has the name of an unfinished one."""
+    """Return the destination's path. Raises :class:`CheckpointError` if it exists or has the name of an unfinished one."""
     target = Path(destination)
     if os.path.lexists(target):
         raise CheckpointError(f"{target} exists already; choose another destination, or remove it first")
@@ -31,14 +31,14 @@ def check_destination(destination: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def unfinished(target: Path, work: Work) -> Iterator[Path]:
-    """``TARGET.partial``, made or taken over from an earlier run of the same work, to oneself while the context lasts.
+    """Lock ``TARGET.partial`` while the context lasts; it is new, or left by an earlier run of the same work.
 
-    Raises :class:`CheckpointError` if it is in use or is not ours to write in, and for a disk that is full.
+    Raises :class:`CheckpointError` if it is in use, was not made by this work or cannot be written, and for a full disk.
     """
     partial = target.with_name(target.name + SUFFIX)
     try:
         if partial.exists() and not (partial / LOCK).is_file() and (not partial.is_dir() or any(partial.iterdir())):
-            raise CheckpointError(f"{partial} is in the way: it is no unfinished {work}; move it or choose another destination")
+            raise CheckpointError(f"{partial} is in the way: it is not an unfinished {work}; move it or choose another destination")
         partial.mkdir(parents=True, exist_ok=True)
         with (partial / LOCK).open("a+", encoding="utf-8") as file:
             try:
@@ -56,13 +56,14 @@ def unfinished(target: Path, work: Work) -> Iterator[Path]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise CheckpointError(
-                f"the disk of {target} is full; free some space and run the same {work} again, what is written is kept in {partial}"
+                f"the disk of {target} is full; free some space and run the same {work} again: what is written is kept in {partial}"
             ) from error
-        raise
+        # Files that cannot be read are reported by their readers, as another error.
+        raise CheckpointError(f"{error.filename or partial} cannot be written ({error.strerror}); choose another destination") from error
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
+    """Write a file, which appears complete or not at all."""
     temporary = path.with_name(path.name + ".new")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)

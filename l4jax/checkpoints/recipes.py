@@ -1,4 +1,4 @@
-"""What the formats' recipes have in common: shapes checked against the configuration, and the fused layouts."""
+"""What the formats' recipes share: shapes checked against the configuration, and the fused layouts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Assemble = Callable[[Sequence[np.ndarray]], np.ndarray]
 
 
 class Wanted:
-    """Collects recipes; every source tensor that one names must exist and have the shape that the configuration implies."""
+    """Collects recipes. Every source tensor in a recipe must exist and have the shape that the configuration implies."""
 
     def __init__(self, tensors: Mapping[str, TensorInfo]) -> None:
         self._tensors = tensors
@@ -23,10 +23,10 @@ class Wanted:
         return key in self._tensors
 
     def add(self, name: str, parts: Sequence[tuple[str, tuple[int, ...]]], assemble: Assemble, description: str) -> None:
-        """Weight ``name`` is ``assemble`` of the tensors ``parts``, (key, expected shape) each."""
+        """Weight ``name`` is ``assemble`` of the tensors ``parts``, given as (key, expected shape)."""
         for key, shape in parts:
             if key not in self._tensors:
-                raise CheckpointError(f"the checkpoint has no tensor {key}, which the configuration asks for; is a shard missing?")
+                raise CheckpointError(f"the checkpoint has no tensor {key}, which the configuration asks for: the two are not of one model")
             found = self._tensors[key].shape
             if found != shape:
                 raise CheckpointError(f"tensor {key} has shape {found}; the configuration says {shape}: the two are not of one model")
@@ -42,7 +42,7 @@ class Wanted:
 
 
 def fuse_qkv(parts: Sequence[np.ndarray], num_kv_heads: int, head_dim: int, *, halves: bool) -> np.ndarray:
-    """[K, G + 2, h, D] of q [H h, D], k and v [K h, D]; ``halves``: q and k rows are in half-split RoPE order."""
+    """Return [K, G + 2, h, D] from q [H h, D], k and v [K h, D]; ``halves``: q and k rows are in half-split RoPE order."""
     D = parts[0].shape[1]
     q, k, v = (part.reshape(num_kv_heads, -1, head_dim, D) for part in parts)
     fused = np.empty((num_kv_heads, q.shape[1] + 2, head_dim, D), np.result_type(*parts))
@@ -53,7 +53,7 @@ def fuse_qkv(parts: Sequence[np.ndarray], num_kv_heads: int, head_dim: int, *, h
 
 
 def interleave(rows: np.ndarray) -> np.ndarray:
-    """[..., h, D] with rows (0, 1, ..., h-1) moved to where pairs (i, i + h/2) lie side by side."""
+    """Reorder the rows of [..., h, D] from half-split RoPE order to pairs: 0, h/2, 1, h/2 + 1, ..."""
     *leading, h, D = rows.shape
     return rows.reshape(*leading, 2, h // 2, D).swapaxes(-3, -2).reshape(rows.shape)
 
@@ -65,5 +65,5 @@ def halve(rows: np.ndarray) -> np.ndarray:
 
 
 def stack_gate_up(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """[2, F, D]: the gate projection, then the up projection."""
+    """Return [2, F, D]: the gate projection, then the up projection."""
     return np.stack(parts)

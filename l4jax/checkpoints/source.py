@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
-import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -16,7 +13,7 @@ from l4jax.config import DrafterConfig, ModelConfig
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message is one line: what was given, what was expected, what to do."""
+    """A checkpoint cannot be used; the message is one line: what was given, what was expected, what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +26,9 @@ class TensorInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How one of our weights is made: ``assemble`` of the arrays of ``keys``, in that order.
+    """How one of our weights is made: by ``assemble``, from the arrays of ``keys`` in that order.
 
-    ``description`` says it in words for ``--dry-run`` ("q, k, v grouped by KV head; q, k rows to interleaved pairs").
+    ``description``: the same in words, for ``--dry-run`` ("q, k, v grouped by KV head; q, k rows to interleaved pairs").
     """
 
     keys: tuple[str, ...]
@@ -40,32 +37,34 @@ class Recipe:
 
 
 class Source(Protocol):
-    """An opened checkpoint of some format. Opening it reads headers only."""
+    """An opened checkpoint of some format. Opening it reads headers, and tensors only to compare what should be equal."""
 
     format: str
     """"hf", "meta", "gguf" or "eagle head (...)"."""
 
     @property
     def config(self) -> ModelConfig | DrafterConfig:
-        """What it is a checkpoint of."""
+        """The configuration of the model or drafter."""
         ...
 
     tensors: Mapping[str, TensorInfo]
     """Every tensor in the files, by its own name."""
     ignored: frozenset[str]
-    """Names among ``tensors`` that carry no weight of ours by design (``rope.freqs``); all others must be used once."""
+    """Names among ``tensors`` that hold no weight of ours (``rope.freqs``, a copy of the tied embedding); all others are used once."""
     recipes: Mapping[str, Recipe]
-    """For each of our weights (``l4jax.model.weights.weight_specs``), and each vision weight kept as it is (``vision.*``)."""
+    """A recipe for each of our weights (``l4jax.model.weights.weight_specs``), and each vision weight kept as it is (``vision.*``)."""
 
     fingerprint: Mapping[str, list[int]]
     """Size and modification time (ns) of each weight file: tells whether an interrupted conversion may go on."""
+    notes: tuple[str, ...]
+    """What the user should know about how the files were read, one line each."""
 
     def read(self, key: str) -> np.ndarray:
-        """One tensor's values, memory-mapped where the file allows, else read for this call only."""
+        """Return one tensor's values, of the shape and dtype in ``tensors``; nothing is kept."""
         ...
 
     def write_text_files(self, directory: Path) -> list[str]:
-        """Copy or derive tokenizer and chat template (and licence files) into ``directory``; the names written."""
+        """Copy or derive tokenizer, chat template and licence files into ``directory``; return the names written."""
         ...
 
 
@@ -76,30 +75,3 @@ class ModelSource(Source, Protocol):
     def config(self) -> ModelConfig:
         """The model's configuration."""
         ...
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A file that holds a JSON object. Raises :class:`CheckpointError` for any other."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); fetch it again") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds a {type(values).__name__}; expected a JSON object; fetch it again")
-    return values
-
-
-LICENCES = ("license*", "use_policy*", "notice*")
-"""Names of the files, in lower case, that say under what terms weights are given."""
-
-
-def copy_files(source: Path, patterns: Sequence[str], destination: Path) -> list[str]:
-    """Copy the files of a folder whose names, in lower case, match a pattern; the names, sorted."""
-    names = sorted(
-        file.name
-        for file in source.iterdir()
-        if file.is_file() and any(fnmatch.fnmatchcase(file.name.lower(), pattern) for pattern in patterns)
-    )
-    for name in names:
-        shutil.copyfile(source / name, destination / name)
-    return names

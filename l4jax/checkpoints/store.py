@@ -15,11 +15,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import logging
 import math
 import os
 import re
-import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -32,8 +30,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
+from l4jax.checkpoints.files import absent, read_json, reading
 from l4jax.checkpoints.partial import SUFFIX
-from l4jax.checkpoints.source import CheckpointError, read_json
+from l4jax.checkpoints.quiet import only_the_error
+from l4jax.checkpoints.source import CheckpointError
 from l4jax.config import ConfigError, DrafterConfig, ModelConfig, config_from_json, config_to_json, drafter_config_from_json
 from l4jax.decoding.plan import UNMEASURED, TableJson
 from l4jax.model.drafter import build_drafter
@@ -51,12 +51,12 @@ DTYPES: Mapping[str, np.dtype] = {
     "float16": np.dtype(np.float16),
 }
 TABLE_DTYPES = ("int32",)
-"""Of what is no number to compute with, and is never cast."""
+"""Dtypes of tables, such as token ids, which are never cast."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredWeight:
-    """A weight in a checkpoint: where it lies, and what its bytes must be (``crc32`` of them in C order)."""
+    """A weight in a checkpoint: its group, shape and dtype, and the CRC-32 of its bytes in C order."""
 
     group: str
     shape: tuple[int, ...]
@@ -65,7 +65,7 @@ class StoredWeight:
 
 
 GROUP_BYTES = 1 << 28
-"""Weights are grouped up to this size: few enough files to load fast, small enough groups that memory is that of one weight."""
+"""Weights are grouped up to this size: few files, which load fast, and groups small enough that memory stays that of one weight."""
 
 
 CHUNK_BYTES = 1 << 26
@@ -73,10 +73,10 @@ CHUNK_BYTES = 1 << 26
 
 
 def group_weights(nbytes: Mapping[str, int]) -> dict[str, list[str]]:
-    """Names of the weights that each Orbax checkpoint holds, from the bytes of each weight.
+    """Return the names of the weights that each Orbax checkpoint holds, from the bytes of each weight.
 
-    Consecutive weights go together up to :data:`GROUP_BYTES`; a larger one is alone. The image encoder's never share a group
-    with the decoder's.
+    Consecutive weights share a group up to :data:`GROUP_BYTES`; a larger weight has its own. The image encoder's weights never
+    share a group with the decoder's.
     """
     groups: list[list[str]] = []
     size = 0
@@ -95,7 +95,7 @@ def is_vision(name: str) -> bool:
 
 
 def checksum(array: np.ndarray) -> int:
-    """CRC-32 of an array's bytes in C order."""
+    """Return the CRC-32 of an array's bytes in C order."""
     return zlib.crc32(np.ascontiguousarray(array).view(np.uint8).reshape(-1))
 
 
@@ -103,10 +103,10 @@ def save_group(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write one group as an Orbax checkpoint, atomically; ``directory`` must not exist. Raises OSError if the disk is full."""
     arguments = {name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for name in arrays}
     try:
-        with _only_the_error():
-            _checkpointer().save(directory.absolute(), dict(arrays), save_args=arguments)
+        with only_the_error():
+            _checkpointer(type_handler_registry=_SAVED).save(directory.absolute(), dict(arrays), save_args=arguments)
     except ValueError as error:
-        # So tensorstore reports what the system told it.
+        # tensorstore reports the system's error in this form.
         code = re.search(r"os_error_code='(\d+)'", str(error))
         if code is None:
             raise
@@ -114,7 +114,10 @@ def save_group(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def load_group(directory: Path, names: Iterable[str], placement: Placement | None = None) -> dict[str, Any]:
-    """Read one group's named weights: each device's part of them straight to it, or as numpy arrays without a placement."""
+    """Read the named weights of one group: each device's part directly to it, or, without a placement, numpy arrays.
+
+    Raises :class:`CheckpointError` where a file is missing or damaged.
+    """
     arguments: dict[str, ocp.RestoreArgs] = {}
     for name in names:
         if placement is None:
@@ -122,16 +125,20 @@ def load_group(directory: Path, names: Iterable[str], placement: Placement | Non
         else:
             arguments[name] = ocp.ArrayRestoreArgs(sharding=placement.read_sharding(name))
     try:
-        with _only_the_error():
+        with only_the_error():
             restored: dict[str, Any] = _checkpointer().restore(directory.absolute(), restore_args=arguments)
-    except (ValueError, OSError, KeyError) as error:
-        reason = str(error).split("\n", 1)[0][:200]
+    except Exception as error:
+        # Orbax wraps whatever ends the reading of an array, an interruption too, in an Exception.
+        cause = error.__cause__ if type(error) is Exception and error.__cause__ is not None else error
+        if not isinstance(cause, ValueError | OSError | KeyError):
+            raise cause from None
+        reason = str(cause).split("\n", 1)[0][:200]
         raise CheckpointError(f"{directory} cannot be read ({reason}); the checkpoint is damaged, convert it again") from error
     return restored
 
 
 def load_verified(directory: Path, weights: Mapping[str, StoredWeight]) -> dict[str, np.ndarray]:
-    """Read the weights of one group as numpy arrays; :class:`CheckpointError` unless each is what was written."""
+    """Read the weights of one group as numpy arrays. Raises :class:`CheckpointError` unless each is what was written."""
     arrays = load_group(directory, weights)
     for name, weight in weights.items():
         array = arrays[name]
@@ -140,46 +147,14 @@ def load_verified(directory: Path, weights: Mapping[str, StoredWeight]) -> dict[
     return arrays
 
 
-def _checkpointer() -> Any:
-    # Not compressed: weights hardly compress, and so they load as fast as the disk. One file a chunk: tensorstore's database of
-    # files (OCDBT) holds a second copy of large arrays while it writes.
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False, use_ocdbt=False))
+# Orbax would copy each array first, in case it is changed during the writing.
+_SAVED = ocp.type_handlers.create_type_handler_registry((np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)))
 
 
-@contextmanager
-def _only_the_error() -> Iterator[None]:
-    """Orbax without all that it says beside the error that it raises.
-
-    It warns that there is no OCDBT database to merge. When one of its tasks fails it logs that with a traceback; asyncio logs the
-    others that failed; and tensorstore's threads report to an event loop that is closed, for which Python prints a traceback each.
-    What comes from threads may come at any time, also after the error: the filters for it stay.
-    """
-    absl_logger, hook = logging.getLogger("absl"), sys.unraisablehook
-
-    def drop(record: logging.LogRecord) -> bool:
-        return False
-
-    def print_others(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            hook(unraisable)
-
-    absl_logger.addFilter(drop)
-    sys.unraisablehook = print_others
-    try:
-        yield
-    except Exception:  # whatever it is: it goes on to the caller, and only what is said beside it is filtered
-        logging.getLogger("asyncio").addFilter(_not_of_tensorstore)
-        raise
-    else:
-        sys.unraisablehook = hook
-    finally:
-        absl_logger.removeFilter(drop)
-
-
-def _not_of_tensorstore(record: logging.LogRecord) -> bool:
-    """False for asyncio's report of a failed read or write that nobody waited for, because another had failed before."""
-    error = record.exc_info[1] if record.exc_info else None
-    return not (isinstance(error, ValueError) and re.search(r"(reading|writing) local file", str(error)))
+def _checkpointer(**options: Any) -> Any:
+    # Not compressed: weights hardly compress, and uncompressed ones load as fast as the disk. One file for each chunk: tensorstore's
+    # database of files (OCDBT) holds a second copy of large arrays while it writes.
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False, use_ocdbt=False, **options))
 
 
 def write_manifest(
@@ -206,14 +181,14 @@ def write_manifest(
 
 
 def _file_sizes(directory: Path) -> dict[str, int]:
-    """Bytes of every file below ``weights``, by its path in the checkpoint."""
+    """Return the size in bytes of every file in ``weights``, by its path in the checkpoint."""
     files = sorted(path for path in (directory / "weights").rglob("*") if path.is_file())
     return {path.relative_to(directory).as_posix(): path.stat().st_size for path in files}
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """An opened checkpoint's weights; nothing of them has been read yet."""
+    """The weights of an opened checkpoint, none of which has been read yet."""
 
     directory: Path
     source_format: str
@@ -222,12 +197,12 @@ class Stored:
 
     @property
     def decoder_weights(self) -> list[str]:
-        """Names of the weights that the decoder uses: all but the image encoder's."""
+        """The names of the weights that the decoder uses: all but the image encoder's."""
         return [name for name in self.weights if not is_vision(name)]
 
     @property
     def dtype(self) -> str:
-        """What most bytes of the decoder's weights are stored in. (Norms in float32 beside matrices in bfloat16 are common.)"""
+        """The dtype of most bytes of the decoder's weights. (Norms in float32 beside matrices in bfloat16 are common.)"""
         nbytes: Counter[str] = Counter()
         for weight in map(self.weights.__getitem__, self.decoder_weights):
             if weight.dtype in TABLE_DTYPES:
@@ -237,27 +212,28 @@ class Stored:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the manifest, which has a checksum of every weight, and of the tokenizer's files."""
+        """The SHA-256 of the manifest, which has a checksum of every weight, and of the text files."""
         digest = hashlib.sha256()
         for file in (MANIFEST, *self.text_files):
-            digest.update((self.directory / file).read_bytes())
+            with reading(self.directory / file):
+                digest.update((self.directory / file).read_bytes())
         return digest.hexdigest()
 
     def groups(self, names: Iterable[str]) -> dict[str, list[str]]:
-        """These weights by the group they lie in."""
+        """Return these weights by their group."""
         return groups_of({name: self.weights[name] for name in names})
 
     def read_group(self, group: str) -> dict[str, np.ndarray]:
-        """The weights of a group as they are stored. Raises :class:`CheckpointError` if one is not what was written."""
+        """Read the weights of a group as they are stored. Raises :class:`CheckpointError` if one is not what was written."""
         return load_verified(self.directory / "weights" / group, {n: w for n, w in self.weights.items() if w.group == group})
 
     def verify(self) -> None:
-        """Read every weight; :class:`CheckpointError` if one is not what was written."""
+        """Read every weight. Raises :class:`CheckpointError` if one is not what was written."""
         for group in self.groups(self.weights):
             self.read_group(group)
 
     def restore(self, placement: Placement, dtype: np.dtype | None = None) -> dict[str, Any]:
-        """The decoder's weights on the devices, cast to ``dtype`` (default: :attr:`dtype`).
+        """Read the decoder's weights to the devices, cast to ``dtype`` (default: :attr:`dtype`).
 
         Raises :class:`CheckpointError` if a file is missing or damaged, or a shape is not the manifest's.
         """
@@ -285,27 +261,30 @@ class Checkpoint(Stored):
 
     @property
     def tokenizer_digest(self) -> str | None:
-        """SHA-256 of the tokenizer's file, by which a drafter knows its model's; None without one."""
+        """The SHA-256 of the tokenizer's file, by which a drafter recognises its model's; None without one."""
         files = [self.directory / name for name in ("tokenizer.json", "tokenizer.model") if name in self.text_files]
-        return hashlib.sha256(files[0].read_bytes()).hexdigest() if files else None
+        if not files:
+            return None
+        with reading(files[0]):
+            return hashlib.sha256(files[0].read_bytes()).hexdigest()
 
     @property
     def drafter(self) -> Path | None:
-        """The folder of the drafter that comes with it."""
+        """The folder of the drafter in the checkpoint, if there is one."""
         folder = self.directory / "drafter"
         return folder if folder.is_dir() else None
 
 
 @dataclasses.dataclass(frozen=True)
 class DrafterCheckpoint(Stored):
-    """An opened drafter; ``speculation``: how best to use it."""
+    """An opened drafter; ``speculation``: how to speculate with it by default."""
 
     config: DrafterConfig
     speculation: TableJson
 
 
 def groups_of(weights: Mapping[str, StoredWeight]) -> dict[str, list[str]]:
-    """Names of weights by the group they lie in."""
+    """Return the names of weights by their group."""
     by_group: dict[str, list[str]] = {}
     for name, weight in weights.items():
         by_group.setdefault(weight.group, []).append(name)
@@ -313,7 +292,7 @@ def groups_of(weights: Mapping[str, StoredWeight]) -> dict[str, list[str]]:
 
 
 def module_of(config: ModelConfig | DrafterConfig) -> nnx.Module:
-    """What a checkpoint's weights are bound to."""
+    """Return the module that a checkpoint's weights are bound to."""
     return build_drafter(config) if isinstance(config, DrafterConfig) else Llama(config)
 
 
@@ -321,7 +300,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Read a model's manifest. Raises :class:`CheckpointError` if ``path`` is not a complete checkpoint of one."""
     stored, manifest = _open(path)
     if "drafter" in manifest:
-        raise CheckpointError(f"{stored.directory} holds a drafter; expected a model: give the drafter beside it, as drafter")
+        raise CheckpointError(f"{stored.directory} holds a drafter; expected a model: give the model here, and the drafter as drafter")
     with _damage_to(stored.directory / MANIFEST):
         config = config_from_json(manifest["config"])
     _check_weights(stored, module_of(config))
@@ -329,7 +308,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def open_drafter(path: str | os.PathLike[str]) -> DrafterCheckpoint:
-    """As :func:`open_checkpoint`, of a drafter."""
+    """Read a drafter's manifest, as :func:`open_checkpoint` does a model's."""
     stored, manifest = _open(path)
     if "drafter" not in manifest:
         raise CheckpointError(f"{stored.directory} holds a model; expected a drafter, as `l4jax train-drafter` makes them")
@@ -340,10 +319,10 @@ def open_drafter(path: str | os.PathLike[str]) -> DrafterCheckpoint:
 
 
 def _open(path: str | os.PathLike[str]) -> tuple[Stored, dict[str, Any]]:
-    """What all checkpoints have, and the manifest."""
+    """Return what all checkpoints have, and the manifest."""
     directory = Path(path)
     if not directory.exists():
-        raise CheckpointError(f"{directory} does not exist; expected a folder made by `l4jax convert`")
+        raise absent(directory, "a folder made by `l4jax convert`")
     if directory.resolve().name.endswith(SUFFIX):
         raise CheckpointError(f"{directory} is an unfinished conversion; run the same `l4jax convert` again to finish it")
     if not (directory / MANIFEST).is_file():
@@ -356,10 +335,11 @@ def _open(path: str | os.PathLike[str]) -> tuple[Stored, dict[str, Any]]:
         weights = {name: StoredWeight(**{**w, "shape": tuple(w["shape"])}) for name, w in manifest["weights"].items()}
         sizes: dict[str, int] = dict(manifest["weight_files"])
         stored = Stored(directory, manifest["source_format"], weights, tuple(manifest["text_files"]))
-    for file, size in sizes.items():
-        found = (directory / file).stat().st_size if (directory / file).is_file() else None
-        if found != size:
-            state = "is missing" if found is None else f"has {found} bytes; expected {size}"
+    for file in (*sizes, *stored.text_files):
+        with reading(directory / file):
+            found = (directory / file).stat().st_size if (directory / file).is_file() else None
+        if found is None or found != sizes.get(file, found):
+            state = "is missing" if found is None else f"has {found} bytes; expected {sizes[file]}"
             raise CheckpointError(f"{directory / file} {state}; the checkpoint is damaged, convert it again")
     return stored, manifest
 
@@ -375,9 +355,11 @@ def _damage_to(manifest: Path) -> Iterator[None]:
 
 
 def _check_weights(stored: Stored, module: nnx.Module) -> None:
-    """Raise :class:`CheckpointError` unless there is an entry for each weight that fits it."""
+    """Raise :class:`CheckpointError` unless each weight has an entry that fits it."""
     for name, spec in weight_specs(module).items():
         weight = stored.weights.get(name)
         dtypes = TABLE_DTYPES if spec.init == "numbers" else tuple(DTYPES)
         if weight is None or weight.shape != spec.shape or weight.dtype not in dtypes:
-            raise CheckpointError(f"{stored.directory / MANIFEST} has no entry that fits weight {name}; it is damaged, convert again")
+            raise CheckpointError(
+                f"{stored.directory / MANIFEST} has no entry that fits weight {name}; it is damaged, convert the checkpoint again"
+            )

@@ -1,7 +1,7 @@
 """Tensors of a ``torch.save`` file, without torch and without ever running code from it.
 
 The file is an uncompressed zip archive: a pickle that describes the tensors, and an entry of raw bytes for each storage. The
-unpickler knows a short list of names and refuses all others; what it does know only notes where a tensor lies.
+unpickler knows a short list of names, refuses all others, and only records where each tensor's bytes are.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
+from l4jax.checkpoints.files import WeightFile, reading
 from l4jax.checkpoints.source import CheckpointError, TensorInfo
 
 _STORAGES = {
     "FloatStorage": np.dtype(np.float32),
     "HalfStorage": np.dtype(np.float16),
     "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
-    # Not weights of ours, but statistics and the like that may lie beside them.
+    # Not weights, but statistics and the like that some files have besides.
     "DoubleStorage": np.dtype(np.float64),
     "LongStorage": np.dtype(np.int64),
     "IntStorage": np.dtype(np.int32),
@@ -37,7 +38,7 @@ _STORAGES = {
 
 
 class _Sealed:
-    """A pickle may set the state of any object that it gets hold of; not of one of these."""
+    """An object whose state a pickle cannot set. It can set the state of every other object that it is given."""
 
     __slots__ = ()
 
@@ -46,7 +47,7 @@ class _Sealed:
 
 
 class _Known(_Sealed):
-    """What a name in the pickle stands for: something to call. A function or class itself would have a state."""
+    """The callable that a name in the pickle refers to. A function or class itself would have a state to set."""
 
     __slots__ = ("_function",)
 
@@ -67,7 +68,7 @@ class _StorageType(_Sealed):
 
 
 class _Opaque:
-    """Stands for an object that is never looked at: an ``_extra_state`` buffer. The one class handed out: pickles make it by NEWOBJ."""
+    """Replaces an object that is never used: an ``_extra_state`` buffer. The only class given to pickles, which create it by NEWOBJ."""
 
     __slots__ = ()
 
@@ -87,7 +88,7 @@ class _Storage(_Sealed):
 
 @dataclasses.dataclass(frozen=True)
 class TorchTensor(_Sealed):
-    """A tensor's place in the archive; offset and strides in elements of its storage."""
+    """A tensor's place in the archive; offset and strides are in elements of its storage."""
 
     storage: _Storage
     offset: int
@@ -99,8 +100,16 @@ class TorchTensor(_Sealed):
         """Shape and dtype."""
         return TensorInfo(self.shape, self.storage.dtype)
 
+    @property
+    def last(self) -> int:
+        """The last element of the storage that it reaches, for a tensor that is not empty."""
+        return self.offset + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
 
-def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> TorchTensor:
+
+def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> TorchTensor:
+    # requires_grad, hooks and, third, bits that change the meaning of the bytes: negated, conjugated.
+    if any(rest[2:]):
+        raise pickle.UnpicklingError("a tensor is a negated or conjugated view")
     tensor = TorchTensor(storage, operator.index(offset), tuple(map(operator.index, shape)), tuple(map(operator.index, strides)))
     if not isinstance(storage, _Storage) or len(tensor.shape) != len(tensor.strides) or min((0, *tensor.shape)) < 0:
         raise pickle.UnpicklingError("a tensor has no storage, or a shape that does not fit its strides")
@@ -120,8 +129,12 @@ _KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
 }
 
 
+_QUANTISED = ("_rebuild_tensor_v3", "_rebuild_qtensor")
+"""What torch rebuilds tensors of float8 and of its own quantised types with."""
+
+
 class _Unpickler(pickle.Unpickler):
-    """Looks nothing up but the names above."""
+    """Looks up only the names above."""
 
     def __init__(self, stream: BinaryIO, path: Path) -> None:
         super().__init__(stream, encoding="utf-8")
@@ -130,9 +143,11 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in _STORAGES:
             return _StorageType(name)
+        if module == "torch._utils" and name in _QUANTISED:
+            raise CheckpointError(f"{self._path} holds quantised weights ({name}), which are not supported; fetch the model in bfloat16")
         if (module, name) not in _KNOWN:
             raise CheckpointError(
-                f"{self._path}: its pickle asks for {module}.{name}; expected nothing but tensors: do not trust this file (nothing was run)"
+                f"{self._path}: its pickle asks for {module}.{name}; expected only tensors: do not trust this file (nothing was run)"
             )
         known = _KNOWN[module, name]
         return known if known is _Opaque else _Known(known)
@@ -148,16 +163,17 @@ _BROKEN = (
     *(pickle.UnpicklingError, EOFError, AttributeError, LookupError, TypeError, ValueError),
     *(MemoryError, OverflowError, RecursionError),
 )
-"""What unpickling can end with, for a stream of bytes that means nothing."""
+"""What unpickling raises for a meaningless stream of bytes."""
 
 
 class TorchFile:
     """An opened ``torch.save`` file that holds a dictionary of tensors. Raises :class:`CheckpointError` for any other file."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self._file = WeightFile(path)
+        self.fingerprint = self._file.fingerprint
         try:
-            with zipfile.ZipFile(path) as archive:
+            with reading(path), zipfile.ZipFile(path) as archive:
                 self._offsets = _storage_offsets(archive, path)
                 pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
                 if len(pickles) != 1:
@@ -177,27 +193,30 @@ class TorchFile:
         for key, tensor in self.tensors.items():
             self._check(key, tensor)
 
+    @property
+    def path(self) -> Path:
+        """The file's path."""
+        return self._file.path
+
     def read(self, key: str) -> np.ndarray:
-        """The tensor, memory-mapped."""
+        """Return the tensor."""
         tensor = self.tensors[key]
         dtype = tensor.storage.dtype
         if 0 in tensor.shape:
             return np.zeros(tensor.shape, dtype)
         start, _ = self._offsets[tensor.storage.key]
-        flat = np.memmap(self.path, dtype, "r", start, (tensor.storage.size,))
-        strides = [stride * dtype.itemsize for stride in tensor.strides]
-        return np.lib.stride_tricks.as_strided(flat[tensor.offset :], tensor.shape, strides, writeable=False)
+        span = self._file.read(start + tensor.offset * dtype.itemsize, (tensor.last + 1 - tensor.offset,), dtype)
+        return np.lib.stride_tricks.as_strided(span, tensor.shape, [stride * dtype.itemsize for stride in tensor.strides], writeable=False)
 
     def _check(self, key: str, tensor: TorchTensor) -> None:
         _, nbytes = self._offsets.get(tensor.storage.key, (0, -1))
-        last = tensor.offset + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True))
-        inside = tensor.offset >= 0 and min(tensor.strides, default=0) >= 0 and last < tensor.storage.size
+        inside = tensor.offset >= 0 and min(tensor.strides, default=0) >= 0 and tensor.last < tensor.storage.size
         if 0 not in tensor.shape and not (inside and tensor.storage.size * tensor.storage.dtype.itemsize <= nbytes):
             raise CheckpointError(f"{self.path}: tensor {key} reaches outside its storage; the file is damaged, fetch it again")
 
 
 def _storage_offsets(archive: zipfile.ZipFile, path: Path) -> dict[str, tuple[int, int]]:
-    """(position of the bytes in the file, number of bytes) of each storage."""
+    """Return (position of the bytes in the file, number of bytes) of each storage."""
     offsets = {}
     with path.open("rb") as file:
         for entry in archive.infolist():
@@ -208,7 +227,7 @@ def _storage_offsets(archive: zipfile.ZipFile, path: Path) -> dict[str, tuple[in
                 continue
             if entry.compress_type != zipfile.ZIP_STORED:
                 raise CheckpointError(f"{path} is compressed; expected an archive as torch.save writes it")
-            # The local header's name and extra field may be longer than the directory's: torch aligns the data with them.
+            # The local header's name and extra field may be longer than the directory's: torch pads them to align the data.
             file.seek(entry.header_offset + 26)
             name_length, extra_length = struct.unpack("<HH", file.read(4))
             offsets[key] = (entry.header_offset + 30 + name_length + extra_length, entry.file_size)

@@ -1,4 +1,4 @@
-"""The image encoder's tensors. Nothing computes with them yet: they are kept as they are, under their Hugging Face names."""
+"""The image encoder's tensors. They are kept as they are, under their Hugging Face names: nothing computes with them yet."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _META_MODEL = "vision_embeddings.vision_encoder."
 
 
 def vision_shapes(vision: VisionConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the image encoder and the projection to the decoder's width, by its Hugging Face name."""
+    """Return the shape of every tensor of the image encoder and its projection to the decoder's width, by its Hugging Face name."""
     W, F, adapter, out = vision.hidden_size, vision.intermediate_size, vision.projector_input_dim, vision.projector_output_dim
     patches = (vision.image_size // vision.patch_size) ** 2
     shapes: dict[str, tuple[int, ...]] = {
@@ -52,7 +52,7 @@ _META_PARTS: Mapping[str, str] = {
 
 
 def meta_name(name: str) -> str:
-    """What Meta's checkpoints call a tensor of :func:`vision_shapes`."""
+    """Return the name in Meta's checkpoints of a tensor of :func:`vision_shapes`."""
     for ours, theirs in _META_PARTS.items():
         name = name.replace(f"{ours}.", f"{theirs}.")
     return name

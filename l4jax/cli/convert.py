@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+import sys
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -45,10 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     from l4jax.checkpoints.convert import check_complete, convert
-    from l4jax.checkpoints.eagle import EagleSource
-    from l4jax.checkpoints.open import open_source
+    from l4jax.checkpoints.open import open_head, open_source
     from l4jax.checkpoints.source import Source
-    from l4jax.checkpoints.store import open_checkpoint
     from l4jax.config_formats.eagle import NO_ANSWERS, HeadAnswers
 
     yes = {None: None, "yes": True, "no": False}
@@ -62,11 +60,11 @@ def run(arguments: argparse.Namespace) -> int:
         )
     if arguments.dry_run:
         source: Source = (
-            open_source(arguments.source)
-            if arguments.target is None
-            else EagleSource(Path(arguments.source), open_checkpoint(arguments.target), answers)
+            open_source(arguments.source) if arguments.target is None else open_head(arguments.source, arguments.target, answers)
         )
         check_complete(source)
+        for line in source.notes:
+            print(line, file=sys.stderr)
         for name, recipe in source.recipes.items():
             parts = ", ".join(f"{key} {list(source.tensors[key].shape)} {source.tensors[key].dtype.name}" for key in recipe.keys)
             print(f"{name} <- {parts}: {recipe.description}")
@@ -83,6 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
             target=arguments.target,
             answers=answers,
             progress=lambda stage, done, total: bar.update(task, completed=done, total=total, description=stage),
+            note=lambda line: bar.console.print(line, markup=False, highlight=False, soft_wrap=True),
         )
     print(f"{arguments.destination} is complete and verified")
     return 0

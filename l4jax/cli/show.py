@@ -52,8 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _describe(name: str) -> tuple[list[Row], ModelConfig | DrafterConfig]:
     """The rows about the checkpoint, and its configuration."""
+    from l4jax.checkpoints.files import read_json
     from l4jax.checkpoints.open import open_source
-    from l4jax.checkpoints.source import read_json
     from l4jax.checkpoints.store import MANIFEST, open_checkpoint, open_drafter
     from l4jax.data import configs_path
 
@@ -112,6 +112,7 @@ def _describe_source(path: Path, source: ModelSource) -> list[Row]:
         ("format", f"{source.format}, not converted"),
         *_decoder(source.config),
         *_vision([source.tensors[key].shape for key in vision]),
+        *(("note", note) for note in source.notes),
         ("dtypes as read", _counts([str(tensor.dtype) for tensor in source.tensors.values()])),
     ]
     with tempfile.TemporaryDirectory() as directory:

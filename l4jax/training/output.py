@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from l4jax.checkpoints.source import LICENCES, copy_files
+from l4jax.checkpoints.files import LICENCES, copy_files
 from l4jax.checkpoints.store import StoredWeight, checksum, save_group, write_manifest
 from l4jax.config import DrafterConfig
 from l4jax.decoding.plan import TableJson

@@ -50,7 +50,7 @@ class _Storage:
         self.key, self.array = key, array
 
 
-def write_torch_file(path: Path, tensors: dict[str, object], *, name: str = "archive") -> None:
+def write_torch_file(path: Path, tensors: dict[str, object], *, name: str = "archive", byteorder: str = "little") -> None:
     """What ``torch.save(tensors, path)`` writes; values that are not arrays are pickled as they are."""
     modules = _stand_ins()
     arrays = {key: np.ascontiguousarray(value) for key, value in tensors.items() if isinstance(value, np.ndarray)}
@@ -74,7 +74,7 @@ def write_torch_file(path: Path, tensors: dict[str, object], *, name: str = "arc
             sys.modules.pop(module) if old is None else sys.modules.update({module: old})
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr(f"{name}/data.pkl", stream.getvalue())
-        archive.writestr(f"{name}/byteorder", "little")
+        archive.writestr(f"{name}/byteorder", byteorder)
         for key, array in storages.items():
             archive.writestr(f"{name}/data/{key}", array.tobytes())
         archive.writestr(f"{name}/version", "3\n")

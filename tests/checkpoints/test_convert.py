@@ -31,8 +31,8 @@ from l4jax.cli import main
 from l4jax.config_formats import config_from_hf, config_to_hf
 from l4jax.placement import Placement
 from sharding.mesh import ONE_DEVICE
+from tests.checkpoints.folders import GOLDEN, refused, rewrite, tensors_of
 
-GOLDEN = Path(__file__).parent.parent / "golden" / "data"
 MODELS = sorted(folder.name for folder in GOLDEN.iterdir())
 
 
@@ -51,17 +51,6 @@ def source(tmp_path):
     folder = tmp_path / "source"
     shutil.copytree(GOLDEN / "maverick", folder)
     return folder
-
-
-def tensors_of(folder: Path) -> dict[str, np.ndarray]:
-    return {key: array for file in sorted(folder.glob("*.safetensors")) for key, array in load_file(file).items()}
-
-
-def rewrite(folder: Path, change) -> None:
-    """Apply ``change`` to the tensors of a folder with one file."""
-    tensors = tensors_of(folder)
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors")
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -315,14 +304,6 @@ def test_what_is_read_back_must_be_what_was_written(source, tmp_path, monkeypatc
     assert open_checkpoint(tmp_path / "ours").weights == open_checkpoint(tmp_path / "whole").weights
 
 
-def refused(source, tmp_path) -> str:
-    """The one line that a conversion ends with; nothing is left that could be loaded."""
-    with pytest.raises(ValueError, match=r"^[^\n]+$") as error:
-        convert(source, tmp_path / "ours")
-    assert not (tmp_path / "ours").exists()
-    return str(error.value)
-
-
 def test_truncated_shard(source, tmp_path):
     with (source / "model.safetensors").open("r+b") as file:
         file.truncate(file.seek(0, 2) - 10)
@@ -360,12 +341,14 @@ def test_missing_vision_tensor(tmp_path):
 @pytest.mark.parametrize("text", ["[]", "null", "3", '"x"'])
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
 def test_json_that_is_no_object(text, name, source, tmp_path):
+    (source / "model.safetensors").unlink()
     (source / name).write_text(text)
     assert "expected a JSON object" in refused(source, tmp_path)
 
 
 @pytest.mark.parametrize("weight_map", ["{}", "[]", '{"a": 1}'])
 def test_a_broken_index(weight_map, source, tmp_path):
+    (source / "model.safetensors").unlink()
     (source / "model.safetensors.index.json").write_text(f'{{"weight_map": {weight_map}}}')
     assert "model.safetensors.index.json" in refused(source, tmp_path)
 
@@ -474,8 +457,8 @@ def test_what_is_not_ours_is_left_alone(source, tmp_path):
     [
         (lambda path: None, "does not exist"),
         (lambda path: path.mkdir(), "has no config.json and no consolidated"),
-        (lambda path: path.write_bytes(b"hello"), "is no GGUF file"),
-        (lambda path: path.write_bytes(b"GGUF\x03\0\0\0"), "truncated or no GGUF file"),
+        (lambda path: path.write_bytes(b"hello"), "is a file, and not a GGUF file"),
+        (lambda path: path.write_bytes(b"GGUF\x03\0\0\0"), "truncated or not a GGUF file"),
     ],
 )
 def test_what_is_no_checkpoint(make, message, tmp_path):

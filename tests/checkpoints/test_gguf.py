@@ -1,0 +1,163 @@
+"""GGUF files: whole, split, of the other byte order, and of what is not a model."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType, GGUFEndian, GGUFWriter
+
+from l4jax.checkpoints.convert import convert
+from l4jax.checkpoints.open import open_source
+from l4jax.checkpoints.store import open_checkpoint
+from tests.checkpoints.folders import GOLDEN, config_of, refused, tensors_of
+from tests.checkpoints.gguf_file import write_gguf
+
+CONFIG = config_of(GOLDEN / "llama3")
+TENSORS = tensors_of(GOLDEN / "llama3")
+TIED = {key: array for key, array in TENSORS.items() if key != "lm_head.weight"}
+HALF = list(TENSORS)[: len(TENSORS) // 2]
+REST = list(TENSORS)[len(HALF) :]
+
+
+def part(number: int, count: int):
+    """What gguf-split writes into each part."""
+
+    def write(writer: GGUFWriter) -> None:
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", count)
+        writer.add_int32("split.tensors.count", len(TENSORS))
+
+    return write
+
+
+def write_split(folder: Path, first: list[str] = HALF) -> list[Path]:
+    """A file in two parts, of which only the first describes the model."""
+    folder.mkdir()
+    names = [folder / f"m-0000{number}-of-00002.gguf" for number in (1, 2)]
+    second = [key for key in TENSORS if key not in first]
+    write_gguf(names[0], CONFIG, TENSORS, only=first, extra=part(0, 2))
+    write_gguf(names[1], CONFIG, TENSORS, only=second, extra=part(1, 2), described=False)
+    return names
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    """The weights of the same model's Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("hf") / "ours"
+    convert(GOLDEN / "llama3", folder)
+    return dict(open_checkpoint(folder).weights)
+
+
+def test_a_file_gives_the_weights_of_the_hugging_face_folder(expected, tmp_path):
+    convert(write_gguf(tmp_path / "m.gguf", CONFIG, TENSORS), tmp_path / "ours")
+    assert open_checkpoint(tmp_path / "ours").weights == expected
+
+
+def test_a_head_beside_the_embedding_is_kept_whatever_it_holds(tmp_path):
+    for name, tensors in {"own": TENSORS, "equal": {**TIED, "lm_head.weight": TIED["model.embed_tokens.weight"]}, "none": TIED}.items():
+        source = open_source(write_gguf(tmp_path / f"{name}.gguf", CONFIG, tensors))
+        assert source.config.tie_word_embeddings == (name == "none")
+        if name != "none":
+            np.testing.assert_array_equal(source.read("output.weight"), tensors["lm_head.weight"])
+
+
+KINDS = {"F32": None, **{name: getattr(GGMLQuantizationType, name) for name in ("F16", "BF16", "Q8_0", "Q4_0")}}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tensors_are_read_by_value(kind, tmp_path):
+    source = open_source(write_gguf(tmp_path / "m.gguf", CONFIG, TENSORS, kind=KINDS[kind]))
+    exact = {"F32": 0, "F16": 2**-11, "BF16": 2**-8, "Q8_0": 2**-6, "Q4_0": 2**-2}[kind]
+    for name, key in {"output.weight": "lm_head.weight", "blk.1.ffn_down.weight": "model.layers.1.mlp.down_proj.weight"}.items():
+        read, written = source.read(name), TENSORS[key]
+        assert read.dtype == source.tensors[name].dtype and read.dtype.isnative
+        assert np.abs(read.astype(np.float32) - written).max() <= exact * np.abs(written).max()
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "F32 of bfloat16 values"])
+def test_the_other_byte_order_is_refused(kind, tmp_path):
+    # Read as little-endian, values of bfloat16 are denormal numbers, all finite.
+    values = {key: array.astype(ml_dtypes.bfloat16).astype(np.float32) for key, array in TENSORS.items()} if "of" in kind else TENSORS
+    write_gguf(tmp_path / "m.gguf", CONFIG, values, kind=KINDS.get(kind), endian=GGUFEndian.BIG)
+    assert "m.gguf is a big-endian GGUF file; expected a little-endian one: fetch that" in refused(tmp_path / "m.gguf", tmp_path)
+
+
+@pytest.mark.parametrize("first", [HALF, []], ids=["tensors in each part", "no tensors in the first part"])
+def test_a_split_file_is_given_by_any_part_or_its_folder(first, expected, tmp_path):
+    names = write_split(tmp_path / "parts", first)
+    for i, given in enumerate([*names, tmp_path / "parts"]):
+        convert(given, tmp_path / f"ours{i}")
+        assert open_checkpoint(tmp_path / f"ours{i}").weights == expected
+
+
+def renamed(names: list[Path]) -> Path:
+    return names[1].rename(names[1].with_name("other.gguf"))
+
+
+def swapped(names: list[Path]) -> Path:
+    names[0].rename(names[0].with_name("x"))
+    names[1].rename(names[0])
+    names[0].with_name("x").rename(names[1])
+    return names[0]
+
+
+def doubled(names: list[Path]) -> Path:
+    write_gguf(names[1], CONFIG, TENSORS, only=[*REST, HALF[0]], extra=part(1, 2), described=False)
+    return names[0]
+
+
+def of_another_split(names: list[Path]) -> Path:
+    write_gguf(names[1], CONFIG, TENSORS, only=REST[1:], extra=part(1, 2), described=False)
+    return names[0]
+
+
+def whole(names: list[Path]) -> Path:
+    write_gguf(names[0], CONFIG, TENSORS)
+    return names[0]
+
+
+def without(number: int):
+    def damage(names: list[Path]) -> Path:
+        names[number].unlink()
+        return names[1 - number]
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without(0), "is one of 2 parts, and m-00001-of-00002.gguf is not beside it; fetch every part"),
+        (without(1), "is one of 2 parts, and m-00002-of-00002.gguf is not beside it; fetch every part"),
+        (renamed, "other.gguf is part 2 of 2 of a split file; expected a name that ends in -00002-of-00002.gguf, and the other parts"),
+        (swapped, "m-00001-of-00002.gguf is part 2 of 2 of a split file; expected a name that ends in -00002-of-00002.gguf"),
+        (whole, "m-00001-of-00002.gguf is a whole GGUF file, named as if it were a part; rename it"),
+        (doubled, "which an earlier part has too: they are not parts of one file"),
+        (of_another_split, f"have {len(TENSORS) - 1} tensors; expected {len(TENSORS)}: not of one file"),
+    ],
+)
+def test_parts_that_do_not_fit_are_named(damage, message, tmp_path):
+    given = damage(write_split(tmp_path / "parts"))
+    assert message in refused(given, tmp_path)
+    if "not beside" in message:
+        assert message in refused(tmp_path / "parts", tmp_path)
+
+
+def test_a_folder_of_several_models_says_to_give_one(tmp_path):
+    (tmp_path / "models").mkdir()
+    for name in ("a", "b"):
+        write_gguf(tmp_path / "models" / f"{name}.gguf", CONFIG, TENSORS)
+    assert "has 2 GGUF files, a.gguf, b.gguf; give one of them" in refused(tmp_path / "models", tmp_path)
+    shutil.copyfile(GOLDEN / "llama3" / "config.json", tmp_path / "models" / "config.json")
+    assert "has 2 GGUF files" in refused(tmp_path / "models", tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "advice"), [("adapter", "merge it into its model"), ("mmproj", "expected a whole model")])
+def test_what_is_not_a_model(kind, advice, tmp_path):
+    write_gguf(tmp_path / "m.gguf", CONFIG, TENSORS, only=[], extra=lambda writer: writer.add_type(kind))
+    message = refused(tmp_path / "m.gguf", tmp_path)
+    assert f"is a GGUF file of type {kind}" in message and advice in message

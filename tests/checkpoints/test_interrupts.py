@@ -1,0 +1,134 @@
+"""Ctrl-C ends a conversion wherever it falls, and the next run continues."""
+
+from __future__ import annotations
+
+import gc
+import signal
+import sys
+import threading
+import weakref
+
+import pytest
+
+from l4jax.checkpoints import convert as convert_module
+from l4jax.checkpoints import store
+from l4jax.checkpoints.convert import convert
+from l4jax.checkpoints.store import open_checkpoint
+from l4jax.cli import main
+from l4jax.interrupts import kept_interrupts
+from tests.checkpoints.folders import golden
+
+
+def in_the_garbage_collector() -> None:
+    """As JAX's callback for it, which runs at any time."""
+
+    def callback(phase: str, info: object) -> None:
+        gc.callbacks.remove(callback)
+        signal.raise_signal(signal.SIGINT)
+
+    gc.callbacks.append(callback)
+    gc.collect()
+
+
+class Finalised:
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+
+def in_a_finaliser() -> None:
+    Finalised()
+
+
+def in_a_weak_reference() -> None:
+    thing = threading.local()
+    reference = weakref.ref(thing, lambda _: signal.raise_signal(signal.SIGINT))
+    del thing
+    assert reference() is None
+
+
+def in_the_open() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+PLACES = [in_the_garbage_collector, in_a_finaliser, in_a_weak_reference, in_the_open]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_ctrl_c_ends_a_conversion_that_the_next_one_continues(place, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(store, "GROUP_BYTES", 1 << 14)
+    source = golden("llama3_tied", tmp_path / "source")
+    before, written = (signal.getsignal(signal.SIGINT), sys.unraisablehook), []
+    save_group = convert_module.save_group
+
+    def saved(directory, arrays):
+        save_group(directory, arrays)
+        written.append(directory.name)
+        if len(written) == 3:
+            place()
+
+    monkeypatch.setattr(convert_module, "save_group", saved)
+    assert main(["convert", str(source), str(tmp_path / "ours")]) == 130
+    assert (signal.getsignal(signal.SIGINT), sys.unraisablehook) == before
+    assert [line for line in capfd.readouterr().err.splitlines() if line.strip() and "converting" not in line] == ["l4jax: interrupted"]
+    assert not (tmp_path / "ours").exists()
+    assert main(["convert", str(source), str(tmp_path / "ours")]) == 0
+    checkpoint = open_checkpoint(tmp_path / "ours")
+    groups = sorted(checkpoint.groups(checkpoint.weights))
+    # The third is written again where the interruption came before it was noted down.
+    assert written[:3] == groups[:3] and sorted(set(written)) == groups and len(groups) > 4
+    assert len(written) <= len(groups) + 1
+    checkpoint.verify()
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_ctrl_c_ends_an_export(place, tmp_path, monkeypatch):
+    convert(golden("llama3_tied", tmp_path / "source"), tmp_path / "ours")
+    read_group = store.Stored.read_group
+
+    def read(self, group):
+        place()
+        return read_group(self, group)
+
+    monkeypatch.setattr(store.Stored, "read_group", read)
+    assert main(["export", str(tmp_path / "ours"), str(tmp_path / "back"), "--to", "hf"]) == 130
+    assert not (tmp_path / "back").exists()
+
+
+def test_what_is_not_an_interruption_is_still_reported(monkeypatch):
+    reported = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: reported.append(unraisable.exc_type))
+
+    class Failing:
+        def __del__(self) -> None:
+            raise LookupError
+
+    with kept_interrupts() as check:
+        Failing()
+        check()
+    assert reported == [LookupError]
+
+
+def test_a_handler_that_goes_on_decides(monkeypatch):
+    calls = []
+    before = signal.signal(signal.SIGINT, lambda *_: calls.append(1))
+    try:
+        with kept_interrupts() as check:
+            signal.raise_signal(signal.SIGINT)
+            check()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert calls == [1]
+
+
+def test_another_thread_is_left_alone():
+    seen = []
+
+    def run() -> None:
+        with kept_interrupts() as check:
+            check()
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen == [signal.getsignal(signal.SIGINT)]

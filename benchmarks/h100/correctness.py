@@ -69,7 +69,7 @@ def _run(model: Model) -> dict[str, np.ndarray]:
 
     call = abstract.decode_call(ROWS, CAPACITY, GREEDY)
     state = rows_at(_host_drawn(call.arguments[1]), CACHED)
-    seen["decode"] = np.asarray(call.lower().compile()(model.leaves, state, *call.arguments[2:])[1].token_SB)[:BURST]
+    seen["decode"] = np.asarray(call.lower().compile()(model.leaves, state, *call.arguments[2:])[1].token_sB)[:BURST]
     for plan in ("chain:3", "tree:eagle26"):
         speculation = Speculation.parse(plan)
         assert speculation is not None
@@ -85,8 +85,8 @@ def _speculated(model: Model, call: Call) -> np.ndarray:
     rows: list[list[int]] = [[] for _ in range(ROWS)]
     while min(map(len, rows)) < BURST:
         state, tokens, _ = program(model.leaves, model.draft_leaves, state, *call.arguments[3:])
-        for own, tokens_S in zip(rows, np.asarray(tokens.token_SB).T, strict=True):
-            own.extend(tokens_S[tokens_S >= 0].tolist())
+        for own, tokens_s in zip(rows, np.asarray(tokens.token_sB).T, strict=True):
+            own.extend(tokens_s[tokens_s >= 0].tolist())
     return np.array([own[:BURST] for own in rows], np.int32).T
 
 

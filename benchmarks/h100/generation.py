@@ -66,7 +66,7 @@ def speculate(bench: Bench, record: Record, *, rows: int, plan: str) -> None:
         # Each level runs the head, each but the first the layer, which the accepted tokens pass once more.
         drafted = speculation.tree.depth * sum(leaf.nbytes for leaf in model.draft_leaves)
         moved = decode_bytes(model, rows, context) + drafted
-        produced = int(np.sum(np.asarray(tokens.token_SB) >= 0)) / (rows * rounds)
+        produced = int(np.sum(np.asarray(tokens.token_sB) >= 0)) / (rows * rounds)
         record(f"context {context}", timing.summary(seconds, per=rounds) | {"bytes": moved, "tokens_a_round": produced})
 
 

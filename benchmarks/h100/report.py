@@ -42,7 +42,7 @@ class _Report:
             yield f"**{self._machine['device']}**{driver}; Python {self._machine['python']}, {versions}.{toy}"
             yield ""
         where = "measured by the same run" if self._measured else "an H100's data sheet"
-        yield f"Ceilings ({where}): copy {self._copy / 1e9:.0f} GB/s, bfloat16 matrix product {self._matmul / 1e12:.1f} TFLOP/s."
+        yield f"Ceilings ({where}): copy {self._copy / 1e9:.4g} GB/s, bfloat16 matrix product {self._matmul / 1e12:.3g} TFLOP/s."
         yield ""
         yield from self._correctness()
         yield from self._generation()
@@ -79,9 +79,9 @@ class _Report:
                     continue
                 floor = self._floor_ms(values)
                 tokens = f"{values['tokens_a_round']:.2f}" if "tokens_a_round" in values else "–"
-                spread = f"{values['least_ms']:.2f} to {values['most_ms']:.2f}"
+                spread = f"{values['least_ms']:.3g} to {values['most_ms']:.3g}"
                 rows.append(
-                    (name, at, f"{values['ms']:.2f}", spread, f"{floor:.2f}", f"{floor / values['ms']:.0%}", tokens, *self._program(item))
+                    (name, at, f"{values['ms']:.3g}", spread, f"{floor:.3g}", f"{floor / values['ms']:.0%}", tokens, *self._program(item))
                 )
         yield from _table(
             (
@@ -115,8 +115,8 @@ class _Report:
                     rows.append((op, shape, who, values["why"][:60].replace("|", "/"), "", "", "", ""))
                     continue
                 floor, seconds = self._floor_ms(values), values["ms"] / 1e3
-                rates = (f"{values['bytes'] / seconds / 1e9:.0f}", f"{values['flops'] / seconds / 1e12:.1f}")
-                rows.append((op, shape, who, f"{values['ms'] * 1e3:.1f}", f"{floor * 1e3:.1f}", f"{floor / values['ms']:.0%}", *rates))
+                rates = (f"{values['bytes'] / seconds / 1e9:.3g}", f"{values['flops'] / seconds / 1e12:.3g}")
+                rows.append((op, shape, who, f"{values['ms'] * 1e3:.3g}", f"{floor * 1e3:.3g}", f"{floor / values['ms']:.0%}", *rates))
         rows.sort(key=lambda row: row[:2])
         for name, item in self._named("transformers"):
             rows += [(name, at, "transformers", f"{values['ms'] * 1e3:.0f}", *[""] * 4) for at, values in item["values"].items()]

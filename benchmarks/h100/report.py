@@ -42,7 +42,7 @@ class _Report:
             yield f"**{self._machine['device']}**{driver}; Python {self._machine['python']}, {versions}.{toy}"
             yield ""
         where = "measured by the same run" if self._measured else "an H100's data sheet"
-        yield f"Ceilings ({where}): copy {self._copy / 1e9:.4g} GB/s, bfloat16 matrix product {self._matmul / 1e12:.3g} TFLOP/s."
+        yield f"Ceilings ({where}): copy {_number(self._copy / 1e9)} GB/s, bfloat16 matrix product {_number(self._matmul / 1e12)} TFLOP/s."
         yield ""
         yield from self._correctness()
         yield from self._generation()
@@ -79,9 +79,9 @@ class _Report:
                     continue
                 floor = self._floor_ms(values)
                 tokens = f"{values['tokens_a_round']:.2f}" if "tokens_a_round" in values else "–"
-                spread = f"{values['least_ms']:.3g} to {values['most_ms']:.3g}"
+                spread = f"{_number(values['least_ms'])} to {_number(values['most_ms'])}"
                 rows.append(
-                    (name, at, f"{values['ms']:.3g}", spread, f"{floor:.3g}", f"{floor / values['ms']:.0%}", tokens, *self._program(item))
+                    (name, at, _number(values["ms"]), spread, _number(floor), f"{floor / values['ms']:.0%}", tokens, *self._program(item))
                 )
         yield from _table(
             (
@@ -115,11 +115,11 @@ class _Report:
                     rows.append((op, shape, who, values["why"][:60].replace("|", "/"), "", "", "", ""))
                     continue
                 floor, seconds = self._floor_ms(values), values["ms"] / 1e3
-                rates = (f"{values['bytes'] / seconds / 1e9:.3g}", f"{values['flops'] / seconds / 1e12:.3g}")
-                rows.append((op, shape, who, f"{values['ms'] * 1e3:.3g}", f"{floor * 1e3:.3g}", f"{floor / values['ms']:.0%}", *rates))
+                rates = (_number(values["bytes"] / seconds / 1e9), _number(values["flops"] / seconds / 1e12))
+                rows.append((op, shape, who, _number(values["ms"] * 1e3), _number(floor * 1e3), f"{floor / values['ms']:.0%}", *rates))
         rows.sort(key=lambda row: row[:2])
         for name, item in self._named("transformers"):
-            rows += [(name, at, "transformers", f"{values['ms'] * 1e3:.0f}", *[""] * 4) for at, values in item["values"].items()]
+            rows += [(name, at, "transformers", _number(values["ms"] * 1e3), *[""] * 4) for at, values in item["values"].items()]
         yield from _table(("op", "shape", "by", "µs", "floor, µs", "floor / measured", "GB/s", "TFLOP/s"), rows)
 
     def _launches(self) -> Iterator[str]:
@@ -142,6 +142,11 @@ class _Report:
         for name, item in self._items.items():
             if item["status"] != DONE:
                 yield f"- {name}: {item['status']}{f', {item["why"]}' if 'why' in item else ''}"
+
+
+def _number(value: float) -> str:
+    """With three significant digits, or without a fraction."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> Iterator[str]:

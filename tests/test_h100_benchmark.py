@@ -21,10 +21,11 @@ from benchmarks.h100 import worker
 from benchmarks.h100.bench import Model, llama_and_head
 from benchmarks.h100.generation import decode_bytes, prefill_flops
 from benchmarks.h100.launches import Launches
+from benchmarks.h100.ops import CASES
 from benchmarks.h100.plan import items, selected
 from benchmarks.h100.report import render
 from benchmarks.h100.results import Results
-from benchmarks.h100.shapes import Grouped
+from benchmarks.h100.shapes import SHAPES, Grouped
 from benchmarks.h100.sizes import REAL, TOY
 from l4jax.planning.compile import AbstractModel
 from sharding.mesh import MeshSpec
@@ -332,6 +333,17 @@ def command_params():
     from l4jax import SamplingParams
 
     return SamplingParams(temperature=0.0)
+
+
+@pytest.mark.parametrize("op", ["attend_pages", "attend", "grouped_matmul"])
+def test_rivals_in_jax_compute_what_our_op_does(op):
+    arrays, implementations, _ = CASES[op](SHAPES["toy"][op][0])
+    given = arrays(jax.random.key(0))
+    with jax.numpy_dtype_promotion("standard"):  # JAX's own attention needs it
+        own, other = (
+            jnp.asarray(function(*given), jnp.float32) for name, function in implementations.items() if not name.startswith("cuDNN")
+        )
+    assert jnp.abs(own.reshape(other.shape) - other).max() <= 0.02 * jnp.abs(own).max()
 
 
 def test_fewer_rows_than_groups_read_a_matrix_a_row():

@@ -90,17 +90,21 @@ def _jax_bench(sizes: Sizes, device: str, results: Results, *, caching: bool) ->
         )
     except RuntimeError as error:
         _exit(f"JAX finds no NVIDIA GPU ({_first_line(error)}); expected one and jax[cuda13]; --device cpu runs everything at toy sizes")
-    if caching:  # what was compiled before a process was ended is not compiled again
-        jax.config.update("jax_compilation_cache_dir", str(results.path.parent / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     try:
         from benchmarks.h100.bench import Bench
+        from l4jax.compiled import remove_damaged
     except (ImportError, AttributeError) as error:
         traceback.print_exc()
         _exit(f"this JAX ({jax.__version__}) or a package lacks what the programs need ({_first_line(error)}); expected JAX 0.11.2 or 0.12")
     bench = Bench(sizes, found[0])
     if not caching:
         return bench
+    # What was compiled before a process was ended is not compiled again, and what it left half-written does not stay.
+    folder = results.path.parent / "compiled"
+    folder.mkdir(exist_ok=True)
+    remove_damaged(folder)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     try:
         results.on(_machine(found[0], sizes))
     except ValueError as error:

@@ -1,6 +1,6 @@
 """What a compiled program does, read off its text: its matrix products, and what its collectives send and along which mesh axes.
 
-The text is XLA's after scheduling: within a computation, instructions stand in the order in which the device is given its work.
+The text is XLA's after scheduling: a computation lists its instructions in the order in which the device is given its work.
 Shapes are those on one device, so every number is one device's.
 """
 
@@ -25,15 +25,18 @@ _BYTES = {
     **dict.fromkeys(("s64", "u64", "f64"), 8),
 }
 _KERNELS = ("fusion", "custom-call", "copy")
+_STRATEGIES = {"KERNEL_STRATEGY_TRITON_ONE_SHOT": "one-shot", "KERNEL_STRATEGY_TRITON_TWO_SHOT": "two-shot"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
     """One collective in a compiled program.
 
-    ``scope``: the named scopes that it was traced in. ``axes``: the mesh axes along which the devices that take part lie, ``ranks``
-    of them together. ``nbytes``: of each of its results on a device. ``flops_meanwhile`` and ``bytes_meanwhile`` are of what a device
-    is given between its start and the wait for its end, and so hides it: FLOPs of matrix products, and bytes that kernels write.
+    ``scope``: the named scopes that it was traced in. ``axes``: the mesh axes along which the devices of a group differ, ``ranks``
+    of them together. ``nbytes``: bytes on a device of each of its results. ``strategy``: "one-shot" or "two-shot" for an all-reduce
+    that a kernel of XLA's own computes over NVLink (each rank reads all others' arrays; or each reads a part of them and shares the
+    sums), "NCCL" for every other. ``flops_meanwhile`` and ``bytes_meanwhile``: the work that a device is given between the
+    collective's start and the wait for its end, which hides it: FLOPs of matrix products, and bytes that kernels write.
     """
 
     kind: str
@@ -41,6 +44,7 @@ class Collective:
     axes: tuple[str, ...]
     ranks: int
     nbytes: tuple[int, ...]
+    strategy: str = "NCCL"
     flops_meanwhile: int = 0
     bytes_meanwhile: int = 0
 
@@ -88,8 +92,13 @@ class _Instruction:
     def scope(self) -> str:
         return self.found(r'op_name="([^"]*)"')
 
+    @property
+    def called(self) -> str:
+        """The computation that a fusion, a loop or a reduction calls."""
+        return self.found(r" (?:calls|body|to_apply)=%([\w.-]+)")
+
     def found(self, pattern: str) -> str:
-        """What the pattern's group matches in the operands and attributes; nothing if it matches nowhere."""
+        """What the pattern's group matches in the operands and attributes; the empty string if it matches nowhere."""
         match = re.search(pattern, self.rest)
         return match[1] if match else ""
 
@@ -110,22 +119,32 @@ class Ledger:
                 computation[found[1]] = _Instruction(*found.groups())
 
     def flops(self, scope: str = "") -> int:
-        """FLOPs of the matrix products, two for each multiplication; of those only whose scope has ``scope`` in it.
+        """FLOPs of the matrix products whose scope contains ``scope``, two for each multiplication.
 
-        Left out is what is not known before the program runs, loops of any length and branches; and kernels, which XLA does not
-        see into.
+        It leaves out what only running the program tells, loops of unknown length and branches, and kernels, which XLA does not
+        look into.
         """
         return self._computation_flops(self._entry, scope)
 
     @functools.cached_property
     def collectives(self) -> list[Collective]:
-        """Every collective, those in loop bodies once; XLA may have merged several into one of many results."""
+        """Every collective, those in loop bodies once; XLA may have combined several into one of many results."""
         return [
             self._collective(name, instruction)
             for name, computation in self._computations.items()
             for instruction in computation.values()
             if re.fullmatch(rf"({_COLLECTIVES})(-start)?", instruction.opcode)
         ]
+
+    @functools.cached_property
+    def _callers(self) -> dict[str, tuple[str, _Instruction]]:
+        """For the computation of a fusion or of a wrapped operation: the computation that starts it, and the instruction."""
+        return {
+            instruction.called: (name, instruction)
+            for name, computation in self._computations.items()
+            for instruction in computation.values()
+            if instruction.opcode in ("fusion", "fusion-start", "async-start")
+        }
 
     def _computation_flops(self, name: str, scope: str) -> int:
         return sum(self._flops(name, instruction, scope) for instruction in self._computations[name].values())
@@ -136,32 +155,43 @@ class Ledger:
             contracted = [left[int(n)] for n in instruction.found(r"lhs_contracting_dims=\{([\d,]*)\}").split(",") if n]
             (_, result) = instruction.arrays[0]
             return 2 * math.prod(result) * math.prod(contracted) if scope in instruction.scope else 0
-        called = instruction.found(r" (?:calls|body|to_apply)=%([\w.-]+)")
+        called = instruction.called
         times = int(instruction.found(r'"known_trip_count":\{"n":"(\d+)"\}') or 0) if instruction.opcode == "while" else 1
         return times * self._computation_flops(called, scope) if called else 0
 
     def _collective(self, computation: str, instruction: _Instruction) -> Collective:
-        kind, axes, nbytes = instruction.opcode.removesuffix("-start"), self._axes(instruction), instruction.nbytes
-        meanwhile: list[_Instruction] = []
-        if kind != instruction.opcode:
-            meanwhile = list(self._until_done(computation, instruction))
-            if instruction.shapes.startswith("("):  # a tuple of its operands and its results
-                nbytes = nbytes[-1:] if kind == "ragged-all-to-all" else nbytes[len(nbytes) // 2 :]
-        flops = sum(self._flops(computation, other, "") for other in meanwhile)
-        written = sum(sum(other.nbytes) for other in meanwhile if other.opcode in _KERNELS)
-        return Collective(kind, instruction.scope, axes, self._mesh.along(*axes).count, tuple(nbytes), flops, written)
+        kind, nbytes = instruction.opcode.removesuffix("-start"), instruction.nbytes
+        if kind != instruction.opcode and instruction.shapes.startswith("("):  # a tuple of its operands and its results
+            nbytes = nbytes[-1:] if kind == "ragged-all-to-all" else nbytes[len(nbytes) // 2 :]
+        # A kernel's all-reduce is inside a fusion, which is what starts and is waited for.
+        within, start = self._callers.get(computation, (computation, instruction))
+        meanwhile = list(self._until_done(within, start))
+        axes = self._axes(instruction)
+        return Collective(
+            kind,
+            instruction.scope,
+            axes,
+            self._mesh.along(*axes).count,
+            tuple(nbytes),
+            _STRATEGIES.get(instruction.found(r'"kernel_strategy":"(\w+)"'), "NCCL"),
+            sum(self._flops(within, other, "") for other in meanwhile),
+            sum(sum(other.nbytes) for other in meanwhile if other.opcode in _KERNELS),
+        )
 
     def _until_done(self, computation: str, start: _Instruction) -> Iterator[_Instruction]:
+        """What follows an instruction until its end is waited for: nothing if it starts and ends in one."""
+        if not start.opcode.endswith("-start"):
+            return iter(())
         instructions = iter(self._computations[computation].values())
         after_start = itertools.islice(itertools.dropwhile(lambda other: other is not start, instructions), 1, None)
         done = start.opcode.removesuffix("start") + "done"
         return itertools.takewhile(lambda other: (other.opcode, other.first_operand) != (done, start.name), after_start)
 
     def _axes(self, instruction: _Instruction) -> tuple[str, ...]:
-        """Mesh axes along which the devices of a group, or the two of a transfer, lie."""
+        """Mesh axes along which the devices of a group, or the two of a transfer, differ."""
         if named := instruction.found(r"replica_groups=mesh\[[^\]]*\] \{([^}]*)\}"):
             return tuple(re.findall(r"'(\w+)'", named))
         if not (group := instruction.found(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}")):
-            raise ValueError(f"{instruction.name} has groups of devices in a form that is not known: {instruction.rest[:200]}")
+            raise ValueError(f"{instruction.name} has groups of devices in an unknown form: {instruction.rest[:200]}")
         coordinates = np.unravel_index([int(n) for n in group.split(",")], self._mesh.sizes)
         return tuple(axis for axis, places in zip(AXES, coordinates, strict=True) if len(set(places.tolist())) > 1)

@@ -17,12 +17,13 @@ GPUS_PER_HOST = 8
 
 
 def h100_devices(count: int, *, memory_bytes: int | None = None) -> list[jax.Device]:
-    """Descriptions of ``count`` H100s, eight to a host, that programs are compiled for.
+    """Descriptions of ``count`` H100s, eight to a host, that programs are compiled for. NVLink joins those of one host.
 
-    ``memory_bytes``: as if each had that much. For a program that fits no H100, XLA computes (and sends) things twice to save memory.
+    ``memory_bytes``: the memory of each, if not an H100's. For a program that fits no H100, XLA computes (and sends) things twice
+    to save memory.
 
     Needs XLA's CUDA compiler (``pip install 'l4jax[plan]'``), and neither a GPU nor a driver. Raises ValueError without the
-    compiler, or for several hosts that are not full.
+    compiler, or if one of several hosts would not be full.
     """
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
         raise ValueError("compiling for H100s needs XLA's CUDA compiler; install it with: pip install 'l4jax[plan]'")
@@ -34,4 +35,4 @@ def h100_devices(count: int, *, memory_bytes: int | None = None) -> list[jax.Dev
     target = (configs_path() / "hardware" / "h100-sxm.textproto").read_text(encoding="utf-8")
     if memory_bytes is not None:
         target = re.sub(r"device_memory_size: \d+", f"device_memory_size: {memory_bytes}", target)
-    return list(topologies.get_topology_desc(platform="cuda", target_config=target, topology=f"1x{hosts}x{gpus}").devices)
+    return list(topologies.get_topology_desc(platform="cuda", target_config=target, topology=f"{hosts}x1x{gpus}").devices)

@@ -1,4 +1,4 @@
-"""Real models at full size, compiled for H100s that are not here: memory, donation, collectives, and no expansion of experts.
+"""The first layers of real models, compiled for H100s that are not here: memory, donation, collectives, and no expansion of experts.
 
 Run by ``make test-h100``, which fetches XLA's CUDA compiler.
 """
@@ -11,6 +11,7 @@ import json
 import math
 import re
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -19,47 +20,57 @@ from l4jax.config import DrafterConfig
 from l4jax.config_formats import config_from_hf
 from l4jax.data import configs_path
 from l4jax.decoding.plan import Speculation
-from l4jax.planning.compile import AbstractModel, first_layers
+from l4jax.planning.compile import AbstractModel, CompiledProgram, first_layers
 from l4jax.planning.target import H100_MEMORY_BYTES, h100_devices
 from sharding.mesh import MeshSpec
 
 pytestmark = pytest.mark.h100
 
 BF16 = jnp.dtype(jnp.bfloat16)
-CASES = [
-    ("llama-4-scout-17b-16e-instruct", "tensor=8"),
-    ("llama-4-scout-17b-16e-instruct", "expert=8"),
-    ("llama-3.1-405b", "tensor=16"),
-]
+GREEDY = SamplingParams(temperature=0.0)
+SCOUT = "llama-4-scout-17b-16e-instruct"
+# Layers repeat: one period of Scout's (three that are chunk-local, one that keeps everything), two of a dense model.
+CASES = [(SCOUT, "tensor=8", 4), (SCOUT, "expert=8", 4), ("llama-3.1-405b", "tensor=16", 2)]
 ROWS, CAPACITY, PIECE = 8, 16384, 8192
+
+
+def read_config(name):
+    return config_from_hf(json.loads((configs_path() / "models" / f"{name}.json").read_text()))
+
+
+def abstract_model(config, mesh, drafter=None):
+    spec = MeshSpec.parse(mesh)
+    return AbstractModel(config, spec, h100_devices(spec.size), BF16, drafter)
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
+    """The first layers of a model, which are compiled, and all of it, whose arrays are counted."""
+
     config: object
     mesh: MeshSpec
     model: AbstractModel
+    whole: AbstractModel
 
 
 @functools.cache
-def case(name, mesh):
-    config = config_from_hf(json.loads((configs_path() / "models" / f"{name}.json").read_text()))
-    spec = MeshSpec.parse(mesh)
-    return Case(config, spec, AbstractModel(config, spec, h100_devices(spec.size), BF16))
+def case(name, mesh, layers):
+    config = first_layers(read_config(name), layers)
+    return Case(config, MeshSpec.parse(mesh), abstract_model(config, mesh), abstract_model(read_config(name), mesh))
 
 
 @functools.cache
-def decode(name, mesh):
-    return case(name, mesh).model.decode(ROWS, CAPACITY, SamplingParams(temperature=0.0))
+def decode(name, mesh, layers):
+    return case(name, mesh, layers).model.decode(ROWS, CAPACITY, GREEDY)
 
 
 @functools.cache
-def prefill(name, mesh):
-    return case(name, mesh).model.prefill(PIECE, 0, CAPACITY, SamplingParams(temperature=0.0))
+def prefill(name, mesh, layers):
+    return case(name, mesh, layers).model.prefill(PIECE, 0, CAPACITY, GREEDY)
 
 
 def largest_computed(text, scope):
-    """Elements of the largest array that an instruction of this scope makes, parameters and views left out."""
+    """Elements of the largest array that an instruction of this scope computes; parameters and views do not count."""
     sizes = [1]
     for line in text.splitlines():
         match = re.search(r"= \(?\w+\[([\d,]*)\]\S* (?!parameter|get-tuple-element|bitcast|while|tuple|optimization-barrier)[\w-]+\(", line)
@@ -68,66 +79,125 @@ def largest_computed(text, scope):
     return max(sizes)
 
 
+def one_of_each_kind(config):
+    """Two layers, the first chunk-local with RoPE, the second without."""
+    return dataclasses.replace(first_layers(config, 2), rope_layers=(True, False))
+
+
 def largest_message(config, mesh):
     """Activations of a decode step, or float32 partial attentions of all ranks; the smallest weight matrix is many times that."""
     partials = mesh.token_ranks.count * ROWS * config.num_heads // mesh.tensor * (config.head_dim + 1) * 4
     return max(ROWS * config.hidden_size * BF16.itemsize, partials if mesh.token_ranks.count > 1 else 0)
 
 
-@pytest.mark.parametrize(("name", "mesh"), CASES)
-def test_decode_fits_donates_its_cache_and_moves_activations_only(name, mesh, capsys):
-    program, config = decode(name, mesh), case(name, mesh).config
-    cache = case(name, mesh).model.cache_bytes(ROWS, CAPACITY)
-    assert program.device_bytes < H100_MEMORY_BYTES
+@pytest.mark.parametrize(("name", "mesh", "layers"), CASES)
+def test_decode_fits_donates_its_cache_and_moves_activations_only(name, mesh, layers, capsys):
+    program, this = decode(name, mesh, layers), case(name, mesh, layers)
+    cache = this.model.cache_bytes(ROWS, CAPACITY)
+    arguments = this.whole.decode_call(ROWS, CAPACITY, GREEDY).device_bytes
+    assert arguments + program.temporary_bytes < H100_MEMORY_BYTES
     assert program.donated_bytes >= cache
     assert program.temporary_bytes < 1e9
     # Not copied: the smallest of a layer's two pools would be that much.
-    assert program.temporary_bytes < cache / config.num_layers
-    assert max(max(collective.nbytes) for collective in program.collectives) <= largest_message(config, case(name, mesh).mesh)
+    assert program.temporary_bytes < cache / this.config.num_layers
+    assert max(max(collective.nbytes) for collective in program.collectives) <= largest_message(this.config, this.mesh)
     with capsys.disabled():
-        print(f"\n{name} on {mesh}, one decode step of {ROWS} rows:\n{program.collective_table()}")
+        print(f"\n{name} on {mesh}, one decode step of {ROWS} rows, first {layers} layers:\n{program.collective_table()}")
+        print(f"arguments of all {this.whole.placement.config.num_layers} layers {arguments / 1e9:.1f} GB, ", end="")
+        print(f"temporaries {program.temporary_bytes / 1e9:.3f} GB")
 
 
-@pytest.mark.parametrize(("name", "mesh"), CASES)
-def test_prefill_fits_and_moves_activations_only(name, mesh):
-    program, config = prefill(name, mesh), case(name, mesh).config
-    assert program.device_bytes < H100_MEMORY_BYTES
-    assert program.donated_bytes >= case(name, mesh).model.cache_bytes(1, CAPACITY)
-    assert max(max(collective.nbytes) for collective in program.collectives) <= PIECE * config.hidden_size * BF16.itemsize
+@pytest.mark.parametrize(("name", "mesh", "layers"), CASES)
+def test_prefill_fits_and_moves_activations_only(name, mesh, layers):
+    program, this = prefill(name, mesh, layers), case(name, mesh, layers)
+    arguments = this.whole.prefill_call(PIECE, 0, CAPACITY, GREEDY).device_bytes
+    assert arguments + program.temporary_bytes < H100_MEMORY_BYTES
+    assert program.donated_bytes >= this.model.cache_bytes(1, CAPACITY)
+    assert max(max(collective.nbytes) for collective in program.collectives) <= PIECE * this.config.hidden_size * BF16.itemsize
 
 
-@pytest.mark.parametrize(("name", "mesh"), CASES)
-def test_one_sum_for_attention_and_one_for_the_feed_forward(name, mesh):
+def test_arguments_are_counted_as_the_compiler_counts_them():
+    name, mesh, layers = CASES[0]
+    program, model = decode(name, mesh, layers), case(name, mesh, layers).model
+    counted = model.decode_call(ROWS, CAPACITY, GREEDY).device_bytes
+    assert abs(program.argument_bytes - counted) <= 1e-4 * counted
+
+
+@pytest.mark.parametrize(("name", "mesh", "layers"), CASES)
+def test_one_sum_for_attention_and_one_for_the_feed_forward(name, mesh, layers):
     """In each layer, beside the embedding's and the few numbers of sampling."""
-    config, spec = case(name, mesh).config, case(name, mesh).mesh
+    config, spec = case(name, mesh, layers).config, case(name, mesh, layers).mesh
     wide = ROWS * config.hidden_size * BF16.itemsize
-    sums = sum(nbytes == wide for collective in decode(name, mesh).collectives for nbytes in collective.nbytes)
+    sums = sum(nbytes == wide for collective in decode(name, mesh, layers).collectives for nbytes in collective.nbytes)
     assert sums == (2 * config.num_layers + 1 if spec.tensor > 1 else config.num_layers)
 
 
-@pytest.mark.parametrize("mesh", ["tensor=8", "expert=8"])
+SAMPLED = SamplingParams(top_k=40, top_p=0.9, frequency_penalty=0.5, logprobs=5)
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh", "layers", "params", "strategy"),
+    [
+        (SCOUT, "tensor=8", 4, GREEDY, "one-shot"),
+        ("llama-3.1-70b", "tensor=8", 1, GREEDY, "one-shot"),
+        ("llama-3.1-70b", "tensor=8", 1, SAMPLED, "one-shot"),
+        ("llama-3.1-70b", "tensor=16", 1, GREEDY, "NCCL"),
+    ],
+    ids=["scout", "70b", "70b-sampled", "70b-two-hosts"],
+)
+def test_every_sum_of_a_decode_step_within_a_host_is_a_one_shot_kernel(name, mesh, layers, params, strategy, capsys):
+    """Over NVLink; sampling with every cut, penalty and log-probabilities too. Between hosts there is none, and NCCL sums."""
+    shared = (name, mesh, layers) in CASES and params is GREEDY
+    program = decode(name, mesh, layers) if shared else case(name, mesh, layers).model.decode(ROWS, CAPACITY, params)
+    sums = [collective for collective in program.collectives if collective.kind == "all-reduce"]
+    assert len(sums) >= 2 * layers + 3
+    assert {(collective.strategy, len(collective.nbytes)) for collective in sums} == {(strategy, 1)}
+    with capsys.disabled():
+        print(f"\n{name} on {mesh}, one decode step of {ROWS} rows, first {layers} layers:\n{program.collective_table()}")
+
+
+def test_two_sums_that_xla_combines_lose_their_kernels():
+    """Why programs are compiled with combining off; when this fails, that may go."""
+    spec = MeshSpec(tensor=8)
+    axes = jax.sharding.PartitionSpec("tensor")
+    sums = jax.shard_map(
+        lambda a, b: (jax.lax.psum(a, "tensor"), jax.lax.pmax(a, "tensor"), jax.lax.psum(b, "tensor")),
+        mesh=spec.build(h100_devices(8)),
+        in_specs=(axes, axes),
+        out_specs=jax.sharding.PartitionSpec(),
+    )
+    arrays = (jax.ShapeDtypeStruct((64, 128), jnp.float32), jax.ShapeDtypeStruct((64, 96), jnp.float32))
+    lowered = jax.jit(sums).lower(*arrays)
+    combined, apart = (
+        [collective.strategy for collective in CompiledProgram.of(lowered.compile(options), spec).collectives]
+        for options in (None, {"xla_gpu_all_reduce_combine_threshold_bytes": 0})
+    )
+    assert sorted(combined) == ["NCCL", "one-shot"]
+    assert apart == ["one-shot"] * 3
+
+
+@pytest.mark.parametrize(("mesh", "layers"), [case[1:] for case in CASES if case[0] == SCOUT])
 @pytest.mark.parametrize(("program", "tokens"), [(decode, ROWS), (prefill, PIECE)], ids=["decode", "prefill"])
-def test_routed_experts_do_the_work_of_the_chosen_ones_only(program, tokens, mesh):
+def test_routed_experts_do_the_work_of_the_chosen_ones_only(program, tokens, mesh, layers):
     """Computed densely, every token meets every expert: an array of tokens x experts x width."""
-    name = "llama-4-scout-17b-16e-instruct"
-    config, spec = case(name, mesh).config, case(name, mesh).mesh
+    config, spec = case(SCOUT, mesh, layers).config, case(SCOUT, mesh, layers).mesh
     gate_up = 2 * config.moe.intermediate_size // spec.tensor
     one_expert = config.hidden_size * gate_up
-    largest = largest_computed(program(name, mesh).text, "routed_experts")
+    largest = largest_computed(program(SCOUT, mesh, layers).text, "routed_experts")
     assert largest <= max(2 * tokens * max(config.hidden_size, gate_up), one_expert)
 
 
 def test_scout_caches_a_million_tokens_on_eight_ranks():
     """12 NoPE layers keep everything, spread; 36 RoPE layers one attention chunk each, on every rank: 4096 bytes a token and layer."""
-    config, tokens = case("llama-4-scout-17b-16e-instruct", "tensor=8").config, 2**20
-    spread = AbstractModel(config, MeshSpec(sequence=8), h100_devices(8), BF16).cache_bytes(1, tokens)
+    tokens = 2**20
+    spread = abstract_model(read_config(SCOUT), "sequence=8").cache_bytes(1, tokens)
     expected = 12 * 4096 * tokens // 8 + 36 * 4096 * 8192
     assert abs(spread - expected) <= 0.03 * expected
 
 
 def test_rounds_of_speculation_keep_the_cache_in_place_and_gather_no_logits():
-    """The first layers of Scout with an EAGLE-3 head of the size of the public ones, a tree of 26 nodes, top-p on."""
-    config = first_layers(case("llama-4-scout-17b-16e-instruct", "tensor=8").config, 4)
+    """Two layers of Scout, one of each kind, with an EAGLE-3 head of the size of the public ones, a tree of 26 nodes, top-p on."""
+    config = one_of_each_kind(read_config(SCOUT))
     one_dense_layer = {"num_layers": 1, "rope_layers": (True,), "moe": None, "attention_chunk_size": None, "use_qk_norm": False}
     own = {"intermediate_size": 32768, "rope_scaling": None, "max_position_embeddings": 2048, "attn_temperature_tuning": False}
     decoder = dataclasses.replace(config, **one_dense_layer, **own)
@@ -137,34 +207,33 @@ def test_rounds_of_speculation_keep_the_cache_in_place_and_gather_no_logits():
         version="eagle3",
         decoder=decoder,
         draft_vocab_size=32000,
-        target_layers=4,
+        target_layers=2,
         target_hidden_size=config.hidden_size,
         target_tokenizer=None,
-        aux_layers=(1, 2, 3),
+        aux_layers=(0, 1, 2),
         **dict.fromkeys(flags, False),
     )
     plan = Speculation.parse("tree:eagle26")
-    model = AbstractModel(config, MeshSpec(tensor=8), h100_devices(8), BF16, drafter)
+    model = abstract_model(config, "tensor=8", drafter)
     program = model.speculate(ROWS, 8 * CAPACITY, SamplingParams(top_p=0.9), plan)
     assert program.donated_bytes >= model.cache_bytes(ROWS, 8 * CAPACITY)
     # The nodes' logits and their like; a second copy of the keys of the layer that keeps everything would be more.
     logits = ROWS * plan.tree.size * config.vocab_size // 8 * 4
     assert program.temporary_bytes < 4 * logits < ROWS * 8 * CAPACITY * config.head_dim * BF16.itemsize
+    assert {collective.strategy for collective in program.collectives if collective.kind == "all-reduce"} <= {"one-shot", "two-shot"}
     # What every node of the tree sums up is the largest message: logits of the nodes, or their candidates, are not sent.
     assert max(max(collective.nbytes) for collective in program.collectives) <= ROWS * plan.tree.size * config.hidden_size * BF16.itemsize
 
 
 @pytest.mark.parametrize("variant", ["pass_kv", "pass_q"])
 def test_a_long_prompt_passes_keys_or_queries_in_the_layers_without_rope_only(variant):
-    """Scout, with shorter chunks, over four ranks: 3 transfers in the NoPE layer, each under way during at least one of the two
-    products of its step's attention, and none in a RoPE layer, whose chunks are whole."""
-    config = case("llama-4-scout-17b-16e-instruct", "tensor=8").config
-    small = dataclasses.replace(first_layers(config, 4), attention_chunk_size=1024)
+    """Two layers of Scout, one of each kind, with shorter chunks, over four ranks: 3 transfers in the NoPE layer, each under way
+    during at least one of the two products of its step's attention, and none in the RoPE layer, whose chunks are whole."""
+    small = dataclasses.replace(one_of_each_kind(read_config(SCOUT)), attention_chunk_size=1024)
     tokens, cached = 8192, 8192
-    model = AbstractModel(small, MeshSpec(sequence=4), h100_devices(4), BF16)
-    program = model.prefill(tokens, cached, 16384, SamplingParams(temperature=0.0), variant)
+    program = abstract_model(small, "sequence=4").prefill(tokens, cached, 16384, GREEDY, variant)
     in_attention = [collective for collective in program.collectives if "/attention/" in collective.scope]
-    assert all("/layer_3/" in collective.scope for collective in in_attention)
+    assert all("/layer_1/" in collective.scope for collective in in_attention)
     transfers = [collective for collective in in_attention if collective.kind == "collective-permute"]
     assert len(transfers) == 3
     T, D, attended = tokens // 4, small.hidden_size, small.num_heads * small.head_dim
@@ -173,10 +242,10 @@ def test_a_long_prompt_passes_keys_or_queries_in_the_layers_without_rope_only(va
     assert all(transfer.nbytes == (message * BF16.itemsize,) for transfer in transfers)
     one_product = 2 * T * attended * (cached // 4 + T)
     assert all(transfer.flops_meanwhile >= one_product for transfer in transfers)
-    # Every rank's tokens meet their own keys in three layers and all ranks' in the fourth, masked ones too.
-    assert program.ledger.flops("bktgs") == 4 * T * attended * (3 * T + cached + tokens)
+    # Every rank's tokens meet their own keys in one layer and all ranks' in the other, masked ones too.
+    assert program.ledger.flops("bktgs") == 4 * T * attended * (T + cached + tokens)
     attention = 2 * D * (attended + small.num_kv_heads * small.head_dim)
     feed_forward = D * (3 * small.moe.intermediate_size + small.moe.num_experts)
     head = 2 * small.vocab_size * D
     # Routed experts are loops as long as the router says.
-    assert program.ledger.flops() - program.ledger.flops("bktgs") == 4 * 2 * T * (attention + feed_forward) + head
+    assert program.ledger.flops() - program.ledger.flops("bktgs") == 2 * 2 * T * (attention + feed_forward) + head

@@ -31,10 +31,20 @@ HloModule jit_program, is_scheduled=true, entry_computation_layout={{(bf16[8,16]
   ROOT %sum = bf16[] add(%x, %y)
 }}
 
+%fused_psum (param_0.1: bf16[8,16]) -> bf16[8,16] {{
+  %param_0.1 = bf16[8,16]{{1,0}} parameter(0)
+  ROOT %psum.1 = bf16[8,16]{{1,0}} all-reduce(%param_0.1), channel_id=4, {TENSOR}, to_apply=%add, metadata={{op_name="p/layer_0/psum"}}, backend_config={{"collective_backend_config":{{"backend":"DEFAULT","kernel_strategy":"KERNEL_STRATEGY_TRITON_ONE_SHOT"}}}}
+}}
+
+%fused_wide (param_0.2: bf16[64,16]) -> bf16[64,16] {{
+  %param_0.2 = bf16[64,16]{{1,0}} parameter(0)
+  ROOT %psum.2 = bf16[64,16]{{1,0}} all-reduce(%param_0.2), channel_id=5, {TENSOR}, to_apply=%add, metadata={{op_name="p/layer_1/psum"}}, backend_config={{"collective_backend_config":{{"backend":"DEFAULT","kernel_strategy":"KERNEL_STRATEGY_TRITON_TWO_SHOT"}}}}
+}}
+
 ENTRY %main (param.0: bf16[8,16], param.1: bf16[32,16]) -> f32[] {{
   %param.0 = bf16[8,16]{{1,0}} parameter(0), metadata={{op_name="leaves"}}
   %param.1 = bf16[32,16]{{1,0}} parameter(1)
-  %psum = bf16[8,16]{{1,0}} all-reduce(%param.0), channel_id=1, {TENSOR}, to_apply=%add, metadata={{op_name="p/embed/psum"}}
+  %psum = bf16[8,16]{{1,0}} all-reduce(%param.0), channel_id=1, {TENSOR}, to_apply=%add, metadata={{op_name="p/embed/psum"}}, backend_config={{"collective_backend_config":{{"backend":"DEFAULT","kernel_strategy":"KERNEL_STRATEGY_DEFAULT"}}}}
   %collective-permute-start = ((bf16[2,16]{{1,0}}), bf16[2,16]{{1,0}}) collective-permute-start(%param.1), channel_id=2, source_target_pairs={PAIRS}, metadata={{op_name="p/layer_0/ppermute"}}
   %scores = f32[8,32]{{1,0:T(8,128)}} fusion(%psum, %param.1), kind=kCustom, calls=%fused_scores, metadata={{op_name="p/layer_0/bktgs/dot_general"}}
   %view = f32[8,32]{{1,0}} bitcast(%scores)
@@ -44,32 +54,64 @@ ENTRY %main (param.0: bf16[8,16], param.1: bf16[32,16]) -> f32[] {{
   %while.1 = (s32[], bf16[8,16]{{1,0}}) while(%tuple), condition=%c, body=%experts_body, backend_config={{"known_trip_count":{{"n":"3"}}}}
   %while.2 = (s32[], bf16[8,16]{{1,0}}) while(%tuple), condition=%c, body=%experts_body
   %exchange = bf16[4,8]{{1,0}} all-to-all(%param.0), channel_id=3, replica_groups={{{{0,2,4,6}},{{1,3,5,7}}}}, dimensions={{0}}
+  %fusion-start = ((bf16[8,16]{{1,0}}), bf16[8,16]{{1,0}}) fusion-start(%psum), kind=kCustom, calls=%fused_psum, backend_config={{"fusion_backend_config":{{"kind":"__triton_collective"}}}}
+  %meanwhile = f32[8,32]{{1,0}} fusion(%psum, %param.1), kind=kCustom, calls=%fused_scores
+  %dot.3 = f32[8,8]{{1,0}} dot(%param.0, %param.0), lhs_contracting_dims={{1}}, rhs_contracting_dims={{1}}
+  %fusion-done = bf16[8,16]{{1,0}} fusion-done(%fusion-start), backend_config={{"fusion_backend_config":{{"kind":"__triton_collective"}}}}
+  %wide = bf16[64,16]{{1,0}} fusion(%tall), kind=kCustom, calls=%fused_wide, backend_config={{"fusion_backend_config":{{"kind":"__triton_collective"}}}}
+  %scattered = bf16[2,16]{{1,0}} reduce-scatter(%param.0), channel_id=6, replica_groups={{{{0,2,4,6}},{{1,3,5,7}}}}, dimensions={{0}}, to_apply=%add
+  %reduce-scatter-start = ((bf16[8,16]{{1,0}}), bf16[4,16]{{1,0}}) reduce-scatter-start(%param.0), channel_id=7, {TENSOR}, dimensions={{0}}, to_apply=%add
+  %reduce-scatter-done = bf16[4,16]{{1,0}} reduce-scatter-done(%reduce-scatter-start)
 }}
 """  # noqa: E501 - an instruction is a line
 SCORES, BODY = 2 * 8 * 32 * 16, 2 * 8 * 8 * 16
 
 
+def collectives():
+    return {collective.scope or collective.kind: collective for collective in Ledger(TEXT, MESH).collectives}
+
+
 def test_matrix_products_are_counted_in_fusions_and_in_loops_of_known_length():
     ledger = Ledger(TEXT, MESH)
-    assert ledger.flops() == 2 * SCORES + 3 * BODY
-    assert ledger.flops("bktgs") == 2 * SCORES
+    assert ledger.flops() == 3 * SCORES + 4 * BODY
+    assert ledger.flops("bktgs") == 3 * SCORES
 
 
 def test_collectives_have_their_axes_their_bytes_and_what_hides_them():
-    psum, transfer, exchange = Ledger(TEXT, MESH).collectives
+    found = collectives()
+    psum, transfer, exchange = found["p/embed/psum"], found["p/layer_0/ppermute"], found["all-to-all"]
     assert (psum.kind, psum.scope, psum.axes, psum.ranks, psum.nbytes) == ("all-reduce", "p/embed/psum", ("tensor",), 2, (256,))
     assert (transfer.kind, transfer.axes, transfer.ranks, transfer.nbytes) == ("collective-permute", ("sequence",), 4, (64,))
     assert (exchange.kind, exchange.axes, exchange.ranks, exchange.nbytes) == ("all-to-all", ("sequence",), 4, (64,))
     assert (transfer.flops_meanwhile, transfer.bytes_meanwhile) == (SCORES, 4 * 8 * 32)
     assert [c.flops_meanwhile + c.bytes_meanwhile for c in (psum, exchange)] == [0, 0]
+    assert {c.strategy for c in (psum, transfer, exchange)} == {"NCCL"}
+
+
+def test_a_sum_inside_a_kernel_is_a_collective_hidden_by_what_its_caller_does_meanwhile():
+    one_shot, two_shot = collectives()["p/layer_0/psum"], collectives()["p/layer_1/psum"]
+    assert (one_shot.kind, one_shot.strategy, one_shot.axes, one_shot.nbytes) == ("all-reduce", "one-shot", ("tensor",), (256,))
+    assert (one_shot.flops_meanwhile, one_shot.bytes_meanwhile) == (SCORES + BODY, 4 * 8 * 32)
+    assert (two_shot.kind, two_shot.strategy, two_shot.axes, two_shot.nbytes) == ("all-reduce", "two-shot", ("tensor",), (2048,))
+    assert (two_shot.flops_meanwhile, two_shot.bytes_meanwhile) == (0, 0)
 
 
 def test_what_a_device_sends():
-    psum, transfer, exchange = Ledger(TEXT, MESH).collectives
+    found = collectives()
+    psum, transfer, exchange = found["p/embed/psum"], found["p/layer_0/ppermute"], found["all-to-all"]
     assert (psum.sent_bytes, transfer.sent_bytes, exchange.sent_bytes) == (256, 64, 48)
 
 
+def test_a_reduce_scatter_sends_every_other_ranks_share():
+    """Its result is a rank's own share of the sum: 64 bytes of 256 with three others, 128 bytes with one."""
+    scatters = [collective for collective in Ledger(TEXT, MESH).collectives if collective.kind == "reduce-scatter"]
+    assert [(c.axes, c.ranks, c.nbytes, c.sent_bytes) for c in scatters] == [
+        (("sequence",), 4, (64,), 3 * 64),
+        (("tensor",), 2, (128,), 128),
+    ]
+
+
 def test_a_form_of_groups_that_is_not_known_is_an_error():
-    text = TEXT.replace("replica_groups={{0,2,4,6},{1,3,5,7}}", "replica_groups=[2,4]<=[4,2]T(1,0)")
-    with pytest.raises(ValueError, match="exchange has groups of devices in a form that is not known"):
+    text = TEXT.replace("channel_id=3, replica_groups={{0,2,4,6},{1,3,5,7}}", "channel_id=3, replica_groups=[2,4]<=[4,2]T(1,0)")
+    with pytest.raises(ValueError, match="exchange has groups of devices in an unknown form"):
         _ = Ledger(text, MESH).collectives

@@ -21,6 +21,20 @@ def test_hosts_are_full(monkeypatch):
         target.h100_devices(12)
 
 
+def test_every_host_is_an_nvlink_partition_of_its_own(monkeypatch):
+    topologies = []
+
+    def describe(*, topology, **_):
+        topologies.append(topology)
+        return types.SimpleNamespace(devices=[])
+
+    monkeypatch.setattr(target.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(target.topologies, "get_topology_desc", describe)
+    for count in (1, 8, 16):
+        target.h100_devices(count)
+    assert topologies == ["1x1x1", "1x1x8", "2x1x8"]
+
+
 def test_memory_can_be_as_much_as_a_program_needs(monkeypatch):
     targets = []
 

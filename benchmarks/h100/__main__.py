@@ -1,0 +1,201 @@
+"""Measure everything on an H100, within a given time; what is left is measured by calling it again.
+
+    python -m benchmarks.h100 --minutes 4 --out DIR [--only NAME ...] [--skip NAME ...] [--device cpu] [--list]
+
+DIR/h100.json holds what was measured, item by item, and is written after each value. A second call with the same DIR measures what
+is missing or failed. The measuring is done by processes of its own, so it ends in time whatever they do, and an item that breaks one
+down does not take the rest along; what they print is in DIR/log.txt. The table is printed last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TextIO
+
+from benchmarks.h100.plan import Item, items, selected
+from benchmarks.h100.report import render
+from benchmarks.h100.results import DONE, FAILED, RUNNING, SKIPPED, UNFINISHED, WAITING, Results
+from benchmarks.h100.sizes import REAL, TOY
+from benchmarks.h100.worker import REFUSED
+
+MARGIN = 2.0
+"""Seconds kept back for ending the process that measures and printing the table."""
+
+
+class Ended(Exception):
+    """A signal asks this process to end."""
+
+
+def main() -> int:
+    """Parse the command line, measure, print; the exit code is 0 if every item that was asked for was measured or does not apply."""
+    begun = time.monotonic()
+    arguments = _arguments()
+    sizes = TOY if arguments.device == "cpu" else REAL
+    try:
+        plan = selected(items(sizes), arguments.only, arguments.skip)
+    except ValueError as error:
+        return _refuse(str(error))
+    if arguments.list:
+        print("\n".join(item.name for item in plan))
+        return 0
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        with _locked(arguments.out / "lock"), (arguments.out / "log.txt").open("a", encoding="utf-8") as log:
+            path = arguments.out / "h100.json"
+            Results(path)  # refuses another program's file before anything is run
+            return _measure(path, plan, arguments.device, begun + arguments.minutes * 60 - MARGIN, log)
+    except OSError as error:
+        return _refuse(f"{arguments.out} cannot be written ({error.strerror}); give a folder that can")
+    except ValueError as error:
+        return _refuse(str(error))
+
+
+def _measure(path: Path, plan: list[Item], device: str, deadline: float, log: TextIO) -> int:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, _raise_ended)
+    ended = None
+    try:
+        refused = _measure_missing(path, plan, device, deadline, log)
+    except Ended as error:
+        ended, refused = str(error), None
+    if refused is not None:
+        return _refuse(refused)
+    why = f"ended by {ended}" if ended else "time is up"
+    _close_interrupted(path, why)
+    results = Results(path)
+    print(render([results]))
+    failed = [item.name for item in plan if item.name in results.with_status(FAILED)]
+    missing = [item.name for item in plan if item.name not in results.with_status(DONE, SKIPPED, FAILED)]
+    for name in failed:
+        print(f"{name} failed: {results.items[name]['why']}", file=sys.stderr)
+    if missing:
+        print(f"{why}, and {len(missing)} items are left, {missing[0]} first: call again with --out {path.parent}", file=sys.stderr)
+    return 1 if missing or failed else 0
+
+
+def _measure_missing(path: Path, plan: list[Item], device: str, deadline: float, log: TextIO) -> str | None:
+    """Try each item that is not done once, until time is up. Returns why nothing can be measured here, if that is so."""
+    _close_interrupted(path, "its process ended")
+    left = [item for item in plan if not Results(path).is_done(item.name)]
+    while left and time.monotonic() < deadline:
+        together = left[: next((n for n, item in enumerate(left) if item.process != left[0].process), len(left))]
+        code, refused = _run(path, together, device, deadline, log)
+        if refused is not None:
+            return refused
+        results = Results(path)
+        if time.monotonic() >= deadline:
+            break
+        waiting = [item for item in together if results.items.get(item.name, {}).get("status") == WAITING]
+        broken = results.with_status(RUNNING) or ([waiting[0].name] if waiting == together else [])
+        for name in broken:
+            why = f"its process {_how_it_ended(code)}, as {log.name} shows"
+            results.finish(name, FAILED, why)
+            print(f"{name}: failed, {why}", flush=True)
+        left = [item for item in left if item not in together or (item in waiting and item.name not in broken)]
+    return None
+
+
+def _close_interrupted(path: Path, why: str) -> None:
+    """No process measures any more: what one had begun is unfinished."""
+    results = Results(path)
+    for name in results.with_status(RUNNING):
+        results.finish(name, UNFINISHED, why)
+
+
+def _run(path: Path, together: list[Item], device: str, deadline: float, log: TextIO) -> tuple[int, str | None]:
+    """One process for these items, ended when time is up: its exit code, and what it says if it cannot measure anything."""
+    environment = dict(os.environ)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), environment.get("PYTHONPATH"))))
+    environment["JAX_PLATFORMS"] = "cpu" if device == "cpu" else "cuda,cpu"
+    # 32 rows of 8K tokens beside the weights are 51 GB, and by default JAX takes no more than 60 of 80.
+    environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+    if together[0].process == "dump":
+        flags = f"--xla_dump_to={path.parent.absolute() / 'thunks'} --xla_dump_hlo_as_text"
+        environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {flags}".strip()
+        environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # what comes from a cache is not dumped
+    sizes = (TOY if device == "cpu" else REAL).name
+    options = ["--results", str(path), "--sizes", sizes, "--device", device, "--items", *(item.name for item in together)]
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.h100.worker", *options], env=environment, stdout=subprocess.PIPE, stderr=log, text=True
+    )
+    refused: list[str] = []
+
+    def relay() -> None:
+        assert worker.stdout is not None
+        for line in worker.stdout:
+            if line.startswith(REFUSED):
+                refused.append(line.removeprefix(REFUSED).strip())
+            else:
+                print(line, end="", flush=True)
+
+    relayed = threading.Thread(target=relay, daemon=True)
+    relayed.start()
+    try:
+        code = worker.wait(max(0.1, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        code = -signal.SIGKILL
+    finally:
+        if worker.poll() is None:
+            worker.kill()
+            worker.wait()
+    relayed.join(1)
+    return code, refused[0] if refused else None
+
+
+def _how_it_ended(code: int) -> str:
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.h100", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=_minutes, default=4.0, help="it ends before that many are over (default: 4)")
+    parser.add_argument("--out", type=Path, default=Path("h100-results"), help="folder for the results (default: h100-results)")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="items, or groups of them such as decode")
+    parser.add_argument("--skip", nargs="+", default=[], metavar="NAME")
+    parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu", help="cpu: at toy sizes, to try the program")
+    parser.add_argument("--list", action="store_true", help="print the items in their order, and measure nothing")
+    return parser.parse_args()
+
+
+def _minutes(text: str) -> float:
+    value = float(text)
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of minutes; expected one above 0")
+    return value
+
+
+def _refuse(message: str) -> int:
+    print(f"benchmarks.h100: {message}", file=sys.stderr)
+    return 2
+
+
+def _raise_ended(number: int, _: FrameType | None) -> None:
+    raise Ended(signal.Signals(number).name)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"{path.parent} is in use by another call; wait for it, or give another folder") from error
+        yield
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""What the items share: the device, the model with its random weights, and compiling for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from benchmarks.h100.errors import TooLittleMemory
+from benchmarks.h100.sizes import Sizes
+from l4jax.config import DrafterConfig, ModelConfig
+from l4jax.config_formats import config_from_hf
+from l4jax.data import configs_path
+from l4jax.decoding.params import SamplingParams
+from l4jax.model.weights import random_weights
+from l4jax.planning.compile import AbstractModel, Call
+from sharding.mesh import MeshSpec
+
+GREEDY = SamplingParams(temperature=0.0)
+Record = Callable[[str, dict[str, Any]], None]
+"""Keeps values of the running item under a name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model and its drafter on one device, with random weights in the order of the programs' leaves."""
+
+    abstract: AbstractModel
+    leaves: tuple[Array, ...]
+    draft_leaves: tuple[Array, ...]
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's configuration."""
+        return self.abstract.placement.config
+
+    @classmethod
+    def random(
+        cls, config: ModelConfig, drafter: DrafterConfig, device: jax.Device, dtype: jnp.dtype, drawn_on: jax.Device | None = None
+    ) -> Model:
+        """Weights drawn on the device, or on ``drawn_on``: two kinds of device may round the same draws differently."""
+        abstract = AbstractModel(config, MeshSpec(), [device], dtype, drafter)
+        assert abstract.draft_placement is not None
+        parts = []
+        for placement, bound in ((abstract.placement, abstract.programs.model), (abstract.draft_placement, abstract.programs.drafter)):
+            with jax.default_device(drawn_on or device):
+                weights = random_weights(placement.build(placement.config), jax.random.key(len(parts)), dtype)
+            parts.append(bound.leaves(placement.place_all(weights)))
+        return cls(abstract, *parts)
+
+
+class Bench:
+    """A device and what is measured on it."""
+
+    def __init__(self, sizes: Sizes, device: jax.Device) -> None:
+        self.sizes = sizes
+        self.device = device
+
+    @functools.cached_property
+    def model(self) -> Model:
+        """Llama 3.1 8B (or the toy of it) with an EAGLE-3 head, made on first use."""
+        config, drafter = llama_and_head(self.sizes)
+        return Model.random(config, drafter, self.device, jnp.dtype(self.sizes.dtype))
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """What JAX may use of the device's memory, where it says."""
+        return (self.device.memory_stats() or {}).get("bytes_limit")
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """The most that the process has used at one time so far, where the device says."""
+        return (self.device.memory_stats() or {}).get("peak_bytes_in_use")
+
+    def compiled(self, call: Call, record: Record) -> jax.stages.Compiled:
+        """The call's program, its compile time recorded. Raises TooLittleMemory if it cannot run beside nothing but its arguments."""
+        begun = time.perf_counter()
+        lowered = call.lower()
+        traced = time.perf_counter()
+        program = lowered.compile()
+        seconds = {"trace_seconds": traced - begun, "compile_seconds": time.perf_counter() - traced}
+        memory = program.memory_analysis()
+        needed = 0
+        if memory is not None:
+            needed = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+            sizes = {"argument_bytes": memory.argument_size_in_bytes, "temporary_bytes": memory.temp_size_in_bytes}
+            seconds |= sizes | {"device_bytes": needed}
+        record("compile", seconds)
+        if self.memory_bytes is not None and needed > self.memory_bytes:
+            raise TooLittleMemory(
+                f"the program needs {needed / 1e9:.1f} GB, and JAX may use {self.memory_bytes / 1e9:.1f} GB of this device; "
+                "expected an H100's 80 GB with nothing else on it"
+            )
+        return program
+
+
+def llama_and_head(sizes: Sizes) -> tuple[ModelConfig, DrafterConfig]:
+    """Llama 3.1 8B and a drafter of the size of the public EAGLE-3 heads for it, at these sizes."""
+    values = json.loads((configs_path() / "models" / "llama-3.1-8b.json").read_text(encoding="utf-8"))
+    config = dataclasses.replace(config_from_hf(values), **sizes.model)
+    return config, eagle3_head(config, sizes.draft_vocab_size, **sizes.head)
+
+
+def eagle3_head(config: ModelConfig, draft_vocab_size: int, **layer: Any) -> DrafterConfig:
+    """An EAGLE-3 drafter for a model, its one layer like the model's dense ones but for what ``layer`` replaces."""
+    dense: dict[str, Any] = {
+        "architecture": "llama",
+        "num_layers": 1,
+        "rope_layers": (True,),
+        "rope_scaling": None,
+        "moe": None,
+        "attention_chunk_size": None,
+        "use_qk_norm": False,
+        "attn_temperature_tuning": False,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": min(2048, config.max_position_embeddings),
+    }
+    decoder = dataclasses.replace(config, **dense | layer)
+    flags = ("own_embedding", "fuse_bias", "first_layer_normed", "final_normed", "norm_before_residual", "norm_before_fuse")
+    flags += ("norm_each_aux", "norm_fed_back", "target_head")
+    return DrafterConfig(
+        version="eagle3",
+        decoder=decoder,
+        draft_vocab_size=draft_vocab_size,
+        target_layers=config.num_layers,
+        target_hidden_size=config.hidden_size,
+        target_tokenizer=None,
+        aux_layers=(0, config.num_layers // 2, config.num_layers),
+        **dict.fromkeys(flags, False),
+    )
+
+
+def random_arrays(tree: Any, seed: int = 0) -> Any:
+    """Device arrays in the place of abstract ones: floats normal, everything else zero. Other leaves stay."""
+
+    def make(index: int, leaf: Any) -> Any:
+        if not isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf
+        return _normal(leaf.shape, leaf.dtype, leaf.sharding)(jax.random.key_data(jax.random.key(seed + index)))
+
+    leaves, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(structure, [make(index, leaf) for index, leaf in enumerate(leaves)])
+
+
+@functools.lru_cache(maxsize=64)
+def _normal(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Any:
+    def draw(key_2: Array) -> Array:
+        if not jnp.issubdtype(dtype, jnp.floating):
+            return jnp.zeros(shape, dtype)
+        return jax.random.normal(jax.random.wrap_key_data(key_2), shape, jnp.float32).astype(dtype)
+
+    return jax.jit(draw, out_shardings=sharding)
+
+
+def rows_at(state: Any, length: int) -> Any:
+    """The state of a batch whose rows have ``length`` cached tokens, nothing produced and none finished."""
+    rows = len(state.token_B)
+    whole = {"length_B": np.full(rows, length, np.int32), "produced_B": np.zeros(rows, np.int32), "done_B": np.zeros(rows, bool)}
+    return dataclasses.replace(state, token_B=np.arange(1, rows + 1, dtype=np.int32), **whole)

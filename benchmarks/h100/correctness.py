@@ -1,0 +1,104 @@
+"""Whether the device computes what the CPU computes, on models small enough to be exact about: float32, highest precision."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.h100.bench import GREEDY, Bench, Model, Record, eagle3_head, llama_and_head, rows_at
+from benchmarks.h100.sizes import TOY
+from l4jax.config import ModelConfig, MoEConfig
+from l4jax.decoding.generate import BURST
+from l4jax.decoding.plan import Speculation
+from l4jax.planning.compile import Call
+
+ROWS, CACHED, CAPACITY, PIECE = 3, 150, 384, 24
+TOLERANCE = 1e-4
+"""Largest difference of logits, as a part of the largest logit, that counts as the same."""
+
+
+def measure(bench: Bench, record: Record, *, family: str) -> None:
+    """Logits of a piece of a prompt; tokens of decoding; tokens of speculation, which are to be those of decoding."""
+    config = family_config(family)
+    drafter = eagle3_head(config, config.vocab_size, intermediate_size=TOY.head["intermediate_size"])
+    devices = {"cpu": jax.devices("cpu")[0], "device": bench.device}
+    with jax.default_matmul_precision("highest"):
+        models = {name: Model.random(config, drafter, device, jnp.dtype(jnp.float32), devices["cpu"]) for name, device in devices.items()}
+        seen = {name: _run(model) for name, model in models.items()}
+    expected, found = seen["cpu"], seen["device"]
+    largest = float(np.abs(expected["logits"]).max())
+    difference = float(np.abs(expected["logits"] - found["logits"]).max()) / largest
+    record("logits", {"largest_difference": difference, "agree": difference <= TOLERANCE})
+    for name in ("decode", "chain:3", "tree:eagle26"):
+        same = found[name] == expected["decode"]
+        record(name, {"tokens": int(same.size), "agree": bool(same.all()), "differing": int((~same).sum())})
+    if not (difference <= TOLERANCE and all((found[name] == expected["decode"]).all() for name in ("decode", "chain:3", "tree:eagle26"))):
+        raise RuntimeError("the device's logits or tokens are not the CPU's")
+
+
+def family_config(family: str) -> ModelConfig:
+    """A model with a few tokens, so that a random head guesses some: of Llama 3, or with all that Llama 4 adds."""
+    config = dataclasses.replace(llama_and_head(TOY)[0], vocab_size=16, max_position_embeddings=4096)
+    if family == "llama":
+        return config
+    return dataclasses.replace(
+        config,
+        architecture="llama4",
+        rope_layers=(True, False),
+        attention_chunk_size=128,
+        use_qk_norm=True,
+        attn_temperature_tuning=True,
+        floor_scale=64,
+        attn_scale=0.1,
+        moe=MoEConfig(num_experts=4, intermediate_size=48, moe_layers=(False, True)),
+    )
+
+
+def _run(model: Model) -> dict[str, np.ndarray]:
+    """Everything that is compared, from the same random cache in which ``CACHED`` tokens lie."""
+    abstract = model.abstract
+    call = abstract.logits_call(PIECE, CACHED, CAPACITY)
+    tokens_1T = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, PIECE)).astype(np.int32)
+    piece = (tokens_1T, np.full(1, CACHED, np.int32), np.full(1, PIECE, np.int32))
+    _, logits = call.lower().compile()(model.leaves, _host_drawn(call.arguments[1]), *piece, *call.arguments[5:])
+    seen = {"logits": np.asarray(logits)}
+
+    call = abstract.decode_call(ROWS, CAPACITY, GREEDY)
+    state = rows_at(_host_drawn(call.arguments[1]), CACHED)
+    seen["decode"] = np.asarray(call.lower().compile()(model.leaves, state, *call.arguments[2:])[1].token_sB)[:BURST]
+    for plan in ("chain:3", "tree:eagle26"):
+        speculation = Speculation.parse(plan)
+        assert speculation is not None
+        seen[plan] = _speculated(model, abstract.speculate_call(ROWS, CAPACITY, GREEDY, speculation))
+    return seen
+
+
+def _speculated(model: Model, call: Call) -> np.ndarray:
+    """BURST tokens of every row, however many dispatches they take."""
+    begin = _host_drawn(call.arguments[2])
+    state = dataclasses.replace(begin, decode=rows_at(begin.decode, CACHED))
+    program = call.lower().compile()
+    rows: list[list[int]] = [[] for _ in range(ROWS)]
+    while min(map(len, rows)) < BURST:
+        state, tokens, _ = program(model.leaves, model.draft_leaves, state, *call.arguments[3:])
+        for own, tokens_s in zip(rows, np.asarray(tokens.token_sB).T, strict=True):
+            own.extend(tokens_s[tokens_s >= 0].tolist())
+    return np.array([own[:BURST] for own in rows], np.int32).T
+
+
+def _host_drawn(tree: Any) -> Any:
+    """Device arrays in the place of abstract ones, drawn by numpy: the same numbers for every device."""
+    rng = np.random.default_rng(1)
+
+    def make(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding)
+        return jax.device_put(rng.standard_normal(leaf.shape, np.float32).astype(leaf.dtype), leaf.sharding)
+
+    return jax.tree.map(make, tree)

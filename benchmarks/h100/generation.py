@@ -1,0 +1,122 @@
+"""Llama 3.1 8B on one device: decode steps, rounds of speculation and prefill, by the programs that generation runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+from benchmarks.h100 import timing
+from benchmarks.h100.bench import GREEDY, Bench, Model, Record, random_arrays, rows_at
+from l4jax.config import ModelConfig
+from l4jax.decoding.generate import BURST
+from l4jax.decoding.plan import Speculation
+
+
+def measure(bench: Bench, record: Record, *, part: str, **arguments: Any) -> None:
+    """One of the parts below, and the most memory that the process has used up to its end."""
+    {"decode": decode, "speculate": speculate, "prefill": prefill}[part](bench, record, **arguments)
+    if bench.peak_bytes is not None:
+        record("memory", {"peak_bytes": bench.peak_bytes})
+
+
+def decode(bench: Bench, record: Record, *, rows: int) -> None:
+    """Milliseconds a decode step at each context: dispatches of BURST steps, the cache donated from one to the next."""
+    model = bench.model
+    call = model.abstract.decode_call(rows, _capacity(bench), GREEDY)
+    program = bench.compiled(call, record)
+    state = random_arrays(call.arguments[1])
+    inputs = call.arguments[2:]
+    for context in bench.sizes.contexts:
+
+        def dispatch(context: int = context) -> Any:
+            nonlocal state
+            state, tokens = program(model.leaves, rows_at(state, context), *inputs)
+            return tokens
+
+        seconds = timing.repeated(dispatch, budget=bench.sizes.seconds)
+        steps = int(dispatch().steps)
+        if steps != BURST:
+            raise RuntimeError(f"a dispatch took {steps} steps instead of {BURST}: the logits were not finite")
+        moved = decode_bytes(model, rows, context)
+        record(f"context {context}", timing.summary(seconds, per=BURST) | {"bytes": moved})
+
+
+def speculate(bench: Bench, record: Record, *, rows: int, plan: str) -> None:
+    """Milliseconds a round at each context, likewise. Hardly a guess of a random head is accepted: a round gives about one token."""
+    model, speculation = bench.model, Speculation.parse(plan)
+    assert speculation is not None
+    call = model.abstract.speculate_call(rows, _capacity(bench), GREEDY, speculation)
+    program = bench.compiled(call, record)
+    state = random_arrays(call.arguments[2])
+    inputs = call.arguments[3:]
+    for context in bench.sizes.contexts:
+
+        def dispatch(context: int = context) -> Any:
+            nonlocal state
+            begin = dataclasses.replace(state, decode=rows_at(state.decode, context))
+            state, tokens, counted = program(model.leaves, model.draft_leaves, begin, *inputs)
+            return tokens, counted
+
+        seconds = timing.repeated(dispatch, budget=bench.sizes.seconds)
+        tokens, counted = dispatch()
+        rounds = int(np.max(counted.rounds_B))
+        # Each level runs the head, each but the first the layer, which the accepted tokens pass once more.
+        drafted = speculation.tree.depth * sum(leaf.nbytes for leaf in model.draft_leaves)
+        moved = decode_bytes(model, rows, context) + drafted
+        produced = int(np.sum(np.asarray(tokens.token_sB) >= 0)) / (rows * rounds)
+        record(f"context {context}", timing.summary(seconds, per=rounds) | {"bytes": moved, "tokens_a_round": produced})
+
+
+def prefill(bench: Bench, record: Record, *, piece: int) -> None:
+    """Milliseconds for whole prompts, in pieces of one length that follow each other, up to the first token."""
+    model = bench.model
+    capacity = _capacity(bench)
+    call = model.abstract.prefill_call(piece, 0, capacity, GREEDY)
+    program = bench.compiled(call, record)
+    cache = random_arrays(call.arguments[1])
+    tables, *sampling = call.arguments[5:]
+    token_T = np.random.default_rng(0).integers(0, model.config.vocab_size, max(bench.sizes.prompts)).astype(np.int32)
+    for prompt in bench.sizes.prompts:
+
+        def dispatch(prompt: int = prompt) -> Any:
+            nonlocal cache
+            for start in range(0, prompt, piece):
+                new = np.full(1, min(piece, prompt - start), np.int32)
+                token_BT = np.zeros((1, piece), np.int32)
+                token_BT[0, : new[0]] = token_T[start : start + new[0]]
+                cache, token_B, _ = program(model.leaves, cache, token_BT, np.full(1, start, np.int32), new, tables, *sampling)
+            return token_B
+
+        seconds = timing.repeated(dispatch, budget=bench.sizes.seconds)
+        flops = prefill_flops(model.config, prompt, pieces=math.ceil(prompt / piece))
+        record(f"prompt {prompt}", timing.summary(seconds) | {"flops": flops, "bytes": math.ceil(prompt / piece) * read_bytes(model)})
+
+
+def _capacity(bench: Bench) -> int:
+    """Tokens that a row's cache holds: the longest context, and a page for what is added."""
+    return max(*bench.sizes.contexts, *bench.sizes.prompts) + 128
+
+
+def read_bytes(model: Model) -> int:
+    """Bytes of the weights that a step reads: all but the embedding, of which it reads a row a token."""
+    tied = model.config.tie_word_embeddings
+    sizes = dict(zip(model.abstract.programs.model.names, (leaf.size * leaf.dtype.itemsize for leaf in model.leaves), strict=True))
+    return sum(nbytes for name, nbytes in sizes.items() if name != "embed" or tied)
+
+
+def decode_bytes(model: Model, rows: int, context: int) -> int:
+    """Bytes that a decode step must move: the weights once, and every row's keys and values, half a burst of new ones included."""
+    config = model.config
+    a_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * model.leaves[0].dtype.itemsize
+    return read_bytes(model) + rows * (context + BURST // 2) * a_token
+
+
+def prefill_flops(config: ModelConfig, tokens: int, pieces: int) -> int:
+    """FLOPs of a dense model's matrices and of the scores that are not masked; the output head once a piece."""
+    D, h = config.hidden_size, config.head_dim
+    layer = D * (2 * config.num_heads + 2 * config.num_kv_heads) * h + 3 * D * config.intermediate_size
+    attention = 4 * config.num_heads * h * tokens * (tokens + 1) // 2
+    return config.num_layers * (2 * layer * tokens + attention) + pieces * 2 * D * config.vocab_size

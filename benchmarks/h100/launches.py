@@ -1,0 +1,95 @@
+"""What a decode step launches: kernels, CUDA graphs, and loops inside it, for each turn of which the host waits for the device.
+
+Read off the list of thunks that XLA dumps for a program with two layers and one with three: the difference is a layer.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import os
+import re
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from benchmarks.h100.bench import GREEDY, Bench, Record, eagle3_head, llama_and_head
+from benchmarks.h100.errors import NotHere
+from l4jax.decoding.plan import Speculation
+from l4jax.planning.compile import AbstractModel, Call, first_layers
+from sharding.mesh import MeshSpec
+
+THUNKS = "*thunk_sequence_after_thunk_passes.txt"
+ROWS, CAPACITY = 1, 8320
+
+
+def measure(bench: Bench, record: Record) -> None:
+    """Launches of a decode step, and of a round of speculation by the tree ``eagle26``, of one row of Llama 3.1 8B."""
+    if bench.device.platform == "cpu":
+        raise NotHere("a CPU has no kernels to launch; expected a GPU")
+    folder = Path(re.findall(r"--xla_dump_to=(\S+)", os.environ["XLA_FLAGS"])[-1])
+    config, _ = llama_and_head(bench.sizes)
+    counted: dict[str, list[Launches]] = {"decode": [], "eagle26": []}
+    for layers in (2, 3):
+        short = first_layers(config, layers)
+        head = eagle3_head(short, bench.sizes.draft_vocab_size, **bench.sizes.head)
+        model = AbstractModel(short, MeshSpec(), [bench.device], jnp.dtype(bench.sizes.dtype), head)
+        plan = Speculation.parse("tree:eagle26")
+        assert plan is not None
+        counted["decode"].append(_compiled(model.decode_call(ROWS, CAPACITY, GREEDY), folder))
+        counted["eagle26"].append(_compiled(model.speculate_call(ROWS, CAPACITY, GREEDY, plan), folder))
+    for name, (two, three) in counted.items():
+        record(name, {"two_layers": dataclasses.asdict(two), "a_layer": dataclasses.asdict(three - two), "layers": config.num_layers})
+
+
+@dataclasses.dataclass(frozen=True)
+class Launches:
+    """Of one turn of a program's outermost loop: a decode step, or a round.
+
+    ``kernels``: kernels and copies, ``graphs``: CUDA graphs that hold them, ``single``: those that are launched one by one;
+    ``loops``: inner loops whose length the device decides. ``kernels_a_turn`` and ``graphs_a_turn``: of one turn of every inner loop.
+    """
+
+    kernels: int
+    graphs: int
+    single: int
+    loops: int
+    kernels_a_turn: int
+    graphs_a_turn: int
+
+    def __sub__(self, other: Launches) -> Launches:
+        return Launches(*(a - b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+
+    @classmethod
+    def of(cls, text: str) -> Launches:
+        """Count the thunks of one program: a line each, indented below the loop, graph or branch that it belongs to."""
+        counts: collections.Counter[tuple[str, int]] = collections.Counter()
+        above: list[tuple[int, str]] = []
+        for indent, kind in re.findall(r"^( *)\d+: k(\w+)", text, re.MULTILINE):
+            while above and above[-1][0] >= len(indent):
+                above.pop()
+            loops = sum(outer == "While" for _, outer in above)
+            if kind in ("While", "CommandBuffer", "Conditional", "Sequential"):
+                above.append((len(indent), kind))
+                counts[kind, loops] += 1
+            else:
+                counts["kernel", loops] += 1
+                counts["single", loops] += not any(outer == "CommandBuffer" for _, outer in above)
+        deeper = {name: sum(n for (kind, loops), n in counts.items() if kind == name and loops > 1) for name in ("kernel", "CommandBuffer")}
+        return cls(
+            kernels=counts["kernel", 1],
+            graphs=counts["CommandBuffer", 1],
+            single=counts["single", 1],
+            loops=counts["While", 1],
+            kernels_a_turn=deeper["kernel"],
+            graphs_a_turn=deeper["CommandBuffer"],
+        )
+
+
+def _compiled(call: Call, folder: Path) -> Launches:
+    before = set(folder.glob(THUNKS))
+    call.lower().compile()
+    new = set(folder.glob(THUNKS)) - before
+    if not new:
+        raise NotImplementedError(f"this version of JAX dumps no {THUNKS}; expected 0.11.2 or 0.12")
+    return Launches.of(max(new, key=lambda file: file.stat().st_size).read_text(encoding="utf-8"))

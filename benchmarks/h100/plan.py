@@ -1,0 +1,68 @@
+"""The items in order of worth, and which process each runs in. No JAX here: the supervising process reads it too."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks.h100.sizes import Sizes
+
+OPS = ("attend_pages", "tree_attention", "attend", "grouped_matmul")
+"""Ops of ``pallas_kernels`` in the order in which they are timed; ``ops.py`` has their shapes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One measurement: ``benchmarks.h100.{module}.measure(bench, record, **arguments)``.
+
+    ``process``: items next to each other that name the same process share one, and with it the model's weights. PyTorch has a
+    process of its own because JAX keeps the device's memory, and ``dump`` because XLA takes its flags once a process.
+    """
+
+    name: str
+    module: str
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    process: str = "jax"
+
+    @property
+    def group(self) -> str:
+        """The name up to the slash, by which ``--only`` and ``--skip`` take all items of a group."""
+        return self.name.split("/")[0]
+
+
+def items(sizes: Sizes) -> list[Item]:
+    """What is measured at these sizes."""
+    first, *others = sizes.speculated_rows
+    return [
+        Item("ceilings", "ceilings"),
+        Item("correctness/llama", "correctness", {"family": "llama"}),
+        *(Item(f"decode/{rows}", "generation", {"part": "decode", "rows": rows}) for rows in sizes.rows),
+        *_speculation(first),
+        *(Item(f"prefill/{piece}", "generation", {"part": "prefill", "piece": piece}) for piece in sizes.pieces),
+        *(Item(f"ops/{op}", "ops", {"op": op}) for op in OPS),
+        Item("correctness/llama4", "correctness", {"family": "llama4"}),
+        *(item for rows in others for item in _speculation(rows)),
+        *(Item(f"tokamax/{op}", "rivals_tokamax", {"op": op}) for op in ("attend", "grouped_matmul")),
+        *(Item(f"torch/{op}", "rivals_torch", {"op": op}, "torch") for op in OPS),
+        Item("transformers/decode", "rivals_transformers", {}, "torch"),
+        Item("launches", "launches", {}, "dump"),
+    ]
+
+
+def _speculation(rows: int) -> list[Item]:
+    plans = {"chain3": "chain:3", "eagle26": "tree:eagle26"}
+    return [Item(f"{name}/{rows}", "generation", {"part": "speculate", "rows": rows, "plan": plan}) for name, plan in plans.items()]
+
+
+def selected(plan: list[Item], only: list[str], skip: list[str]) -> list[Item]:
+    """The items that ``only`` names (all, if it is empty) without those that ``skip`` names. Raises ValueError for unknown names."""
+    known = {item.name for item in plan} | {item.group for item in plan}
+    for name in (*only, *skip):
+        if name not in known:
+            raise ValueError(f"{name!r} is no item; expected {', '.join(sorted(known))}")
+
+    def named(item: Item, names: list[str]) -> bool:
+        return item.name in names or item.group in names
+
+    return [item for item in plan if (not only or named(item, only)) and not named(item, skip)]

@@ -1,0 +1,90 @@
+"""What was measured so far, in one JSON file that is whole at any moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+WAITING, RUNNING, DONE, FAILED, SKIPPED, UNFINISHED = "waiting", "running", "done", "failed", "skipped", "unfinished"
+
+
+class Results:
+    """The file ``h100.json``: the machine, and for each item its status and values.
+
+    It is written after every change under another name and then renamed, so a process that is killed leaves the last state.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read the file if there is one. Raises ValueError if it is not one of ours."""
+        self.path = path
+        self.machine: dict[str, Any] = {}
+        self.items: dict[str, dict[str, Any]] = {}
+        if not path.exists():
+            return
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if values["format"] != FORMAT:
+                raise ValueError(f"its format is {values['format']!r}, not {FORMAT}")
+            self.machine, self.items = dict(values["machine"]), dict(values["items"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} does not hold results of this benchmark ({error}); give another folder") from error
+
+    def save(self) -> None:
+        """Replace the file by the present state."""
+        partial = self.path.with_suffix(".partial")
+        text = json.dumps({"format": FORMAT, "machine": self.machine, "items": self.items}, indent=1)
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(self.path)
+
+    def on(self, machine: dict[str, Any]) -> None:
+        """State the machine. Raises ValueError if what the file holds was measured on another, by other versions or other sizes."""
+        for name, value in self.machine.items():
+            if machine.get(name) != value:
+                raise ValueError(
+                    f"{self.path} holds results of {name} {value!r}, and this is {machine.get(name)!r}; give another folder for these"
+                )
+        self.machine = machine
+        self.save()
+
+    def is_done(self, name: str) -> bool:
+        """Whether the item was measured to its end; what failed or was skipped is tried again."""
+        return self.items.get(name, {}).get("status") == DONE
+
+    def await_items(self, names: list[str]) -> None:
+        """These items are to be measured, perhaps again: what an earlier try left stays until the same value is measured."""
+        for name in names:
+            before = self.items.pop(name, {})
+            self.items[name] = {"status": WAITING, "compile": before.get("compile", {}), "values": before.get("values", {})}
+        self.save()
+
+    def start(self, name: str) -> None:
+        """The item is being measured from now on."""
+        self.items[name] |= {"status": RUNNING, "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        self.save()
+
+    def record(self, name: str, key: str, values: dict[str, Any]) -> None:
+        """Keep some of the item's values; under ``compile``, those that are the first of their name."""
+        item = self.items[name]
+        if key == "compile":
+            item["compile"] = values | item["compile"]
+        else:
+            item["values"][key] = values
+        self.save()
+
+    def finish(self, name: str, status: str, why: str | None = None) -> None:
+        """The item has ended, and if not well, why: one line."""
+        self.items[name]["status"] = status
+        if why is not None:
+            self.items[name]["why"] = " ".join(why.split())[:300]
+        self.save()
+
+    def with_status(self, *statuses: str) -> list[str]:
+        """Items of these statuses."""
+        return [name for name, item in self.items.items() if item["status"] in statuses]

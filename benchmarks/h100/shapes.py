@@ -1,0 +1,88 @@
+"""Real shapes at which each op is timed, by JAX or by others. No JAX here: PyTorch's process reads it too."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """B rows of T queries over S keys; K KV heads of G query heads each, h numbers a head."""
+
+    label: str
+    B: int
+    T: int
+    S: int
+    K: int = 8
+    G: int = 4
+    h: int = 128
+
+    @property
+    def nbytes(self) -> int:
+        """Keys, values, queries and outputs in bfloat16, each moved once."""
+        return 2 * self.B * self.K * self.h * (2 * self.S + 2 * self.T * self.G)
+
+    def flops(self, scores: int) -> int:
+        """FLOPs of so many scores a row and head, and of their product with the values."""
+        return 4 * self.B * self.K * self.G * self.h * scores
+
+
+@dataclasses.dataclass(frozen=True)
+class Grouped:
+    """M rows, sorted by their group, times their group's matrix, one of E of [D, F]."""
+
+    label: str
+    M: int
+    E: int
+    D: int
+    F: int
+
+    @property
+    def hit(self) -> int:
+        """Groups that have rows: each, or one a row where there are fewer rows."""
+        return min(self.E, self.M)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Rows of each group, as even as can be."""
+        return [self.M // self.E + (group < self.M % self.E) for group in range(self.E)]
+
+    @property
+    def nbytes(self) -> int:
+        """The matrices of groups that have rows, the rows and the products in bfloat16, each moved once."""
+        return 2 * (self.hit * self.D * self.F + self.M * (self.D + self.F))
+
+    @property
+    def flops(self) -> int:
+        """Two for each multiplication."""
+        return 2 * self.M * self.D * self.F
+
+
+NODES = 26
+"""Nodes of the tree ``eagle26``, the root included."""
+# Llama 3.1 8B on one GPU, 70B and Scout on eight.
+REAL = {
+    "attend_pages": [
+        Attention("8B decode, 1 row, 1K", 1, 1, 1024),
+        Attention("8B decode, 1 row, 8K", 1, 1, 8192),
+        Attention("8B decode, 32 rows, 8K", 32, 1, 8192),
+        Attention("70B decode on tensor=8, 8 rows, 8K", 8, 1, 8192, K=1, G=8),
+    ],
+    "tree_attention": [
+        Attention("8B eagle26, 1 row, 8K", 1, NODES, 8192),
+        Attention("Scout eagle26 on tensor=8, 8 rows, 8K", 8, NODES, 8192, K=1, G=5),
+    ],
+    "attend": [Attention("8B prefill, 2K", 1, 2048, 2048), Attention("8B prefill, 4K", 1, 4096, 4096)],
+    "grouped_matmul": [
+        Grouped("Scout gate and up on tensor=8, 8 rows", 8, 16, 5120, 2048),
+        Grouped("Scout down on tensor=8, 8 rows", 8, 16, 1024, 5120),
+        Grouped("Scout gate and up on tensor=8, 2048 rows", 2048, 16, 5120, 2048),
+    ],
+}
+TOY = {
+    "attend_pages": [Attention("toy decode", 2, 1, 256, K=2, G=2, h=16)],
+    "tree_attention": [Attention("toy tree", 1, NODES, 256, K=2, G=2, h=16)],
+    "attend": [Attention("toy prefill", 1, 64, 64, K=2, G=2, h=16)],
+    "grouped_matmul": [Grouped("toy experts", 16, 4, 32, 16)],
+}
+SHAPES = {"real": REAL, "toy": TOY}

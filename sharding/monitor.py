@@ -180,15 +180,15 @@ class Monitor:
     async def _end(self, first: int, how: str) -> None:
         """End the process, with a message unless it has shown one. Process 0 ends last: JAX aborts the others when it ends."""
         me, hosts = self._settings.process_id, self._settings.hosts
-        begun = time.monotonic()
+        started = time.monotonic()
         if me == 0:
             for peer in list(self._peers.values()):
                 await _send(peer, f"{first} {how}")
-            while self._peers and time.monotonic() < begun + 2 * GRACE_SECONDS:
+            while self._peers and time.monotonic() < started + 2 * GRACE_SECONDS:
                 await asyncio.sleep(0.02)
             _tell(_ALONE)
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._gone.wait(), max(1.0, begun + GRACE_SECONDS - time.monotonic()))
+            await asyncio.wait_for(self._gone.wait(), max(1.0, started + GRACE_SECONDS - time.monotonic()))
         if first != me and self._last_word != FAILED:
             what = "died" if how == _DIED else "stopped with an error"
             _warn(f"error: process {first} (host {hosts[first]}) {what}; process {me} (host {hosts[me]}) stops")

@@ -23,6 +23,8 @@ import l4jax
 from l4jax import SamplingParams, cli, load
 from l4jax.checkpoints.convert import convert
 from sharding import hosts
+from tests.text import small
+from tests.tiny import llama3_like, save, shallow
 
 GOLDEN = Path(__file__).parent / "golden" / "data"
 HOST = socket.gethostname()
@@ -236,17 +238,21 @@ def together(port, process_id, processes=2, timeout=60):
     return "--coordinator", f"127.0.0.1:{port}", "--processes", processes, "--process-id", process_id, "--coordinator-timeout", timeout
 
 
-def test_the_command_line_prints_the_text_once(smollm2_checkpoint, port):
+def test_the_command_line_prints_the_text_once(port, tmp_path):
     """The prompt is what process 0 reads, without the newline at its end."""
-    options = "--mesh", "tensor=1,sequence=2", "--max-tokens", 4, "-p", "-"
-    processes = [start(generate(smollm2_checkpoint, *options, *together(port, i)), stdin=subprocess.PIPE) for i in range(2)]
-    for process, text in zip(processes, ("The capital of France is\n", ""), strict=True):
+    tokenizer = small.backend()
+    config = shallow(llama3_like(vocab_size=tokenizer.get_vocab_size()))
+    talking = save(tmp_path / "talking", config, {"tokenizer.json": tokenizer.to_str()})
+    options = "--mesh", "tensor=1,sequence=2", "--max-tokens", 12, "-p", "-"
+    processes = [start(generate(talking, *options, *together(port, i)), stdin=subprocess.PIPE) for i in range(2)]
+    for process, text in zip(processes, ("the dog\n", ""), strict=True):
         process.stdin.write(text)
         process.stdin.close()
         process.stdin = None
     first, second = ends(processes, 300)
     assert first[0] == second[0] == 0, (first, second)
-    assert first[1].startswith(" Paris.") and first[1].endswith("\n") and "5 prompt tokens" in first[2]
+    (expected,) = load(talking).generate("the dog", SamplingParams(max_tokens=12, temperature=0.0))
+    assert first[1] == f"{expected.text}\n" and "12 tokens, " in first[2]
     assert second[1] == "" and "tokens/s" not in second[2]
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from l4jax.checkpoints.store import StoredWeight, checksum, save_group, write_manifest
 from l4jax.config import DrafterConfig, ModelConfig, MoEConfig, RopeScaling
 from l4jax.decoding.plan import SpeculationTable
 from l4jax.model.drafter import build_drafter
@@ -86,6 +88,17 @@ def few_tokens(make: Callable[..., ModelConfig]) -> ModelConfig:
 def weights(config: ModelConfig, seed: int = 0, dtype: jnp.dtype | None = None) -> dict[str, jax.Array]:
     """Random weights for a tiny model, float32 unless said otherwise."""
     return random_weights(Llama(config), jax.random.key(seed), dtype or jnp.dtype(jnp.float32))
+
+
+def save(directory: Path, config: ModelConfig, text_files: Mapping[str, str] | None = None) -> Path:
+    """A checkpoint of random weights, with these files of text."""
+    arrays = {name: np.asarray(weight) for name, weight in weights(config).items()}
+    save_group(directory / "weights" / "00000", arrays)
+    stored = {name: StoredWeight("00000", array.shape, array.dtype.name, checksum(array)) for name, array in arrays.items()}
+    for name, text in (text_files or {}).items():
+        (directory / name).write_text(text, encoding="utf-8")
+    write_manifest(directory, source_format="hf", config=config, weights=stored, text_files=list(text_files or {}))
+    return directory
 
 
 def drafter(config: ModelConfig, version: Literal["eagle1", "eagle3"] = "eagle3", **changes: Any) -> DrafterConfig:

@@ -90,9 +90,9 @@ def claim(path: Path, settings: Mapping[str, Any]) -> Iterator[RunFolder]:
             raise ValueError(f"{path} is being written by another process; wait for it to end") from None
         run = path / "run.json"
         earlier = json.loads(run.read_text(encoding="utf-8")) if run.exists() else settings
-        begun = (path / "states").is_dir()
+        started = (path / "states").is_dir()
         for name in sorted(earlier.keys() | settings.keys()):
-            if earlier.get(name) != settings.get(name) and (begun or name in ANSWERS_DEPEND_ON):
+            if earlier.get(name) != settings.get(name) and (started or name in ANSWERS_DEPEND_ON):
                 raise ValueError(
                     f"{path} belongs to another run: its {name} is {earlier.get(name)!r}, and this one's is {settings.get(name)!r}; "
                     "give the same settings to continue it, or another folder"

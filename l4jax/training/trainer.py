@@ -121,7 +121,7 @@ class Trainer:
         return [*(f"weights.{name}" for name in self._trained), *(f"optimizer.{i}" for i in range(count))]
 
     def from_arrays(self, arrays: Mapping[str, np.ndarray]) -> TrainState:
-        """The state that :meth:`to_arrays` was given."""
+        """The inverse of :meth:`to_arrays`."""
         weights: dict[str, Any] = {name: arrays[f"weights.{name}"] for name in self._trained}
         optimizer = jax.eval_shape(self._optimizer.init, weights)
         leaves = [arrays[f"optimizer.{i}"] for i in range(len(jax.tree.leaves(optimizer)))]
@@ -132,11 +132,11 @@ class Trainer:
         return self._target_program(self._leaves, self._on_devices(rows))
 
     def step(self, state: TrainState, rows: Rows, states: TargetStates, number: int) -> tuple[TrainState, tuple[Array, Measured]]:
-        """One step on a batch; the state given is used up. Also the loss, and what was measured on the way."""
+        """Run one step on a batch: the new state, the loss and the measurements. The given state is donated."""
         return self._step_program(state, self._leaves, self._fixed, self._on_devices(rows), self._on_devices(states), np.int32(number))
 
     def accepted(self, state: TrainState, rows: Rows) -> np.ndarray:
-        """For each position, how many tokens of a drafted chain stand whose root is the token after it: int32 [B, T]."""
+        """For each position, how many tokens of a chain whose root is the next token are accepted: int32 [B, T]."""
         rows = self._on_devices(rows)
         return to_host(self._measure_program(state.weights, self._leaves, self._fixed, rows, self.target_states(rows)))
 

@@ -60,9 +60,11 @@ def errors(request: pytest.FixtureRequest) -> Iterator[list[float]]:
     """The errors seen; the largest is printed once all are there."""
     seen: list[float] = []
     yield seen
-    terminal = request.config.pluginmanager.get_plugin("terminalreporter")
+    plugins = request.config.pluginmanager
+    terminal, capture = plugins.get_plugin("terminalreporter"), plugins.get_plugin("capturemanager")
     if terminal is not None and seen:
-        terminal.write_line(f"\nlargest error against transformers: {max(seen):.1e} of the largest logit")
+        with capture.global_and_fixture_disabled():
+            terminal.write_line(f"\nlargest error against transformers: {max(seen):.1e} of the largest logit")
 
 
 def one_by_one(llm: l4jax.LLM, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:

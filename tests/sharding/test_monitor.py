@@ -182,7 +182,7 @@ def test_where_process_0_cannot_be_reached_nobody_is_killed(capfd, killed):
 
 
 def test_a_process_that_is_stopped_is_named_once_to_all_and_nobody_is_killed(capfd, killed):
-    with subprocess.Popen(["sh", "-c", "kill -STOP $$; read line"], stdin=subprocess.PIPE) as stopped:
+    with subprocess.Popen(["sh", "-c", "kill -STOP $$; sleep 60"]) as stopped:
 
         async def scenario(group):
             await said(capfd, 3, "is stopped, by Ctrl-Z, SIGSTOP or a debugger, and the others wait for it; continue it")
@@ -191,8 +191,10 @@ def test_a_process_that_is_stopped_is_named_once_to_all_and_nobody_is_killed(cap
             for process in (0, 1, 2):
                 group.say(process, DONE)
 
-        run(scenario, workers={1: stopped.pid})
-        stopped.communicate(b"\n")
+        try:
+            run(scenario, workers={1: stopped.pid})
+        finally:
+            subprocess.run(["kill", "-KILL", str(stopped.pid)], check=True)
     assert capfd.readouterr().err == "" and not killed
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from l4jax import LLM, cli
-from l4jax.checkpoints.store import StoredWeight, checksum, load_verified, open_drafter, save_group, write_manifest
+from l4jax.checkpoints.store import StoredWeight, load_verified, open_drafter
 from l4jax.training.drafters import trained_at, weights_from_target
 from l4jax.training.folder import claim
 from l4jax.training.run import Settings, train_drafter
@@ -243,11 +243,7 @@ def test_the_target_s_output_head_stays_as_it_is(tied: bool, data: Path, tmp_pat
 
 
 def test_the_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    target = tmp_path / "target"
-    weights = {name: np.asarray(weight) for name, weight in tiny.weights(small.config()).items()}
-    save_group(target / "weights" / "00000", weights)
-    stored = {name: StoredWeight("00000", weight.shape, weight.dtype.name, checksum(weight)) for name, weight in weights.items()}
-    write_manifest(target, source_format="hf", config=small.config(), weights=stored, text_files=[])
+    target = tiny.save(tmp_path / "target", small.config())
     changed = {field.name: getattr(SETTINGS, field.name) for field in dataclasses.fields(Settings)}
     changed = {name: value for name, value in changed.items() if value != getattr(Settings, name)}
     command = ["train-drafter", str(target), "--data", str(data), "--out", str(tmp_path / "out"), "--answer-batch=4"]

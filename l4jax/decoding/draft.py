@@ -13,15 +13,14 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from l4jax.cache import LayerCache, PageTables, TreeCache
-from l4jax.decoding.sampling import SamplingRows, highest_tokens, log_probabilities, position_keys
+from l4jax.decoding.randomness import Purpose, gumbel, stream_keys
+from l4jax.decoding.sampling import SamplingRows, highest_tokens, log_probabilities
 from l4jax.decoding.tree import NONE, DynamicTree, StaticTree, TreeTables, tree_tables
 from l4jax.decoding.verify import Draft
 from l4jax.model.drafter import Drafter
 from l4jax.model.llama import Llama
 from l4jax.model.step import tree_step_inputs
 from sharding.ranks import local_index
-
-_NODES = 1 << 31  # what is folded into a position's key for nodes; smaller numbers are verification's
 
 
 @jax.tree_util.register_dataclass
@@ -129,14 +128,11 @@ def _perturbed(logits_BnV: Array, rows: SamplingRows, position_B: Array, nodes: 
     scaled_BnV = logits_BnV / temperature_B[:, None, None]
     log_BnV = log_probabilities(scaled_BnV.reshape(-1, V), vocab).reshape(scaled_BnV.shape)
 
-    def noise(key: Array) -> Array:
-        # Drawn for the whole vocabulary on every rank, which takes its part: the numbers must not depend on the mesh.
-        # In JAX's usual mode it ends at 16, and of a large vocabulary's many unlikely tokens too few would be drawn.
-        size = (V * vocab.count,)
-        own = jnp.stack([jax.random.gumbel(jax.random.fold_in(key, _NODES + node), size, mode="high") for node in nodes])
-        return jax.lax.dynamic_slice_in_dim(own, vocab.index() * V, V, axis=1)
+    def noise(node: Array) -> Array:
+        return gumbel(stream_keys(rows.seed_B2, position_B, Purpose.DRAFT, node), token_V)
 
-    noise_BnV = jax.vmap(noise)(position_keys(rows.key_B2, position_B))
+    token_V = vocab.index() * V + jnp.arange(V, dtype=jnp.int32)
+    noise_BnV = jax.vmap(noise, out_axes=1)(jnp.asarray(nodes, jnp.int32))
     # Where only one token can be accepted the likeliest are the best guesses, and acceptance does not ask how they were drawn.
     return log_BnV, log_BnV + jnp.where(rows.temperature_B[:, None, None] > 0, noise_BnV, 0.0)
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int32
 
 from l4jax.decoding.generate import count_token
+from l4jax.decoding.randomness import Purpose, stream_keys, uniform
 from l4jax.decoding.sampling import (
     NOT_FINITE,
     Logprobs,
@@ -28,11 +29,9 @@ from l4jax.decoding.sampling import (
     TokenCounts,
     draw,
     empty_logprobs,
-    position_keys,
     probabilities,
     sample,
     token_logprobs,
-    uniform,
 )
 from l4jax.decoding.tree import NONE, TreeTables
 from sharding.ranks import ONE, Ranks, local_index
@@ -184,7 +183,7 @@ def rejection(rows: SamplingRows, features: SamplingFeatures, drafted: DraftDist
             child_B, accepted_B, tried, p_BV, log_q_BV = carry
             open_B = (child_B != NONE) & (accepted_B == NONE)
             token_B = jnp.take_along_axis(draft.token_BN, jnp.maximum(child_B, 0)[:, None], axis=1)[:, 0]
-            chance_B = attempt_uniform(rows, at.position_B, tried)
+            chance_B = uniform(stream_keys(rows.seed_B2, at.position_B, Purpose.ACCEPTANCE, tried))
             q_BV = jnp.exp(log_q_BV)
             stands_B = open_B & (chance_B * of_token(q_BV, token_B) < of_token(p_BV, token_B))
             rejected_B = open_B & ~stands_B
@@ -202,19 +201,10 @@ def rejection(rows: SamplingRows, features: SamplingFeatures, drafted: DraftDist
         start = (first_B, jnp.full_like(first_B, NONE), jnp.int32(0), p_BV, drafted(at.node_B))
         _, accepted_B, _, p_BV, _ = jax.lax.while_loop(trying, attempt, start)
         token_B = jnp.take_along_axis(draft.token_BN, jnp.maximum(accepted_B, 0)[:, None], axis=1)[:, 0]
-        token_B = jnp.where(accepted_B != NONE, token_B, draw(p_BV, uniform(rows.key_B2, at.position_B), vocab))
+        token_B = jnp.where(accepted_B != NONE, token_B, draw(jnp.log(p_BV), rows, at.position_B, Purpose.RESIDUAL, vocab))
         return jnp.where(finite_B, token_B, NOT_FINITE), jnp.where(finite_B, accepted_B, NONE)
 
     return rule
-
-
-def attempt_uniform(rows: SamplingRows, position_B: Int32[Array, "B"], tried: Int32[Array, ""]) -> Float32[Array, "B"]:
-    """The number in [0, 1) that decides on the ``tried``-th child, independent of what draws tokens."""
-
-    def one(key: Array) -> Array:
-        return jax.random.uniform(jax.random.fold_in(key, tried))
-
-    return jax.vmap(one)(position_keys(rows.key_B2, position_B))
 
 
 def without(log_q_BV: Float32[Array, "B V"], token_B: Int32[Array, "B"], vocab: Ranks = ONE) -> Float32[Array, "B V"]:

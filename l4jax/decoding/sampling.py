@@ -23,14 +23,14 @@ from l4jax.decoding.randomness import Purpose, gumbel, stream_keys
 from sharding.ranks import ONE, Ranks, local_index
 
 NOT_FINITE = -2
-"""In the place of a token: the logits had a NaN or an infinity, or no token at all was left."""
+"""Stands for a token where the logits had a NaN or an infinity, or every token was forbidden."""
 _BLOCK = 128
 _ONE_BITS = 0x3F800000  # the bit pattern of float32 1.0; patterns of non-negative floats are ordered as the floats are
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingFeatures:
-    """What at least one row of a batch needs; each combination is a compiled program of its own.
+    """What at least one row of a batch needs; each combination compiles a program of its own.
 
     ``random``: a temperature above 0. ``adjusted``: a bias or penalty. ``logprobs``: log-probabilities reported.
     """
@@ -62,7 +62,7 @@ class SamplingRows:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenCounts:
-    """What the penalties look at: which tokens the prompt holds, and how often the output does so far."""
+    """What the penalties read: which tokens are in the prompt, and how often each is in the output so far."""
 
     in_prompt_BV: Bool[Array, "B V"]
     output_BV: Int32[Array, "B V"]
@@ -90,7 +90,7 @@ def batch_features(params: Sequence[SamplingParams]) -> SamplingFeatures:
 def sampling_rows(
     params: Sequence[SamplingParams], seeds: Sequence[int], stop_ids: Sequence[Sequence[int]], vocab_size: int
 ) -> SamplingRows:
-    """Stack the settings of a batch, as host arrays. Lists are padded to a power of two, so that few shapes are compiled."""
+    """Stack the settings of a batch as host arrays. Lists are padded to a power of two, so that few shapes are compiled."""
 
     def stack(name: str, dtype: type) -> Array:
         return host_array([getattr(p, name) for p in params], dtype)
@@ -166,7 +166,7 @@ def _adjusted(logits_BV: Array, rows: SamplingRows, counts: TokenCounts | None, 
 
 
 def _highest(logits_BV: Array, vocab: Ranks) -> Array:
-    """The highest logit of each row; infinity where there is a NaN, which a maximum over ranks might lose."""
+    """The highest logit of each row; infinity for a row with a NaN, which a maximum over ranks might lose."""
     highest_B = jnp.max(logits_BV, axis=-1)
     return vocab.max(jnp.where(jnp.isnan(highest_B), jnp.inf, highest_B))
 
@@ -296,7 +296,7 @@ def log_probabilities(logits_BV: Float32[Array, "B V"], vocab: Ranks = ONE) -> F
 def highest_tokens(values_BV: Float32[Array, "B V"], count: int, vocab: Ranks = ONE) -> tuple[Float32[Array, "B j"], Int32[Array, "B j"]]:
     """The ``count`` highest values of each row and their tokens, highest first; of equal ones the lower token comes first."""
     V = values_BV.shape[1]
-    # The highest of all are among the highest of each rank.
+    # The highest values of all are among each rank's highest.
     top_Bj, top_id_Bj = jax.lax.top_k(values_BV, min(count, V))
     if vocab.count == 1:
         return top_Bj, top_id_Bj.astype(jnp.int32)

@@ -180,7 +180,7 @@ def test_beyond_its_training_a_drafter_looks_back_so_far_or_stops(beyond):
 def test_a_tree_that_is_wider_than_the_draft_vocabulary_is_refused():
     config = few_tokens(llama3_like)
     loaded = loaded_drafter(drafter(config, draft_vocab_size=3, aux_layers=(0, 1, 2)))
-    with pytest.raises(ValueError, match="a draft tree has nodes with 4 children; expected at most 3, which is how many tokens"):
+    with pytest.raises(ValueError, match="a draft tree has nodes with 4 children; expected at most 3, the size of the draft vocabulary"):
         LLM(config, weights(config), drafter=loaded, speculation="dynamic:steps=2,topk=4,nodes=5")
 
 

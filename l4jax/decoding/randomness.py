@@ -39,7 +39,7 @@ class Purpose(enum.IntEnum):
 
 def threefry(
     key_2: tuple[Array, Array], counter_2: tuple[Array, Array], rounds: int = _ROUNDS
-) -> tuple[UInt32[Array, "*S"], UInt32[Array, "*S"]]:
+) -> tuple[UInt32[Array, "*B"], UInt32[Array, "*B"]]:
     """Threefry-2x32 of uint32 arrays of one shape. Plain operations, so that XLA fuses the generator into the pass that needs it."""
     words = (*key_2, key_2[0] ^ key_2[1] ^ jnp.uint32(_PARITY))
     a, b = counter_2[0] + words[0], counter_2[1] + words[1]
@@ -84,6 +84,6 @@ def gumbel(key_B2: UInt32[Array, "B 2"], token_V: Int32[Array, "V"]) -> Float32[
     return -jnp.log(jnp.where(u_BV < 0.5, -jnp.log1p(-u_BV), -jnp.log(rest_BV)))
 
 
-def _fraction(high: UInt32[Array, "*S"], low: UInt32[Array, "*S"]) -> Float32[Array, "*S"]:
+def _fraction(high: UInt32[Array, "*B"], low: UInt32[Array, "*B"]) -> Float32[Array, "*B"]:
     """64 bits, and a half of the last one, as a fraction: from 2**-65 to 1."""
     return high.astype(jnp.float32) * 2**-32 + (low.astype(jnp.float32) + 0.5) * 2**-64

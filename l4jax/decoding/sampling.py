@@ -178,11 +178,11 @@ def highest_token(values_BV: Float32[Array, "B V"], vocab: Ranks = ONE) -> tuple
     long on CPUs, and an index found by comparing with the maximum could be missing where XLA computes the values twice.
     """
     B, V = values_BV.shape
-    blocks_BnW = jnp.pad(values_BV, ((0, 0), (0, -V % _BLOCK)), constant_values=-jnp.inf).reshape(B, -1, _BLOCK)
-    highest_Bn = jnp.max(blocks_BnW, axis=-1)
-    block_B = jnp.argmax(highest_Bn, axis=-1).astype(jnp.int32)
-    own_B = _pick(highest_Bn, block_B)
-    place_B = jnp.argmax(jnp.take_along_axis(blocks_BnW, block_B[:, None, None], axis=1)[:, 0], axis=-1).astype(jnp.int32)
+    blocks_Bbv = jnp.pad(values_BV, ((0, 0), (0, -V % _BLOCK)), constant_values=-jnp.inf).reshape(B, -1, _BLOCK)
+    highest_Bb = jnp.max(blocks_Bbv, axis=-1)
+    block_B = jnp.argmax(highest_Bb, axis=-1).astype(jnp.int32)
+    own_B = _pick(highest_Bb, block_B)
+    place_B = jnp.argmax(jnp.take_along_axis(blocks_Bbv, block_B[:, None, None], axis=1)[:, 0], axis=-1).astype(jnp.int32)
     highest_B = vocab.max(jnp.where(jnp.isnan(own_B), jnp.inf, own_B))
     # The lowest of the ranks' tokens, as the highest of their negatives.
     token_B = jnp.where(own_B == highest_B, vocab.index() * V + block_B * _BLOCK + place_B, V * vocab.count - 1)
@@ -268,8 +268,8 @@ def draw(
     return highest_token(log_weights_BV + jnp.where(rows.temperature_B[:, None] > 0, noise_BV, 0.0), vocab)[1]
 
 
-def _pick(values_Bn: Array, index_B: Array) -> Array:
-    return jnp.take_along_axis(values_Bn, index_B[:, None], axis=1)[:, 0]
+def _pick(values_BV: Array, index_B: Array) -> Array:
+    return jnp.take_along_axis(values_BV, index_B[:, None], axis=1)[:, 0]
 
 
 def empty_logprobs(leading: tuple[int, ...], vocab_size: int) -> Logprobs:

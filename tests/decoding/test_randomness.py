@@ -47,7 +47,7 @@ def test_the_generator_is_threefry_with_13_rounds(key, counter, expected):
 def test_with_20_rounds_it_is_jax_s():
     bits = np.random.default_rng(0).integers(0, 2**32, (4, 1000), np.uint32)
     for key in bits[:2, :5].T:
-        own = threefry(tuple(jnp.full(1000, word) for word in key), (bits[2], bits[3]), 20)
+        own = threefry(tuple(jnp.full(1000, word) for word in key), (jnp.asarray(bits[2]), jnp.asarray(bits[3])), 20)
         np.testing.assert_array_equal(jnp.concatenate(own), jax.extend.random.threefry_2x32(tuple(key), bits[2:].reshape(-1)))
 
 

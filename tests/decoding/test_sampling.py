@@ -173,7 +173,7 @@ def test_a_draw_is_the_same_on_a_sharded_vocabulary(ranks):
     values = (2 * rng.normal(size=(count, vocab))).astype(np.float32)
     params = [SamplingParams(temperature=1.0 if row % 4 else 0.0) for row in range(count)]
     values[:16, [300, 1500]] = 50.0
-    rows = rows_of(*params, vocab=vocab, seeds=range(count))
+    rows = jax.device_put(rows_of(*params, vocab=vocab, seeds=range(count)))
     position_B = jnp.arange(count, dtype=jnp.int32)
     alone_B = compiled_draw(jnp.asarray(values), rows, position_B, purpose=Purpose.TOKEN)
     spec = MeshSpec.parse(f"tensor={ranks}")

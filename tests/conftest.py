@@ -32,6 +32,16 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, data
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--prompts", type=int, default=200, help="prompts of each many_prompts test (default: 200)")
+
+
+@pytest.fixture(scope="session")
+def many_prompts(request: pytest.FixtureRequest) -> int:
+    """How many prompts the ``many_prompts`` tests answer."""
+    return request.config.getoption("--prompts")
+
+
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
     """SmolLM2-135M-Instruct as a GGUF file (98 MB, Q4_1), in the user's cache; downloaded the first time."""

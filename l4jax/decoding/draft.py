@@ -1,6 +1,6 @@
-"""Drafting: a drafter grows a tree of guesses behind each row's last token, a level a pass.
+"""Drafting: a drafter grows a tree of guesses after each row's last token, one level per pass.
 
-Nothing of it is cached: the keys of the tree's inner nodes are kept beside the drafter's cache until the round is over.
+The drafter's cache does not change: the keys of the tree's inner nodes are kept beside it until the round is over.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from l4jax.cache import LayerCache, PageTables, TreeCache
-from l4jax.decoding.sampling import SamplingRows, highest_tokens, log_probabilities, position_keys
+from l4jax.decoding.randomness import Purpose, gumbel, stream_keys
+from l4jax.decoding.sampling import SamplingRows, highest_tokens, log_probabilities
 from l4jax.decoding.tree import NONE, DynamicTree, StaticTree, TreeTables, tree_tables
 from l4jax.decoding.verify import Draft
 from l4jax.model.drafter import Drafter
@@ -21,15 +22,13 @@ from l4jax.model.llama import Llama
 from l4jax.model.step import tree_step_inputs
 from sharding.ranks import local_index
 
-_NODES = 1 << 31  # what is folded into a position's key for nodes; smaller numbers are verification's
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DraftState:
-    """What a drafter carries from round to round: its cache, and its output at its last entry, which the root's children come from.
+    """What a drafter carries from round to round: its cache, and its output at the last cached token, which predicts the root's children.
 
-    It has an entry for each token in the target's cache.
+    Its cache has an entry for each token in the target's cache.
     """
 
     cache: tuple[LayerCache, ...]
@@ -38,7 +37,7 @@ class DraftState:
 
 @dataclasses.dataclass(frozen=True)
 class Drafting:
-    """What grows trees: drafter and target, a round's state, and how far a query of the drafter looks back (None: over everything)."""
+    """What growing a tree needs. ``window``: how many tokens a query of the drafter looks back; None if it sees all."""
 
     drafter: Drafter
     target: Llama
@@ -54,9 +53,12 @@ class Drafting:
     def run(
         self, token_Bn: Array, hidden_BnD: Array, depth: int, sees_BnS: Array, cache: tuple[TreeCache, ...]
     ) -> tuple[Array, tuple[TreeCache, ...]]:
-        """One pass over nodes of this depth, from their parents' hidden states; ``sees_BnS``: those run before, and themselves."""
+        """Run the drafter on nodes of this depth, given their parents' hidden states.
+
+        ``sees_BnS``: which of the nodes run so far, these included, each node attends to.
+        """
         B, n = token_Bn.shape
-        # The root's own entry is the last in the drafter's cache, so its children come right behind.
+        # The last entry of the drafter's cache is the root's, so the root's children come next.
         depth_Bn = jnp.full((B, n), depth - 1, jnp.int32)
         decoder, ranks = self.drafter.config.decoder, self.drafter.ranks
         step = tree_step_inputs(decoder, self.length_B, depth_Bn, jnp.ones((B, n), bool), sees_BnS, self.tables, ranks, window=self.window)
@@ -70,7 +72,7 @@ class Drafting:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DraftDistributions:
-    """What the children of a static tree's inner nodes were drawn from: log-probabilities over the draft vocabulary, by inner node."""
+    """Log-probabilities over the draft vocabulary that the children of each inner node of a static tree were drawn from."""
 
     log_q_BIV: Float32[Array, "B I V"]
 
@@ -78,11 +80,11 @@ class DraftDistributions:
 def draft_static(
     drafting: Drafting, tree: StaticTree, root_B: Int32[Array, "B"], rows: SamplingRows | None, position_B: Int32[Array, "B"]
 ) -> tuple[Int32[Array, "B N"], DraftDistributions | None]:
-    """Tokens of a static tree's nodes: each node's children are its likeliest tokens.
+    """Draft the tokens of a static tree: each node's children are its likeliest tokens.
 
-    With ``rows`` they are drawn without replacement instead, from the drafter's distribution at each row's temperature (where that
-    is 0, they are the likeliest), by numbers keyed by seed, output position and node; and what they were drawn from is returned.
-    ``position_B`` is the output position of what follows the root.
+    With ``rows``, children are drawn without replacement from the drafter's distribution at each row's temperature (at 0 they are the
+    likeliest), with noise keyed by (seed, output position, node, token); the distributions are returned too. ``position_B`` is the
+    output position of the token after the root.
     """
     B, vocab = len(root_B), drafting.drafter.vocab
     inner = [node for node in range(tree.size) if tree.children(node)]
@@ -122,31 +124,28 @@ def _is_above(tree: StaticTree, other: int, node: int) -> bool:
 
 
 def _perturbed(logits_BnV: Array, rows: SamplingRows, position_B: Array, nodes: list[int], drafting: Drafting) -> tuple[Array, Array]:
-    """Log-probabilities, and the same with Gumbel noise: their highest, in order, are drawn without replacement (Gumbel-top-k)."""
+    """Log-probabilities, and their sums with Gumbel noise: the highest sums, in order, are draws without replacement (Gumbel-top-k)."""
     vocab = drafting.drafter.vocab
     V = logits_BnV.shape[-1]
     temperature_B = jnp.where(rows.temperature_B > 0, rows.temperature_B, 1.0)
     scaled_BnV = logits_BnV / temperature_B[:, None, None]
     log_BnV = log_probabilities(scaled_BnV.reshape(-1, V), vocab).reshape(scaled_BnV.shape)
 
-    def noise(key: Array) -> Array:
-        # Drawn for the whole vocabulary on every rank, which takes its part: the numbers must not depend on the mesh.
-        # In JAX's usual mode it ends at 16, and of a large vocabulary's many unlikely tokens too few would be drawn.
-        size = (V * vocab.count,)
-        own = jnp.stack([jax.random.gumbel(jax.random.fold_in(key, _NODES + node), size, mode="high") for node in nodes])
-        return jax.lax.dynamic_slice_in_dim(own, vocab.index() * V, V, axis=1)
+    def noise(node: Array) -> Array:
+        return gumbel(stream_keys(rows.seed_B2, position_B, Purpose.DRAFT, node), token_V)
 
-    noise_BnV = jax.vmap(noise)(position_keys(rows.key_B2, position_B))
-    # Where only one token can be accepted the likeliest are the best guesses, and acceptance does not ask how they were drawn.
+    token_V = vocab.index() * V + jnp.arange(V, dtype=jnp.int32)
+    noise_BnV = jax.vmap(noise, out_axes=1)(jnp.asarray(nodes, jnp.int32))
+    # At temperature 0 the likeliest tokens are the best guesses, and their acceptance does not depend on how they were drawn.
     return log_BnV, log_BnV + jnp.where(rows.temperature_B[:, None, None] > 0, noise_BnV, 0.0)
 
 
 def target_distribution(
     drafting: Drafting, drawn_from: DraftDistributions, tree: StaticTree, node_B: Int32[Array, "B"], V: int
 ) -> Float32[Array, "B V"]:
-    """Log-probabilities that the children of these nodes were drawn with, over this rank's ``V`` tokens of the target's vocabulary.
+    """Log-probabilities that the children of these nodes were drawn from, over this rank's ``V`` tokens of the target's vocabulary.
 
-    A leaf has none: all are -inf.
+    All are -inf for a leaf.
     """
     inner = [node for node in range(tree.size) if tree.children(node)]
     index_of = np.full(tree.size, len(inner), np.int32)
@@ -164,15 +163,15 @@ def target_distribution(
 def draft_dynamic(drafting: Drafting, tree: DynamicTree, root_B: Int32[Array, "B"]) -> tuple[Int32[Array, "B N"], Int32[Array, "B N"]]:
     """Tokens and parents of dynamic trees (EAGLE-2, arXiv 2406.16858, section 4): expanded, then reranked.
 
-    A node's score is the log-probability of the way to it, as the drafter has it. Of equal scores the node that was grown first comes
-    first, which a parent always was: none is cut off from its child.
+    A node's score is the drafter's log-probability of the path to it. Ties go to the older node; a parent is always older, so no child is
+    kept without its parent.
     """
     B, k = len(root_B), tree.topk
     log_BV = log_probabilities(drafting.logits(drafting.state.hidden_BD), drafting.drafter.vocab)
     score_Bk, id_Bk = highest_tokens(log_BV, k, drafting.drafter.vocab)
     token_Bk = drafting.drafter.target_tokens(id_Bk)
     pool_token, pool_score, pool_parent = [token_Bk], [score_Bk], [jnp.full((B, k), NONE, jnp.int32)]
-    # The frontier: the nodes that are to be expanded, and which of the pool's and of those run before they are and see.
+    # The frontier: the nodes to expand next, their numbers in the pool, and which of the nodes run so far each attends to.
     frontier_Bk = jnp.broadcast_to(jnp.arange(k, dtype=jnp.int32)[None], (B, k))
     hidden_BkD = jnp.broadcast_to(drafting.state.hidden_BD[:, None], (B, k, drafting.state.hidden_BD.shape[1]))
     above_BkS = jnp.zeros((B, k, 0), bool)
@@ -201,7 +200,7 @@ def draft_dynamic(drafting: Drafting, tree: DynamicTree, root_B: Int32[Array, "B
 
 
 def _rerank(token_BU: Array, score_BU: Array, parent_BU: Array, root_B: Array, nodes: int) -> tuple[Array, Array]:
-    """The best ``nodes`` - 1 of the pool behind the root, in the order they were grown in."""
+    """The root and the best ``nodes`` - 1 nodes of the pool, in the order in which they were grown."""
     B, U = token_BU.shape
     _, best_Bm = jax.lax.top_k(score_BU, nodes - 1)
     kept_Bm = jnp.sort(best_Bm.astype(jnp.int32), axis=1)
@@ -222,7 +221,7 @@ def grow(
     rows: SamplingRows | None,
     position_B: Int32[Array, "B"],
 ) -> tuple[Draft, DraftDistributions | None]:
-    """Trees of this shape behind each row's root; nodes deeper than ``room_B`` levels are not valid.
+    """Grow a tree of this shape after each row's root; nodes deeper than ``room_B`` levels are not valid.
 
     ``rows`` and ``position_B`` are as in :func:`draft_static`.
     """
@@ -232,9 +231,9 @@ def grow(
             token_BN, drawn_from = draft_static(drafting, shape, root_B, rows, position_B)
             parent_BN = jnp.broadcast_to(jnp.asarray(shape.parents, jnp.int32)[None], token_BN.shape)
         else:
-            assert rows is None, "a reranked tree's children are no longer in the order they were drawn in"
+            assert rows is None, "reranking changes the order in which a node's children were drawn"
             token_BN, parent_BN = draft_dynamic(drafting, shape, root_B)
-        # Ranks that repeat each other's work may differ in its last bit, and would let the target attend to different trees.
+        # Ranks that do the same work may round differently, and the target would attend to a different tree on each.
         token_BN, parent_BN = drafting.drafter.ranks.of_first(jnp.stack([token_BN, parent_BN]))
         tree: TreeTables = tree_tables(parent_BN, shape.depth)
         return Draft(token_BN, tree, (tree.depth_BN <= room_B[:, None]) & active_B[:, None]), drawn_from

@@ -1,4 +1,4 @@
-"""The plain decode loop: one token a step for every row, many steps a dispatch, nothing read back between them."""
+"""The plain decode loop: each step produces one token per row, and a dispatch runs many steps without reading anything back."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from l4jax.model.llama import Llama
 from sharding.ranks import Ranks, local_index
 
 BURST = 32
-"""Most tokens of a row that one dispatch produces, and so the most that wait to be streamed."""
+"""The most tokens of a row that one dispatch produces, and so the most that wait to be streamed."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """What a decode step carries on. ``token_B`` has been given out but is not in the cache yet.
+    """What one decode step passes to the next. ``token_B``, each row's last token, has been emitted but is not in the cache yet.
 
-    ``length_B``: tokens in the cache. ``produced_B``: tokens given out so far. ``counts`` is None unless logits are adjusted.
+    ``length_B``: tokens in the cache. ``produced_B``: tokens emitted so far. ``counts`` is None unless logits are adjusted.
     """
 
     cache: tuple[LayerCache, ...]
@@ -36,7 +36,7 @@ class DecodeState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeTokens:
-    """What one dispatch produced: [steps, B], with -1 where a row had finished; only the first ``steps`` entries mean anything."""
+    """What one dispatch produced: a row of B tokens per step, -1 where a row had finished; entries from ``steps`` on are undefined."""
 
     token_sB: Int32[Array, "s B"]
     logprobs: Logprobs | None
@@ -45,7 +45,7 @@ class DecodeTokens:
 
 
 def is_final(token_B: Int32[Array, "B"], produced_B: Int32[Array, "B"], rows: SamplingRows) -> Bool[Array, "B"]:
-    """True where this token, the ``produced_B``-th of its row, is the row's last; so is one that could not be chosen."""
+    """Whether this token, the ``produced_B``-th of its row, is the row's last; NOT_FINITE always is."""
     return (token_B == NOT_FINITE) | jnp.any(token_B[:, None] == rows.stop_Bj, axis=-1) | (produced_B >= rows.max_tokens_B)
 
 
@@ -59,9 +59,9 @@ def count_token(counts: TokenCounts, token_B: Int32[Array, "B"], active_B: Bool[
 def decode_tokens(
     model: Llama, state: DecodeState, tables: PageTables, rows: SamplingRows, steps: Int32[Array, ""], features: SamplingFeatures
 ) -> tuple[DecodeState, DecodeTokens]:
-    """Decode until ``steps`` tokens (at most BURST) are out or every row has finished.
+    """Decode until ``steps`` tokens (at most BURST) are produced or every row has finished.
 
-    On a mesh each rank along ``data`` has its own rows; they take as many steps as the longest needs.
+    On a mesh each rank along ``data`` has its own rows; all ranks take as many steps as the longest row needs.
     """
     data, vocab = model.mesh.along("data"), model.mesh.along("tensor")
 
@@ -75,7 +75,7 @@ def decode_tokens(
         new_B = active_B.astype(jnp.int32)
         x_BTD, _, cache = model(state.token_B[:, None], state.length_B, new_B, state.cache, tables)
         token_B, logprobs = sample(model.logits(x_BTD[:, 0]), rows, state.counts, state.produced_B, features, vocab)
-        # Ranks that repeat each other's work may differ in its last bit, and would choose and stop each for itself.
+        # Ranks that do the same work may round differently, and each would choose its own token.
         token_B = model.ranks.of_first(token_B)
         token_B = jnp.where(active_B, token_B, state.token_B)
         produced_B = state.produced_B + new_B

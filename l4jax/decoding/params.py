@@ -1,4 +1,4 @@
-"""What a request may ask of the sampler."""
+"""A request's sampling parameters."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 MAX_LOGPROBS = 20
-"""Most alternatives that can be reported beside each token."""
-_LARGEST = 1e12  # of numbers that logits are multiplied with or added to, one after the other: float32 holds the result
+"""The most alternatives that can be reported for each token."""
+_LARGEST = 1e12  # logits are multiplied by one such number and added to another; float32 holds the result
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How to continue a prompt.
 
-    The logits go through, in this order: ``logit_bias`` (added), ``repetition_penalty`` (tokens of prompt and output:
+    These apply to the logits, in this order: ``logit_bias`` (added), ``repetition_penalty`` (tokens of prompt and output:
     positive logits divided, negative ones multiplied), ``presence_penalty`` and ``frequency_penalty`` (tokens of the
     output: subtracted once, and once per occurrence), ``temperature``, ``min_p`` (drop tokens less likely than this
     fraction of the likeliest), ``top_k`` (0: off), ``top_p``. Tokens that tie at a cut are all kept. At temperature 0 the
-    highest adjusted logit wins and the cuts do not matter.
+    highest adjusted logit wins and the cuts have no effect.
 
-    ``seed`` and the position in the output decide the random number of a token, whatever else is in the batch; None
-    draws a seed. ``logprobs=n`` reports the log-probability of each chosen token and of the n likeliest, under the
-    model's own distribution (before everything above). Generation ends at ``max_tokens``, at a model end token (unless
-    ``ignore_eos``) or one of ``stop_token_ids`` (kept in ``token_ids``, not in the text), or before one of the ``stop``
-    strings.
+    A token is the highest of logit / temperature + Gumbel noise. The noise is a function of (``seed``, position in the
+    output, token id), so the same seed gives the same tokens whatever else is in the batch, up to rounding; None draws a
+    seed. ``logprobs=n`` reports the log-probability of each chosen token and of the n likeliest, under the model's own
+    distribution (before everything above). Generation ends at ``max_tokens``, at a model end token (unless ``ignore_eos``)
+    or one of ``stop_token_ids`` (kept in ``token_ids``, not in the text), or before one of the ``stop`` strings.
     """
 
     max_tokens: int = 256
@@ -49,7 +49,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        # Copies: the caller's may change, or be iterators that can be read but once.
+        # Copied, because the caller may change them later, or they may be iterators that can be read only once.
         for name in ("stop", "stop_token_ids"):
             with contextlib.suppress(TypeError):
                 object.__setattr__(self, name, tuple(getattr(self, name)))

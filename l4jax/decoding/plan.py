@@ -1,4 +1,4 @@
-"""How to speculate: the tree, how its tokens are drafted, and from text what of both a user wants."""
+"""How to speculate: the tree, how its tokens are drafted, and how a user writes both."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from l4jax.decoding.tree import DynamicTree, StaticTree
 
 @dataclasses.dataclass(frozen=True)
 class Speculation:
-    """A tree, and whether its tokens are drawn from the drafter's distribution (``sampled``) or are its likeliest."""
+    """A tree, and whether its tokens are drawn from the drafter's distribution (``sampled``) or are its likeliest ones."""
 
     tree: StaticTree | DynamicTree
     sampled: bool = False
@@ -23,7 +23,7 @@ class Speculation:
         if self.sampled and isinstance(self.tree, DynamicTree):
             raise ValueError(
                 "speculation with a dynamic tree cannot be sampled: its nodes are chosen by their probability after they are drawn, and "
-                "what is left no longer has the distribution that accepting them relies on; expected a chain or a static tree"
+                "the chosen ones no longer have the distribution that verification relies on; expected a chain or a static tree"
             )
 
     @classmethod
@@ -53,19 +53,19 @@ class Speculation:
 
 
 TableJson = Mapping[str, Mapping[str, str]]
-"""How to speculate, by dtype and then by number of rows, as in ``{"bfloat16": {"1": "chain:5", "8": "off"}}``; not, in other dtypes.
+"""How to speculate, by dtype and then by number of rows, as in ``{"bfloat16": {"1": "chain:5", "8": "off"}}``; off for other dtypes.
 
-What a pass over several tokens costs, compared with one, depends on the dtype: on a CPU it is little in bfloat16 and much in float32.
+The dtype decides how much more a pass over several tokens costs than a pass over one: on a CPU little in bfloat16, much in float32.
 """
 UNMEASURED: TableJson = {dtype: {"1": "chain:3"} for dtype in ("float32", "bfloat16", "float16")}
-"""For a drafter of which nothing has been measured."""
+"""The table of a drafter whose speed has not been measured."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SpeculationTable:
-    """How to speculate at each batch size: (rows, speculation), by rows; None where decoding one by one is faster.
+    """How to speculate at each batch size: (rows, speculation), ordered by rows; None where decoding one token per pass is faster.
 
-    An entry holds from its number of rows up to the next entry's; below the first, the first holds.
+    An entry applies from its number of rows up to the next entry's; the first applies below it too.
     """
 
     entries: tuple[tuple[int, Speculation | None], ...]
@@ -77,7 +77,7 @@ class SpeculationTable:
 
     @classmethod
     def from_json(cls, values: TableJson, dtype: str) -> SpeculationTable:
-        """What holds for this dtype. Raises ValueError for what is no such table."""
+        """The table for this dtype. Raises ValueError if ``values`` is not a speculation table."""
         example = '{"bfloat16": {"1": "chain:5", "8": "off"}}'
         by_dtype = {}
         for name, by_rows in values.items():
@@ -93,11 +93,11 @@ class SpeculationTable:
 
     @property
     def speculates(self) -> bool:
-        """Whether it does at any batch size."""
+        """Whether any batch size speculates."""
         return any(speculation is not None for _, speculation in self.entries)
 
     def check_fits(self, config: ModelConfig, draft_vocab_size: int) -> None:
-        """Raise ValueError if a tree is deeper than what the model's cache has behind any token, or wider than the drafter's vocabulary."""
+        """Raise ValueError if a tree is deeper than the cache allows, or a node has more children than the draft vocabulary has tokens."""
         most = min(config.max_position_embeddings, config.attention_chunk_size or config.max_position_embeddings) - 1
         for _, speculation in self.entries:
             if speculation is not None and speculation.tree.depth > most:
@@ -108,11 +108,11 @@ class SpeculationTable:
                 )
             if speculation is not None and speculation.tree.most_children > draft_vocab_size:
                 raise ValueError(
-                    f"a draft tree has nodes with {speculation.tree.most_children} children; expected at most {draft_vocab_size}, which is "
-                    "how many tokens the drafter can guess"
+                    f"a draft tree has nodes with {speculation.tree.most_children} children; expected at most {draft_vocab_size}, the size "
+                    "of the draft vocabulary"
                 )
 
     def at(self, rows: int) -> Speculation | None:
-        """How to speculate with so many rows."""
+        """How to speculate with this number of rows."""
         fitting = [speculation for least, speculation in self.entries if least <= rows]
         return fitting[-1] if fitting else self.entries[0][1]

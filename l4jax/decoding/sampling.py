@@ -1,7 +1,7 @@
 """Sampling on the device: logit processors, truncation and the draw, for a batch in which every row has its own settings.
 
-Nothing here sorts the vocabulary or draws a number per token: cuts are thresholds found by bisection and the draw inverts
-the cumulative distribution with one uniform number a row, keyed by (request seed, output position).
+Nothing here sorts the vocabulary: cuts are thresholds found by bisection, and the draw is one maximum over perturbed logits, with Gumbel
+noise keyed by (request seed, output position, token).
 
 On a mesh each rank of ``vocab`` has a part of the vocabulary, in order, and the logits are never gathered: ranks exchange maxima,
 sums and candidates, a few numbers a row.
@@ -15,20 +15,22 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float32, Int32, Key, UInt32
+from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
 from l4jax.arrays import host_array
 from l4jax.decoding.params import MAX_LOGPROBS, SamplingParams
+from l4jax.decoding.randomness import Purpose, gumbel, stream_keys
 from sharding.ranks import ONE, Ranks, local_index
 
 NOT_FINITE = -2
-"""In the place of a token: the logits had a NaN or an infinity, or no token at all was left."""
+"""Stands for a token where the logits had a NaN or an infinity, or every token was forbidden."""
+_BLOCK = 128
 _ONE_BITS = 0x3F800000  # the bit pattern of float32 1.0; patterns of non-negative floats are ordered as the floats are
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingFeatures:
-    """What at least one row of a batch needs; each combination is a compiled program of its own.
+    """What at least one row of a batch needs; each combination compiles a program of its own.
 
     ``random``: a temperature above 0. ``adjusted``: a bias or penalty. ``logprobs``: log-probabilities reported.
     """
@@ -50,7 +52,7 @@ class SamplingRows:
     repetition_B: Float32[Array, "B"]
     presence_B: Float32[Array, "B"]
     frequency_B: Float32[Array, "B"]
-    key_B2: UInt32[Array, "B 2"]
+    seed_B2: UInt32[Array, "B 2"]
     bias_id_Bj: Int32[Array, "B j"]
     bias_Bj: Float32[Array, "B j"]
     stop_Bj: Int32[Array, "B j"]
@@ -60,7 +62,7 @@ class SamplingRows:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenCounts:
-    """What the penalties look at: which tokens the prompt holds, and how often the output does so far."""
+    """What the penalties read: which tokens are in the prompt, and how often each is in the output so far."""
 
     in_prompt_BV: Bool[Array, "B V"]
     output_BV: Int32[Array, "B V"]
@@ -88,7 +90,7 @@ def batch_features(params: Sequence[SamplingParams]) -> SamplingFeatures:
 def sampling_rows(
     params: Sequence[SamplingParams], seeds: Sequence[int], stop_ids: Sequence[Sequence[int]], vocab_size: int
 ) -> SamplingRows:
-    """Stack the settings of a batch, as host arrays. Lists are padded to a power of two, so that few shapes are compiled."""
+    """Stack the settings of a batch as host arrays. Lists are padded to a power of two, so that few shapes are compiled."""
 
     def stack(name: str, dtype: type) -> Array:
         return host_array([getattr(p, name) for p in params], dtype)
@@ -103,7 +105,7 @@ def sampling_rows(
         repetition_B=stack("repetition_penalty", np.float32),
         presence_B=stack("presence_penalty", np.float32),
         frequency_B=stack("frequency_penalty", np.float32),
-        key_B2=host_array([[seed >> 32, seed & 0xFFFFFFFF] for seed in seeds], np.uint32),
+        seed_B2=host_array([[seed >> 32, seed & 0xFFFFFFFF] for seed in seeds], np.uint32),
         bias_id_Bj=_pad(bias_ids, vocab_size, np.int32),
         bias_Bj=_pad(bias_values, 0.0, np.float32),
         stop_Bj=_pad(stop_ids, -1, np.int32),
@@ -130,11 +132,13 @@ def sample(
     A row whose logits are not finite gets :data:`NOT_FINITE`. The result is the same on every rank of ``vocab``.
     """
     with jax.named_scope("sample"):
-        adjusted_BV, highest_B, token_B = _likeliest(logits_BV, rows, counts, features, vocab)
+        adjusted_BV = _adjusted(logits_BV, rows, counts, features, vocab)
         if features.random:
-            weights_BV = truncated_weights(adjusted_BV, rows, highest_B, vocab)
-            drawn_B = draw(weights_BV, uniform(rows.key_B2, position_B), vocab)
-            token_B = jnp.where(rows.temperature_B > 0, drawn_B, token_B)
+            highest_B = _highest(adjusted_BV, vocab)
+            log_weights_BV, kept_BV = truncate(adjusted_BV, rows, highest_B, vocab)
+            token_B = draw(jnp.where(kept_BV, log_weights_BV, -jnp.inf), rows, position_B, Purpose.TOKEN, vocab)
+        else:
+            highest_B, token_B = highest_token(adjusted_BV, vocab)
         token_B = jnp.where(jnp.isfinite(highest_B), token_B, NOT_FINITE)
         return token_B, token_logprobs(logits_BV, token_B, vocab) if features.logprobs else None
 
@@ -142,40 +146,47 @@ def sample(
 def probabilities(
     logits_BV: Float32[Array, "B V"], rows: SamplingRows, counts: TokenCounts | None, features: SamplingFeatures, vocab: Ranks = ONE
 ) -> tuple[Float32[Array, "B V"], Bool[Array, "B"]]:
-    """The distribution that :func:`sample` draws from, all on one token at temperature 0; and in which rows it is one."""
-    adjusted_BV, highest_B, token_B = _likeliest(logits_BV, rows, counts, features, vocab)
-    index_B = local_index(token_B, logits_BV.shape[1], vocab)
-    weights_BV = jax.nn.one_hot(index_B, logits_BV.shape[1], dtype=jnp.float32)
+    """The distribution that :func:`sample` draws from, all on one token at temperature 0; and whether the row's logits are finite."""
+    V = logits_BV.shape[1]
+    adjusted_BV = _adjusted(logits_BV, rows, counts, features, vocab)
+    highest_B, token_B = highest_token(adjusted_BV, vocab)
+    weights_BV = jax.nn.one_hot(local_index(token_B, V, vocab), V, dtype=jnp.float32)
     if features.random:
-        drawn_BV = truncated_weights(adjusted_BV, rows, highest_B, vocab)
+        log_weights_BV, kept_BV = truncate(adjusted_BV, rows, highest_B, vocab)
+        drawn_BV = jnp.where(kept_BV, jnp.exp(log_weights_BV), 0.0)
         weights_BV = jnp.where(rows.temperature_B[:, None] > 0, drawn_BV, weights_BV)
     return weights_BV / vocab.sum(jnp.sum(weights_BV, axis=-1))[:, None], jnp.isfinite(highest_B)
 
 
-def _likeliest(
-    logits_BV: Array, rows: SamplingRows, counts: TokenCounts | None, features: SamplingFeatures, vocab: Ranks
-) -> tuple[Array, Array, Array]:
-    """The adjusted logits, the highest of each row, and its token."""
-    if features.adjusted:
-        assert counts is not None
-        logits_BV = adjust_logits(logits_BV, rows, counts, vocab)
-    highest_B = _highest(logits_BV, vocab)
-    return logits_BV, highest_B, _find(logits_BV, highest_B, vocab)
+def _adjusted(logits_BV: Array, rows: SamplingRows, counts: TokenCounts | None, features: SamplingFeatures, vocab: Ranks) -> Array:
+    if not features.adjusted:
+        return logits_BV
+    assert counts is not None
+    return adjust_logits(logits_BV, rows, counts, vocab)
 
 
 def _highest(logits_BV: Array, vocab: Ranks) -> Array:
-    """The highest logit of each row; infinity where there is a NaN, which a maximum over ranks might lose."""
+    """The highest logit of each row; infinity for a row with a NaN, which a maximum over ranks might lose."""
     highest_B = jnp.max(logits_BV, axis=-1)
     return vocab.max(jnp.where(jnp.isnan(highest_B), jnp.inf, highest_B))
 
 
-def _find(logits_BV: Array, highest_B: Array, vocab: Ranks) -> Array:
-    """The first token with this logit."""
-    V = logits_BV.shape[1]
-    token_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    has_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0] == highest_B
+def highest_token(values_BV: Float32[Array, "B V"], vocab: Ranks = ONE) -> tuple[Float32[Array, "B"], Int32[Array, "B"]]:
+    """The highest value of each row, infinity where there is a NaN, and its token; of equal values the lowest token.
+
+    A pass over the vocabulary takes the maximum of each block, and only the best block is searched: XLA's argmax takes several times as
+    long on CPUs, and an index found by comparing with the maximum could be missing where XLA computes the values twice.
+    """
+    B, V = values_BV.shape
+    blocks_Bbv = jnp.pad(values_BV, ((0, 0), (0, -V % _BLOCK)), constant_values=-jnp.inf).reshape(B, -1, _BLOCK)
+    highest_Bb = jnp.max(blocks_Bbv, axis=-1)
+    block_B = jnp.argmax(highest_Bb, axis=-1).astype(jnp.int32)
+    own_B = _pick(highest_Bb, block_B)
+    place_B = jnp.argmax(jnp.take_along_axis(blocks_Bbv, block_B[:, None, None], axis=1)[:, 0], axis=-1).astype(jnp.int32)
+    highest_B = vocab.max(jnp.where(jnp.isnan(own_B), jnp.inf, own_B))
     # The lowest of the ranks' tokens, as the highest of their negatives.
-    return -vocab.max(-jnp.where(has_B, token_B + vocab.index() * V, V * vocab.count))
+    token_B = jnp.where(own_B == highest_B, vocab.index() * V + block_B * _BLOCK + place_B, V * vocab.count - 1)
+    return highest_B, -vocab.max(-token_B)
 
 
 def adjust_logits(logits_BV: Float32[Array, "B V"], rows: SamplingRows, counts: TokenCounts, vocab: Ranks = ONE) -> Float32[Array, "B V"]:
@@ -190,25 +201,31 @@ def adjust_logits(logits_BV: Float32[Array, "B V"], rows: SamplingRows, counts: 
     return logits_BV - once_BV - rows.frequency_B[:, None] * counts.output_BV.astype(jnp.float32)
 
 
-def truncated_weights(
+def truncate(
     logits_BV: Float32[Array, "B V"], rows: SamplingRows, highest_B: Float32[Array, "B"], vocab: Ranks = ONE
-) -> Float32[Array, "B V"]:
-    """Unnormalised probabilities after temperature, min-p, top-k and top-p; the likeliest token, of logit ``highest_B``, has weight 1."""
+) -> tuple[Float32[Array, "B V"], Bool[Array, "B V"]]:
+    """Logarithms of unnormalised probabilities at each row's temperature, and which tokens min-p, top-k and top-p keep.
+
+    The likeliest token, of logit ``highest_B``, has log-weight 0 and is always kept.
+    """
     temperature_B = jnp.where(rows.temperature_B > 0, rows.temperature_B, 1.0)
-    weights_BV = jnp.exp((logits_BV - highest_B[:, None]) / temperature_B[:, None])
-    weights_BV = jnp.where(weights_BV >= rows.min_p_B[:, None], weights_BV, 0.0)
+    log_weights_BV = (logits_BV - highest_B[:, None]) / temperature_B[:, None]
+    weights_BV = jnp.exp(log_weights_BV)
+    bits_BV = jax.lax.bitcast_convert_type(weights_BV, jnp.int32)
 
+    least_B = jnp.maximum(jax.lax.bitcast_convert_type(rows.min_p_B, jnp.int32), 1)  # a weight of zero is never kept
     wanted_B = rows.top_k_B.astype(jnp.float32)
-    weights_BV = _cut(weights_BV, lambda count_B, _: count_B >= wanted_B, rows.top_k_B <= 0, vocab)
-    mass_B = rows.top_p_B * vocab.sum(jnp.sum(weights_BV, axis=-1))
-    return _cut(weights_BV, lambda _, sum_B: sum_B >= mass_B, rows.top_p_B >= 1, vocab)
+    least_B = _raise(least_B, weights_BV, lambda count_B, _: count_B >= wanted_B, rows.top_k_B <= 0, vocab)
+    mass_B = rows.top_p_B * vocab.sum(jnp.sum(jnp.where(bits_BV >= least_B[:, None], weights_BV, 0.0), axis=-1))
+    least_B = _raise(least_B, weights_BV, lambda _, sum_B: sum_B >= mass_B, rows.top_p_B >= 1, vocab)
+    return log_weights_BV, bits_BV >= least_B[:, None]
 
 
-def _cut(weights_BV: Array, enough: Callable[[Array, Array], Array], unlimited_B: Array, vocab: Ranks) -> Array:
-    """Zero the weights below the highest threshold that still keeps ``enough(count, sum)`` of them.
+def _raise(least_B: Array, weights_BV: Array, enough: Callable[[Array, Array], Array], unlimited_B: Array, vocab: Ranks) -> Array:
+    """Raise the lowest kept weight as far as ``enough(count, sum)`` of the weights kept still holds.
 
-    Bisects over the bit patterns of float32 in [0, 1]; a row is settled once at most one weight lies between its bounds. Counts
-    are float32 to be summed over the ranks together with the sums: exact up to 2**24 tokens.
+    Thresholds are bit patterns of float32 in [0, 1], found by bisection; a row is settled once at most one weight is between its bounds.
+    Counts are float32 to be summed over the ranks together with the sums: exact up to 2**24 tokens.
     """
     bits_BV = jax.lax.bitcast_convert_type(weights_BV, jnp.int32)
 
@@ -232,57 +249,27 @@ def _cut(weights_BV: Array, enough: Callable[[Array, Array], Array], unlimited_B
 
     shape = weights_BV.shape[:1]
     everything = jnp.full(shape, weights_BV.shape[1] * vocab.count, jnp.float32)
-    start = (jnp.zeros(shape, jnp.int32), jnp.full(shape, _ONE_BITS + 1, jnp.int32), everything, jnp.zeros(shape, jnp.float32))
-    low_B = jnp.where(unlimited_B, 0, jax.lax.while_loop(unsettled, halve, start)[0])
-    return jnp.where(bits_BV >= low_B[:, None], weights_BV, 0.0)
+    start = (least_B, jnp.full(shape, _ONE_BITS + 1, jnp.int32), everything, jnp.zeros(shape, jnp.float32))
+    return jnp.where(unlimited_B, least_B, jax.lax.while_loop(unsettled, halve, start)[0])
 
 
-def position_keys(key_B2: UInt32[Array, "B 2"], position_B: Int32[Array, "B"]) -> Key[Array, "B"]:
-    """A key a row, a function of (seed, output position) alone."""
+def draw(
+    log_weights_BV: Float32[Array, "B V"], rows: SamplingRows, position_B: Int32[Array, "B"], purpose: Purpose, vocab: Ranks = ONE
+) -> Int32[Array, "B"]:
+    """Draw a token with a probability proportional to its weight; weights of -inf are never drawn.
 
-    def one(key_2: Array, position: Array) -> Array:
-        return jax.random.fold_in(jax.random.wrap_key_data(key_2, impl="threefry2x32"), position)
-
-    return jax.vmap(one)(key_B2, position_B)
-
-
-def uniform(key_B2: UInt32[Array, "B 2"], position_B: Int32[Array, "B"]) -> Float32[Array, "B"]:
-    """One number in [0, 1) a row, a function of (seed, output position) alone."""
-    return jax.vmap(jax.random.uniform)(position_keys(key_B2, position_B))
-
-
-def draw(weights_BV: Float32[Array, "B V"], uniform_B: Float32[Array, "B"], vocab: Ranks = ONE) -> Int32[Array, "B"]:
-    """Invert the cumulative distribution, in vocabulary order and by levels: find the rank, the block, then the token in it.
-
-    The result always has a positive weight, whatever rounding does to the sums.
+    Gumbel-max: the token with the highest sum of log-weight and noise, the lower one of equal sums. The noise is keyed by (seed, position,
+    token), so every sharding draws the same token, and rounding changes it only where the two highest sums nearly tie. At
+    temperature 0 there is no noise, and the highest weight wins.
     """
-    B, V = weights_BV.shape
-    width = 128
-    blocks_BnW = jnp.pad(weights_BV, ((0, 0), (0, -V % width))).reshape(B, -1, width)
-    sums_Bn = jnp.sum(blocks_BnW, axis=-1)
-    sums_BR = vocab.gather(jnp.sum(sums_Bn, axis=-1)).T
-    rank_B, left_B = _locate(sums_BR, uniform_B * jnp.sum(sums_BR, axis=-1))
-    block_B, left_B = _locate(sums_Bn, left_B)
-    within_B, _ = _locate(jnp.take_along_axis(blocks_BnW, block_B[:, None, None], axis=1)[:, 0], left_B)
-    token_B = rank_B * V + block_B * width + within_B
-    return vocab.sum(jnp.where(rank_B == vocab.index(), token_B, 0))
+    V = log_weights_BV.shape[1]
+    token_V = vocab.index() * V + jnp.arange(V, dtype=jnp.int32)
+    noise_BV = gumbel(stream_keys(rows.seed_B2, position_B, purpose), token_V)
+    return highest_token(log_weights_BV + jnp.where(rows.temperature_B[:, None] > 0, noise_BV, 0.0), vocab)[1]
 
 
-def _locate(weights_Bn: Array, target_B: Array) -> tuple[Array, Array]:
-    """Where the running sum passes the target, and what is left of the target before that entry.
-
-    Only entries with weight count: prefix sums computed in parallel may wobble in the last bit across a zero.
-    """
-    cumulative_Bn = jnp.cumsum(weights_Bn, axis=-1)
-    positive_Bn = weights_Bn > 0
-    passed_Bn = positive_Bn & (cumulative_Bn > target_B[:, None])
-    last_B = weights_Bn.shape[1] - 1 - jnp.argmax(positive_Bn[:, ::-1], axis=-1)
-    index_B = jnp.where(jnp.any(passed_Bn, axis=-1), jnp.argmax(passed_Bn, axis=-1), last_B).astype(jnp.int32)
-    return index_B, target_B - (_pick(cumulative_Bn, index_B) - _pick(weights_Bn, index_B))
-
-
-def _pick(values_Bn: Array, index_B: Array) -> Array:
-    return jnp.take_along_axis(values_Bn, index_B[:, None], axis=1)[:, 0]
+def _pick(values_BV: Array, index_B: Array) -> Array:
+    return jnp.take_along_axis(values_BV, index_B[:, None], axis=1)[:, 0]
 
 
 def empty_logprobs(leading: tuple[int, ...], vocab_size: int) -> Logprobs:
@@ -309,7 +296,7 @@ def log_probabilities(logits_BV: Float32[Array, "B V"], vocab: Ranks = ONE) -> F
 def highest_tokens(values_BV: Float32[Array, "B V"], count: int, vocab: Ranks = ONE) -> tuple[Float32[Array, "B j"], Int32[Array, "B j"]]:
     """The ``count`` highest values of each row and their tokens, highest first; of equal ones the lower token comes first."""
     V = values_BV.shape[1]
-    # The highest of all are among the highest of each rank.
+    # The highest values of all are among each rank's highest.
     top_Bj, top_id_Bj = jax.lax.top_k(values_BV, min(count, V))
     if vocab.count == 1:
         return top_Bj, top_id_Bj.astype(jnp.int32)

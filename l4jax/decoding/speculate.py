@@ -1,6 +1,6 @@
-"""Speculative decoding: draft a tree, let the model see all of it in one pass, give out what stands, and again, many rounds a dispatch.
+"""Speculative decoding: draft a tree, run the model on all of it in one pass, emit the accepted tokens; many rounds per dispatch.
 
-A round's tokens are those that decoding one by one gives (see ``decoding.verify``). Rows go on at their own pace.
+``decoding.verify`` says why the tokens are those of decoding without speculation. Each row accepts at its own pace.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BeyondTraining = Literal["window", "stop"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SpeculationState:
-    """What a round carries on: what a decode step does, and the drafter's part."""
+    """What one round passes to the next: the state of plain decoding, and the drafter's."""
 
     decode: DecodeState
     draft: DraftState
@@ -39,9 +39,9 @@ class SpeculationState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RoundCounts:
-    """Since the dispatch began: each row's rounds, its drafted tokens, and in how many rounds at least so many of them stood.
+    """Each row's rounds and drafted tokens since the dispatch began, and how many rounds accepted a draft of each depth.
 
-    ``accepted_Bd[b, i]``: rounds in which the drafted token at depth i + 1 stood, whether or not it was given out.
+    ``accepted_Bd[b, i]``: rounds in which the draft at depth i + 1 was accepted, even if the row ended before it.
     """
 
     rounds_B: Int32[Array, "B"]
@@ -50,10 +50,10 @@ class RoundCounts:
 
 
 def room(config: ModelConfig, drafter: Drafter, length_B: Int32[Array, "B"], depth: int, beyond: BeyondTraining) -> Int32[Array, "B"]:
-    """Levels that a tree may have behind the root at position ``length_B``, at most ``depth``.
+    """The number of levels, at most ``depth``, that a tree may have below a root at position ``length_B``.
 
-    In chunk-local layers all of it must lie in the root's attention chunk (arXiv 2508.08192, on iRoPE). A drafter that stops where its
-    training did drafts no further.
+    In models with chunk-local layers the tree must end with the root's attention chunk (arXiv 2508.08192, on iRoPE). With ``beyond``
+    "stop" it also ends at the length that the drafter was trained on.
     """
     room_B = jnp.full_like(length_B, depth)
     for decoder in (config, drafter.config.decoder):
@@ -66,7 +66,7 @@ def room(config: ModelConfig, drafter: Drafter, length_B: Int32[Array, "B"], dep
 
 
 def window(drafter: Drafter, beyond: BeyondTraining) -> int | None:
-    """How far the drafter looks back."""
+    """How many tokens the drafter looks back; None if it sees all."""
     return drafter.config.decoder.max_position_embeddings if beyond == "window" else None
 
 
@@ -82,9 +82,9 @@ def speculate_tokens(
     plan: Speculation,
     beyond: BeyondTraining,
 ) -> tuple[SpeculationState, DecodeTokens, RoundCounts]:
-    """Rounds until a row has ``steps`` new tokens (at most BURST, and those of the round) or every row has finished.
+    """Run rounds until a row has ``steps`` new tokens (at most BURST, not counting what its last round adds) or every row has finished.
 
-    Tokens come as decoding without speculation gives them out, each row's own behind each other.
+    Tokens are laid out as :func:`decode_tokens` does, each row's own contiguous from step 0; a slower row has -1 at the end.
     """
     data, vocab = model.mesh.along("data"), model.mesh.along("tensor")
     B, L = len(state.decode.token_B), plan.tree.depth + 1
@@ -98,7 +98,7 @@ def speculate_tokens(
     def one_round(
         carry: tuple[SpeculationState, DecodeTokens, RoundCounts, Array],
     ) -> tuple[SpeculationState, DecodeTokens, RoundCounts, Array]:
-        state, out, counted, given_B = carry
+        state, out, counted, emitted_B = carry
         now = state.decode
         active_B = ~now.done_B
         drafting = Drafting(drafter, model, state.draft, now.length_B, draft_tables, window(drafter, beyond))
@@ -131,26 +131,26 @@ def speculate_tokens(
         last_B1 = jnp.maximum(kept_B - 1, 0)[:, None]
         token_B = jnp.where(active_B, jnp.take_along_axis(verified.token_BL, last_B1, axis=1)[:, 0], now.token_B)
 
-        # Of the tree's keys, those of the tokens that stay are cached: the root's, and all but the last of what is given out.
+        # The cache gets the keys of the root and of every emitted token but the last, which has not been run.
         cache = model.accept(nodes, verified.node_BL, now.length_B, kept_B, tables)
-        # The drafter goes over the same tokens with the target's hidden states, in the place of its own guesses.
+        # The drafter runs over the same tokens with the target's hidden states, which replace its own guesses of them.
         feature_BLf = jnp.take_along_axis(feature_BNf, verified.node_BL[:, :, None], axis=1)
         passed_BL = jnp.concatenate([now.token_B[:, None], verified.token_BL[:, :-1]], axis=1)
         piece = (passed_BL, token_B, feature_BLf, now.length_B, kept_B)
         hidden_BD, draft_cache = prefill_drafter(drafter, model, state.draft.cache, *piece, draft_tables, None, None, beyond)
         hidden_BD = jnp.where(active_B[:, None], hidden_BD, state.draft.hidden_BD)
 
-        given_BL = jnp.arange(L, dtype=jnp.int32)[None, :] < kept_B[:, None]
-        place_BL = jnp.where(given_BL, given_B[:, None] + jnp.arange(L, dtype=jnp.int32)[None, :], width)
+        emitted_BL = jnp.arange(L, dtype=jnp.int32)[None, :] < kept_B[:, None]
+        place_BL = jnp.where(emitted_BL, emitted_B[:, None] + jnp.arange(L, dtype=jnp.int32)[None, :], width)
 
         def record(buffer: Array, value_BL: Array) -> Array:
             return buffer.at[place_BL, row_B1].set(value_BL, mode="drop")
 
-        given_B = given_B + kept_B
+        emitted_B = emitted_B + kept_B
         out = DecodeTokens(
             token_sB=record(out.token_sB, verified.token_BL),
             logprobs=jax.tree.map(record, out.logprobs, verified.logprobs),
-            steps=jnp.max(given_B),
+            steps=jnp.max(emitted_B),
             done_B=now.done_B | done_B,
         )
         reached_Bd = jnp.arange(1, L, dtype=jnp.int32)[None, :] <= verified.accepted_B[:, None]
@@ -160,7 +160,7 @@ def speculate_tokens(
             accepted_Bd=counted.accepted_Bd + (reached_Bd & active_B[:, None]).astype(jnp.int32),
         )
         decode = DecodeState(cache, token_B, now.length_B + kept_B, now.produced_B + kept_B, out.done_B, verified.counts)
-        return SpeculationState(decode, DraftState(draft_cache, hidden_BD)), out, counted, given_B
+        return SpeculationState(decode, DraftState(draft_cache, hidden_BD)), out, counted, emitted_B
 
     logprobs = empty_logprobs((width, B), model.config.vocab_size) if features.logprobs else None
     nothing = DecodeTokens(jnp.full((width, B), NONE, jnp.int32), logprobs, jnp.int32(0), state.decode.done_B)
@@ -171,12 +171,12 @@ def speculate_tokens(
 
 
 def _until_final(verified: Verified, produced_B: Array, rows: SamplingRows, active_B: Array) -> tuple[Array, Array]:
-    """How many of a round's tokens are given out: up to the first that ends its row; and the rows that end."""
+    """How many of a round's tokens are emitted, up to the first that ends its row; and which rows end."""
     L = verified.token_BL.shape[1]
     index_1L = jnp.arange(L, dtype=jnp.int32)[None, :]
-    given_BL = (index_1L <= verified.accepted_B[:, None]) & active_B[:, None]
+    emitted_BL = (index_1L <= verified.accepted_B[:, None]) & active_B[:, None]
     of_each = jax.vmap(is_final, in_axes=(1, 1, None), out_axes=1)
-    final_BL = given_BL & of_each(verified.token_BL, produced_B[:, None] + 1 + index_1L, rows)
+    final_BL = emitted_BL & of_each(verified.token_BL, produced_B[:, None] + 1 + index_1L, rows)
     done_B = jnp.any(final_BL, axis=1)
     kept_B = jnp.where(done_B, jnp.argmax(final_BL, axis=1).astype(jnp.int32) + 1, verified.accepted_B + 1)
     return jnp.where(active_B, kept_B, 0), done_B
@@ -196,10 +196,10 @@ def prefill_drafter(
     spread: Spread | None,
     beyond: BeyondTraining,
 ) -> tuple[Float[Array, "B D"], tuple[LayerCache, ...]]:
-    """The drafter's entries for ``new_B[b]`` tokens behind the ``start_B[b]`` cached ones, from the target's features at them.
+    """Add the drafter's cache entries of ``new_B[b]`` tokens after the ``start_B[b]`` cached ones, given the target's features at them.
 
-    ``following_B``: the token behind the last of them. With a ``layout``, each rank has the features of its tokens. Returns the
-    drafter's output at the last, and its cache.
+    ``following_B``: the token after the last of them. With a ``layout``, each rank has the features of its own tokens. Returns the
+    drafter's output at the last token, and its cache.
     """
     with jax.named_scope("draft_entries"):
         config, T = drafter.config.decoder, token_BT.shape[1]
@@ -213,6 +213,6 @@ def prefill_drafter(
                 config, layout, start_B, tables, drafter.ranks, aligned=spread.aligned, window=window(drafter, beyond)
             )
             next_BT = tokens_at(next_BT, layout.position_RBT[drafter.ranks.index()], start_B)
-        # A token that could not be chosen ends its row: which embedding it gets does not matter.
+        # NOT_FINITE is negative and ends its row, so any embedding will do.
         hidden_BTD, cache = drafter(model, jnp.maximum(next_BT, 0), drafter.read(feature_Btf), step, cache, spread)
         return last_state(hidden_BTD, start_B, new_B, layout, drafter.ranks), cache

@@ -1,6 +1,6 @@
-"""Draft trees: which nodes there are, known when a program is compiled, and the tables that verification and attention read.
+"""Draft trees: their shapes, known when a program is compiled, and the tables that verification and attention read.
 
-Node 0 is the root, the last token given out; the others are drafted. A node's parent always has a lower number.
+Node 0 is the root, the last token emitted; the others are drafted. A node's parent always has a lower number.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32
 
 NONE = -1
-"""In the place of a node: there is none."""
+"""Stands for a node that does not exist."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StaticTree:
     """A tree whose shape is the same for every row and round; ``parents[n]`` is node n's parent, NONE for the root.
 
-    Nodes are ordered by depth, and siblings lie together in the order of their rank: a node's first child is the drafter's likeliest
-    token (or the one drawn first).
+    Nodes are ordered by depth, and siblings are adjacent, in order of rank: a node's first child is the drafter's likeliest token (or the
+    first one drawn).
     """
 
     parents: tuple[int, ...]
@@ -37,15 +37,14 @@ class StaticTree:
 
     @classmethod
     def chain(cls, length: int) -> StaticTree:
-        """``length`` drafted tokens, one after the other."""
+        """Make a chain of ``length`` drafted tokens."""
         return cls(tuple(range(NONE, length)))
 
     @classmethod
     def from_paths(cls, paths: Sequence[Sequence[int]]) -> StaticTree:
-        """From the way to each node but the root: ``[1, 0]`` is the first child of the root's second child.
+        """Build a tree from the path to each node but the root: ``[1, 0]`` is the first child of the root's second child.
 
-        Raises ValueError for a path that is empty, given twice, or has a number that is not a rank; and for one whose parent or
-        whose sibling of the next better rank is not among them.
+        Raises ValueError if a path is empty, given twice or not made of ranks, or if its parent or its next better sibling is missing.
         """
         for path in paths:
             if not path or any(not isinstance(rank, int) or isinstance(rank, bool) or rank < 0 for rank in path):
@@ -66,7 +65,7 @@ class StaticTree:
 
     @classmethod
     def from_file(cls, path: Path) -> StaticTree:
-        """From a JSON list of paths, as in ``configs/trees/``. Raises ValueError, naming the file, if it holds no tree."""
+        """Read a JSON list of paths, as in ``configs/trees/``. Raises ValueError, naming the file, if it holds no tree."""
         try:
             paths = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
@@ -97,7 +96,7 @@ class StaticTree:
 
     @property
     def depth(self) -> int:
-        """The longest path's length, the root not counted."""
+        """The length of the longest path, the root not counted."""
         return max(self.depths)
 
     @property
@@ -114,8 +113,8 @@ class StaticTree:
 class DynamicTree:
     """A tree that is grown anew in every round (EAGLE-2, arXiv 2406.16858): expanded, then cut to the likeliest nodes.
 
-    ``steps`` times the ``topk`` likeliest leaves each get their ``topk`` likeliest children; then the ``nodes`` - 1 nodes of highest
-    probability are kept, and the root. A tree of ``steps`` levels at most, ``nodes`` nodes exactly.
+    In each of ``steps`` expansions the ``topk`` likeliest leaves get their ``topk`` likeliest children. Then the root and the
+    ``nodes`` - 1 likeliest nodes are kept. The tree has at most ``steps`` levels, and exactly ``nodes`` nodes.
     """
 
     steps: int
@@ -138,7 +137,7 @@ class DynamicTree:
 
     @property
     def depth(self) -> int:
-        """The longest path's length, the root not counted."""
+        """The length of the longest path, the root not counted."""
         return min(self.steps, self.nodes - 1)
 
     @property
@@ -150,9 +149,9 @@ class DynamicTree:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TreeTables:
-    """What a tree's parents say, spelled out for every row of a batch; NONE where there is no such node.
+    """The trees of a batch, one per row, as tables; NONE where a node does not exist.
 
-    ``sees_BNN[b, n, m]``: node m is n or above it. ``first_child_BN``, ``next_sibling_BN``: children in the order of their numbers.
+    ``sees_BNN[b, n, m]``: node m is n or an ancestor of it. ``first_child_BN``, ``next_sibling_BN``: children in order of number.
     """
 
     parent_BN: Int32[Array, "B N"]
@@ -163,12 +162,12 @@ class TreeTables:
 
 
 def tree_tables(parent_BN: Int32[Array, "B N"], depth: int) -> TreeTables:
-    """The tables of trees of at most this depth."""
+    """Make the tables of trees of at most this depth."""
     B, N = parent_BN.shape
     node_N = jnp.arange(N, dtype=jnp.int32)
     itself_BNN = jnp.broadcast_to(node_N[:, None] == node_N[None, :], (B, N, N))
     sees_BNN = itself_BNN
-    for _ in range(depth):  # what its parent sees, one level further each time
+    for _ in range(depth):  # each pass adds what the parent sees, one level further up
         parents_BNN = jnp.take_along_axis(sees_BNN, jnp.maximum(parent_BN, 0)[:, :, None], axis=1)
         sees_BNN = itself_BNN | (parents_BNN & (parent_BN != NONE)[:, :, None])
     is_child_BNN = parent_BN[:, None, :] == node_N[None, :, None]
@@ -183,5 +182,5 @@ def tree_tables(parent_BN: Int32[Array, "B N"], depth: int) -> TreeTables:
 
 
 def _first(mask_BNN: Bool[Array, "B N N"]) -> Int32[Array, "B N"]:
-    """The lowest node that is marked in each row of the mask."""
+    """The lowest node marked in each row of the mask; NONE if none is."""
     return jnp.where(jnp.any(mask_BNN, axis=-1), jnp.argmax(mask_BNN, axis=-1).astype(jnp.int32), NONE)

@@ -1,13 +1,13 @@
-"""Which drafted tokens stand, and what follows them: rules under which speculation does not change what the model says.
+"""Verification: which drafted tokens are accepted, and which token follows them, by rules that keep the model's distribution.
 
-:func:`point_mass` draws each token as decoding without speculation would, and a drafted one stands if it is the one drawn. That holds
-for any tree, however it was drafted; and since draws are keyed by (seed, output position), the tokens are the same as without
-speculation. At temperature 0 it is greedy verification. ("Accept x with probability p(x), else strike it out and go on", as EAGLE-2's
-code has it, gives the same distribution.)
+:func:`point_mass` draws each token as decoding without speculation would, and accepts a draft if it is the token drawn. This is right for
+any tree, however it was drafted. The noise of a draw is keyed by (seed, output position, token), so the tokens are the same as without
+speculation. At temperature 0 this is greedy verification. (EAGLE-2's code accepts x with probability p(x), else removes x from p and
+tries the next; that gives the same distribution.)
 
-:func:`rejection` is multi-round rejection (arXiv 2402.14160, algorithm 2) for children that were drawn from the drafter's
-distribution one after the other without replacement. More of them stand at temperatures above 0, and tokens have the same
-distribution as without speculation, but are not the same tokens.
+:func:`rejection` is multi-round rejection (arXiv 2402.14160, algorithm 2), for children drawn one after the other, without replacement,
+from the drafter's distribution. It accepts more of them at temperatures above 0. Its tokens have the same distribution as without
+speculation, but are other tokens.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int32
 
 from l4jax.decoding.generate import count_token
+from l4jax.decoding.randomness import Purpose, stream_keys, uniform
 from l4jax.decoding.sampling import (
     NOT_FINITE,
     Logprobs,
@@ -28,11 +29,9 @@ from l4jax.decoding.sampling import (
     TokenCounts,
     draw,
     empty_logprobs,
-    position_keys,
     probabilities,
     sample,
     token_logprobs,
-    uniform,
 )
 from l4jax.decoding.tree import NONE, TreeTables
 from sharding.ranks import ONE, Ranks, local_index
@@ -41,7 +40,7 @@ from sharding.ranks import ONE, Ranks, local_index
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Draft:
-    """Drafted trees: each node's token and its tables. Nodes that are not ``valid_BN`` are no candidates (nor are those below them)."""
+    """Drafted trees: each node's token, and the tables. Nodes that are not ``valid_BN`` are never accepted, nor is any node below them."""
 
     token_BN: Int32[Array, "B N"]
     tree: TreeTables
@@ -51,9 +50,9 @@ class Draft:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Verified:
-    """What a round gives out: ``token_BL``, the tokens of the ``accepted_B`` nodes that stand and the one that follows, then NONE.
+    """A round's result: ``token_BL``, the tokens of the ``accepted_B`` accepted nodes and the token after them, then NONE.
 
-    ``node_BL``: the root and those nodes, then zeros. ``counts`` has all of the tokens.
+    ``node_BL``: the root and the accepted nodes, then zeros. ``counts`` includes all of these tokens.
     """
 
     token_BL: Int32[Array, "B L"]
@@ -65,10 +64,10 @@ class Verified:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class At:
-    """Where verification stands: a node of each row, its logits, the counts with the tokens on the way to it, and how many those are.
+class NodeState:
+    """The node of each row being verified, the model's logits there, and the counts with the tokens on the path to it.
 
-    ``position_B``: the output position of the token that follows the node.
+    ``position_B``: the output position of the token after the node.
     """
 
     node_B: Int32[Array, "B"]
@@ -77,8 +76,8 @@ class At:
     position_B: Int32[Array, "B"]
 
 
-Rule = Callable[[At, Draft], tuple[Int32[Array, "B"], Int32[Array, "B"]]]
-"""Decides on the token that follows a node; gives it and the child that it is, NONE if it is none."""
+Rule = Callable[[NodeState, Draft], tuple[Int32[Array, "B"], Int32[Array, "B"]]]
+"""Chooses the token after a node. Returns it, and the child that holds it, NONE if no child is accepted."""
 
 
 def verify(
@@ -94,10 +93,10 @@ def verify(
     vocab: Ranks = ONE,
     repeating: Ranks = ONE,
 ) -> Verified:
-    """Go down each row's tree, of at most this depth, from the model's logits at its nodes.
+    """Walk down each row's tree, of at most this depth, given the model's logits at its nodes.
 
-    ``position_B``: the output position of what follows the root. Rows that are not active give out nothing. ``repeating``: ranks that
-    do the same work, and take the decisions of the first of them.
+    ``position_B``: the output position of the token after the root. Rows that are not active emit nothing. ``repeating``: ranks that do
+    the same work, which all follow the first one's decisions.
     """
     B, _, V = logits_BNV.shape
     L = depth + 1
@@ -112,17 +111,17 @@ def verify(
     def descend(carry: tuple[Array, Array, Array, Verified]) -> tuple[Array, Array, Array, Verified]:
         level, node_B, alive_B, out = carry
         logits_BV = jnp.take_along_axis(logits_BNV, node_B[:, None, None], axis=1)[:, 0]
-        token_B, child_B = repeating.of_first(jnp.stack(rule(At(node_B, logits_BV, out.counts, position_B + level), draft)))
-        stands_B = alive_B & (child_B != NONE)
+        token_B, child_B = repeating.of_first(jnp.stack(rule(NodeState(node_B, logits_BV, out.counts, position_B + level), draft)))
+        accepts_B = alive_B & (child_B != NONE)
         of_token = token_logprobs(logits_BV, token_B, vocab) if logprobs else None
         out = Verified(
             token_BL=put(out.token_BL, jnp.where(alive_B, token_B, NONE), level),
             node_BL=put(out.node_BL, jnp.where(alive_B, node_B, 0), level),
-            accepted_B=out.accepted_B + stands_B.astype(jnp.int32),
+            accepted_B=out.accepted_B + accepts_B.astype(jnp.int32),
             counts=None if out.counts is None else count_token(out.counts, token_B, alive_B, vocab),
             logprobs=jax.tree.map(lambda buffer, value: put(buffer, value, level), out.logprobs, of_token),
         )
-        return level + 1, jnp.where(stands_B, child_B, node_B), stands_B, out
+        return level + 1, jnp.where(accepts_B, child_B, node_B), accepts_B, out
 
     nothing = Verified(
         token_BL=jnp.full((L, B), NONE, jnp.int32),
@@ -138,10 +137,10 @@ def verify(
 
 
 def point_mass(rows: SamplingRows, features: SamplingFeatures, vocab: Ranks = ONE) -> Rule:
-    """A child stands if it is the token that decoding without speculation gives; for trees drafted in any way."""
+    """Accept the child that is the token decoding without speculation would draw; for trees drafted in any way."""
     features = dataclasses.replace(features, logprobs=False)
 
-    def rule(at: At, draft: Draft) -> tuple[Array, Array]:
+    def rule(at: NodeState, draft: Draft) -> tuple[Array, Array]:
         token_B, _ = sample(at.logits_BV, rows, at.counts, at.position_B, features, vocab)
         is_it_BN = (draft.tree.parent_BN == at.node_B[:, None]) & (draft.token_BN == token_B[:, None]) & draft.valid_BN
         child_B = jnp.argmax(is_it_BN, axis=1).astype(jnp.int32)
@@ -151,19 +150,19 @@ def point_mass(rows: SamplingRows, features: SamplingFeatures, vocab: Ranks = ON
 
 
 DraftDistribution = Callable[[Int32[Array, "B"]], Float32[Array, "B V"]]
-"""Log-probabilities, over the target's vocabulary (this rank's part of it), of what a node's children were drawn from."""
+"""Returns the log-probabilities, over this rank's part of the target's vocabulary, that a node's children were drawn from."""
 
 
 def rejection(rows: SamplingRows, features: SamplingFeatures, drafted: DraftDistribution, vocab: Ranks = ONE) -> Rule:
-    """Multi-round rejection; a node's children must have been drawn from ``drafted`` without replacement, in the order they lie in.
+    """Multi-round rejection; a node's children must have been drawn from ``drafted`` without replacement, in the tree's order.
 
-    The first child x stands with probability min(1, p(x) / q(x)). If it does not, p becomes what is left of it, max(p - q, 0), q
-    loses x, and the next child is tried; after the last the token is drawn from p. Each q is that which the child was drawn from: the
-    drafter's, given the siblings before it. It is held as logarithms: at low temperatures all of what is left once x is gone may be
-    smaller than any float32.
+    The first child x is accepted with probability min(1, p(x) / q(x)). Otherwise p becomes the normalised residual max(p - q, 0), x is
+    removed from q, and the next child is tried. After the last child the token is drawn from p. So each q is the distribution that the
+    child was drawn from, given the siblings before it. q is kept as logarithms: at low temperatures everything that remains without x may
+    be smaller than any float32.
     """
 
-    def rule(at: At, draft: Draft) -> tuple[Array, Array]:
+    def rule(at: NodeState, draft: Draft) -> tuple[Array, Array]:
         p_BV, finite_B = probabilities(at.logits_BV, rows, at.counts, features, vocab)
         V = p_BV.shape[1]
 
@@ -184,15 +183,15 @@ def rejection(rows: SamplingRows, features: SamplingFeatures, drafted: DraftDist
             child_B, accepted_B, tried, p_BV, log_q_BV = carry
             open_B = (child_B != NONE) & (accepted_B == NONE)
             token_B = jnp.take_along_axis(draft.token_BN, jnp.maximum(child_B, 0)[:, None], axis=1)[:, 0]
-            chance_B = attempt_uniform(rows, at.position_B, tried)
+            chance_B = uniform(stream_keys(rows.seed_B2, at.position_B, Purpose.ACCEPTANCE, tried))
             q_BV = jnp.exp(log_q_BV)
-            stands_B = open_B & (chance_B * of_token(q_BV, token_B) < of_token(p_BV, token_B))
-            rejected_B = open_B & ~stands_B
+            accepts_B = open_B & (chance_B * of_token(q_BV, token_B) < of_token(p_BV, token_B))
+            rejected_B = open_B & ~accepts_B
             left_BV = _normalized(jnp.maximum(p_BV - q_BV, 0.0), p_BV, vocab)
             following_B = jnp.take_along_axis(draft.tree.next_sibling_BN, jnp.maximum(child_B, 0)[:, None], axis=1)[:, 0]
             return (
                 jnp.where(rejected_B, existing(following_B), child_B),
-                jnp.where(stands_B, child_B, accepted_B),
+                jnp.where(accepts_B, child_B, accepted_B),
                 tried + 1,
                 jnp.where(rejected_B[:, None], left_BV, p_BV),
                 jnp.where(rejected_B[:, None], without(log_q_BV, token_B, vocab), log_q_BV),
@@ -202,23 +201,14 @@ def rejection(rows: SamplingRows, features: SamplingFeatures, drafted: DraftDist
         start = (first_B, jnp.full_like(first_B, NONE), jnp.int32(0), p_BV, drafted(at.node_B))
         _, accepted_B, _, p_BV, _ = jax.lax.while_loop(trying, attempt, start)
         token_B = jnp.take_along_axis(draft.token_BN, jnp.maximum(accepted_B, 0)[:, None], axis=1)[:, 0]
-        token_B = jnp.where(accepted_B != NONE, token_B, draw(p_BV, uniform(rows.key_B2, at.position_B), vocab))
+        token_B = jnp.where(accepted_B != NONE, token_B, draw(jnp.log(p_BV), rows, at.position_B, Purpose.RESIDUAL, vocab))
         return jnp.where(finite_B, token_B, NOT_FINITE), jnp.where(finite_B, accepted_B, NONE)
 
     return rule
 
 
-def attempt_uniform(rows: SamplingRows, position_B: Int32[Array, "B"], tried: Int32[Array, ""]) -> Float32[Array, "B"]:
-    """The number in [0, 1) that decides on the ``tried``-th child, independent of what draws tokens."""
-
-    def one(key: Array) -> Array:
-        return jax.random.uniform(jax.random.fold_in(key, tried))
-
-    return jax.vmap(one)(position_keys(rows.key_B2, position_B))
-
-
 def without(log_q_BV: Float32[Array, "B V"], token_B: Int32[Array, "B"], vocab: Ranks = ONE) -> Float32[Array, "B V"]:
-    """Log-probabilities of what is drawn after these tokens have been, which are not put back; all -inf where nothing is left."""
+    """Log-probabilities of the next draw once these tokens are drawn without replacement; all -inf where no token remains."""
     row_B = jnp.arange(len(token_B), dtype=jnp.int32)
     left_BV = log_q_BV.at[row_B, local_index(token_B, log_q_BV.shape[1], vocab)].set(-jnp.inf, mode="drop")
     highest_B1 = vocab.max(jnp.max(left_BV, axis=-1))[:, None]
@@ -228,6 +218,6 @@ def without(log_q_BV: Float32[Array, "B V"], token_B: Int32[Array, "B"], vocab: 
 
 
 def _normalized(weights_BV: Array, otherwise_BV: Array, vocab: Ranks) -> Array:
-    """Weights as probabilities; where rounding has left none of them, others."""
+    """Weights as probabilities; ``otherwise_BV`` where rounding left no weight."""
     total_B1 = vocab.sum(jnp.sum(weights_BV, axis=-1))[:, None]
     return jnp.where(total_B1 > 0, weights_BV / jnp.where(total_B1 > 0, total_B1, 1.0), otherwise_BV)

@@ -24,6 +24,7 @@ U     nodes that a dynamic tree has grown, before it is cut to N
 V     vocabulary (a drafter's own if it is reduced); on a mesh, this rank's part of it
 W     pages of a row, in a layer that keeps everything
 a     target layers whose input a drafter reads
+b     blocks of the vocabulary
 c     children of all frontier nodes of a dynamic tree (k times k)
 d     depths of drafted tokens, from 1; in training the drafter's passes, one for each depth
 e     experts of this rank
@@ -40,6 +41,7 @@ p     tokens in a page
 r     pairs of dimensions that RoPE rotates (h / 2)
 s     steps of a burst
 t     new tokens that this rank computes, of a row's T
+v     tokens of a block of the vocabulary
 w     pages of a row, in a chunk-local layer
 ====  ==========================================================================================
 

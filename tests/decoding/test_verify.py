@@ -1,7 +1,8 @@
 """The rules of verification by exact enumeration: what they give out has the target's distribution, whatever was drafted.
 
-Nothing is sampled. The numbers in [0, 1) that decide are put in by the test; where a decision changes is found by bisection on the
-verifier itself, so its probabilities come out exact to float32, for every order in which children may have been drawn.
+Nothing is sampled. The test supplies the numbers that accept or reject, and finds by bisection on the verifier itself where a decision
+changes; and it reads the weights that the last token is drawn from. So probabilities are exact to float32, for every order in which
+children may have been drawn.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from l4jax import SamplingParams
 from l4jax.decoding import sampling, verify
 from l4jax.decoding.sampling import batch_features, sampling_rows
 from l4jax.decoding.tree import NONE, StaticTree, tree_tables
+from sharding.ranks import ONE
 
 V = 5
 FEATURES = batch_features([SamplingParams(temperature=1.0)])
 BISECTIONS = 26
+SCALE = 2**30
 
 
 def distributions(count, seed, *, sharpness=2.0):
@@ -32,7 +35,7 @@ def distributions(count, seed, *, sharpness=2.0):
 
 
 class Node:
-    """A node of each row with children, and a verifier whose chances the test decides: ``outcome(attempts [R, k], final [R])``."""
+    """A node of each row with children, and a verifier whose chances the test decides: ``outcome(attempts [R, k], final)``."""
 
     def __init__(self, p, q, tokens, monkeypatch, *, valid=None, above=None):
         """``p``, ``q`` [R, V] (no ``q``: the rule that draws), ``tokens`` [R, k].
@@ -75,14 +78,20 @@ class Node:
             found = verify.verify(jnp.asarray(logits, jnp.float32), draft, rule, tree.depth, None, first, jnp.ones(R, bool), logprobs=False)
             return found.token_BL[:, lower], found.accepted_B > lower
 
-        def at_this_node(value, position_B):
-            return jnp.where(position_B == lower, value, 0.0)
+        def draw(log_weights_BV, rows, position_B, purpose, vocab=ONE):
+            """In the place of a token, the probability of the token ``final``; above the node there is only one."""
+            probability_B = jax.nn.softmax(log_weights_BV)[:, chances[1]]
+            encoded_B = (probability_B * SCALE).astype(jnp.int32)
+            return jnp.where(position_B == lower, encoded_B, jnp.argmax(log_weights_BV, axis=1).astype(jnp.int32))
 
-        monkeypatch.setattr(verify, "uniform", lambda _, position_B: at_this_node(chances[1], position_B))
-        monkeypatch.setattr(sampling, "uniform", lambda _, position_B: at_this_node(chances[1], position_B))
-        monkeypatch.setattr(
-            verify, "attempt_uniform", lambda _, position_B, tried: at_this_node(chances[0][:, jnp.minimum(tried, k - 1)], position_B)
-        )
+        def attempt(key_B2):
+            position_B, tried = key_B2
+            return jnp.where(position_B == lower, chances[0][:, jnp.minimum(tried, k - 1)], 0.0)
+
+        monkeypatch.setattr(sampling, "draw", draw)
+        monkeypatch.setattr(verify, "draw", draw)
+        monkeypatch.setattr(verify, "stream_keys", lambda _, position_B, purpose, tried: (position_B, tried))
+        monkeypatch.setattr(verify, "uniform", attempt)
         self.shape = R, 0 if q is None else k  # children on which a number of their own decides
         self.outcome = jax.jit(decide)
 
@@ -95,7 +104,7 @@ class Node:
         """The probability of each token to be given out here [R, V], and that it is an accepted one [R]."""
         R, k = self.shape
         result, left = np.zeros((R, V)), np.ones(R)
-        attempts, final = np.ones((R, max(k, 1)), np.float32), np.zeros(R, np.float32)
+        attempts, final = np.ones((R, max(k, 1)), np.float32), np.int32(0)
         for i in range(k):
             low, high = np.zeros(R), np.ones(R)  # accepted below, not above
             for _ in range(BISECTIONS):
@@ -107,16 +116,8 @@ class Node:
             result[np.arange(R), self.tokens[:, i]] += left * chance
             left = left * (1 - chance)
             attempts[:, i] = 1.0
-        below = np.zeros((R, V + 1))
-        for token_id in range(V):
-            low, high = np.zeros(R), np.ones(R)
-            for _ in range(BISECTIONS):
-                middle = ((low + high) / 2).astype(np.float32)
-                token, _ = map(np.asarray, self.outcome(attempts, middle))
-                low, high = np.where(token <= token_id, middle, low), np.where(token <= token_id, high, middle)
-            below[:, token_id + 1] = low
-        below[:, V] = 1.0
-        return result + left[:, None] * np.diff(below, axis=1), 1 - left
+        last = np.stack([np.asarray(self.outcome(attempts, np.int32(token))[0]) / SCALE for token in range(V)], axis=1)
+        return result + left[:, None] * last, 1 - left
 
 
 def orders(q, k):

@@ -1,0 +1,72 @@
+"""The sampler compiled for an H100: how often it goes over the vocabulary, and where it makes its noise."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from l4jax.decoding.params import SamplingParams
+from l4jax.decoding.sampling import batch_features, sample, sampling_rows
+from l4jax.planning.target import h100_devices
+
+pytestmark = pytest.mark.h100
+
+B, V = 8, 202048
+
+
+def compiled(params):
+    """The program's text, for logits of 8 rows over Llama 4's vocabulary."""
+    on_it = jax.sharding.SingleDeviceSharding(h100_devices(1)[0])
+    every = [params] * B
+    features = batch_features(every)
+    arguments = (np.zeros((B, V), np.float32), sampling_rows(every, range(B), [[]] * B, V), np.zeros(B, np.int32))
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_it), arguments)
+
+    def step(logits_BV, rows, position_B):
+        return sample(logits_BV, rows, None, position_B, features)[0]
+
+    return jax.jit(step).lower(*abstract).compile().as_text()
+
+
+def computations(text):
+    """Each computation's lines, by its name; "ENTRY" is the program."""
+    found = re.findall(r"^(ENTRY |)%(\S+) [^\n]*\{\n(.*?)^\}", text, re.DOTALL | re.MULTILINE)
+    return {"ENTRY" if entry else name: body.splitlines() for entry, name, body in found}
+
+
+def elements(shape):
+    return max(int(np.prod([int(n) for n in size.split(",") if n])) for size in re.findall(r"\w+\[([\d,]*)\]", shape))
+
+
+def passes(bodies):
+    """Fusions outside loops that go over the whole vocabulary, and the elements of each one's result.
+
+    Not counted: those that only look up a block of it, which have its shape inside but neither a reduction nor a result of its size.
+    """
+    found = {}
+    for line in bodies["ENTRY"]:
+        match = re.match(r"\s*(?:ROOT )?%\S+ = (\([^=]*?\)|\S+) fusion\(.*?\), .*calls=%(\S+?)[,\s]", line + " ")
+        if match is not None:
+            body = bodies[match[2]]
+            largest = max(elements(shape) for shape in re.findall(r"= (\S+\]\S*) ", "\n".join(body)))
+            if largest >= B * V and (elements(match[1]) >= B * V or any(" reduce(" in inner for inner in body)):
+                found[match[2]] = elements(match[1])
+    return found
+
+
+def test_noise_is_made_in_the_pass_that_takes_the_maximum():
+    """Four passes: the highest logit, the weights, their sum, and the highest perturbed logit. (The inverse CDF took five.)"""
+    bodies = computations(compiled(SamplingParams()))
+    found = passes(bodies)
+    assert len(found) <= 4
+    # Threefry's 13 rounds, for every token: in one of the passes, which writes no noise to memory.
+    noisy = [name for name in found if sum(" xor(" in line for line in bodies[name]) > 10]
+    assert len(noisy) == 1 and found[noisy[0]] < B * V / 100
+    assert not any(" xor(" in line and f",{V}]" in line for line in bodies["ENTRY"])
+
+
+def test_greedy_rows_need_one_pass():
+    assert len(passes(computations(compiled(SamplingParams(temperature=0.0))))) == 1

@@ -80,7 +80,7 @@ def _open_streams() -> None:
 
 
 def _say(line: str) -> None:
-    """One line on stderr; a reader that has gone is no error."""
+    """One line on stderr; a reader that has gone is not an error."""
     with contextlib.suppress(OSError):
         print(f"l4jax: {' '.join(line.split())}", file=sys.stderr)
 

@@ -25,7 +25,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--aux-layers", type=_layers, metavar="I,J,K", help="if a head's files leave it open: the target's layers whose input it reads"
     )
-    for name, what in (("residual", "takes its residual behind the norm"), ("fed-back", "feeds its normed state back")):
+    for name, what in (("residual", "takes its residual after the norm"), ("fed-back", "feeds its normed state back")):
         option = "--norm-before-residual" if name == "residual" else "--norm-fed-back"
         parser.add_argument(option, choices=("yes", "no"), help=f"if a head's files leave it open: whether it {what}")
     parser.add_argument("--dry-run", action="store_true", help="check the source and print the tensors of each weight; write nothing")

@@ -65,7 +65,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         dest="stop_token_ids",
         help="end at this token id; may be given several times",
     )
-    parser.add_argument("--ignore-eos", action="store_true", help="go on past the model's end tokens")
+    parser.add_argument("--ignore-eos", action="store_true", help="continue past the model's end tokens")
     parser.add_argument("--seed", type=int, help="reproduce a sampled answer")
     parser.set_defaults(run=run)
 

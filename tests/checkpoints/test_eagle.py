@@ -356,7 +356,7 @@ REFUSED = {
     "width": (eagle3_head(target_hidden_size=64), "hidden size of 64, not 32|width"),
     "numbering": (
         eagle3_head(eagle_aux_hidden_state_layer_ids=[1, 4, 7]),
-        "not said whether these .* --aux-layers 2,5,8 if they number outputs",
+        "does not say whether these .* --aux-layers 2,5,8 if they number outputs",
     ),
     "numbering twice": (
         eagle3_head(eagle_config={"eagle_aux_hidden_state_layer_ids": [1, 5, 8]}, eagle_aux_hidden_state_layer_ids=[3, 4, 5]),
@@ -367,7 +367,7 @@ REFUSED = {
             speculators_head(norms="none"),
             config={**speculators_head(norms="none").config, "eagle_aux_hidden_state_layer_ids": [1, 5, 8]},
         ),
-        "not said whether these .* --aux-layers 2,6,9 if they number outputs",
+        "does not say whether these .* --aux-layers 2,6,9 if they number outputs",
     ),
     "the model's context": (
         eagle3_head(max_position_embeddings=256),

@@ -21,15 +21,23 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Tests build the same small models again and again; what was compiled for one serves the next, within this run only.
+# Tests build the same small models again and again: what one test compiled, the next one loads, within this run only.
 _compiled = tempfile.TemporaryDirectory()
 jax.config.update("jax_compilation_cache_dir", _compiled.name)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+@pytest.fixture(autouse=True)
+def _compiler_effort(request: pytest.FixtureRequest) -> None:
+    """Compile without LLVM's optimisations, which takes half the time, unless the test is of the compiled program or runs a real model."""
+    needed = any(request.node.get_closest_marker(name) for name in ("optimized", "h100"))
+    optimized = needed or "smollm2_checkpoint" in request.fixturenames
+    jax.config.update("jax_disable_most_optimizations", not optimized)
 
 
 @pytest.fixture(scope="session")

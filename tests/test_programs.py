@@ -49,6 +49,7 @@ def decode_memory(config, pages_per_row, plan=None):
     return sum(leaf.size * 4 for leaf in jax.tree.leaves((cache, draft_cache))), compiled.memory_analysis()
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("plan", [None, "chain:3", "dynamic:steps=3,topk=2,nodes=6"])
 @pytest.mark.parametrize("config", [scout_like(), maverick_like(), llama3_like()], ids=["scout", "maverick", "llama3"])
 def test_decode_donates_the_cache_and_makes_no_second_copy(config, plan):

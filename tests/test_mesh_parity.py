@@ -210,7 +210,8 @@ def test_bfloat16_is_as_exact_on_a_mesh():
 
 
 @pytest.mark.parametrize(
-    ("name", "variant", "piece"), [("scout", "pass_kv", 640), ("scout", "pass_kv", 632), ("scout", "pass_q", 632), ("llama3", "pass_q", 640)]
+    ("name", "variant", "piece"),
+    [("scout", "pass_kv", 640), ("scout", "pass_kv", 632), ("scout", "pass_q", 632), ("llama3", "pass_q", 640)],
 )
 def test_either_ring_continues_a_long_prompt(name, variant, piece):
     """Two pages of cached tokens on each rank, and after them a piece that chunks of 16 do or do not divide."""

@@ -12,6 +12,21 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import hypothesis
 import jax
 import pytest
+from jaxtyping import install_import_hook
+
+# Signatures are checked while the tests run. Constructors of dataclasses that are pytrees are not: JAX calls them too, with
+# shardings, shapes or host arrays in the place of arrays.
+register_dataclass = jax.tree_util.register_dataclass
+
+
+def _register_unchecked(cls: type, *fields: object) -> type:
+    register_dataclass(cls, *fields)
+    cls.__no_type_check__ = True
+    return cls
+
+
+jax.tree_util.register_dataclass = _register_unchecked
+install_import_hook(["l4jax", "sharding", "pallas_kernels"], "beartype.beartype")
 
 from l4jax.paths import cache_root
 from l4jax.smollm2 import ensure_checkpoint, fetch

@@ -13,7 +13,7 @@ from l4jax.batch import Batch
 from l4jax.text.chat import ChatFormat
 from l4jax.text.hf_tokenizer import HfTokenizer
 from tests.text import small
-from tests.tiny import drafter, loaded_drafter, scout_like, two_layers, weights
+from tests.tiny import drafter, loaded_drafter, scout_like, shallow, weights
 
 TOKENIZER = HfTokenizer(small.backend(), {})
 TEMPLATE = (
@@ -25,7 +25,7 @@ PARAMS = SamplingParams(max_tokens=60, seed=5, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def llm():
-    config = two_layers(scout_like, vocab_size=TOKENIZER.vocab_size)
+    config = shallow(scout_like(vocab_size=TOKENIZER.vocab_size))
     chat = ChatFormat(TEMPLATE, TOKENIZER, origin="test", variables={}, stop_token_ids=[TOKENIZER.special_tokens["<|im_end|>"]])
     return LLM(config, weights(config), tokenizer=TOKENIZER, chat_format=chat)
 
@@ -140,7 +140,7 @@ def test_chat_answers_in_the_models_format(llm):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_not_finite_are_an_error_and_do_no_lasting_harm(temperature):
-    config = two_layers(scout_like)
+    config = shallow(scout_like())
     values = weights(config)
     without_7 = SamplingParams(max_tokens=8, seed=0, logit_bias={7: -np.inf})
     healthy = LLM(config, values).generate([[1, 2, 3]], without_7)[0].token_ids
@@ -154,7 +154,7 @@ def test_logits_that_are_not_finite_are_an_error_and_do_no_lasting_harm(temperat
 
 
 def test_logits_that_become_infinite_while_decoding_are_an_error():
-    config = two_layers(scout_like)
+    config = shallow(scout_like())
     values = weights(config)
     llm = LLM(config, {**values, "embed": values["embed"].at[7].set(jnp.inf)})
     with pytest.raises(ValueError, match="the model's logits are not finite"):

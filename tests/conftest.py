@@ -28,9 +28,6 @@ def _register_unchecked(cls: type, *fields: object) -> type:
 jax.tree_util.register_dataclass = _register_unchecked
 install_import_hook(["l4jax", "sharding", "pallas_kernels"], "beartype.beartype")
 
-from l4jax.paths import cache_root
-from l4jax.smollm2 import ensure_checkpoint, fetch
-
 # For tests of meshes; all others run on the first of them.
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -58,10 +55,15 @@ def _compiler_effort(request: pytest.FixtureRequest) -> None:
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
     """SmolLM2-135M-Instruct as a GGUF file (98 MB, Q4_1), in the user's cache; downloaded the first time."""
+    from l4jax.paths import cache_root
+    from l4jax.smollm2 import fetch
+
     return fetch(cache_root())
 
 
 @pytest.fixture(scope="session")
 def smollm2_checkpoint() -> Path:
     """SmolLM2-135M-Instruct converted, in the user's cache: what ``l4jax demo`` runs."""
+    from l4jax.smollm2 import ensure_checkpoint
+
     return ensure_checkpoint()

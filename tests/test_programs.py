@@ -107,7 +107,7 @@ def test_nothing_compiles_after_warm_up_on_a_mesh_whose_ranks_share_out_tokens()
         assert compiled == []
 
 
-@pytest.mark.parametrize("beyond", ["window", "stop"])
+@pytest.mark.parametrize("beyond", [pytest.param("window", marks=pytest.mark.more_meshes), "stop"])
 def test_nothing_compiles_after_warm_up_with_a_drafter(beyond):
     """Whatever its table says of as many rows, and where a text grows longer than it drafts for."""
     config = llama3_like(num_layers=1, rope_layers=(True,))

@@ -5,9 +5,18 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 # Before JAX is imported anywhere: what the tests check must not depend on the machine's accelerator.
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Tests build the same small models again and again: what one compiled, the others load, within this run only. The folder serves all
+# workers and the processes that tests start; with a largest size JAX locks it, so that nobody reads what is written in part.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _compiled = tempfile.TemporaryDirectory()
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**40)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import hypothesis
 import jax
@@ -19,8 +28,8 @@ from jaxtyping import install_import_hook
 register_dataclass = jax.tree_util.register_dataclass
 
 
-def _register_unchecked(cls: type, *fields: object) -> type:
-    register_dataclass(cls, *fields)
+def _register_unchecked(cls: type, *fields: Any, **named: Any) -> type:
+    register_dataclass(cls, *fields, **named)
     cls.__no_type_check__ = True
     return cls
 
@@ -32,12 +41,6 @@ install_import_hook(["l4jax", "sharding", "pallas_kernels"], "beartype.beartype"
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-# Tests build the same small models again and again: what one test compiled, the next one loads, within this run only.
-_compiled = tempfile.TemporaryDirectory()
-jax.config.update("jax_compilation_cache_dir", _compiled.name)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)

@@ -1,13 +1,16 @@
 # make demo    install, fetch SmolLM2-135M-Instruct, convert it, and stream its answer; PROMPT="..." asks something else
 # make test    install, and run the whole test suite, on two cores; PYTEST="-k cache -n 0" passes options to pytest
+# make test-all    also the tests that take hours: more models and meshes, and the tokens of hundreds of prompts
+# make test-oldest the suite on the oldest JAX that is allowed, in a .venv-oldest of its own
 # make test-h100   compile the real models for H100s, on any machine: fetches XLA's CUDA compiler (500 MB) into .venv
 # make setup   only prepare .venv
 # make check   ruff and mypy
 
-.PHONY: demo test test-h100 setup check clean
+.PHONY: demo test test-all test-oldest test-h100 setup check clean
 .DEFAULT_GOAL := demo
 SHELL := /bin/sh
 VENV := .venv
+OLDEST := .venv-oldest
 STAMP := $(VENV)/.installed
 H100 := $(VENV)/h100
 
@@ -25,6 +28,12 @@ demo: $(STAMP)
 test: $(STAMP)
 	@$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(PYTEST)
 
+test-all: $(STAMP)
+	@$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "not h100" $(PYTEST)
+
+test-oldest: $(OLDEST)/.installed
+	@$(OLDEST)/bin/python -m pytest -n 2 --dist loadfile $(PYTEST)
+
 # The compiler lies in a folder of its own: JAX must not find it, and miss the rest of CUDA, when it runs on this machine.
 test-h100: $(H100)/.installed
 	@PYTHONPATH=$(H100) $(VENV)/bin/python -m pytest -m h100 $(PYTEST)
@@ -37,11 +46,14 @@ check: $(STAMP)
 	@$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(OLDEST)
+
+$(STAMP): constraints.txt
+$(OLDEST)/.installed: constraints-oldest.txt
 
 # A pyenv shim exists for versions that are not installed, so every candidate is run before it is believed.
-$(STAMP): pyproject.toml constraints.txt
-	@if ! $(VENV)/bin/python -m pip --version >/dev/null 2>&1; then \
+$(STAMP) $(OLDEST)/.installed: pyproject.toml
+	@if ! $(@D)/bin/python -m pip --version >/dev/null 2>&1; then \
 	  for python in python3.12 python3.13 python3.14 python3 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.1[2-9]*/bin/python3; do \
 	    if "$$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1; then found="$$python"; break; fi; \
 	  done; \
@@ -51,12 +63,12 @@ $(STAMP): pyproject.toml constraints.txt
 	    echo "Debian 12: install pyenv, then: pyenv install 3.12" >&2; \
 	    exit 1; \
 	  fi; \
-	  echo "Making $(VENV) with $$("$$found" --version)"; \
-	  "$$found" -m venv --clear $(VENV) || exit 1; \
+	  echo "Making $(@D) with $$("$$found" --version)"; \
+	  "$$found" -m venv --clear $(@D) || exit 1; \
 	fi
-	@echo "Installing l4jax and its dependencies into $(VENV)"
-	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt hatchling editables
-	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	@echo "Installing l4jax and its dependencies into $(@D)"
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(filter constraints%,$^) hatchling editables
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(filter constraints%,$^) --no-build-isolation --editable '.[dev]'
 	@touch $@
 
 $(H100)/.installed: $(STAMP)

@@ -5,27 +5,42 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 # Before JAX is imported anywhere: what the tests check must not depend on the machine's accelerator.
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Tests build the same small models again and again: what one compiled, the others load, within this run only. The folder serves all
+# workers and the processes that tests start; with a largest size JAX locks it, so that nobody reads what is written in part.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _compiled = tempfile.TemporaryDirectory()
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**40)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import hypothesis
 import jax
 import pytest
+from jaxtyping import install_import_hook
 
-from l4jax.paths import cache_root
-from l4jax.smollm2 import ensure_checkpoint, fetch
+# Signatures are checked while the tests run. Constructors of dataclasses that are pytrees are not: JAX calls them too, with
+# shardings, shapes or host arrays in the place of arrays.
+register_dataclass = jax.tree_util.register_dataclass
+
+
+def _register_unchecked(cls: type, *fields: Any, **named: Any) -> type:
+    register_dataclass(cls, *fields, **named)
+    cls.__no_type_check__ = True
+    return cls
+
+
+jax.tree_util.register_dataclass = _register_unchecked
+install_import_hook(["l4jax", "sharding", "pallas_kernels"], "beartype.beartype")
 
 # For tests of meshes; all others run on the first of them.
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-# Tests build the same small models again and again; what was compiled for one serves the next, within this run only.
-_compiled = tempfile.TemporaryDirectory()
-jax.config.update("jax_compilation_cache_dir", _compiled.name)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
@@ -42,13 +57,26 @@ def many_prompts(request: pytest.FixtureRequest) -> int:
     return request.config.getoption("--prompts")
 
 
+@pytest.fixture(autouse=True)
+def _compiler_effort(request: pytest.FixtureRequest) -> None:
+    """Compile without LLVM's optimisations, which takes half the time, unless the test is of the compiled program or runs a real model."""
+    needed = any(request.node.get_closest_marker(name) for name in ("optimized", "h100"))
+    optimized = needed or "smollm2_checkpoint" in request.fixturenames
+    jax.config.update("jax_disable_most_optimizations", not optimized)
+
+
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
     """SmolLM2-135M-Instruct as a GGUF file (98 MB, Q4_1), in the user's cache; downloaded the first time."""
+    from l4jax.paths import cache_root
+    from l4jax.smollm2 import fetch
+
     return fetch(cache_root())
 
 
 @pytest.fixture(scope="session")
 def smollm2_checkpoint() -> Path:
     """SmolLM2-135M-Instruct converted, in the user's cache: what ``l4jax demo`` runs."""
+    from l4jax.smollm2 import ensure_checkpoint
+
     return ensure_checkpoint()

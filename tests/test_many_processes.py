@@ -14,7 +14,6 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -116,7 +115,6 @@ def start(command, devices=1, stdin=subprocess.DEVNULL):
     environment = {
         **os.environ,
         "JAX_NUM_CPU_DEVICES": str(devices),
-        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "XLA_FLAGS": "--xla_backend_optimization_level=0",  # what is tested is done by XLA's middle, and every process compiles
         "PYTHONPATH": str(Path(__file__).parent.parent),

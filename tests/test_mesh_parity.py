@@ -35,19 +35,31 @@ MESHES = [
     "sequence=2,expert=2,tensor=2",
     "data=2,sequence=2,tensor=2",
     "data=2,expert=2",
+    "expert=2",
 ]
-# Every model on every mesh takes minutes of compilation: those that differ in nothing but sizes run with `pytest -m more_meshes`.
-USUAL = {"maverick": ("tensor=2,expert=4", "sequence=2,expert=2,tensor=2"), "llama3": ("tensor=8", "sequence=4,tensor=2")}
+# Each case compiles for half a minute. Together these have every axis and every pair of axes, the others run with `make test-all`.
+USUAL = {
+    "scout": ("tensor=8", "sequence=8", "sequence=2,expert=2,tensor=2", "data=2,sequence=2,tensor=2"),
+    "maverick": ("tensor=2,expert=4", "data=2,expert=2"),
+    "llama3": ("sequence=4,tensor=2", "expert=2"),  # no experts to cut along that axis
+}
 CASES = [
-    pytest.param(name, mesh, marks=() if name == "scout" or mesh in USUAL[name] else pytest.mark.more_meshes, id=f"{name}-{mesh}")
+    pytest.param(name, mesh, marks=() if mesh in USUAL[name] else pytest.mark.more_meshes, id=f"{name}-{mesh}")
     for name in CONFIGS
     for mesh in MESHES
 ]
-# The pieces are long enough that on some meshes chunks of 8 stay whole, and on others not; later ones follow a cache.
-PIECES, LENGTHS = (32,), (70, 3, 17)
+LOGITS_TOO = [
+    ("scout", "sequence=2,expert=2,tensor=2"),
+    ("scout", "data=2,sequence=2,tensor=2"),
+    ("maverick", "tensor=2,expert=4"),
+    ("llama3", "sequence=4,tensor=2"),
+]
+# Every prompt takes two pieces, so that programs are few. The first is long enough that on some meshes chunks of 8 stay whole, and on
+# others not; the second is ragged, with fewer tokens than ranks in one row.
+PIECES, LENGTHS = (32,), (64, 33, 50, 40)
 PARAMS = [
-    SamplingParams(max_tokens=12, temperature=0.0),
-    SamplingParams(max_tokens=12, seed=3),
+    SamplingParams(max_tokens=12, temperature=0.0, logprobs=20),
+    SamplingParams(max_tokens=12, seed=3, logprobs=20),
     SamplingParams(
         max_tokens=12,
         seed=4,
@@ -60,43 +72,49 @@ PARAMS = [
         frequency_penalty=0.2,
         logit_bias={7: 2.0, 60: -1.0},
     ),
+    SamplingParams(max_tokens=9, seed=5),
 ]
 
 
 @functools.cache
+def model(name, mesh="tensor=1"):
+    return LLM(CONFIGS[name], weights(CONFIGS[name]), mesh=mesh, prefill_lengths=PIECES)
+
+
+@functools.cache
 def on_one_device(name):
-    llm = LLM(CONFIGS[name], weights(CONFIGS[name]), prefill_lengths=PIECES)
-    ragged = prompts(llm.config, LENGTHS)
-    return llm.logits(ragged), llm.generate(ragged, PARAMS)
+    return model(name).generate(prompts(CONFIGS[name], LENGTHS), PARAMS)
+
+
+def assert_close(logits, expected):
+    for got, one in zip(logits, expected, strict=True):
+        assert np.abs(got - one).max() < 1e-5 * np.abs(one).max()
 
 
 @pytest.mark.parametrize(("name", "mesh"), CASES)
-def test_a_mesh_gives_the_logits_and_tokens_of_one_device(name, mesh):
-    config = CONFIGS[name]
-    logits, completions = on_one_device(name)
-    llm = LLM(config, weights(config), mesh=mesh, prefill_lengths=PIECES)
-    ragged = prompts(config, LENGTHS)
-    for got, expected in zip(llm.logits(ragged), logits, strict=True):
-        assert np.abs(got - expected).max() < 1e-5 * np.abs(expected).max()
-    for got, expected in zip(llm.generate(ragged, PARAMS), completions, strict=True):
+def test_a_mesh_gives_the_tokens_of_one_device(name, mesh):
+    found = model(name, mesh).generate(prompts(CONFIGS[name], LENGTHS), PARAMS)
+    for got, expected in zip(found, on_one_device(name), strict=True):
         assert got.token_ids == expected.token_ids
         for a, b in zip(got.logprobs or [], expected.logprobs or [], strict=True):
             assert [token for token, _ in a.top] == [token for token, _ in b.top]
             np.testing.assert_allclose([a.logprob, *(p for _, p in a.top)], [b.logprob, *(p for _, p in b.top)], atol=1e-5)
 
 
-@pytest.mark.parametrize("mesh", ["expert=4,tensor=2", "sequence=2,expert=2"])
-def test_every_token_may_choose_one_expert(mesh):
+@pytest.mark.parametrize(("name", "mesh"), LOGITS_TOO)
+def test_a_mesh_gives_the_logits_of_one_device(name, mesh):
+    ragged = prompts(CONFIGS[name], LENGTHS)
+    assert_close(model(name, mesh).logits(ragged), model(name).logits(ragged))
+
+
+@pytest.mark.parametrize(("name", "mesh"), [("maverick", "tensor=2,expert=4"), ("scout", "sequence=2,expert=2,tensor=2")])
+def test_every_token_may_choose_one_expert(name, mesh):
     """All on one rank, none on the others: among equal scores the first expert is chosen."""
-    config = CONFIGS["maverick"]
-    values = weights(config)
-    for name in values:
-        if name.endswith(".router"):
-            values[name] = jnp.zeros_like(values[name])
+    config = CONFIGS[name]
+    values = {key: jnp.zeros_like(value) if key.endswith(".router") else value for key, value in weights(config).items()}
     ragged = prompts(config, LENGTHS)
-    expected = LLM(config, values).logits(ragged)
-    for got, one in zip(LLM(config, values, mesh=mesh).logits(ragged), expected, strict=True):
-        assert np.abs(got - one).max() < 1e-5 * np.abs(one).max()
+    found, expected = (LLM(config, values, mesh=m, prefill_lengths=PIECES).logits(ragged) for m in (mesh, "tensor=1"))
+    assert_close(found, expected)
 
 
 @pytest.mark.parametrize("mesh", ["tensor=8", "tensor=4", "expert=2,tensor=4", "tensor=2"])
@@ -146,9 +164,8 @@ def test_a_mesh_that_does_not_fit_is_refused_in_one_line(config, mesh, message):
 
 def test_results_said_to_be_equal_on_every_device_are():
     """Nothing checks it at run time: every device's copy of a replicated result, bit for bit."""
-    config = CONFIGS["scout"]
-    llm = LLM(config, weights(config), mesh="data=2,sequence=2,tensor=2")
-    batch = Batch(llm.runner, [llm._request(p, SamplingParams(max_tokens=9, seed=1)) for p in prompts(config, LENGTHS)])
+    llm = model("scout", "data=2,sequence=2,tensor=2")
+    batch = Batch(llm.runner, [llm._request(p, params) for p, params in zip(prompts(llm.config, LENGTHS), PARAMS, strict=True)])
     batch.step(1)
     batch.step(4)
     assert_copies_are_equal(dataclasses.replace(batch._state, cache=llm.runner._cache))
@@ -192,27 +209,20 @@ def test_bfloat16_is_as_exact_on_a_mesh():
     assert errors[1] < 1.25 * errors[0]
 
 
-def test_a_config_without_experts_has_nothing_to_cut_along_that_axis():
-    config, params = CONFIGS["llama3"], SamplingParams(max_tokens=5, temperature=0.0)
-    one, mesh = (LLM(config, weights(config), mesh=mesh).generate([[1, 2, 3]], params)[0] for mesh in ("tensor=1", "expert=2"))
-    assert config.moe is None and mesh.token_ids == one.token_ids
-
-
-@pytest.mark.parametrize("variant", ["pass_kv", "pass_q"])
-@pytest.mark.parametrize("name", ["scout", "llama3"])
-def test_either_ring_continues_a_long_prompt(name, variant):
-    """Several pages of cached tokens on each rank, behind them pieces that chunks of 16 do and do not divide."""
+@pytest.mark.parametrize(
+    ("name", "variant", "piece"),
+    [("scout", "pass_kv", 640), ("scout", "pass_kv", 632), ("scout", "pass_q", 632), ("llama3", "pass_q", 640)],
+)
+def test_either_ring_continues_a_long_prompt(name, variant, piece):
+    """Two pages of cached tokens on each rank, and after them a piece that chunks of 16 do or do not divide."""
     config = dataclasses.replace(CONFIGS[name], max_position_embeddings=2048)
     if config.attention_chunk_size is not None:
         config = dataclasses.replace(config, attention_chunk_size=16)
-    values, long = weights(config), prompts(config, (1100, 700))
-    expected = LLM(config, values, prefill_lengths=(256,)).logits(long)
+    values, long = weights(config), prompts(config, (1100, 1000))
     # Hardware on which one or the other always pays.
     ring = RingHardware(1e-3 if variant == "pass_kv" else 1e30, 1.0)
-    for lengths in ((256,), (100,)):
-        runner = Runner(Placement.on(config, MeshSpec(sequence=4)), values, prefill_lengths=lengths, ring_hardware=ring)
-        for got, one in zip(runner.logits(long), expected, strict=True):
-            assert np.abs(got - one).max() < 1e-5 * np.abs(one).max()
+    runner = Runner(Placement.on(config, MeshSpec(sequence=4)), values, prefill_lengths=(piece,), ring_hardware=ring)
+    assert_close(runner.logits(long), LLM(config, values, prefill_lengths=(640,)).logits(long))
 
 
 def test_smollm2_over_four_ranks(smollm2_checkpoint):

@@ -15,7 +15,7 @@ from l4jax.batch import Batch
 from l4jax.text.chat import ChatFormat
 from l4jax.text.hf_tokenizer import HfTokenizer
 from tests.text import small
-from tests.tiny import drafter, loaded_drafter, scout_like, weights
+from tests.tiny import drafter, loaded_drafter, scout_like, shallow, weights
 
 TOKENIZER = HfTokenizer(small.backend(), {})
 TEMPLATE = (
@@ -27,7 +27,7 @@ PARAMS = SamplingParams(max_tokens=60, seed=5, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def llm():
-    config = scout_like(vocab_size=TOKENIZER.vocab_size)
+    config = shallow(scout_like(vocab_size=TOKENIZER.vocab_size))
     chat = ChatFormat(TEMPLATE, TOKENIZER, origin="test", variables={})
     return LLM(config, weights(config), tokenizer=TOKENIZER, chat_format=chat)
 
@@ -93,7 +93,13 @@ def test_rows_stop_where_they_do_without_speculation(llm):
     free = llm.generate(prompts, params)
     params = [changed(temperature=p.temperature, stop=[c.text[10:13]]) for p, c in zip(params, free, strict=True)]
     plain = llm.generate(prompts, params)
-    speculating = LLM(llm.config, llm.weights, drafter=loaded_drafter(drafter(llm.config)), speculation="chain:3", tokenizer=TOKENIZER)
+    speculating = LLM(
+        llm.config,
+        llm.weights,
+        drafter=loaded_drafter(drafter(llm.config, aux_layers=(0, 1, 2))),
+        speculation="chain:3",
+        tokenizer=TOKENIZER,
+    )
     found = speculating.generate(prompts, params)
     assert [(c.token_ids, c.text, c.finish_reason) for c in found] == [(c.token_ids, c.text, c.finish_reason) for c in plain]
     assert [c.finish_reason for c in plain] == ["stop"] * 3
@@ -154,7 +160,7 @@ def test_an_end_token_that_the_files_label_as_text_ends_an_answer():
     values["added_tokens"] = values["added_tokens"][:2]
     tokenizer = HfTokenizer(tokenizers.Tokenizer.from_str(json.dumps(values)), {"eos_token": "<|end_of_text|>"})
     chat = ChatFormat(TEMPLATE, tokenizer, origin="test", variables={})
-    config = scout_like(vocab_size=tokenizer.vocab_size)
+    config = shallow(scout_like(vocab_size=tokenizer.vocab_size))
     llm = LLM(config, weights(config), tokenizer=tokenizer, chat_format=chat)
     end = tokenizer.token_id("<|im_end|>")
     forced = SamplingParams(max_tokens=3, logit_bias={end: 1e6})
@@ -168,7 +174,7 @@ def test_an_end_token_that_the_files_label_as_text_ends_an_answer():
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_not_finite_are_an_error_and_do_no_lasting_harm(temperature):
-    config = scout_like()
+    config = shallow(scout_like())
     values = weights(config)
     without_7 = SamplingParams(max_tokens=8, seed=0, logit_bias={7: -np.inf})
     healthy = LLM(config, values).generate([[1, 2, 3]], without_7)[0].token_ids
@@ -182,7 +188,7 @@ def test_logits_that_are_not_finite_are_an_error_and_do_no_lasting_harm(temperat
 
 
 def test_logits_that_become_infinite_while_decoding_are_an_error():
-    config = scout_like()
+    config = shallow(scout_like())
     values = weights(config)
     llm = LLM(config, {**values, "embed": values["embed"].at[7].set(jnp.inf)})
     with pytest.raises(ValueError, match="the model's logits are not finite"):

@@ -41,6 +41,7 @@ def test_bfloat16_accumulates_in_float32():
     np.testing.assert_array_equal(np.asarray(out, np.float32), 64.0)
 
 
+@pytest.mark.optimized
 def test_no_program_of_dense_size_exists():
     """All experts on all rows would be a [M, G, N] product or a [M, G * K] operand; neither fits in the temporaries."""
     M, G, K, N = 256, 16, 64, 96

@@ -134,6 +134,7 @@ def test_segments_must_make_up_all_keys():
         attend_positions(q, kv, np.zeros((1, 2), np.int32), np.zeros((1, 5), np.int32), segments=(2, 2), scale=1.0)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_messages_are_those_of_the_paper(ranks):
     """Transfers in the compiled program, and their bytes: max_i P_i + ceil(T / N) tokens of keys and values; queries are smaller."""

@@ -23,6 +23,8 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
+import tests.checked  # noqa: F401 - the hook looks it up by its name
+
 # Signatures are checked while the tests run. Constructors of dataclasses that are pytrees are not: JAX calls them too, with
 # shardings, shapes or host arrays in the place of arrays.
 register_dataclass = jax.tree_util.register_dataclass
@@ -35,7 +37,7 @@ def _register_unchecked(cls: type, *fields: Any, **named: Any) -> type:
 
 
 jax.tree_util.register_dataclass = _register_unchecked
-install_import_hook(["l4jax", "sharding", "pallas_kernels"], "beartype.beartype")
+install_import_hook(["l4jax", "sharding", "pallas_kernels"], "tests.checked.arrays")
 
 # For tests of meshes; all others run on the first of them.
 jax.config.update("jax_num_cpu_devices", 8)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -36,6 +36,7 @@ class Recipe:
     description: str
 
 
+@runtime_checkable
 class Source(Protocol):
     """An opened checkpoint of some format. Opening it reads headers, and tensors only to compare what should be equal."""
 
@@ -68,6 +69,7 @@ class Source(Protocol):
         ...
 
 
+@runtime_checkable
 class ModelSource(Source, Protocol):
     """An opened checkpoint of a model."""
 

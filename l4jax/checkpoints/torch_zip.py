@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import io
 import operator
 import pickle
 import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -136,7 +137,7 @@ _QUANTISED = ("_rebuild_tensor_v3", "_rebuild_qtensor")
 class _Unpickler(pickle.Unpickler):
     """Looks up only the names above."""
 
-    def __init__(self, stream: BinaryIO, path: Path) -> None:
+    def __init__(self, stream: io.BytesIO, path: Path) -> None:
         super().__init__(stream, encoding="utf-8")
         self._path = path
 
@@ -178,8 +179,7 @@ class TorchFile:
                 pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
                 if len(pickles) != 1:
                     raise CheckpointError(f"{path} has {len(pickles)} entries named data.pkl; expected one, as torch.save writes")
-                with archive.open(pickles[0]) as stream:
-                    loaded = _Unpickler(stream, path).load()  # type: ignore[arg-type]  # the archive's stream reads bytes
+                loaded = _Unpickler(io.BytesIO(archive.read(pickles[0])), path).load()
         except (zipfile.BadZipFile, struct.error) as error:
             raise CheckpointError(f"{path} is truncated or was not written by torch.save since 1.6 ({error}); fetch it again") from error
         except _BROKEN as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from l4jax.checkpoints import quiet
 from l4jax.checkpoints.convert import convert
 from l4jax.checkpoints.source import CheckpointError
 from l4jax.checkpoints.store import open_checkpoint, save_group
@@ -57,24 +58,19 @@ DAMAGE = {
 def test_files_that_go_missing_after_opening_are_one_line_and_nothing_else(damage, how, ours, capfd):
     checkpoint = open_checkpoint(ours)
     placement = Placement.on(checkpoint.config, ONE_DEVICE)
-    before = (
-        sys.unraisablehook,
-        asyncio.new_event_loop,
-        list(logging.getLogger("absl").filters),
-        list(logging.getLogger("asyncio").filters),
-    )
+    before = sys.unraisablehook, logging.getLogger("asyncio").filters[:]
     DAMAGE[damage](ours)
     with pytest.raises(CheckpointError, match=r"^[^\n]+ cannot be read \([^\n]+\); the checkpoint is damaged, convert it again$"):
         checkpoint.restore(placement) if how == "restore" else checkpoint.verify()
     gc.collect()  # a task that was left would be reported here, and fail this test
     assert capfd.readouterr().err == ""
-    after = (
-        sys.unraisablehook,
-        asyncio.new_event_loop,
-        list(logging.getLogger("absl").filters),
-        list(logging.getLogger("asyncio").filters),
-    )
-    assert after == before
+    assert (sys.unraisablehook, logging.getLogger("asyncio").filters) == before
+    assert_orbax_is_as_it_was()
+
+
+def assert_orbax_is_as_it_was() -> None:
+    assert asyncio.new_event_loop is asyncio.events.new_event_loop
+    assert quiet._drop not in logging.getLogger("absl").filters
 
 
 def test_an_interruption_while_an_array_is_read_is_not_damage(ours, monkeypatch):
@@ -94,6 +90,7 @@ def test_a_failed_write_leaves_nothing_running(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="Not a directory"):
         save_group(tmp_path / "file" / "group", {f"a{i}": np.ones(9, np.float32) for i in range(40)})
     gc.collect()
+    assert_orbax_is_as_it_was()
 
 
 def test_a_text_file_that_is_missing_is_named(ours):

@@ -1,4 +1,4 @@
-"""The command that measures on an H100, at toy sizes on a CPU; and what it says and keeps when it cannot go on."""
+"""The command that measures on an H100, at toy sizes on a CPU; and what it prints and keeps when it cannot continue."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_a_killed_run_leaves_what_it_measured_and_no_process_behind(tmp_path):
     assert (left["ceilings"]["status"], left["correctness/llama"]["status"]) == ("done", "running")
     assert len(children) == 1
     while Path(f"/proc/{children[0]}/cmdline").exists() and Path(f"/proc/{children[0]}/cmdline").read_bytes():
-        assert time.monotonic() < deadline, "the process that measures goes on alone"
+        assert time.monotonic() < deadline, "the worker outlives its parent"
         time.sleep(0.05)
     code, _, stderr = run(tmp_path, "--device", "cpu", "--minutes", "0.0001", "--only", "ceilings", "correctness")
     assert code == 1
@@ -121,9 +121,9 @@ def test_a_signal_ends_it_in_one_line_with_the_table(tmp_path):
 
 
 def test_it_ends_in_time(tmp_path):
-    begun = time.monotonic()
+    started = time.monotonic()
     code, _, stderr = run(tmp_path, "--device", "cpu", "--minutes", "0.1")
-    assert time.monotonic() - begun < 6.5
+    assert time.monotonic() - started < 6.5
     assert code == 1
     assert "time is up, and " in stderr
 
@@ -139,8 +139,8 @@ def test_without_a_gpu_it_says_so_in_one_line_and_writes_no_results(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--minutes", "0"), "'0' is no number of minutes; expected one above 0"),
-        (("--only", "decode/7"), "'decode/7' is no item; expected ceilings, chain3, "),
+        (("--minutes", "0"), "'0' is not a number of minutes; expected a number above 0"),
+        (("--only", "decode/7"), "'decode/7' is not an item; expected ceilings, chain3, "),
         (("--out", "{file}"), "/file cannot be written (File exists); give a folder that can"),
     ],
 )

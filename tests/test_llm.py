@@ -299,11 +299,11 @@ class Paused:
     """A call whose batch waits before its first step, in another thread."""
 
     def __init__(self, monkeypatch, call):
-        self.begun, self.going_on = threading.Event(), threading.Event()
+        self.started, self.going_on = threading.Event(), threading.Event()
         step = Batch.step
 
         def wait(batch, steps):
-            self.begun.set()
+            self.started.set()
             self.going_on.wait(20)
             return step(batch, steps)
 
@@ -311,7 +311,7 @@ class Paused:
         self.result = []
         self.thread = threading.Thread(target=lambda: self.result.append(call()))
         self.thread.start()
-        self.begun.wait()
+        self.started.wait()
 
     def end(self):
         self.going_on.set()

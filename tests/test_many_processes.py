@@ -71,7 +71,7 @@ while True:
 
 
 def refusals(llm, checkpoint, mesh, process_id):
-    """What a process is told when all are asked for different things, which leaves them able to go on."""
+    """What a process is told when all are asked for different things, after which they can continue."""
     calls = (
         lambda: load([checkpoint, checkpoint + "_other"][process_id], mesh=mesh),
         lambda: load(checkpoint, mesh=[mesh, "data=4"][process_id]),
@@ -111,7 +111,7 @@ def port():
 
 
 def start(command, devices=1, stdin=subprocess.DEVNULL):
-    """A process with so many devices of its own."""
+    """A process with this many devices of its own."""
     environment = {
         **os.environ,
         "JAX_NUM_CPU_DEVICES": str(devices),
@@ -208,7 +208,7 @@ def test_a_job_outlives_strangers_names_who_is_stopped_and_ends_with_the_host_of
         assert (status, out, errors) == (2, "", f"l4jax: error: {message}\n")
     for file in files:
         file.unlink()
-    wait_for(files, processes)  # the job goes on
+    wait_for(files, processes)  # the job continues
     processes[1].send_signal(signal.SIGSTOP)
     for i in (0, 2):
         line = processes[i].stderr.readline()

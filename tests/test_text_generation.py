@@ -88,7 +88,7 @@ def test_one_row_stops_while_others_go_on(llm):
 
 
 def test_rows_stop_where_they_do_without_speculation(llm):
-    """Stop strings are found burst by burst: what was decoded behind them is dropped."""
+    """Stop strings are found burst by burst: what was decoded after them is dropped."""
     prompts, params = ["the dog", "fox", "a lazy brown"], [PARAMS, changed(temperature=0.0), PARAMS]
     free = llm.generate(prompts, params)
     params = [changed(temperature=p.temperature, stop=[c.text[10:13]]) for p, c in zip(params, free, strict=True)]

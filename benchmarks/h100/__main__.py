@@ -1,10 +1,10 @@
-"""Measure everything on an H100, within a given time; what is left is measured by calling it again.
+"""Measure everything on an H100, within a given time; call it again to measure what is left.
 
     python -m benchmarks.h100 --minutes 4 --out DIR [--only NAME ...] [--skip NAME ...] [--device cpu] [--list]
 
 DIR/h100.json holds what was measured, item by item, and is written after each value. A second call with the same DIR measures what
-is missing or failed. The measuring is done by processes of its own, so it ends in time whatever they do, and an item that breaks one
-down does not take the rest along; what they print is in DIR/log.txt. The table is printed last.
+is missing or failed. Worker processes do the measuring, so the command ends in time whatever they do, and an item that crashes its
+worker does not affect the others. What workers print is in DIR/log.txt. The tables are printed last.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from benchmarks.h100.sizes import REAL, TOY
 from benchmarks.h100.worker import REFUSED
 
 MARGIN = 2.0
-"""Seconds kept back for ending the process that measures and printing the table."""
+"""Seconds reserved for ending the worker and printing the tables."""
 
 
 class Ended(Exception):
-    """A signal asks this process to end."""
+    """A signal has asked this process to end."""
 
 
 def main() -> int:
-    """Parse the command line, measure, print; the exit code is 0 if every item that was asked for was measured or does not apply."""
-    begun = time.monotonic()
+    """Parse the command line, measure, print; the exit code is 0 if every selected item was measured or does not apply here."""
+    started = time.monotonic()
     arguments = _arguments()
     sizes = TOY if arguments.device == "cpu" else REAL
     try:
@@ -55,7 +55,7 @@ def main() -> int:
         with _locked(arguments.out / "lock"), (arguments.out / "log.txt").open("a", encoding="utf-8") as log:
             path = arguments.out / "h100.json"
             Results(path)  # refuses another program's file before anything is run
-            return _measure(path, plan, arguments.device, begun + arguments.minutes * 60 - MARGIN, log)
+            return _measure(path, plan, arguments.device, started + arguments.minutes * 60 - MARGIN, log)
     except OSError as error:
         return _refuse(f"{arguments.out} cannot be written ({error.strerror}); give a folder that can")
     except ValueError as error:
@@ -86,7 +86,7 @@ def _measure(path: Path, plan: list[Item], device: str, deadline: float, log: Te
 
 
 def _measure_missing(path: Path, plan: list[Item], device: str, deadline: float, log: TextIO) -> str | None:
-    """Try each item that is not done once, until time is up. Returns why nothing can be measured here, if that is so."""
+    """Try each item that is not done once, until time is up. Returns the reason if nothing can be measured here."""
     _close_interrupted(path, "its process ended")
     left = [item for item in plan if not Results(path).is_done(item.name)]
     while left and time.monotonic() < deadline:
@@ -108,23 +108,23 @@ def _measure_missing(path: Path, plan: list[Item], device: str, deadline: float,
 
 
 def _close_interrupted(path: Path, why: str) -> None:
-    """No process measures any more: what one had begun is unfinished."""
+    """Mark the items that a worker had started as unfinished; no worker is running any more."""
     results = Results(path)
     for name in results.with_status(RUNNING):
         results.finish(name, UNFINISHED, why)
 
 
 def _run(path: Path, together: list[Item], device: str, deadline: float, log: TextIO) -> tuple[int, str | None]:
-    """One process for these items, ended when time is up: its exit code, and what it says if it cannot measure anything."""
+    """Run one worker for these items, and end it when time is up. Returns its exit code, and the reason if it can measure nothing."""
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), environment.get("PYTHONPATH"))))
     environment["JAX_PLATFORMS"] = "cpu" if device == "cpu" else "cuda,cpu"
-    # 32 rows of 8K tokens beside the weights are 51 GB, and by default JAX takes no more than 60 of 80.
+    # 32 rows of 8K tokens and the weights take 51 GB; by default JAX takes at most 60 of the 80 GB.
     environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     if together[0].process == "dump":
         flags = f"--xla_dump_to={path.parent.absolute() / 'thunks'} --xla_dump_hlo_as_text"
         environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {flags}".strip()
-        environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # what comes from a cache is not dumped
+        environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # XLA does not dump programs that come from a cache
     sizes = (TOY if device == "cpu" else REAL).name
     options = ["--results", str(path), "--sizes", sizes, "--device", device, "--items", *(item.name for item in together)]
     worker = subprocess.Popen(
@@ -162,7 +162,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.h100", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=_minutes, default=4.0, help="it ends before that many are over (default: 4)")
+    parser.add_argument("--minutes", type=_minutes, default=4.0, help="the command ends within this many minutes (default: 4)")
     parser.add_argument("--out", type=Path, default=Path("h100-results"), help="folder for the results (default: h100-results)")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="items, or groups of them such as decode")
     parser.add_argument("--skip", nargs="+", default=[], metavar="NAME")
@@ -174,7 +174,7 @@ def _arguments() -> argparse.Namespace:
 def _minutes(text: str) -> float:
     value = float(text)
     if not (math.isfinite(value) and value > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of minutes; expected one above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of minutes; expected a number above 0")
     return value
 
 

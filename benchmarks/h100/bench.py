@@ -26,7 +26,7 @@ from sharding.mesh import MeshSpec
 
 GREEDY = SamplingParams(temperature=0.0)
 Record = Callable[[str, dict[str, Any]], None]
-"""Keeps values of the running item under a name."""
+"""Records values of the running item under a name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Model:
     def random(
         cls, config: ModelConfig, drafter: DrafterConfig, device: jax.Device, dtype: jnp.dtype, drawn_on: jax.Device | None = None
     ) -> Model:
-        """Weights drawn on the device, or on ``drawn_on``: two kinds of device may round the same draws differently."""
+        """Draw weights on the device, or on ``drawn_on``: two kinds of device may round the same draws differently."""
         abstract = AbstractModel(config, MeshSpec(), [device], dtype, drafter)
         assert abstract.draft_placement is not None
         parts = []
@@ -72,21 +72,21 @@ class Bench:
 
     @property
     def memory_bytes(self) -> int | None:
-        """What JAX may use of the device's memory, where it says."""
+        """Bytes of the device's memory that JAX may use; None if the device does not say."""
         return (self.device.memory_stats() or {}).get("bytes_limit")
 
     @property
     def peak_bytes(self) -> int | None:
-        """The most that the process has used at one time so far, where the device says."""
+        """Most bytes that the process has used at one time; None if the device does not say."""
         return (self.device.memory_stats() or {}).get("peak_bytes_in_use")
 
     def compiled(self, call: Call, record: Record) -> jax.stages.Compiled:
-        """The call's program, its compile time recorded. Raises TooLittleMemory if it cannot run beside nothing but its arguments."""
-        begun = time.perf_counter()
+        """Compile the call's program, and record the time. Raises TooLittleMemory if it cannot run even alone on the device."""
+        started = time.perf_counter()
         lowered = call.lower()
         traced = time.perf_counter()
         program = lowered.compile()
-        seconds = {"trace_seconds": traced - begun, "compile_seconds": time.perf_counter() - traced}
+        seconds = {"trace_seconds": traced - started, "compile_seconds": time.perf_counter() - traced}
         memory = program.memory_analysis()
         needed = 0
         if memory is not None:
@@ -103,14 +103,14 @@ class Bench:
 
 
 def llama_and_head(sizes: Sizes) -> tuple[ModelConfig, DrafterConfig]:
-    """Llama 3.1 8B and a drafter of the size of the public EAGLE-3 heads for it, at these sizes."""
+    """Llama 3.1 8B and a drafter as large as the public EAGLE-3 heads for it, with the replacements in ``sizes``."""
     values = json.loads((configs_path() / "models" / "llama-3.1-8b.json").read_text(encoding="utf-8"))
     config = dataclasses.replace(config_from_hf(values), **sizes.model)
     return config, eagle3_head(config, sizes.draft_vocab_size, **sizes.head)
 
 
 def eagle3_head(config: ModelConfig, draft_vocab_size: int, **layer: Any) -> DrafterConfig:
-    """An EAGLE-3 drafter for a model, its one layer like the model's dense ones but for what ``layer`` replaces."""
+    """An EAGLE-3 drafter for a model. Its one layer is like the model's dense layers, except for the fields in ``layer``."""
     dense: dict[str, Any] = {
         "architecture": "llama",
         "num_layers": 1,
@@ -139,7 +139,7 @@ def eagle3_head(config: ModelConfig, draft_vocab_size: int, **layer: Any) -> Dra
 
 
 def random_arrays(tree: Any, seed: int = 0) -> Any:
-    """Device arrays in the place of abstract ones: floats normal, everything else zero. Other leaves stay."""
+    """Replace abstract arrays by device arrays: floats are drawn from a normal distribution, the rest is zero. Other leaves stay."""
 
     def make(index: int, leaf: Any) -> Any:
         if not isinstance(leaf, jax.ShapeDtypeStruct):
@@ -161,7 +161,7 @@ def _normal(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Any:
 
 
 def rows_at(state: Any, length: int) -> Any:
-    """The state of a batch whose rows have ``length`` cached tokens, nothing produced and none finished."""
+    """The state of a batch whose rows have ``length`` cached tokens, none produced and no row finished."""
     rows = len(state.token_B)
     whole = {"length_B": np.full(rows, length, np.int32), "produced_B": np.zeros(rows, np.int32), "done_B": np.zeros(rows, bool)}
     return dataclasses.replace(state, token_B=np.arange(1, rows + 1, dtype=np.int32), **whole)

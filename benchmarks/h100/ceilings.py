@@ -1,4 +1,4 @@
-"""What the device can do at best: a copy within its memory, and a matrix product in bfloat16."""
+"""The device's ceilings: a copy within its memory, and a matrix product in bfloat16."""
 
 from __future__ import annotations
 

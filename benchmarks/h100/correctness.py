@@ -1,4 +1,4 @@
-"""Whether the device computes what the CPU computes, on models small enough to be exact about: float32, highest precision."""
+"""Compares the device with the CPU, on small models in float32 at highest precision."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from l4jax.planning.compile import Call
 
 ROWS, CACHED, CAPACITY, PIECE = 3, 150, 384, 24
 TOLERANCE = 1e-4
-"""Largest difference of logits, as a part of the largest logit, that counts as the same."""
+"""Logits agree if they differ by at most this part of the largest logit."""
 
 
 def measure(bench: Bench, record: Record, *, family: str) -> None:
-    """Logits of a piece of a prompt; tokens of decoding; tokens of speculation, which are to be those of decoding."""
+    """Compare the logits of a piece of a prompt, the tokens of decoding, and the tokens of speculation (which must be decoding's)."""
     config = family_config(family)
     drafter = eagle3_head(config, config.vocab_size, intermediate_size=TOY.head["intermediate_size"])
     devices = {"cpu": jax.devices("cpu")[0], "device": bench.device}
@@ -41,7 +41,7 @@ def measure(bench: Bench, record: Record, *, family: str) -> None:
 
 
 def family_config(family: str) -> ModelConfig:
-    """A model with a few tokens, so that a random head guesses some: of Llama 3, or with all that Llama 4 adds."""
+    """A model like Llama 3, or with everything that Llama 4 adds; its vocabulary is so small that a random head guesses some tokens."""
     config = dataclasses.replace(llama_and_head(TOY)[0], vocab_size=16, max_position_embeddings=4096)
     if family == "llama":
         return config
@@ -59,7 +59,7 @@ def family_config(family: str) -> ModelConfig:
 
 
 def _run(model: Model) -> dict[str, np.ndarray]:
-    """Everything that is compared, from the same random cache in which ``CACHED`` tokens lie."""
+    """Compute everything that is compared, from the same random cache of ``CACHED`` tokens."""
     abstract = model.abstract
     call = abstract.logits_call(PIECE, CACHED, CAPACITY)
     tokens_1T = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, PIECE)).astype(np.int32)
@@ -78,7 +78,7 @@ def _run(model: Model) -> dict[str, np.ndarray]:
 
 
 def _speculated(model: Model, call: Call) -> np.ndarray:
-    """BURST tokens of every row, however many dispatches they take."""
+    """Produce BURST tokens of every row, in as many dispatches as that takes."""
     begin = _host_drawn(call.arguments[2])
     state = dataclasses.replace(begin, decode=rows_at(begin.decode, CACHED))
     program = call.lower().compile()
@@ -91,7 +91,7 @@ def _speculated(model: Model, call: Call) -> np.ndarray:
 
 
 def _host_drawn(tree: Any) -> Any:
-    """Device arrays in the place of abstract ones, drawn by numpy: the same numbers for every device."""
+    """Replace abstract arrays by device arrays that numpy has drawn: the same numbers for every device."""
     rng = np.random.default_rng(1)
 
     def make(leaf: Any) -> Any:

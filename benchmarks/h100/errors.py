@@ -1,11 +1,11 @@
-"""Why an item was not measured, where that is no fault of the program."""
+"""Reasons for not measuring an item that are not faults of the program."""
 
 from __future__ import annotations
 
 
 class NotHere(Exception):
-    """The item cannot be measured here, and why: a package or a kind of device is missing."""
+    """The item cannot be measured here, because a package or a kind of device is missing; the message says which."""
 
 
 class TooLittleMemory(Exception):
-    """A program needs more memory than the device has, and how much."""
+    """A program needs more memory than the device has; the message says how much."""

@@ -16,7 +16,7 @@ from l4jax.decoding.plan import Speculation
 
 
 def measure(bench: Bench, record: Record, *, part: str, **arguments: Any) -> None:
-    """One of the parts below, and the most memory that the process has used up to its end."""
+    """Measure one of the parts below, and the most memory that the process has used by its end."""
     {"decode": decode, "speculate": speculate, "prefill": prefill}[part](bench, record, **arguments)
     if bench.peak_bytes is not None:
         record("memory", {"peak_bytes": bench.peak_bytes})
@@ -45,7 +45,7 @@ def decode(bench: Bench, record: Record, *, rows: int) -> None:
 
 
 def speculate(bench: Bench, record: Record, *, rows: int, plan: str) -> None:
-    """Milliseconds a round at each context, likewise. Hardly a guess of a random head is accepted: a round gives about one token."""
+    """Milliseconds a round at each context, likewise. A random head's guesses are hardly ever accepted: a round yields about one token."""
     model, speculation = bench.model, Speculation.parse(plan)
     assert speculation is not None
     call = model.abstract.speculate_call(rows, _capacity(bench), GREEDY, speculation)
@@ -63,7 +63,7 @@ def speculate(bench: Bench, record: Record, *, rows: int, plan: str) -> None:
         seconds = timing.repeated(dispatch, budget=bench.sizes.seconds)
         tokens, counted = dispatch()
         rounds = int(np.max(counted.rounds_B))
-        # Each level runs the head, each but the first the layer, which the accepted tokens pass once more.
+        # Every level runs the head. Every level but the first runs the layer, and so do the accepted tokens at the end.
         drafted = speculation.tree.depth * sum(leaf.nbytes for leaf in model.draft_leaves)
         moved = decode_bytes(model, rows, context) + drafted
         produced = int(np.sum(np.asarray(tokens.token_sB) >= 0)) / (rows * rounds)
@@ -71,7 +71,7 @@ def speculate(bench: Bench, record: Record, *, rows: int, plan: str) -> None:
 
 
 def prefill(bench: Bench, record: Record, *, piece: int) -> None:
-    """Milliseconds for whole prompts, in pieces of one length that follow each other, up to the first token."""
+    """Milliseconds for whole prompts, in consecutive pieces of one length, up to the first token."""
     model = bench.model
     capacity = _capacity(bench)
     call = model.abstract.prefill_call(piece, 0, capacity, GREEDY)
@@ -96,12 +96,12 @@ def prefill(bench: Bench, record: Record, *, piece: int) -> None:
 
 
 def _capacity(bench: Bench) -> int:
-    """Tokens that a row's cache holds: the longest context, and a page for what is added."""
+    """Tokens that a row's cache has room for: the longest context, and a page for new tokens."""
     return max(*bench.sizes.contexts, *bench.sizes.prompts) + 128
 
 
 def read_bytes(model: Model) -> int:
-    """Bytes of the weights that a step reads: all but the embedding, of which it reads a row a token."""
+    """Bytes of the weights that a step reads: all but the embedding, of which it reads only one row a token."""
     tied = model.config.tie_word_embeddings
     sizes = dict(zip(model.abstract.programs.model.names, (leaf.size * leaf.dtype.itemsize for leaf in model.leaves), strict=True))
     return sum(nbytes for name, nbytes in sizes.items() if name != "embed" or tied)

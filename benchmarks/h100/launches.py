@@ -1,6 +1,6 @@
-"""What a decode step launches: kernels, CUDA graphs, and loops inside it, for each turn of which the host waits for the device.
+"""What a decode step launches: kernels, CUDA graphs, and inner loops in which the host waits for the device at every turn.
 
-Read off the list of thunks that XLA dumps for a program with two layers and one with three: the difference is a layer.
+This is read off the lists of thunks that XLA dumps for a program of two layers and one of three: the difference is one layer.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def measure(bench: Bench, record: Record) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Launches:
-    """Of one turn of a program's outermost loop: a decode step, or a round.
+    """The launches of one turn of a program's outermost loop: of a decode step, or a round.
 
     ``kernels``: kernels and copies, ``graphs``: CUDA graphs that hold them, ``single``: those that are launched one by one;
     ``loops``: inner loops whose length the device decides. ``kernels_a_turn`` and ``graphs_a_turn``: of one turn of every inner loop.
@@ -62,7 +62,7 @@ class Launches:
 
     @classmethod
     def of(cls, text: str) -> Launches:
-        """Count the thunks of one program: a line each, indented below the loop, graph or branch that it belongs to."""
+        """Count the thunks of one program: one on each line, indented below the loop, graph or branch that it belongs to."""
         counts: collections.Counter[tuple[str, int]] = collections.Counter()
         above: list[tuple[int, str]] = []
         for indent, kind in re.findall(r"^( *)\d+: k(\w+)", text, re.MULTILINE):
@@ -91,5 +91,5 @@ def _compiled(call: Call, folder: Path) -> Launches:
     call.lower().compile()
     new = set(folder.glob(THUNKS)) - before
     if not new:
-        raise NotImplementedError(f"this version of JAX dumps no {THUNKS}; expected 0.11.2 or 0.12")
+        raise NotImplementedError(f"this version of JAX does not dump {THUNKS}; expected 0.11.2 or 0.12")
     return Launches.of(max(new, key=lambda file: file.stat().st_size).read_text(encoding="utf-8"))

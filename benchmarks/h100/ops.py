@@ -1,7 +1,7 @@
-"""Each op of ``pallas_kernels`` over real shapes, beside what XLA makes of the same by itself.
+"""Each op of ``pallas_kernels`` at real shapes, beside XLA's own lowering.
 
-A program calls the op again and again over sets of arrays that together exceed the L2 cache, each call waiting for the last one's
-result, so that neither the host's work nor the cache counts.
+A program calls the op many times, over sets of arrays that together exceed the L2 cache. Each call waits for the result of the call
+before, so that neither the host's work nor the cache affects the times.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.tree_attention import tree_attention
 
 PAGE = 128
-_LEAST_SECONDS, _BYTES_PER_SECOND, _FLOPS_PER_SECOND = 4e-6, 3e12, 8e14  # what a call takes at the very least on an H100
+_LEAST_SECONDS, _BYTES_PER_SECOND, _FLOPS_PER_SECOND = 4e-6, 3e12, 8e14  # a lower bound on the time of a call on an H100
 
 
 def measure(bench: Bench, record: Record, *, op: str) -> None:
@@ -35,7 +35,7 @@ def measure(bench: Bench, record: Record, *, op: str) -> None:
 
 
 Case = tuple[Callable[[Array], tuple[Array, ...]], Mapping[str, Callable[..., Any]], int]
-"""What makes the arrays from a key, what is called with them under which name, and the FLOPs of a call."""
+"""A function that makes the arrays from a key, the functions that are called with them by name, and the FLOPs of a call."""
 
 
 def _pages(shape: Attention) -> Case:
@@ -124,7 +124,7 @@ CASES: Mapping[str, Callable[[Any], Case]] = {
 
 
 def timed(bench: Bench, function: Callable[..., Any], arrays: Callable[[Array], Any], nbytes: int, flops: int) -> dict[str, Any]:
-    """Time of a call in milliseconds, and seconds of compilation; or in one line why it does not run here."""
+    """Time of a call in milliseconds, and seconds of compilation; or, in one line, the reason why it does not run here."""
     copies = max(1, min(8, -(-bench.sizes.rotated_bytes // nbytes)))
     least = max(_LEAST_SECONDS, nbytes / _BYTES_PER_SECOND, flops / _FLOPS_PER_SECOND)
     loops = max(1, min(bench.sizes.most_loops, int(0.01 / (least * copies))))
@@ -132,7 +132,7 @@ def timed(bench: Bench, function: Callable[..., Any], arrays: Callable[[Array], 
     def program(sets: list[tuple[Array, ...]]) -> Any:
         def again(_: Array, last: Any) -> Any:
             for first, *rest in sets:
-                # Each call waits for the last: it cannot be moved out of the loop, nor run beside it.
+                # Each call waits for the call before, so XLA cannot move it out of the loop or run both at once.
                 first, _ = jax.lax.optimization_barrier((first, last))
                 last = function(first, *rest)
             return last
@@ -142,12 +142,12 @@ def timed(bench: Bench, function: Callable[..., Any], arrays: Callable[[Array], 
 
     with jax.default_device(bench.device):
         sets = [jax.jit(arrays)(jax.random.key(copy)) for copy in range(copies)]
-        begun = time.perf_counter()
+        started = time.perf_counter()
         try:
             compiled = jax.jit(program).lower(sets).compile()
         except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
             return {"why": " ".join(f"{type(error).__name__}: {error}".split())[:200]}
-        compile_seconds = time.perf_counter() - begun
+        compile_seconds = time.perf_counter() - started
         seconds = timing.repeated(lambda: compiled(sets), budget=bench.sizes.seconds / 3)
     return timing.summary(seconds, per=copies * loops) | {"compile_seconds": compile_seconds}
 

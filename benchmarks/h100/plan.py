@@ -1,4 +1,4 @@
-"""The items in order of worth, and which process each runs in. No JAX here: the supervising process reads it too."""
+"""The items in order of worth, and the worker that runs each. Imports no JAX: the supervising process reads it too."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ OPS = ("attend_pages", "tree_attention", "attend", "grouped_matmul")
 class Item:
     """One measurement: ``benchmarks.h100.{module}.measure(bench, record, **arguments)``.
 
-    ``process``: items next to each other that name the same process share one, and with it the model's weights. PyTorch has a
-    process of its own because JAX keeps the device's memory, and ``dump`` because XLA takes its flags once a process.
+    ``process``: consecutive items with the same name here share a worker, and with it the model's weights. PyTorch has its own
+    worker because JAX keeps the device's memory, and ``dump`` because XLA reads its flags once in each process.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Item:
 
 
 def items(sizes: Sizes) -> list[Item]:
-    """What is measured at these sizes."""
+    """All items at these sizes."""
     first, *others = sizes.speculated_rows
     return [
         Item("ceilings", "ceilings"),
@@ -56,11 +56,11 @@ def _speculation(rows: int) -> list[Item]:
 
 
 def selected(plan: list[Item], only: list[str], skip: list[str]) -> list[Item]:
-    """The items that ``only`` names (all, if it is empty) without those that ``skip`` names. Raises ValueError for unknown names."""
+    """The items that ``only`` names (all if it is empty), without those that ``skip`` names. Raises ValueError for unknown names."""
     known = {item.name for item in plan} | {item.group for item in plan}
     for name in (*only, *skip):
         if name not in known:
-            raise ValueError(f"{name!r} is no item; expected {', '.join(sorted(known))}")
+            raise ValueError(f"{name!r} is not an item; expected {', '.join(sorted(known))}")
 
     def named(item: Item, names: list[str]) -> bool:
         return item.name in names or item.group in names

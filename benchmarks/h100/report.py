@@ -1,8 +1,8 @@
-"""Tables of what was measured, in Markdown: ``python -m benchmarks.h100.report [FILE ...]``, by default all in ``benchmarks/results``.
+"""Prints tables of results in Markdown: ``python -m benchmarks.h100.report [FILE ...]``, by default all in ``benchmarks/results``.
 
-Beside each time stands its floor: the bytes that must be moved over the copy's bandwidth, or the FLOPs over the matrix product's,
-whichever takes longer; both ceilings measured by the same run, or an H100's data sheet's (3.35 TB/s, 989 TFLOP/s) if it has none.
-No JAX here: results are read anywhere.
+Each time has a floor beside it: the bytes that must be moved over the copy's bandwidth, or the FLOPs over the matrix product's rate,
+whichever takes longer. Both ceilings come from the same run, or from an H100's data sheet (3.35 TB/s, 989 TFLOP/s) if the run has none.
+Imports no JAX, so that results can be read anywhere.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def render(runs: Iterable[Results]) -> str:
 
 
 class _Report:
-    """The tables of one run; those of which nothing was measured are left out."""
+    """The tables of one run; tables without any values are left out."""
 
     def __init__(self, run: Results) -> None:
         self._machine, self._items = run.machine, run.items

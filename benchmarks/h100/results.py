@@ -1,4 +1,4 @@
-"""What was measured so far, in one JSON file that is whole at any moment."""
+"""The results so far, in one JSON file that is complete at every moment."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WAITING, RUNNING, DONE, FAILED, SKIPPED, UNFINISHED = "waiting", "running", "don
 class Results:
     """The file ``h100.json``: the machine, and for each item its status and values.
 
-    It is written after every change under another name and then renamed, so a process that is killed leaves the last state.
+    After every change it is written under another name and then renamed, so a process that is killed leaves the last state.
     """
 
     def __init__(self, path: Path) -> None:
@@ -44,7 +44,7 @@ class Results:
         partial.replace(self.path)
 
     def on(self, machine: dict[str, Any]) -> None:
-        """State the machine. Raises ValueError if what the file holds was measured on another, by other versions or other sizes."""
+        """Record the machine. Raises ValueError if the file's results come from another machine, other versions or other sizes."""
         for name, value in self.machine.items():
             if machine.get(name) != value:
                 raise ValueError(
@@ -54,23 +54,23 @@ class Results:
         self.save()
 
     def is_done(self, name: str) -> bool:
-        """Whether the item was measured to its end; what failed or was skipped is tried again."""
+        """Whether the item was measured to its end; items that failed or were skipped are tried again."""
         return self.items.get(name, {}).get("status") == DONE
 
     def await_items(self, names: list[str]) -> None:
-        """These items are to be measured, perhaps again: what an earlier try left stays until the same value is measured."""
+        """Mark these items as waiting. A value of an earlier try stays until it is measured again."""
         for name in names:
             before = self.items.pop(name, {})
             self.items[name] = {"status": WAITING, "compile": before.get("compile", {}), "values": before.get("values", {})}
         self.save()
 
     def start(self, name: str) -> None:
-        """The item is being measured from now on."""
+        """Mark the item as being measured."""
         self.items[name] |= {"status": RUNNING, "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
         self.save()
 
     def record(self, name: str, key: str, values: dict[str, Any]) -> None:
-        """Keep some of the item's values; under ``compile``, those that are the first of their name."""
+        """Keep values of the item; under ``compile``, the first value of each name stays."""
         item = self.items[name]
         if key == "compile":
             item["compile"] = values | item["compile"]
@@ -79,12 +79,12 @@ class Results:
         self.save()
 
     def finish(self, name: str, status: str, why: str | None = None) -> None:
-        """The item has ended, and if not well, why: one line."""
+        """Mark the item as ended; ``why`` is one line if it did not end well."""
         self.items[name]["status"] = status
         if why is not None:
             self.items[name]["why"] = " ".join(why.split())[:300]
         self.save()
 
     def with_status(self, *statuses: str) -> list[str]:
-        """Items of these statuses."""
+        """Names of the items with one of these statuses."""
         return [name for name, item in self.items.items() if item["status"] in statuses]

@@ -1,4 +1,4 @@
-"""The ops that tokamax has too, timed as ours are."""
+"""The ops that tokamax also has, timed like ours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What PyTorch has for the same: SDPA, flex attention and grouped products, in CUDA graphs, so that the host's work does not count."""
+"""PyTorch's SDPA, flex attention and grouped products, in CUDA graphs, so that the host's work does not affect the times."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from benchmarks.h100.sizes import Sizes
 
 @dataclasses.dataclass(frozen=True)
 class TorchBench:
-    """Sizes, and "cuda" or "cpu"."""
+    """The sizes, and the device: "cuda" or "cpu"."""
 
     sizes: Sizes
     device: str
 
 
 def import_torch(bench: TorchBench) -> Any:
-    """PyTorch. Raises NotHere where it is missing, or sees no GPU and one is wanted."""
+    """Import PyTorch. Raises NotHere if it is missing, or if it finds no GPU and one is wanted."""
     try:
         import torch
     except ImportError as error:
@@ -101,7 +101,7 @@ def _grouped(torch: Any, bench: TorchBench, op: str, shape: Grouped) -> Implemen
 
 
 def _timed(torch: Any, bench: TorchBench, function: Callable[..., Any], sets: list[tuple[Any, ...]]) -> dict[str, Any]:
-    """Milliseconds a call, over all sets of arrays, replayed from a CUDA graph where they can be captured."""
+    """Milliseconds a call, over all sets of arrays; replayed from a CUDA graph if the calls can be captured."""
 
     def every() -> None:
         for arrays in sets:
@@ -127,10 +127,10 @@ def _timed(torch: Any, bench: TorchBench, function: Callable[..., Any], sets: li
     calls = len(sets) * (8 if captured else 1)
     seconds: list[float] = []
     while len(seconds) < 3 or (len(seconds) < 20 and sum(seconds) < bench.sizes.seconds / 3):
-        begun = time.perf_counter()
+        started = time.perf_counter()
         for _ in range(4):
             run()
         wait()
-        seconds.append((time.perf_counter() - begun) / (4 * calls))
+        seconds.append((time.perf_counter() - started) / (4 * calls))
     times = {"ms": statistics.median(seconds) * 1e3, "least_ms": min(seconds) * 1e3, "most_ms": max(seconds) * 1e3}
     return times | {"repetitions": len(seconds), "in_a_graph": captured}

@@ -15,7 +15,7 @@ from benchmarks.h100.rivals_torch import TorchBench, import_torch
 
 STEPS = 16
 CONFIG = Path(__file__).parents[2] / "configs" / "models" / "llama-3.1-8b.json"
-# The names under which transformers has what our sizes replace.
+# Our names of the replaced fields, and transformers' names.
 _NAMES = {
     "hidden_size": "hidden_size",
     "num_layers": "num_hidden_layers",
@@ -47,11 +47,11 @@ def measure(bench: TorchBench, record: Callable[[str, dict[str, Any]], None]) ->
             token = torch.ones((1, context), dtype=torch.long, device=bench.device)
             seconds = []
             for _ in range(STEPS + 1):
-                begun = time.perf_counter()
+                started = time.perf_counter()
                 logits = model(token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
                 token = logits[:, -1:].argmax(-1)
                 token.cpu()
-                seconds.append(time.perf_counter() - begun)
+                seconds.append(time.perf_counter() - started)
             steps = sorted(seconds[1:])
             times = {"ms": statistics.median(steps) * 1e3, "least_ms": steps[0] * 1e3, "most_ms": steps[-1] * 1e3}
             record(f"context {context}", times | {"repetitions": STEPS})

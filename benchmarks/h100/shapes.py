@@ -1,4 +1,4 @@
-"""Real shapes at which each op is timed, by JAX or by others. No JAX here: PyTorch's process reads it too."""
+"""Real shapes at which each op is timed, in JAX or other packages. Imports no JAX: PyTorch's worker reads it too."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class Attention:
         return 2 * self.B * self.K * self.h * (2 * self.S + 2 * self.T * self.G)
 
     def flops(self, scores: int) -> int:
-        """FLOPs of so many scores a row and head, and of their product with the values."""
+        """FLOPs of ``scores`` scores a row and head, and of their product with the values."""
         return 4 * self.B * self.K * self.G * self.h * scores
 
 
 @dataclasses.dataclass(frozen=True)
 class Grouped:
-    """M rows, sorted by their group, times their group's matrix, one of E of [D, F]."""
+    """M rows, sorted by group, times the matrix of their group: one of E matrices [D, F]."""
 
     label: str
     M: int
@@ -39,12 +39,12 @@ class Grouped:
 
     @property
     def hit(self) -> int:
-        """Groups that have rows: each, or one a row where there are fewer rows."""
+        """Groups that have rows: all, or one for each row if there are fewer rows than groups."""
         return min(self.E, self.M)
 
     @property
     def sizes(self) -> list[int]:
-        """Rows of each group, as even as can be."""
+        """Rows of each group, as even as possible."""
         return [self.M // self.E + (group < self.M % self.E) for group in range(self.E)]
 
     @property

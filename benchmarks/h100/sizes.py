@@ -1,4 +1,4 @@
-"""How large everything is: as on an H100, or as small as a test wants it. No JAX here: the supervising process reads it too."""
+"""The sizes of everything: for an H100, or as small as a test needs. Imports no JAX: the supervising process reads it too."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Sizes:
     """``model`` and ``head``: fields of Llama 3.1 8B's configuration, and of its drafter's layer, that are replaced.
 
     ``rows``: batch sizes. ``contexts``: cached tokens at which a step is timed, by one program for each batch size.
-    ``pieces``: lengths of prefill programs, each of which works off every one of ``prompts``. ``speculated_rows``: batch sizes at
+    ``pieces``: lengths of prefill programs; each prefills all of ``prompts``. ``speculated_rows``: batch sizes at
     which rounds of speculation are timed. ``seconds``: how long a measurement may repeat, after three repetitions.
     """
 

@@ -1,4 +1,4 @@
-"""Times on a device that is given work and answers later."""
+"""Timing on a device that works asynchronously."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ LEAST, MOST = 3, 20
 
 
 def repeated(dispatch: Callable[[], Any], *, budget: float) -> list[float]:
-    """Seconds of each of several dispatches, every one waited for, after one that warms up and does not count.
+    """Seconds of each of several dispatches, each waited for; one dispatch before them warms up and does not count.
 
-    At least LEAST, then more up to MOST until ``budget`` seconds are over.
+    There are at least LEAST dispatches, then more, up to MOST, until ``budget`` seconds are over.
     """
     jax.block_until_ready(dispatch())
     seconds: list[float] = []
     while len(seconds) < LEAST or (len(seconds) < MOST and sum(seconds) < budget):
-        begun = time.perf_counter()
+        started = time.perf_counter()
         jax.block_until_ready(dispatch())
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(time.perf_counter() - started)
     return seconds
 
 
 def queued(dispatch: Callable[[], Any], count: int, *, budget: float) -> list[float]:
-    """Seconds of one dispatch where ``count`` are given at once and the last is waited for: what the host does is hidden."""
+    """Seconds a dispatch if ``count`` are enqueued at once and only the last is waited for, which hides the host's work."""
 
     def several() -> Any:
         for _ in range(count - 1):
@@ -38,7 +38,7 @@ def queued(dispatch: Callable[[], Any], count: int, *, budget: float) -> list[fl
 
 
 def summary(seconds: list[float], per: float = 1.0) -> dict[str, Any]:
-    """Median, least and most in milliseconds, divided by ``per`` things that a repetition does."""
+    """Median, least and most in milliseconds, divided by ``per``, the number of calls in a repetition."""
     return {
         "ms": statistics.median(seconds) / per * 1e3,
         "least_ms": min(seconds) / per * 1e3,

@@ -1,6 +1,6 @@
-"""The process that measures: some items one after the other, each value written down as soon as it is known.
+"""The worker: measures some items one after the other, and writes each value as soon as it is known.
 
-Started by ``python -m benchmarks.h100``, which ends it when time is up and starts another if it breaks down.
+``python -m benchmarks.h100`` starts it, ends it when time is up, and starts another if it crashes.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from benchmarks.h100.results import DONE, FAILED, SKIPPED, Results
 from benchmarks.h100.sizes import SIZES, Sizes
 
 REFUSED = "refused: "
-"""Begins the line that says why nothing can be measured here."""
+"""The beginning of the line that says why nothing can be measured here."""
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "jaxtyping", "jax-cuda13-plugin", "jax-cuda12-plugin", "torch", "tokamax", "transformers")
 
 
 def main() -> None:
-    """Measure the items that are named, in their order."""
+    """Measure the given items, in their order."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--sizes", choices=SIZES, required=True)
@@ -52,7 +52,7 @@ def main() -> None:
 
 def _measure(item: Any, bench: Any, results: Results) -> None:
     results.start(item.name)
-    begun = time.monotonic()
+    started = time.monotonic()
 
     def record(key: str, values: dict[str, Any]) -> None:
         results.record(item.name, key, values)
@@ -69,17 +69,19 @@ def _measure(item: Any, bench: Any, results: Results) -> None:
     except Exception as error:
         traceback.print_exc()
         status, why = FAILED, f"{type(error).__name__}: {error}"
-        # Out of memory is over with the arrays; after any other error of the device it may answer nothing any more.
+        # Memory is free again once the arrays are gone; after any other error of the device it may not respond any more.
         broken = type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and "RESOURCE_EXHAUSTED" not in str(error)
-    results.items[item.name]["seconds"] = time.monotonic() - begun
+    results.items[item.name]["seconds"] = time.monotonic() - started
     results.finish(item.name, status, why)
-    print(f"{item.name}: {status} in {time.monotonic() - begun:.1f} s{f' ({results.items[item.name]["why"]})' if why else ''}", flush=True)
+    print(
+        f"{item.name}: {status} in {time.monotonic() - started:.1f} s{f' ({results.items[item.name]["why"]})' if why else ''}", flush=True
+    )
     if broken:
         sys.exit(1)
 
 
 def _jax_bench(sizes: Sizes, device: str, results: Results, *, caching: bool) -> Any:
-    """The device and its description. Says in one line that there is none, and exits, where JAX finds none."""
+    """A bench on the device, and its description in the results. Exits with one line if nothing can be measured here."""
     try:
         import jax
 
@@ -99,7 +101,7 @@ def _jax_bench(sizes: Sizes, device: str, results: Results, *, caching: bool) ->
     bench = Bench(sizes, found[0])
     if not caching:
         return bench
-    # What was compiled before a process was ended is not compiled again, and what it left half-written does not stay.
+    # Programs that an earlier process compiled are kept; entries that it left half-written are removed.
     folder = results.path.parent / "compiled"
     folder.mkdir(exist_ok=True)
     remove_damaged(folder)
@@ -113,7 +115,7 @@ def _jax_bench(sizes: Sizes, device: str, results: Results, *, caching: bool) ->
 
 
 def _machine(device: Any, sizes: Sizes) -> dict[str, Any]:
-    """What results depend on: the device, its driver, and versions of packages."""
+    """Everything that results depend on: the device, its driver, and versions of packages."""
     versions = {}
     for package in _PACKAGES:
         try:
@@ -142,7 +144,7 @@ def _exit(message: str) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this process, in the middle of a compilation too, as soon as the one that started it is gone."""
+    """End this process as soon as its parent is gone, even in the middle of a compilation."""
     parent = os.getppid()
 
     def watch() -> None:

@@ -30,7 +30,7 @@ class Ready:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Prompts, [batch][tokens], and how many tokens to choose for each behind the first."""
+    """Prompts, [batch][tokens], and how many tokens to choose for each after the first."""
 
     prompts: list[list[int]]
     new_tokens: int
@@ -49,7 +49,7 @@ def argument_parser(description: str | None) -> argparse.ArgumentParser:
     """The options that every worker has."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="the model's folder or file")
-    parser.add_argument("--capacity", type=int, default=1024, help="most tokens of a prompt and what comes behind it")
+    parser.add_argument("--capacity", type=int, default=1024, help="most tokens of a prompt and its answer")
     parser.add_argument("--batch", type=int, default=1, help="most prompts at once")
     parser.add_argument("--threads", type=int, default=2)
     return parser

@@ -101,7 +101,7 @@ class StaticTree:
 
     @property
     def most_children(self) -> int:
-        """Of any node."""
+        """The most children that a node has."""
         return max(len(self.children(node)) for node in range(self.size))
 
     def children(self, node: int) -> tuple[int, ...]:
@@ -142,7 +142,7 @@ class DynamicTree:
 
     @property
     def most_children(self) -> int:
-        """Of any node."""
+        """The most children that a node has."""
         return self.topk
 
 

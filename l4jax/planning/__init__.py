@@ -1,1 +1,1 @@
-"""What a program would cost on hardware that is not here: compiled for it, never run."""
+"""What programs cost on hardware that is not present: they are compiled for it and never run."""

@@ -1,4 +1,4 @@
-"""Programs compiled with abstract weights, at full size, and what is read off them."""
+"""Compiles programs at full size with abstract weights, and reads their costs off the result."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class CompiledProgram:
 
     @classmethod
     def of(cls, compiled: jax.stages.Compiled, mesh: MeshSpec) -> CompiledProgram:
-        """Read off what the compiler made for a mesh."""
+        """Read the costs off a program that was compiled for a mesh."""
         memory = compiled.memory_analysis()
         assert memory is not None
         return cls(
@@ -57,7 +57,7 @@ class CompiledProgram:
 
     @property
     def device_bytes(self) -> int:
-        """Memory that it needs on a device while it runs."""
+        """Memory that the program needs on a device while it runs."""
         return self.argument_bytes + self.output_bytes - self.donated_bytes + self.temporary_bytes
 
     @functools.cached_property
@@ -71,7 +71,7 @@ class CompiledProgram:
         return self.ledger.collectives
 
     def collective_table(self) -> str:
-        """Collectives by kind and strategy: how many, and bytes on each device in all."""
+        """Collectives by kind and strategy: their number, and their total bytes on each device."""
         counts: collections.Counter[tuple[str, str]] = collections.Counter()
         nbytes: collections.Counter[tuple[str, str]] = collections.Counter()
         for collective in self.collectives:
@@ -84,14 +84,14 @@ class CompiledProgram:
 
 
 def first_layers(config: ModelConfig, layers: int) -> ModelConfig:
-    """The same model with no more than its first layers: what layers cost repeats, and a few compile sooner."""
+    """The same model, cut to its first layers: layers repeat, so a few tell the cost of all and compile sooner."""
     moe = config.moe and dataclasses.replace(config.moe, moe_layers=config.moe.moe_layers[:layers])
     return dataclasses.replace(config, num_layers=layers, rope_layers=config.rope_layers[:layers], moe=moe)
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A program and what it is called with: abstract weights, caches and rows, and the small inputs that come from the host."""
+    """A program and its arguments: abstract weights, caches and rows, and the small inputs that come from the host."""
 
     program: jax.stages.Wrapped
     arguments: tuple[Any, ...]
@@ -170,7 +170,7 @@ class AbstractModel:
         return Call(self.programs.prefill, (self._leaves, self._cache(shape), *inputs, layout, settings, self._counts(every)), static)
 
     def logits_call(self, tokens: int, cached: int, capacity: int) -> Call:
-        """What computes the logits at every token of such a piece; arguments: as :meth:`prefill_call`, up to the layout."""
+        """The program that computes the logits at every token of such a piece; arguments: as :meth:`prefill_call`, up to the layout."""
         B = self.placement.spec.data
         inputs, layout, spread = self._piece(B, tokens, cached, capacity, None)
         arguments = (self._leaves, self._cache(self._shape(B, capacity)), *inputs, layout)

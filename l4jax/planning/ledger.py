@@ -1,7 +1,7 @@
-"""What a compiled program does, read off its text: its matrix products, and what its collectives send and along which mesh axes.
+"""Reads what a compiled program does off its text: its matrix products, and what its collectives send along which mesh axes.
 
-The text is XLA's after scheduling: a computation lists its instructions in the order in which the device is given its work.
-Shapes are those on one device, so every number is one device's.
+The text is XLA's after scheduling: a computation lists its instructions in the order in which the device gets them. Shapes are those on
+one device, so every number is for one device.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ class Ledger:
         )
 
     def _until_done(self, computation: str, start: _Instruction) -> Iterator[_Instruction]:
-        """What follows an instruction until its end is waited for: nothing if it starts and ends in one."""
+        """The instructions between an instruction's start and the wait for its end; none if one instruction does both."""
         if not start.opcode.endswith("-start"):
             return iter(())
         instructions = iter(self._computations[computation].values())

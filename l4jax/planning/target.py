@@ -1,4 +1,4 @@
-"""Devices to compile for that need not be present."""
+"""Devices that programs can be compiled for without being present."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GPUS_PER_HOST = 8
 def h100_devices(count: int, *, memory_bytes: int | None = None) -> list[jax.Device]:
     """Descriptions of ``count`` H100s, eight to a host, that programs are compiled for. NVLink joins those of one host.
 
-    ``memory_bytes``: the memory of each, if not an H100's. For a program that fits no H100, XLA computes (and sends) things twice
+    ``memory_bytes``: the memory of each, if not an H100's. If a program does not fit in an H100, XLA computes (and sends) things twice
     to save memory.
 
     Needs XLA's CUDA compiler (``pip install 'l4jax[plan]'``), and neither a GPU nor a driver. Raises ValueError without the

@@ -78,7 +78,7 @@ class RunFolder:
 def claim(path: Path, settings: Mapping[str, Any]) -> Iterator[RunFolder]:
     """Create or reopen a run's folder, for this process alone while the context lasts.
 
-    Raises ValueError if it is in use, belongs to another run, or is no run's folder.
+    Raises ValueError if it is in use, belongs to another run, or is not a run's folder.
     """
     if path.exists() and not (path.is_dir() and ((path / "lock").is_file() or not any(path.iterdir()))):
         raise ValueError(f"{path} is not the folder of a training run; choose another, or remove it")

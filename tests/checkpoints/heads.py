@@ -103,7 +103,7 @@ def rotated(x_nh: Array, position: int, reading: Reading) -> Array:
 
 
 class Reference:
-    """A head's logits: entry by entry, a chain of drafts behind each."""
+    """A head's logits: entry by entry, a chain of drafts after each."""
 
     def __init__(self, tensors: Tensors, reading: Reading, embed_VD: Array, head_VD: Array) -> None:
         self.w = {key: value.astype(np.float64) for key, value in tensors.items()}

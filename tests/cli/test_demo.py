@@ -31,7 +31,7 @@ def test_answers_and_says_how_fast(smollm2_checkpoint: Path) -> None:
 
 @pytest.fixture
 def conversions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The destinations of conversions, which make a folder that stands for a checkpoint; the user's cache is ``tmp_path``."""
+    """The destinations of conversions, which make a folder in place of a checkpoint; the user's cache is ``tmp_path``."""
     made: list[Path] = []
 
     def convert(source: Path, destination: Path, *, target: Path | None = None, speculation: object = None) -> None:

@@ -31,8 +31,8 @@ def shell(run: str, redirection: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_closed_output_is_refused_before_anything_is_done(tmp_path: Path) -> None:
-    done = shell(f"open({str(tmp_path / 'begun')!r}, 'w')", ">&-")
-    assert done.returncode == 2 and not (tmp_path / "begun").exists()
+    done = shell(f"open({str(tmp_path / 'started')!r}, 'w')", ">&-")
+    assert done.returncode == 2 and not (tmp_path / "started").exists()
     assert done.stderr == ("l4jax: error: standard output is closed; redirect it to a file, or to /dev/null if its text is not wanted\n")
 
 

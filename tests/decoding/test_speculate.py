@@ -178,7 +178,7 @@ def test_beyond_its_training_a_drafter_looks_back_so_far_or_stops(beyond):
     short = drafter(config, draft_vocab_size=3, aux_layers=(0, 1, 2))
     short = dataclasses.replace(short, decoder=dataclasses.replace(short.decoder, max_position_embeddings=16))
     options = {"drafter": loaded_drafter(short), "speculation": "chain:3", "beyond_training": beyond}
-    # Of its three tokens none ever stands: every round gives one.
+    # None of its three tokens is ever accepted: every round yields one token.
     params = SamplingParams(max_tokens=60, seed=1, logit_bias=dict.fromkeys(range(3), -np.inf))
     plain = LLM(config, weights(config)).generate([[1, 2, 3]], params)
     (found,) = LLM(config, weights(config), **options).generate([[1, 2, 3]], params)
@@ -226,7 +226,7 @@ def test_a_drafter_of_another_model_is_refused():
 
 @pytest.mark.parametrize("mesh", ["tensor=1", "sequence=2"])
 def test_a_window_is_all_that_a_drafter_sees(mesh):
-    """What lies behind it may be anything, also where ranks share the prompt."""
+    """What follows it may be anything, also where ranks share the prompt."""
     config = llama3_like(num_layers=1, rope_layers=(True,))
     # Reading embeddings alone, the drafter knows of the past only what its own attention sees.
     short = drafter(config, aux_layers=(0,))

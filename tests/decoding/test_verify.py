@@ -1,4 +1,4 @@
-"""The rules of verification by exact enumeration: what they give out has the target's distribution, whatever was drafted.
+"""The rules of verification by exact enumeration: the emitted tokens have the target's distribution, whatever was drafted.
 
 Nothing is sampled. The test supplies the numbers that accept or reject, and finds by bisection on the verifier itself where a decision
 changes; and it reads the weights that the last token is drawn from. So probabilities are exact to float32, for every order in which
@@ -40,7 +40,7 @@ class Node:
     def __init__(self, p, q, tokens, monkeypatch, *, valid=None, above=None):
         """``p``, ``q`` [R, V] (no ``q``: the rule that draws), ``tokens`` [R, k].
 
-        With ``above`` [R], it lies below a first child of the root, that token, which stands.
+        With ``above`` [R], it is below a first child of the root, that token, which is accepted.
         """
         R, k = tokens.shape
         paths = [[i] for i in range(k)] if above is None else [[0], *([0, i] for i in range(k))]
@@ -95,13 +95,13 @@ class Node:
         self.shape = R, 0 if q is None else k  # children on which a number of their own decides
         self.outcome = jax.jit(decide)
 
-    def _stands(self, i, attempts, final):
+    def _accepts(self, i, attempts, final):
         """Whether it is child ``i`` that is accepted."""
         token, accepted = map(np.asarray, self.outcome(attempts, final))
         return accepted & (token == self.tokens[:, i])
 
     def distribution(self):
-        """The probability of each token to be given out here [R, V], and that it is an accepted one [R]."""
+        """The probability that each token is emitted here [R, V], and that it is an accepted draft [R]."""
         R, k = self.shape
         result, left = np.zeros((R, V)), np.ones(R)
         attempts, final = np.ones((R, max(k, 1)), np.float32), np.int32(0)
@@ -109,10 +109,10 @@ class Node:
             low, high = np.zeros(R), np.ones(R)  # accepted below, not above
             for _ in range(BISECTIONS):
                 attempts[:, i] = (low + high) / 2
-                stands = self._stands(i, attempts, final)
-                low, high = np.where(stands, attempts[:, i], low), np.where(stands, high, attempts[:, i])
+                accepts = self._accepts(i, attempts, final)
+                low, high = np.where(accepts, attempts[:, i], low), np.where(accepts, high, attempts[:, i])
             attempts[:, i] = low * (1 - 1e-6)
-            chance = np.where(self._stands(i, attempts, final), low, 0.0)
+            chance = np.where(self._accepts(i, attempts, final), low, 0.0)
             result[np.arange(R), self.tokens[:, i]] += left * chance
             left = left * (1 - chance)
             attempts[:, i] = 1.0
@@ -132,7 +132,7 @@ def orders(q, k):
 
 
 def by_order(p, q, k, monkeypatch, *, verified=None, keep=None, arrange=None, above=False):
-    """The distribution given out for each (p, q), over all orders that k children may be drawn in from q.
+    """The distribution of the emitted token for each (p, q), over all orders that k children may be drawn in from q.
 
     ``verified``: what the verifier is told they were drawn from. ``arrange`` reorders each row's children, ``keep`` says which are valid.
     """
@@ -184,7 +184,7 @@ def test_more_children_are_accepted_more_often(monkeypatch):
 
 @pytest.mark.parametrize("above", [False, True])
 def test_any_children_are_as_good_for_drawn_tokens(above, monkeypatch):
-    """Likeliest ones, sorted ones, pruned ones: only what the model says is given out."""
+    """Likeliest ones, sorted ones, pruned ones: only the model's tokens are emitted."""
     p, q = distributions(60, 0), distributions(60, 1)
     for tokens in (np.argsort(-q, axis=1)[:, :3], np.argsort(q, axis=1)[:, :2], np.argsort(-p, axis=1)[:, :1]):
         found, _ = Node(p, None, tokens, monkeypatch, above=np.full(60, 3) if above else None).distribution()

@@ -60,7 +60,7 @@ def test_chunks_follow_absolute_positions_behind_a_cache():
 def test_vllm_virtual_batches_example():
     """Chunk 4, new lengths [4, 10, 5] at the end of sequences of [6, 17, 9]: the queries and keys of each chunk.
 
-    The example stands in the comments of vLLM's ``make_local_attention_virtual_batches``.
+    The example is in the comments of vLLM's ``make_local_attention_virtual_batches``.
     """
     new, total = np.array([4, 10, 5]), np.array([6, 17, 9])
     intervals = local_intervals(jnp.asarray(total - new, jnp.int32), jnp.asarray(new, jnp.int32), 10, 4)

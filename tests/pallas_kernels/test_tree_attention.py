@@ -15,7 +15,7 @@ B, K, G, H, PAGE = 3, 2, 2, 8, 4
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("float64", 1e-14)])
 @pytest.mark.parametrize("nodes", [1, 5])
 def test_equals_masked_softmax(nodes, dtype, tolerance):
-    """Rows of no cached keys, of some, and of all; a window that begins behind a page; a node that sees nothing at all."""
+    """Rows of no cached keys, of some, and of all; a window that begins after a page; a node that sees nothing."""
     with jax.enable_x64(dtype == "float64"):
         rng = np.random.default_rng(nodes)
         pages = np.array([[3, 0, 4], [1, 5, 2], [6, 8, 7]])

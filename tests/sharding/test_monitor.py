@@ -87,7 +87,7 @@ def test_when_all_are_done_nothing_is_said(capfd, killed):
 
 
 def test_a_process_that_leaves_the_others_is_named(capfd, killed):
-    """It said that all was well, and JAX gave up waiting for the others, which go on."""
+    """It said that all was well, and JAX gave up waiting for the others, which keep running."""
 
     async def scenario(group):
         group.say(1, DONE)
@@ -199,7 +199,7 @@ def test_a_process_that_is_stopped_is_named_once_to_all_and_nobody_is_killed(cap
 
 
 async def said(capfd, times, what):
-    """Wait until so many monitors have said this of process 1, and nothing else."""
+    """Wait until this many monitors have said this of process 1, and nothing else."""
     lines = []
     async with asyncio.timeout(5):
         while len(lines) < times:

@@ -106,7 +106,7 @@ def expected_eagle3(llm: LLM, told: Told, w: Mapping[str, Array], examples: list
             out, entry = eagle3(w, embed[tokens[i + 1]], read[i], i, entries)
             outs.append(out)
             entries.append(entry)
-        for begin in range(len(example.prompt) - 1, len(tokens) - 2):  # the root is the token behind
+        for begin in range(len(example.prompt) - 1, len(tokens) - 2):  # the root is the next token
             hidden, chain = outs[begin], entries[: begin + 1]
             for index in range(passes):
                 t = begin + index

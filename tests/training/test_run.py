@@ -230,10 +230,10 @@ def test_the_target_s_output_head_stays_as_it_is(tied: bool, data: Path, tmp_pat
     np.testing.assert_array_equal(weights["head"], np.asarray(llm.weights[table])[weights["token_ids"]])
     # Of a random state, whose parts are as large as a norm makes them, the logits to begin with differ by 1.
     whole = np.arange(config.vocab_size, dtype=np.int32)
-    begun = weights_from_target(found.config, config, llm.weights, whole)
-    state_ND = np.random.default_rng(0).normal(size=(4000, config.hidden_size)) * begun["norm.scale"]
-    np.testing.assert_allclose(np.sqrt(np.mean(np.var(state_ND @ begun["head"].T, axis=-1))), 1.0, rtol=0.05)
-    assert not np.allclose(weights["norm.scale"], begun["norm.scale"])
+    started = weights_from_target(found.config, config, llm.weights, whole)
+    state_ND = np.random.default_rng(0).normal(size=(4000, config.hidden_size)) * started["norm.scale"]
+    np.testing.assert_allclose(np.sqrt(np.mean(np.var(state_ND @ started["head"].T, axis=-1))), 1.0, rtol=0.05)
+    assert not np.allclose(weights["norm.scale"], started["norm.scale"])
 
     if tied:  # the rest is the same
         return

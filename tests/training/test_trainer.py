@@ -82,5 +82,5 @@ def test_learns_a_few_answers_by_heart_and_real_speculation_shows_it(target: LLM
     assert [tuple(c.token_ids) for c in completions] == [example.answer for example in examples]
     rounds, accepted = sum(c.stats.rounds for c in completions), np.sum([c.stats.accepted for c in completions], axis=0)
     assert rounds == simulated.rounds
-    # Speculation counts what stands beyond an answer's end too.
+    # Speculation also counts what is accepted after an answer's end.
     assert 1 + accepted.sum() / rounds == pytest.approx(simulated.acceptance_length, abs=0.2)

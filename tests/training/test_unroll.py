@@ -30,7 +30,7 @@ def bound(target: ModelConfig, version: Version, seed: int = 1) -> tuple[Drafter
 
 
 def drafted(drafter: Drafter, target: Llama, token_1T: jax.Array, root: jax.Array) -> list[jax.Array]:
-    """Logits at each depth of the chain behind token ``root``, by the modules and cache that inference uses; the chain is the text's."""
+    """Logits at each depth of the chain after token ``root``, by the modules and cache that inference uses; the chain is the text's."""
     shape = CacheShape(1, 128)
     start_B, new_B = jnp.zeros(1, jnp.int32), root[None]
     config = drafter.config.decoder

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.flash_attention import attend
+from pallas_kernels.merge import Partial, merge_attention
 from sharding.layout import EMPTY
-from sharding.merge import Partial, merge_attention
 
 PARTIAL_BYTES = 4
 """Bytes per number of the partial results that :func:`pass_q` sends back."""

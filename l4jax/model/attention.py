@@ -11,15 +11,15 @@ from jaxtyping import Array, Float
 
 from l4jax.cache import LayerCache, TreeCache, is_local, read, write
 from l4jax.config import ModelConfig
-from l4jax.model.linear import linear
 from l4jax.model.norm import rms_normalize
 from l4jax.model.packed import PackedCache, attend_packed
 from l4jax.model.rotary import rotate
 from l4jax.model.step import KeyIntervals, PackedKeys, RingKeys, Spread, StepInputs, TreeKeys
 from l4jax.model.weights import WeightSpec, declare
 from pallas_kernels.flash_attention import attend, attend_pages
+from pallas_kernels.matmul import matmul
+from pallas_kernels.merge import Partial, merge_attention
 from pallas_kernels.tree_attention import tree_attention
-from sharding.merge import Partial, merge_attention
 from sharding.mesh import MeshSpec
 from sharding.ring import attend_positions, pass_kv, pass_q
 
@@ -62,7 +62,7 @@ class Attention(nnx.Module):
         """
         B, T, width = x_BTi.shape
         K, groups, h, _ = self.qkv.shape
-        qkv = linear(x_BTi, self.qkv[...].reshape(-1, width)).reshape(B, T, K, groups, h)
+        qkv = matmul(x_BTi, self.qkv[...].reshape(-1, width)).reshape(B, T, K, groups, h)
         # Queries and keys go through rotation and norm together: both are per head.
         qk_BTKgh, v_BTKh = qkv[:, :, :, :-1], qkv[:, :, :, -1]
         if self.uses_rope:
@@ -96,7 +96,7 @@ class Attention(nnx.Module):
             cache = write(cache, k_BTKh, v_BTKh, pages_BW, keys.slot_BA if isinstance(keys, RingKeys) else keys.slot_BT)
         attended_BTf = attended_BTKGh.astype(x_BTi.dtype).reshape(B, T, -1)
         out_Df = self.out[...].reshape(self.out.shape[0], -1)
-        return self.heads.sum(linear(attended_BTf, out_Df)), cache
+        return self.heads.sum(matmul(attended_BTf, out_Df)), cache
 
     def _tree(self, q_BNKGh: Array, cache: TreeCache, keys: TreeKeys, pages_BW: Array) -> Float[Array, "B N K G h"]:
         """Every rank has the tree's nodes, which one of them counts, and its own part of what is cached."""

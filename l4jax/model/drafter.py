@@ -21,12 +21,12 @@ from l4jax.cache import LayerCache, TreeCache
 from l4jax.config import DrafterConfig
 from l4jax.model.attention import Attention
 from l4jax.model.feed_forward import SwiGLU
-from l4jax.model.linear import linear
 from l4jax.model.llama import DecoderLayer, Llama, embed
 from l4jax.model.norm import RMSNorm
 from l4jax.model.packed import PackedCache
 from l4jax.model.step import Spread, StepInputs
 from l4jax.model.weights import Weight, WeightSpec, declare
+from pallas_kernels.matmul import matmul
 from sharding.mesh import ONE_DEVICE, MeshSpec
 
 Caches = Sequence[LayerCache | TreeCache | PackedCache]
@@ -104,7 +104,7 @@ class Eagle1(Drafter):
     ) -> tuple[Float[Array, "B T D"], tuple[Any, ...]]:
         """Run the layers over new entries."""
         joined_BTi = jnp.concatenate([self._embedding(target, token_BT), hidden_BTD], axis=-1)
-        x_BTD = linear(joined_BTi, self.fuse[...])
+        x_BTD = matmul(joined_BTi, self.fuse[...])
         if self.config.fuse_bias:
             x_BTD = x_BTD + jnp.broadcast_to(self.fuse_bias[...], x_BTD.shape)
         written = []
@@ -172,7 +172,7 @@ class Eagle3(Drafter):
         if self.config.norm_each_aux:
             parts = jnp.split(feature_BTf, len(self.aux_norms), axis=-1)
             feature_BTf = jnp.concatenate([norm(part) for norm, part in zip(self.aux_norms, parts, strict=True)], axis=-1)
-        return linear(feature_BTf, self.fuse[...])
+        return matmul(feature_BTf, self.fuse[...])
 
     def __call__(
         self,
@@ -191,7 +191,7 @@ class Eagle3(Drafter):
         """Logits of the drafter's own output head, after the final norm."""
         with jax.named_scope("draft_head"):
             normed_BTD = hidden_BTD if self.config.norm_fed_back else self.norm(hidden_BTD)
-            return linear(normed_BTD, self.head[...], dtype=jnp.dtype(jnp.float32))
+            return matmul(normed_BTD, self.head[...], dtype=jnp.dtype(jnp.float32))
 
     def target_tokens(self, draft_BT: Int32[Array, "*B"]) -> Int32[Array, "*B"]:
         """Look the drafter's ids up in its table of the target's token ids."""

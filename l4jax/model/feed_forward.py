@@ -8,9 +8,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
 from l4jax.config import MoEConfig
-from l4jax.model.linear import linear
 from l4jax.model.weights import WeightSpec, declare
 from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.matmul import matmul
 from sharding.exchange import RowExchange
 from sharding.mesh import MeshSpec
 
@@ -34,9 +34,9 @@ class SwiGLU(nnx.Module):
         """What this rank adds to the output."""
         gate_up_2FD = self.gate_up[...]
         width = gate_up_2FD.shape[1]
-        gate_up_BTf = linear(x_BTD, gate_up_2FD.reshape(2 * width, -1))
+        gate_up_BTf = matmul(x_BTD, gate_up_2FD.reshape(2 * width, -1))
         hidden_BTF = jax.nn.silu(gate_up_BTf[..., :width]) * gate_up_BTf[..., width:]
-        return linear(hidden_BTF, self.down[...])
+        return matmul(hidden_BTF, self.down[...])
 
 
 class MixtureOfExperts(nnx.Module):
@@ -81,7 +81,7 @@ class MixtureOfExperts(nnx.Module):
 
     def _route(self, x_MD: Float[Array, "M D"]) -> tuple[Int32[Array, "M"], Float[Array, "M D"]]:
         """Each token's expert, and the expert's input: the token times its score."""
-        scores_ME = linear(x_MD, self.router[...], dtype=jnp.dtype(jnp.float32))
+        scores_ME = matmul(x_MD, self.router[...], dtype=jnp.dtype(jnp.float32))
         gate_M1 = jax.nn.sigmoid(jnp.max(scores_ME, axis=-1, keepdims=True))
         return jnp.argmax(scores_ME, axis=-1).astype(jnp.int32), (x_MD.astype(jnp.float32) * gate_M1).astype(x_MD.dtype)
 

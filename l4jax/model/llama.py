@@ -14,7 +14,6 @@ from l4jax.cache import LayerCache, PageTables, TreeCache, is_local
 from l4jax.config import ModelConfig
 from l4jax.model.attention import Attention
 from l4jax.model.feed_forward import MixtureOfExperts, SwiGLU
-from l4jax.model.linear import linear
 from l4jax.model.norm import RMSNorm
 from l4jax.model.packed import PackedCache
 from l4jax.model.step import (
@@ -30,6 +29,7 @@ from l4jax.model.step import (
     tree_step_inputs,
 )
 from l4jax.model.weights import WeightSpec, declare
+from pallas_kernels.matmul import matmul
 from sharding.mesh import ONE_DEVICE, MeshSpec
 from sharding.ranks import Ranks, local_index
 
@@ -180,7 +180,7 @@ class Llama(nnx.Module):
     def logits(self, x_BTD: Float[Array, "*B D"]) -> Float32[Array, "*B V"]:
         """Next-token logits of final hidden states, in float32; on a mesh, over this rank's part of the vocabulary."""
         with jax.named_scope("head"):
-            return linear(x_BTD, self.output_table, dtype=jnp.dtype(jnp.float32))
+            return matmul(x_BTD, self.output_table, dtype=jnp.dtype(jnp.float32))
 
     @property
     def output_table(self) -> Float[Array, "V D"]:

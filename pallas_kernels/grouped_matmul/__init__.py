@@ -1,5 +1,5 @@
 """Grouped matrix multiplication: consecutive groups of rows, each times its own matrix."""
 
-from pallas_kernels.grouped_matmul.reference import grouped_matmul
+from pallas_kernels.grouped_matmul.xla import grouped_matmul
 
 __all__ = ["grouped_matmul"]

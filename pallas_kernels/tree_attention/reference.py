@@ -1,14 +1,12 @@
-"""Tree attention in plain JAX: the long prefix without a mask, the short suffix with one, merged by their log-sum-exp.
-
-So the mask is as large as the tree, not as the context (arXiv 2508.08192, section on tree attention).
-"""
+"""What :func:`pallas_kernels.tree_attention.tree_attention` computes, written out."""
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels.flash_attention import attend_masked, attend_pages
-from sharding.merge import Partial, merge_attention
+from pallas_kernels.flash_attention.reference import attend_masked
+from pallas_kernels.merge import Partial
 
 
 def tree_attention(
@@ -24,11 +22,14 @@ def tree_attention(
     *,
     scale: float,
 ) -> Partial:
-    """Attention of each node over the cache slots [start, end) and over those of the S tree keys that it sees.
+    """One softmax over cached keys and tree keys, under one mask."""
+    B, (_, K, p, h) = len(pages_BW), k_PKph.shape
+    slots = pages_BW.shape[1] * p
 
-    Key ``s`` of the cache, of row ``b``, is token ``s % p`` of page ``pages_BW[b, s // p]``. Scores are multiplied by ``scale``. Returns
-    output and log-sum-exp in float32 (float64 for float64 inputs); zeros and -inf for a node that sees nothing.
-    """
-    prefix = attend_pages(q_BNKGh, k_PKph, v_PKph, pages_BW, prefix_start_BN, prefix_end_BN, scale=scale)
-    suffix = attend_masked(q_BNKGh, k_BSKh, v_BSKh, sees_BNS, scale=scale)
-    return merge_attention([prefix, suffix])
+    def joined(pool_PKph: Array, tree_BSKh: Array) -> Array:
+        return jnp.concatenate([jnp.swapaxes(pool_PKph[pages_BW], 2, 3).reshape(B, slots, K, h), tree_BSKh], axis=1)
+
+    slot_11S = jnp.arange(slots)[None, None]
+    cached_BNS = (slot_11S >= prefix_start_BN[..., None]) & (slot_11S < prefix_end_BN[..., None])
+    visible_BNS = jnp.concatenate([cached_BNS, sees_BNS], axis=2)
+    return attend_masked(q_BNKGh, joined(k_PKph, k_BSKh), joined(v_PKph, v_BSKh), visible_BNS, scale=scale)

@@ -1,78 +1,157 @@
-"""Interval attention against float64 attention written out with a boolean mask."""
+"""Interval attention: the reference against float64 softmax, and every implementation against the reference."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.flash_attention import attend, attend_pages
+from pallas_kernels.flash_attention import attend, attend_pages, cpu, reference, xla
+from tests.pallas_kernels.programs import on_one_cpu
+
+PAGED = {"reference": reference.attend_pages, "xla": xla.attend_pages, "cpu": cpu.attend_pages}
+# Heads of real models, on as many devices as they are run on: key/value heads, queries for each, head dimension.
+HEADS = {"SmolLM2": (3, 3, 64), "Llama 3.1 8B": (8, 4, 128), "Llama 3.1 70B, tensor=8": (1, 8, 128), "Scout, tensor=8": (1, 5, 128)}
 
 
-def reference(q_BTKGh, k_BSKh, v_BSKh, start_BT, end_BT):
-    scores = np.einsum("btkgh,bskh->btkgs", q_BTKGh, k_BSKh, dtype=np.float64)
+def softmax(q_BTKGh, k_BSKh, v_BSKh, start_BT, end_BT, scale=1.0):
+    """In float64, with a boolean mask."""
+    q_BTKGh, k_BSKh, v_BSKh = (np.asarray(a).astype(np.float64) for a in (q_BTKGh, k_BSKh, v_BSKh))
+    scores = scale * np.einsum("btkgh,bskh->btkgs", q_BTKGh, k_BSKh)
     key = np.arange(k_BSKh.shape[1])
     visible = (key >= start_BT[..., None]) & (key < end_BT[..., None])
-    exponentials = np.where(visible[:, :, None, None], np.exp(scores), 0.0)
+    highest = np.where(visible[:, :, None, None], scores, -1e300).max(-1, keepdims=True)
+    exponentials = np.where(visible[:, :, None, None], np.exp(np.minimum(scores - highest, 0)), 0.0)
     total = exponentials.sum(-1)
-    out = np.einsum("btkgs,bskh->btkgh", exponentials, v_BSKh, dtype=np.float64) / np.where(total == 0, 1, total)[..., None]
+    out = np.einsum("btkgs,bskh->btkgh", exponentials, v_BSKh) / np.where(total == 0, 1, total)[..., None]
     with np.errstate(divide="ignore"):
-        return out, np.log(total)
+        return out, np.log(total) + np.where(total == 0, 0, highest[..., 0])
 
 
-def problem(seed, B, T, S):
+def problem(seed, B, T, S, heads=(2, 3, 4), dtype=np.float32):
+    K, G, h = heads
     rng = np.random.default_rng(seed)
-    q, k, v = (rng.normal(size=s).astype(np.float32) for s in ((B, T, 2, 3, 4), (B, S, 2, 4), (B, S, 2, 4)))
+    q, k, v = (rng.normal(size=s).astype(dtype) for s in ((B, T, K, G, h), (B, S, K, h), (B, S, K, h)))
     start, end = np.sort(rng.integers(0, S + 1, (2, B, T)), axis=0).astype(np.int32)
     return q, k, v, start, end
+
+
+def paged(seed, k_BSKh, v_BSKh, page, start_BT, end_BT):
+    """The keys and values in pages of a pool, in any order; NaN in every page that no query's interval spans, and in spare ones."""
+    B, S, K, h = k_BSKh.shape
+    width = S // page
+    pages_BW = np.random.default_rng(seed).permutation(B * width + 2)[: B * width].reshape(B, width).astype(np.int32)
+    pools = np.full((2, B * width + 2, K, page, h), np.nan).astype(k_BSKh.dtype)
+    first, last = start_BT.min() // page, -(-end_BT.max() // page)
+    for pool, keys in zip(pools, (k_BSKh, v_BSKh), strict=True):
+        pool[pages_BW[:, first:last]] = keys.reshape(B, width, page, K, h).swapaxes(2, 3)[:, first:last]
+    return *pools, pages_BW
+
+
+@functools.cache
+def program(name, scale=1.0):
+    return on_one_cpu(functools.partial(PAGED[name], scale=scale))
+
+
+def check(found, expected, tolerance):
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(np.asarray(a).astype(np.float64), b, rtol=tolerance, atol=tolerance)
 
 
 @settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([(1, 1, 1), (2, 3, 7), (3, 5, 24)]))
 def test_attend_equals_masked_softmax(seed, shape):
     args = problem(seed, *shape)
-    out, lse = attend(*args, scale=1.0)
-    expected_out, expected_lse = reference(*args)
-    np.testing.assert_allclose(out, expected_out, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
+    check(attend(*args, scale=1.0), softmax(*args), 1e-5)
+    check(reference.attend(*args, scale=1.0), softmax(*args), 1e-5)
 
 
-@settings(max_examples=30)
-@given(st.integers(0, 2**32 - 1), st.sampled_from([(1, 1), (2, 3), (3, 5)]))
-def test_attend_pages_equals_masked_softmax_whatever_the_page_order(seed, shape):
-    q, k, v, start, end = problem(seed, *shape, 24)
-    B, _, K, h = k.shape
-    page, pages_per_row = 8, 3
-    table = np.random.default_rng(seed).permutation(B * pages_per_row + 2)[: B * pages_per_row].reshape(B, pages_per_row).astype(np.int32)
-    k_pool, v_pool = np.full((2, B * pages_per_row + 2, K, page, h), 7.0, np.float32)
-    for pool, keys in ((k_pool, k), (v_pool, v)):
-        pool[table] = keys.reshape(B, pages_per_row, page, K, h).swapaxes(2, 3)
-    out, lse = attend_pages(*map(jnp.asarray, (q, k_pool, v_pool, table, start, end)), scale=1.0)
-    expected_out, expected_lse = reference(q, k, v, start, end)
-    np.testing.assert_allclose(out, expected_out, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("name", PAGED)
+@settings(max_examples=15)
+@given(seed=st.integers(0, 2**32 - 1), shape=st.sampled_from([(1, 1), (2, 3), (3, 5)]))
+def test_attend_pages_equals_masked_softmax_whatever_the_page_order(name, seed, shape):
+    """Intervals differ by row; pages that none of them reaches hold NaN."""
+    q, k, v, start, end = problem(seed, *shape, 40)
+    found = program(name)(q, *paged(seed, k, v, 8, start, end), start, end)
+    check(found, softmax(q, k, v, start, end), 1e-5)
 
 
-def test_pages_past_the_longest_row_are_not_read():
-    q, k, v, _, _ = problem(0, 1, 2, 8)
-    pool = np.full((3, 2, 8, 4), np.nan, np.float32)
-    k_pool, v_pool = pool.copy(), pool.copy()
-    k_pool[1], v_pool[1] = k[0].swapaxes(0, 1), v[0].swapaxes(0, 1)
-    start, end = np.zeros((1, 2), np.int32), np.array([[8, 3]], np.int32)
-    out, _ = attend_pages(*map(jnp.asarray, (q, k_pool, v_pool, np.array([[1, 0, 2]], np.int32), start, end)), scale=1.0)
-    np.testing.assert_allclose(out, reference(q, k, v, start, end)[0], rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("name", PAGED)
+def test_any_number_of_pages_is_read_and_no_other(name):
+    """Whole blocks of pages, blocks and single pages, single pages only; from the first page or a later one."""
+    q, k, v, _, _ = problem(0, 2, 1, 10 * 4)
+    for first in range(10):
+        for last in range(first + 1, 11):
+            start, end = np.array([[first * 4 + 1], [first * 4 + 3]], np.int32), np.array([[last * 4 - 3], [last * 4]], np.int32)
+            end = np.maximum(start, end)
+            found = program(name)(q, *paged(first, k, v, 4, start, end), start, end)
+            check(found, softmax(q, k, v, start, end), 1e-5)
+
+
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
+@pytest.mark.parametrize(("queries", "dtype"), [(1, "float32"), (4, "float32"), (1, "bfloat16"), (4, "bfloat16")])
+def test_implementations_agree_on_heads_of_real_models(heads, queries, dtype):
+    q, k, v, start, end = problem(3, 2, queries, 6 * 32, heads, jnp.dtype(dtype))
+    arguments = (q, *paged(3, k, v, 32, start, end), start, end)
+    scale = heads[2] ** -0.5
+    expected = softmax(q, k, v, start, end, scale)
+    # Inputs are the same; in bfloat16 the softmax weights carry eight bits, 2**-9 of rounding each.
+    check(program("reference", scale)(*arguments), expected, 1e-5)
+    for name in ("xla", "cpu"):
+        out, lse = program(name, scale)(*arguments)
+        assert out.dtype == lse.dtype == jnp.float32
+        check([lse], expected[1:], 1e-5)
+        check([out], expected[:1], 1e-5 if dtype == "float32" else 2.0**-7)
+
+
+@pytest.mark.parametrize("name", PAGED)
+def test_float64_is_kept(name):
+    with jax.enable_x64(True):
+        q, k, v, start, end = problem(4, 2, 3, 40, dtype=np.float64)
+        out, lse = on_one_cpu(functools.partial(PAGED[name], scale=1.0))(q, *paged(4, k, v, 8, start, end), start, end)
+        assert out.dtype == lse.dtype == jnp.float64
+        check((out, lse), softmax(q, k, v, start, end), 1e-13)
+
+
+@pytest.mark.parametrize("name", PAGED)
+def test_a_query_that_sees_nothing_gets_zeros_and_minus_infinity(name):
+    q, k, v, start, end = problem(5, 2, 2, 40)
+    start[1], end[1] = 7, 7
+    out, lse = program(name)(q, *paged(5, k, v, 8, start, end), start, end)
+    assert (np.asarray(out)[1] == 0).all() and np.isneginf(lse[1]).all()
+    nothing = np.zeros_like(start)
+    out, lse = program(name)(q, *paged(5, k, v, 8, nothing, nothing), nothing, nothing)
+    assert (np.asarray(out) == 0).all() and np.isneginf(lse).all()
 
 
 @pytest.mark.parametrize("scale", [1e3, 1e30])
 def test_large_scores_do_not_overflow(scale):
-    q, k, v, start, end = problem(1, 1, 2, 5)
-    out, lse = attend(q * np.float32(scale), k, v, np.zeros_like(start), np.full_like(end, 5), scale=1.0)
-    assert np.isfinite(out).all() and np.isfinite(lse).all()
+    q, k, v, start, end = problem(1, 1, 2, 40)
+    start, end = np.zeros_like(start), np.full_like(end, 40)
+    results = [attend(q * np.float32(scale), k, v, start, end, scale=1.0)]
+    results += [program(name)(q * np.float32(scale), *paged(1, k, v, 8, start, end), start, end) for name in PAGED]
+    assert all(np.isfinite(a).all() for result in results for a in result)
 
 
 def test_bfloat16_inputs_give_float32_results():
-    q, k, v, start, end = problem(2, 2, 3, 9)
-    out, lse = attend(*(jnp.asarray(a, jnp.bfloat16) for a in (q, k, v)), start, end, scale=1.0)
+    q, k, v, start, end = problem(2, 2, 3, 9, dtype=jnp.dtype(jnp.bfloat16))
+    out, lse = attend(q, k, v, start, end, scale=1.0)
     assert out.dtype == lse.dtype == jnp.float32
-    # Inputs and softmax weights carry eight bits: 2**-8 each.
-    np.testing.assert_allclose(out, reference(q, k, v, start, end)[0], atol=0.06)
+    np.testing.assert_allclose(out, softmax(q, k, v, start, end)[0], atol=2.0**-7)
+
+
+def test_programs_for_cpus_take_the_kernels_for_cpus_and_no_others_do():
+    q, k, v, start, end = problem(6, 1, 1, 40)
+    arguments = (q, *paged(6, k, v, 8, start, end), start, end)
+    traced = {name: str(jax.make_jaxpr(functools.partial(f, scale=1.0))(*arguments)) for name, f in PAGED.items() if name != "cpu"}
+    assert str(jax.make_jaxpr(functools.partial(attend_pages, scale=1.0))(*arguments)) == traced["xla"]
+    lowered = {f: on_one_cpu(functools.partial(f, scale=1.0)).lower(*arguments).as_text() for f in (attend_pages, *PAGED.values())}
+    assert lowered[attend_pages] == lowered[cpu.attend_pages] != lowered[xla.attend_pages]
+    with pytest.raises(NotImplementedError, match="the program is for other devices"):
+        cpu.attend_pages(*arguments, scale=1.0)
+    many = np.zeros((1, 33, *q.shape[2:]), np.float32), *arguments[1:4], np.zeros((1, 33), np.int32), np.zeros((1, 33), np.int32)
+    with pytest.raises(NotImplementedError, match="33 queries a row"):
+        program("cpu").lower(*many)

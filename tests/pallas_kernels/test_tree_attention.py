@@ -7,14 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.tree_attention import tree_attention
+from pallas_kernels.tree_attention import reference, tree_attention
+from tests.pallas_kernels.programs import on_one_cpu
 
 B, K, G, H, PAGE = 3, 2, 2, 8, 4
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("float64", 1e-14)])
 @pytest.mark.parametrize("nodes", [1, 5])
-def test_equals_masked_softmax(nodes, dtype, tolerance):
+@pytest.mark.parametrize("implementation", [tree_attention, reference.tree_attention], ids=["merged", "reference"])
+def test_equals_masked_softmax(implementation, nodes, dtype, tolerance):
     """Rows of no cached keys, of some, and of all; a window that begins after a page; a node that sees nothing."""
     with jax.enable_x64(dtype == "float64"):
         rng = np.random.default_rng(nodes)
@@ -27,7 +29,7 @@ def test_equals_masked_softmax(nodes, dtype, tolerance):
         end = np.array([[0], [9], [12]]) + np.zeros((1, nodes), int)
         sees[0, 0] = False
         arguments = (q, k_new, v_new, sees, k_pool, v_pool, pages.astype(np.int32), start.astype(np.int32), end.astype(np.int32))
-        out, lse = jax.jit(lambda *a: tree_attention(*a, scale=0.3))(*map(jnp.asarray, arguments))
+        out, lse = on_one_cpu(lambda *a: implementation(*a, scale=0.3))(*map(jnp.asarray, arguments))
 
         def cached(pool):
             return np.swapaxes(pool[pages], 2, 3).reshape(B, -1, K, H)

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharding.merge import merge_attention
+from pallas_kernels.merge import merge_attention
 
 
 def softmax_attention(scores, values):

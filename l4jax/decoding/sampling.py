@@ -166,9 +166,13 @@ def _adjusted(logits_BV: Array, rows: SamplingRows, counts: TokenCounts | None, 
 
 
 def _highest(logits_BV: Array, vocab: Ranks) -> Array:
-    """The highest logit of each row; infinity for a row with a NaN, which a maximum over ranks might lose."""
-    highest_B = jnp.max(logits_BV, axis=-1)
-    return vocab.max(jnp.where(jnp.isnan(highest_B), jnp.inf, highest_B))
+    """The highest logit of each row; infinity for a row with a NaN."""
+    return vocab.max(jnp.max(_nan_to_infinity(logits_BV), axis=-1))
+
+
+def _nan_to_infinity(values_BV: Array) -> Array:
+    """A maximum of vector registers, or over ranks, may lose a NaN; it keeps an infinity."""
+    return jnp.where(jnp.isnan(values_BV), jnp.inf, values_BV)
 
 
 def highest_token(values_BV: Float32[Array, "B V"], vocab: Ranks = ONE) -> tuple[Float32[Array, "B"], Int32[Array, "B"]]:
@@ -178,12 +182,13 @@ def highest_token(values_BV: Float32[Array, "B V"], vocab: Ranks = ONE) -> tuple
     long on CPUs, and an index found by comparing with the maximum could be missing where XLA computes the values twice.
     """
     B, V = values_BV.shape
+    values_BV = _nan_to_infinity(values_BV)
     blocks_Bbv = jnp.pad(values_BV, ((0, 0), (0, -V % _BLOCK)), constant_values=-jnp.inf).reshape(B, -1, _BLOCK)
     highest_Bb = jnp.max(blocks_Bbv, axis=-1)
     block_B = jnp.argmax(highest_Bb, axis=-1).astype(jnp.int32)
     own_B = _pick(highest_Bb, block_B)
     place_B = jnp.argmax(jnp.take_along_axis(blocks_Bbv, block_B[:, None, None], axis=1)[:, 0], axis=-1).astype(jnp.int32)
-    highest_B = vocab.max(jnp.where(jnp.isnan(own_B), jnp.inf, own_B))
+    highest_B = vocab.max(own_B)
     # The lowest of the ranks' tokens, as the highest of their negatives.
     token_B = jnp.where(own_B == highest_B, vocab.index() * V + block_B * _BLOCK + place_B, V * vocab.count - 1)
     return highest_B, -vocab.max(-token_B)

@@ -16,7 +16,7 @@ from l4jax.decoding import draft, randomness, sampling, verify
 from l4jax.decoding.randomness import Purpose, gumbel, stream_keys, threefry, uniform
 from tests.decoding.limits import chi_square_limit, poisson_limits
 from tests.decoding.noise import gumbel_of_bits, token_noise
-from tests.tiny import drafter, few_tokens, llama3_like, loaded_drafter, prompts, weights
+from tests.tiny import drafter, llama3_like, loaded_drafter, prompts, weights
 
 
 def words(*values):
@@ -190,8 +190,8 @@ def test_a_round_uses_no_key_for_two_things(monkeypatch, tmp_path):
     monkeypatch.setattr(draft, "gumbel", recording("draft", gumbel))
     monkeypatch.setattr(verify, "uniform", recording("accept", uniform))
     monkeypatch.setattr(sampling, "gumbel", recording("choose", gumbel))
-    config = few_tokens(llama3_like)
-    made = loaded_drafter(drafter(config, aux_layers=(0, 1, 2)))
+    config = llama3_like(vocab_size=8, num_layers=1, rope_layers=(True,), hidden_size=16, intermediate_size=16)
+    made = loaded_drafter(drafter(config, "eagle1"))
     (tree := tmp_path / "tree.json").write_text("[[0], [1], [0, 0]]")
     llm = LLM(config, weights(config), drafter=made, speculation=f"tree:{tree},sampled", max_batch=4)
     llm.generate(prompts(config, (3,) * 4), [SamplingParams(max_tokens=24, seed=seed) for seed in range(4)])

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 from l4jax.decoding.params import SamplingParams
 from l4jax.decoding.randomness import Purpose
 from l4jax.decoding.sampling import (
+    NOT_FINITE,
     SamplingFeatures,
     TokenCounts,
     adjust_logits,
@@ -120,9 +121,22 @@ def test_the_highest_token_is_numpy_s(vocab):
     highest, token = highest_token(jnp.asarray(values))
     np.testing.assert_array_equal(highest, values.max(-1))
     np.testing.assert_array_equal(token, values.argmax(-1))
-    values[5, vocab - 1] = np.nan
+    values[5, vocab // 3] = np.nan
     highest, token = highest_token(jnp.asarray(values))
-    assert highest[5] == np.inf and 0 <= int(token[5]) < vocab
+    assert (highest[5], token[5]) == (np.inf, vocab // 3)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_one_logit_that_is_not_finite_is_no_token(temperature):
+    """Wherever it is in the row; the rows beside it have their tokens."""
+    logits = np.zeros((700, 700), np.float32)
+    np.fill_diagonal(logits, np.nan)
+    logits[5], logits[6, 6], logits[7] = 0.0, np.inf, -np.inf
+    params = [SamplingParams(temperature=temperature)] * 700
+    token, _ = compiled_sample(
+        jnp.asarray(logits), rows_of(*params, vocab=700), None, jnp.zeros(700, jnp.int32), features=batch_features(params)
+    )
+    assert int(token[5]) >= 0 and (np.delete(token, 5) == NOT_FINITE).all()
 
 
 SEEDS = [0, 1, 2**32 + 5, 2**64 - 1]

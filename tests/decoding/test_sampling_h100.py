@@ -42,18 +42,17 @@ def elements(shape):
 
 
 def passes(bodies):
-    """Fusions outside loops that go over the whole vocabulary, and the elements of each one's result.
-
-    Not counted: those that only look up a block of it, which have its shape inside but neither a reduction nor a result of its size.
-    """
+    """Fusions outside loops that write an array as large as the logits, or reduce one; and the elements of each one's result."""
     found = {}
     for line in bodies["ENTRY"]:
         match = re.match(r"\s*(?:ROOT )?%\S+ = (\([^=]*?\)|\S+) fusion\(.*?\), .*calls=%(\S+?)[,\s]", line + " ")
-        if match is not None:
-            body = bodies[match[2]]
-            largest = max(elements(shape) for shape in re.findall(r"= (\S+\]\S*) ", "\n".join(body)))
-            if largest >= B * V and (elements(match[1]) >= B * V or any(" reduce(" in inner for inner in body)):
-                found[match[2]] = elements(match[1])
+        if match is None:
+            continue
+        body = "\n".join(bodies[match[2]])
+        shapes = dict(re.findall(r"%(\S+) = (\([^=]*?\)|\S+) ", body))
+        reduced = [elements(shapes[operand]) for operand in re.findall(r" reduce\(%([^\s,)]+)", body)]
+        if max(elements(match[1]), *reduced, 0) >= B * V:
+            found[match[2]] = elements(match[1])
     return found
 
 

@@ -1,4 +1,4 @@
-"""Grouped-query attention as Llama 3 and Llama 4 have it, over cached and new tokens."""
+"""Grouped-query attention of Llama 3 and Llama 4, over cached and new tokens."""
 
 from __future__ import annotations
 
@@ -27,16 +27,15 @@ from sharding.ring import attend_positions, pass_kv, pass_q
 class Attention(nnx.Module):
     """One layer's attention.
 
-    A RoPE layer rotates queries and keys, then (Llama 4 Scout) RMS-normalises each head of both, after the rotation. A
-    NoPE layer does neither; with attention temperature it scales its queries by position. Softmax scale is
-    ``head_dim ** -0.5`` in every case.
+    A RoPE layer rotates queries and keys; after the rotation, Llama 4 Scout RMS-normalises each head of both. A NoPE layer does
+    neither; with attention temperature it scales its queries by position. The softmax scale is ``head_dim ** -0.5`` in both.
 
     The query, key and value projections are one matrix, grouped by KV head: its G query heads, its key, its value. On a mesh,
-    each device along ``tensor`` has some of the groups, and each of the token ranks some of the keys.
+    each device along ``tensor`` has some of the groups, and each token rank caches some of the keys.
     """
 
     def __init__(self, config: ModelConfig, layer: int, mesh: MeshSpec, *, input_size: int | None = None) -> None:
-        """``input_size``: the width of what is projected, if it is not the model's."""
+        """``input_size``: the width of the input, if it is not the model's."""
         K, h, D = config.num_kv_heads, config.head_dim, config.hidden_size
         G = config.num_heads // K
         width = input_size or D
@@ -55,15 +54,15 @@ class Attention(nnx.Module):
         cache: LayerCache | TreeCache | PackedCache,
         spread: Spread | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """Attention of the new tokens, projected back to the model width, and the cache (of the kind it was) with their keys and values.
+        """Attention of the new tokens, projected to the model width; also returns the cache with their keys and values added.
 
         Nodes of a draft tree need a :class:`TreeCache`, training's packed sequences a :class:`PackedCache`, other tokens a
-        :class:`LayerCache`.
+        :class:`LayerCache`; the cache is returned as the same kind.
         """
         B, T, width = x_BTi.shape
         K, groups, h, _ = self.qkv.shape
         qkv = matmul(x_BTi, self.qkv[...].reshape(-1, width)).reshape(B, T, K, groups, h)
-        # Queries and keys go through rotation and norm together: both are per head.
+        # Queries and keys are rotated and normalised together: both operations are per head.
         qk_BTKgh, v_BTKh = qkv[:, :, :, :-1], qkv[:, :, :, -1]
         if self.uses_rope:
             qk_BTKgh = rotate(qk_BTKgh, step.angles)
@@ -89,7 +88,7 @@ class Attention(nnx.Module):
                 attended_BTKGh = self._ring(q_BTKGh, k_BTKh, v_BTKh, cache, keys, step, spread)
             else:
                 attended_BTKGh = self._replicated(q_BTKGh, k_BTKh, v_BTKh, cache, keys, pages_BW)
-            # The pages must be read before they are overwritten. Said as a data dependence, it lets XLA write in place.
+            # The pages must be read before they are overwritten. Because the barrier makes this a data dependence, XLA writes in place.
             attended_BTKGh, k_BTKh, v_BTKh = jax.lax.optimization_barrier((attended_BTKGh, k_BTKh, v_BTKh))
             if isinstance(keys, RingKeys) and keys.send_RBC is not None:
                 k_BTKh, v_BTKh = self._exchange(k_BTKh, v_BTKh, keys.send_RBC)
@@ -99,25 +98,25 @@ class Attention(nnx.Module):
         return self.heads.sum(matmul(attended_BTf, out_Df)), cache
 
     def _tree(self, q_BNKGh: Array, cache: TreeCache, keys: TreeKeys, pages_BW: Array) -> Float[Array, "B N K G h"]:
-        """Every rank has the tree's nodes, which one of them counts, and its own part of what is cached."""
+        """Attention of tree nodes: every rank has the nodes (one rank counts them) and its own part of the cached keys."""
         pools = (cache.layer.k_PKph, cache.layer.v_PKph, pages_BW, keys.cached_start_BN, keys.cached_end_BN)
         return self._of_all_ranks(tree_attention(q_BNKGh, cache.k_BSKh, cache.v_BSKh, keys.sees_BNS, *pools, scale=self.scale))
 
     def _of_all_ranks(self, partial: Partial) -> Float[Array, "B T K G h"]:
-        """What each rank has attended, merged."""
+        """Merge every rank's partial attention."""
         if self.ranks.count == 1:
             return partial[0]
-        # One message for both.
+        # Output and log-sum-exp are gathered in one message.
         gathered = self.ranks.gather(jnp.concatenate([partial[0], partial[1][..., None]], axis=-1))
         return merge_attention([(part[..., :-1], part[..., -1]) for part in gathered])[0]
 
     def _replicated(
         self, q_BTKGh: Array, k_BTKh: Array, v_BTKh: Array, cache: LayerCache, keys: KeyIntervals, pages_BW: Array
     ) -> Float[Array, "B T K G h"]:
-        """Every rank has the new tokens, and its own part of what is cached."""
+        """Attention of replicated tokens: every rank has all new tokens and its own part of the cached keys."""
         pools = (cache.k_PKph, cache.v_PKph, pages_BW, keys.cached_start_BT, keys.cached_end_BT)
         cached = attend_pages(q_BTKGh, *pools, scale=self.scale)
-        # The new tokens, which every rank has, are counted by one.
+        # Every rank has the new tokens; one rank counts them.
         new_end_BT = jnp.where(self.ranks.index() == 0, keys.new_end_BT, 0)
         new = attend(q_BTKGh, k_BTKh, v_BTKh, keys.new_start_BT, new_end_BT, scale=self.scale)
         return self._of_all_ranks(merge_attention([cached, new]))
@@ -125,7 +124,7 @@ class Attention(nnx.Module):
     def _ring(
         self, q_BTKGh: Array, k_BTKh: Array, v_BTKh: Array, cache: LayerCache, keys: RingKeys, step: StepInputs, spread: Spread
     ) -> Float[Array, "B T K G h"]:
-        """Each rank has some of the new tokens, and its own part of what is cached."""
+        """Attention of spread tokens: each rank has some of the new tokens and its own part of the cached keys."""
         assert step.position_RBT is not None
         chunk = self.config.attention_chunk_size if self.is_local else None
         if self.is_local and spread.aligned:
@@ -142,7 +141,7 @@ class Attention(nnx.Module):
         return ring(q_BTKGh, k_BTKh, v_BTKh, *positions, **options)[0]
 
     def _exchange(self, k_BTKh: Array, v_BTKh: Array, send_RBC: Array) -> tuple[Array, Array]:
-        """Every rank's new keys and values to the ranks that cache them: those that this one keeps, [B, A, K, h] each."""
+        """Send new keys and values to the ranks that cache them; returns those that arrive here, [B, A, K, h] each."""
         kv_BT2Kh = jnp.stack([k_BTKh, v_BTKh], axis=2)
         leaving = jax.vmap(lambda index_BC: jnp.take_along_axis(kv_BT2Kh, index_BC[:, :, None, None, None], axis=1))(send_RBC)
         arriving = jax.lax.all_to_all(leaving, self.ranks.axes, split_axis=0, concat_axis=0)

@@ -18,7 +18,7 @@ from sharding.mesh import MeshSpec
 class SwiGLU(nnx.Module):
     """``down(silu(gate(x)) * up(x))``; the gate and up projections are one matrix, [gate | up].
 
-    On a mesh, each rank along ``tensor`` has part of the intermediate width.
+    On a mesh, each rank along ``tensor`` has a part of the intermediate width.
     """
 
     def __init__(self, hidden_size: int, intermediate_size: int, mesh: MeshSpec) -> None:
@@ -31,7 +31,7 @@ class SwiGLU(nnx.Module):
         return self.width.sum(self.partial(x_BTD))
 
     def partial(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """What this rank adds to the output."""
+        """This rank's summand of the output."""
         gate_up_2FD = self.gate_up[...]
         width = gate_up_2FD.shape[1]
         gate_up_BTf = matmul(x_BTD, gate_up_2FD.reshape(2 * width, -1))
@@ -43,12 +43,12 @@ class MixtureOfExperts(nnx.Module):
     """Top-1 routed experts plus a shared expert.
 
     ``y = shared(x) + expert_i(sigmoid(r_i) * x)`` with ``i = argmax(r)``, ``r = router(x)``. The score multiplies the
-    expert's *input*: SwiGLU is not linear, so scaling its output instead would be another function.
+    expert's *input*: SwiGLU is not linear, so scaling its output would be a different function.
 
-    On a mesh, each rank along ``expert`` has some of the routed experts, and each along ``tensor`` part of their width. Where
-    every rank has every token (decoding), each computes what its own experts do, and one sum over all ranks, the shared
-    expert's part included, makes the output. Where each has tokens of its own (prefill), they are sent to their experts and back,
-    which the shared expert does not wait for, and the sum is over ``tensor``.
+    On a mesh, each rank along ``expert`` has some of the routed experts, and each rank along ``tensor`` a part of their width. If
+    every rank has every token (decoding), each rank computes its own experts, and one sum over all ranks, the shared expert's part
+    included, gives the output. If each rank has tokens of its own (prefill), tokens are sent to their experts and back, the shared
+    expert does not wait for that, and the sum is over ``tensor`` only.
     """
 
     def __init__(self, hidden_size: int, moe: MoEConfig, mesh: MeshSpec) -> None:
@@ -65,13 +65,13 @@ class MixtureOfExperts(nnx.Module):
     def __call__(self, x_BTD: Float[Array, "B T D"], valid_BT: Bool[Array, "B T"], *, spread: bool = False) -> Float[Array, "B T D"]:
         """The block's output, before the residual.
 
-        Tokens that are not valid (padding, finished rows) are routed to no expert. ``spread``: each rank along ``expert`` has
-        tokens of its own.
+        Tokens that are not valid (padding, finished rows) are not routed. ``spread``: True if each rank along ``expert`` has tokens
+        of its own.
         """
         exchanged = spread and self.expert_ranks.count > 1
         with jax.named_scope("shared_expert"):
             shared_BTD = self.shared.partial(x_BTD)
-            if self.expert_ranks.count > 1 and not exchanged:  # all of them have computed it: it must count once
+            if self.expert_ranks.count > 1 and not exchanged:  # every rank has computed it, but it must count once
                 shared_BTD = jnp.where(self.expert_ranks.index() == 0, shared_BTD, jnp.zeros_like(shared_BTD))
         with jax.named_scope("routed_experts"):
             x_MD, valid_M = x_BTD.reshape(-1, x_BTD.shape[-1]), valid_BT.reshape(-1)
@@ -80,26 +80,26 @@ class MixtureOfExperts(nnx.Module):
         return ranks.sum(shared_BTD + routed_MD.reshape(x_BTD.shape))
 
     def _route(self, x_MD: Float[Array, "M D"]) -> tuple[Int32[Array, "M"], Float[Array, "M D"]]:
-        """Each token's expert, and the expert's input: the token times its score."""
+        """Choose each token's expert; also returns the expert's input, the token times its score."""
         scores_ME = matmul(x_MD, self.router[...], dtype=jnp.dtype(jnp.float32))
         gate_M1 = jax.nn.sigmoid(jnp.max(scores_ME, axis=-1, keepdims=True))
         return jnp.argmax(scores_ME, axis=-1).astype(jnp.int32), (x_MD.astype(jnp.float32) * gate_M1).astype(x_MD.dtype)
 
     def _here(self, x_MD: Float[Array, "M D"], valid_M: Bool[Array, "M"]) -> Float[Array, "M D"]:
-        """What this rank's experts make of the tokens that chose them; zeros for the others."""
+        """Outputs of this rank's experts for the tokens routed to them; zeros for the other tokens."""
         expert_M, gated_MD = self._route(x_MD)
-        # Counted from this rank's first expert: its own come first, and tokens for the others are sorted behind theirs.
+        # Experts are counted from this rank's first: its own come first, and tokens of the other experts are sorted after theirs.
         experts, own = self.router.shape[0], self.experts_down.shape[0]
         expert_M = jnp.where(valid_M, (expert_M - self.expert_ranks.index() * own) % experts, experts)
         return self._experts(gated_MD, expert_M, jnp.bincount(expert_M, length=experts)[:own].astype(jnp.int32))
 
     def _sent_to_experts(self, x_MD: Float[Array, "M D"], valid_M: Bool[Array, "M"]) -> Float[Array, "M D"]:
-        """What the tokens' experts, on whichever rank, make of them."""
+        """Send each token to the rank of its expert; returns the experts' outputs."""
         expert_M, gated_MD = self._route(x_MD)
         R, own = self.expert_ranks.count, self.experts_down.shape[0]
         expert_M = jnp.where(valid_M, expert_M, R * own)
         order_M = jnp.argsort(expert_M)
-        # How many tokens each rank has for each expert: all that is needed to know what arrives where.
+        # The number of tokens that each rank has for each expert determines how many arrive where.
         size_RRe = self.expert_ranks.gather(jnp.bincount(expert_M, length=R * own).astype(jnp.int32)).reshape(R, R, own)
         exchange = RowExchange(self.expert_ranks, jnp.sum(size_RRe, axis=2))
         arrived_AD = exchange.send(gated_MD[order_M])
@@ -111,7 +111,7 @@ class MixtureOfExperts(nnx.Module):
         return jnp.zeros_like(out_MD).at[order_M].set(out_MD, unique_indices=True)
 
     def _experts(self, x_MD: Float[Array, "M D"], expert_M: Int32[Array, "M"], group_sizes_e: Int32[Array, "e"]) -> Float[Array, "M D"]:
-        """Row ``m`` through this rank's expert ``expert_M[m]``; zeros where it has no such."""
+        """Put row ``m`` through this rank's expert ``expert_M[m]``; zeros if this rank does not have it."""
         order_M = jnp.argsort(expert_M)
         gate_up_eDf = self.experts_gate_up[...].reshape(*self.experts_gate_up.shape[:2], -1)
         gate_up_Mf = grouped_matmul(x_MD[order_M], gate_up_eDf, group_sizes_e)

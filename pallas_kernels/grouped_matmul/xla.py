@@ -17,7 +17,7 @@ _MAX_BLOCK_ROWS = 128
 def grouped_matmul(lhs_Mi: Float[Array, "M i"], rhs_Eio: Float[Array, "E i o"], group_sizes_E: Int32[Array, "E"]) -> Float[Array, "M o"]:
     """Row ``m`` of group ``g`` times ``rhs[g]``.
 
-    Rows are sorted by group: the first ``group_sizes[0]`` rows belong to group 0, and so on; those behind the last group's
+    Rows are sorted by group: the first ``group_sizes[0]`` rows belong to group 0, and so on; those after the last group's
     cost nothing and give zeros. Any imbalance is exact, one group holding every row included. Groups with no rows cost nothing.
     Accumulates in float32 and returns ``lhs``'s dtype.
     """
@@ -35,10 +35,10 @@ def grouped_matmul(lhs_Mi: Float[Array, "M i"], rhs_Eio: Float[Array, "E i o"], 
 
         def multiply_block(index: Array, out_Mo: Array) -> Array:
             row = starts_E[group] + index * block
-            lhs_bi = jax.lax.dynamic_slice_in_dim(padded_Mi, row, block)
-            product_bo = jnp.einsum("bi,io->bo", lhs_bi, rhs_io, preferred_element_type=jnp.float32)
+            block_Mi = jax.lax.dynamic_slice_in_dim(padded_Mi, row, block)
+            product_Mo = jnp.einsum("mi,io->mo", block_Mi, rhs_io, preferred_element_type=jnp.float32)
             # A block may run past its group's last row: what it writes there is replaced when the next group's turn comes.
-            return jax.lax.dynamic_update_slice_in_dim(out_Mo, product_bo.astype(lhs_Mi.dtype), row, 0)
+            return jax.lax.dynamic_update_slice_in_dim(out_Mo, product_Mo.astype(lhs_Mi.dtype), row, 0)
 
         return jax.lax.fori_loop(0, (group_sizes_E[group] + block - 1) // block, multiply_block, out_Mo)
 

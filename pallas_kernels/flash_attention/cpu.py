@@ -11,13 +11,13 @@ from pallas_kernels.implementations import require_cpu
 from pallas_kernels.merge import Partial
 
 _MOST_QUERIES = 32
-"""Most queries of a row; with more of them the scores of several pages no longer fit into the cores' caches."""
-
-_BLOCK_BYTES = 1 << 20
-"""About how many bytes of keys and values are copied together: what two cores keep in their second-level caches."""
+"""Most queries of a row; with more of them the scores take longer than the pages, and pages one by one are as fast."""
 
 _MOST_PAGES = 4
-"""Most pages of a row in a block: what is left over by whole blocks is attended page by page."""
+"""Most pages of a row that are attended together: with more of them, more are left to be attended one by one."""
+
+_BLOCK_BYTES = 8 << 20
+"""Most bytes of keys and values that are copied together: about what cores keep in their caches."""
 
 
 def attend_pages(
@@ -32,30 +32,35 @@ def attend_pages(
 ) -> Partial:
     """A loop over blocks of pages, and one over the pages that are left; for up to 32 queries a row.
 
-    A page costs a dozen small kernels whatever is in it, and copying it is most of the work: XLA's products cannot read it in place.
+    However few tokens they are for, a dozen small kernels have to be started, and their products have to have keys one after the other:
+    pages are copied, as rows of one long matrix. What is narrower than float32 is widened meanwhile, for XLA's CPU kernels for a
+    few bfloat16 rows are slower.
     """
     require_cpu()
     if q_BTKGh.shape[1] > _MOST_QUERIES:
         raise NotImplementedError(f"{q_BTKGh.shape[1]} queries a row: pages are attended one by one as fast")
     B, (P, K, p, h) = len(pages_BW), k_PKph.shape
-    row_K = jnp.arange(K, dtype=jnp.int32)
+    wide = jnp.dtype(jnp.float64 if q_BTKGh.dtype == jnp.float64 else jnp.float32)
+    q_BTKGh = q_BTKGh.astype(wide)
+    head_K = jnp.arange(K, dtype=jnp.int32)
 
     def attend(index: Array, pages: int, before: Block) -> Block:
         page_BW = jax.lax.dynamic_slice_in_dim(pages_BW, index, pages, axis=1)
-        # A page of a head is a row of one long matrix: such rows are gathered by a plain copy.
-        row_BKW = page_BW[:, None, :] * K + row_K[None, :, None]
+        row_BKW = page_BW[:, None, :] * K + head_K[None, :, None]
 
         def keys(pool_PKph: Array) -> Array:
             rows = pool_PKph.reshape(P * K, p * h).at[row_BKW.reshape(-1)].get(mode="promise_in_bounds")
-            return rows.reshape(B, K, pages * p, h)
+            # Without the barrier XLA might transpose the keys as it copies them, which takes several times as long.
+            return jax.lax.optimization_barrier(rows.reshape(B, K, pages * p, h).astype(wide))
 
         visible_BTS = inside(start_BT, end_BT, (index * p).astype(jnp.int32), pages * p)
         return merge_blocks(before, attend_block(q_BTKGh, keys(k_PKph), keys(v_PKph), visible_BTS, scale))
 
     first, last = jnp.min(start_BT) // p, (jnp.max(end_BT) + p - 1) // p
-    fitting = _BLOCK_BYTES // (2 * B * K * p * h * k_PKph.dtype.itemsize)
-    block = min(max(2, min(_MOST_PAGES, fitting)), pages_BW.shape[1])
-    blocks = (last - first) // block
-    attended = jax.lax.fori_loop(0, blocks, lambda index, before: attend(first + index * block, block, before), no_keys(q_BTKGh))
-    attended = jax.lax.fori_loop(first + blocks * block, last, lambda index, before: attend(index, 1, before), attended)
-    return normalize(attended)
+    attended = no_keys(q_BTKGh)
+    block = min(_MOST_PAGES, _BLOCK_BYTES // (2 * B * K * p * h * wide.itemsize), pages_BW.shape[1])
+    if block > 1:
+        blocks = (last - first) // block
+        attended = jax.lax.fori_loop(0, blocks, lambda index, before: attend(first + index * block, block, before), attended)
+        first = first + blocks * block
+    return normalize(jax.lax.fori_loop(first, last, lambda index, before: attend(index, 1, before), attended))

@@ -18,7 +18,7 @@ def attend(
     scale: float,
 ) -> Partial:
     """Keys with index in [start, end) are visible."""
-    key_11S = jnp.arange(k_BSKh.shape[1])[None, None]
+    key_11S = jnp.arange(k_BSKh.shape[1], dtype=jnp.int32)[None, None]
     visible_BTS = (key_11S >= start_BT[..., None]) & (key_11S < end_BT[..., None])
     return attend_masked(q_BTKGh, k_BSKh, v_BSKh, visible_BTS, scale=scale)
 
@@ -55,7 +55,7 @@ def attend_pages(
 ) -> Partial:
     """All pages of the table in a row; those outside the longest interval are taken as zeros, whatever is in them."""
     pages, size = pages_BW.shape[1], k_PKph.shape[2]
-    page_W = jnp.arange(pages)
+    page_W = jnp.arange(pages, dtype=jnp.int32)
     read_W = (page_W >= jnp.min(start_BT) // size) & (page_W < -(-jnp.max(end_BT) // size))
 
     def keys(pool_PKph: Array) -> Array:

@@ -29,7 +29,7 @@ def tree_attention(
     def joined(pool_PKph: Array, tree_BSKh: Array) -> Array:
         return jnp.concatenate([jnp.swapaxes(pool_PKph[pages_BW], 2, 3).reshape(B, slots, K, h), tree_BSKh], axis=1)
 
-    slot_11S = jnp.arange(slots)[None, None]
+    slot_11S = jnp.arange(slots, dtype=jnp.int32)[None, None]
     cached_BNS = (slot_11S >= prefix_start_BN[..., None]) & (slot_11S < prefix_end_BN[..., None])
     visible_BNS = jnp.concatenate([cached_BNS, sees_BNS], axis=2)
     return attend_masked(q_BNKGh, joined(k_PKph, k_BSKh), joined(v_PKph, v_BSKh), visible_BNS, scale=scale)

@@ -6,11 +6,11 @@
 CHECKPOINT is a folder made by ``l4jax convert``. Each peer needs a Python interpreter that has it installed: torch and
 transformers with the model as a Hugging Face folder; llama-cpp-python with GGUF files (flash attention is off: on CPUs
 llama.cpp is faster so). Every system is loaded once in a process of its own, warmed up, then all take turns for
-``--repetitions`` rounds, so that a slow minute of a shared machine hits all of them.
+``--repetitions`` rounds at every length of prompts, so that a slow minute of a shared machine hits all of them.
 
-Printed for each: the median, lowest and highest tokens/s of prefill and decode, and GB/s of weights read while decoding
-(weight bytes times steps per second: what a memory-bound decode is limited by); and how many tokens are those that the first
-system chose, up to where a row first differs.
+Printed for each: the median, lowest and highest tokens/s of prefill and decode, the median milliseconds of a decode step, and
+GB/s of weights read while decoding (weight bytes times steps per second: what a memory-bound decode is limited by); and how
+many tokens are those that the first system chose, up to where a row first differs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ VOCAB_SIZE = 49152
 
 def commands(arguments: argparse.Namespace, batch: int) -> dict[str, list[str]]:
     """The worker to start for each system, by the name it is printed under."""
-    capacity = arguments.prompt_tokens + arguments.new_tokens + 1
+    capacity = max(arguments.prompt_tokens) + arguments.new_tokens + 1
     sizes = ["--capacity", capacity, "--batch", batch, "--threads", arguments.threads]
     systems = {
         f"l4jax {dtype}": [sys.executable, PEERS / "l4jax_decode.py", arguments.checkpoint, "--dtype", dtype]
@@ -67,26 +67,32 @@ def same_tokens(one: Repetition, other: Repetition) -> int:
 
 
 def measure(arguments: argparse.Namespace, batch: int) -> None:
-    """Print the table of one batch size."""
-    results: dict[str, list[Repetition]] = {}
-    ready: dict[str, Ready] = {}
+    """Print the tables of one batch size, one for each length of prompts."""
     with contextlib.ExitStack() as stack:
         workers = {name: stack.enter_context(Worker(command)) for name, command in commands(arguments, batch).items()}
-        work = Work(prompts(batch, arguments.prompt_tokens), arguments.new_tokens)
-        for repetition in range(arguments.repetitions + 1):
-            for name, worker in workers.items():
-                found = worker.run(work)
-                ready[name] = worker.ready
-                if repetition > 0:  # the first warms up
-                    results.setdefault(name, []).append(found)
-    print(f"\nbatch {batch}, prompt {arguments.prompt_tokens}, {arguments.new_tokens} new tokens, {arguments.threads} threads")
+        for tokens in arguments.prompt_tokens:
+            results: dict[str, list[Repetition]] = {name: [] for name in workers}
+            work = Work(prompts(batch, tokens), arguments.new_tokens)
+            for repetition in range(arguments.repetitions + 1):
+                for name, worker in workers.items():
+                    found = worker.run(work)
+                    if repetition > 0:  # the first warms up
+                        results[name].append(found)
+            print(f"\nbatch {batch}, prompt {tokens}, {arguments.new_tokens} new tokens, {arguments.threads} threads")
+            report(results, {name: worker.ready for name, worker in workers.items()}, work)
+
+
+def report(results: dict[str, list[Repetition]], ready: dict[str, Ready], work: Work) -> None:
+    """Print a line for each system."""
+    batch = len(work.prompts)
     first = next(iter(results.values()))[0]
     for name, repetitions in results.items():
-        prefill = [batch * arguments.prompt_tokens / r.prefill_seconds for r in repetitions]
-        decode = [batch * arguments.new_tokens / r.decode_seconds for r in repetitions]
-        bandwidth = ready[name].weight_bytes * statistics.median(decode) / batch / 1e9
-        rates = f"{row('prefill', prefill)}  {row('decode', decode)}  {bandwidth:6.1f} GB/s"
-        print(f"{name:28} {rates}  {same_tokens(repetitions[0], first):4d} same  [{ready[name].library}]")
+        prefill = [batch * len(work.prompts[0]) / r.prefill_seconds for r in repetitions]
+        decode = [batch * work.new_tokens / r.decode_seconds for r in repetitions]
+        steps_per_second = statistics.median(decode) / batch
+        step = f"{1e3 / steps_per_second:7.2f} ms a step  {ready[name].weight_bytes * steps_per_second / 1e9:6.1f} GB/s"
+        same = f"{same_tokens(repetitions[0], first):4d} same"
+        print(f"{name:28} {row('prefill', prefill)}  {row('decode', decode)}  {step}  {same}  [{ready[name].library}]", flush=True)
 
 
 def main() -> None:
@@ -96,7 +102,7 @@ def main() -> None:
     parser.add_argument("--transformers", nargs=2, metavar=("PYTHON", "HF_FOLDER"))
     parser.add_argument("--llama-cpp", nargs="+", metavar=("PYTHON", "GGUF"))
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--prompt-tokens", type=int, default=512)
+    parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[16, 512, 1500], help="lengths of prompts")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repetitions", type=int, default=5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 # Before JAX is imported anywhere: what the tests check must not depend on the machine's accelerator.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -20,6 +20,8 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import hypothesis
 import jax
+import jaxtyping
+import numpy as np
 import pytest
 from jaxtyping import install_import_hook
 
@@ -37,6 +39,8 @@ def _register_unchecked(cls: type, *fields: Any, **named: Any) -> type:
 
 
 jax.tree_util.register_dataclass = _register_unchecked
+# Host arrays are taken wherever arrays are, as by JAX's own functions.
+jaxtyping.Array = Union[jax.Array, np.ndarray]  # noqa: UP007 - jaxtyping takes unions apart only in this form
 install_import_hook(["l4jax", "sharding", "pallas_kernels"], "tests.checked.arrays")
 
 # For tests of meshes; all others run on the first of them.

@@ -105,7 +105,7 @@ class Llama(nnx.Module):
         tables: PageTables,
         layout: PieceLayout | None = None,
         spread: Spread | None = None,
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T f"], tuple[LayerCache, ...]]:
+    ) -> tuple[Float[Array, "B t D"], Float[Array, "B t f"], tuple[LayerCache, ...]]:
         """Hidden states after the final norm, the features that a drafter reads, and the cache with the new tokens' keys and values.
 
         Row ``b`` has ``start_B[b]`` tokens in the cache and adds ``new_B[b]`` more, the first tokens of ``token_BT[b]``; the states

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
 Partial = tuple[Float[Array, "B T K G h"], Float[Array, "B T K G"]]
+
+_LOWEST = float(np.finfo(np.float32).min)
+"""The highest score of a query that sees no key: finite, so that its weights are zero and not NaN."""
 
 
 def attend(
@@ -36,7 +40,7 @@ def attend_masked(
     q, k, v = (a.astype(wide) for a in (q_BTKGh, k_BSKh, v_BSKh))
     scores = scale * jnp.einsum("btkgh,bskh->btkgs", q, k, precision="highest")
     scores = jnp.where(visible_BTS[:, :, None, None], scores, -jnp.inf)
-    highest = jnp.max(scores, axis=-1, keepdims=True, initial=jnp.finfo(scores.dtype).min)
+    highest = jnp.max(scores, axis=-1, keepdims=True, initial=_LOWEST)
     weights = jnp.exp(scores - highest)
     total = jnp.sum(weights, axis=-1)
     out = jnp.einsum("btkgs,bskh->btkgh", weights, v, precision="highest") / jnp.where(total == 0, 1, total)[..., None]

@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import weakref
+from collections.abc import Iterator
 
 import pytest
 
@@ -17,6 +18,14 @@ from l4jax.checkpoints.store import open_checkpoint
 from l4jax.cli import main
 from l4jax.interrupts import kept_interrupts
 from tests.checkpoints.folders import golden
+
+
+@pytest.fixture(autouse=True)
+def _interruptible() -> Iterator[None]:
+    """Python's own handler of Ctrl-C: a shell starts commands in the background with the signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def in_the_garbage_collector() -> None:

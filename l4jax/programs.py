@@ -112,7 +112,7 @@ class Programs:
         *,
         features: SamplingFeatures,
         spread: Spread | None,
-    ) -> tuple[Cache, Int32[Array, "B"], Logprobs | None]:
+    ) -> tuple[Cache, Int32[Array, "A"], Logprobs | None]:
         """Prefill a piece of each row's prompt, and sample the first output token (used in rows whose prompt ends with this piece)."""
         model: Llama = self.model.bind(leaves)
         x_BTD, _, cache = model(token_BT, start_B, new_B, cache, tables, layout, spread)
@@ -156,7 +156,7 @@ class Programs:
         features: SamplingFeatures,
         spread: Spread | None,
         beyond: BeyondTraining,
-    ) -> tuple[tuple[Cache, Cache], Int32[Array, "B"], Logprobs | None, Float[Array, "B D"]]:
+    ) -> tuple[tuple[Cache, Cache], Int32[Array, "A"], Logprobs | None, Float[Array, "B D"]]:
         """As :meth:`_prefill`, and prefill the drafter; also returns its cache and its output at the piece's last token.
 
         ``following_B``: the prompt's token after the piece, NONE where the prompt ends with the piece.
@@ -220,7 +220,7 @@ class Programs:
         layout: PieceLayout | None,
         *,
         spread: Spread | None,
-    ) -> tuple[Cache, Float32[Array, "B T V"]]:
+    ) -> tuple[Cache, Float32[Array, "B t V"]]:
         """Compute next-token logits at every position of a piece; with a layout, in the layout's order, one rank after the other."""
         model: Llama = self.model.bind(leaves)
         x_BTD, _, cache = model(token_BT, start_B, new_B, cache, tables, layout, spread)

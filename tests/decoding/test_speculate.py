@@ -336,7 +336,10 @@ def test_the_compiled_loop_has_the_target_s_distribution(tmp_path):
     Both with tokens that are drawn as without speculation, and with sampled drafts, whose tokens are others. The model's attention adds
     nothing, so that a token's distribution is a function of the last one; the one before must make no difference.
     """
-    config = llama3_like(vocab_size=6, num_layers=2, rope_layers=(True,) * 2, hidden_size=16, intermediate_size=16)
+    # With a head of its own: one tied to the embedding would repeat the last token for ever.
+    config = llama3_like(
+        vocab_size=6, num_layers=2, rope_layers=(True,) * 2, hidden_size=16, intermediate_size=16, tie_word_embeddings=False
+    )
     made = {name: jnp.zeros_like(weight) if name.endswith("attention.out") else weight for name, weight in weights(config).items()}
     assert sum(not weight.any() for weight in made.values()) == config.num_layers
     prompt = list(range(6))  # so the repetition penalty is on every token

@@ -156,7 +156,7 @@ class Programs:
         features: SamplingFeatures,
         spread: Spread | None,
         beyond: BeyondTraining,
-    ) -> tuple[tuple[Cache, Cache], Int32[Array, "A"], Logprobs | None, Float[Array, "B D"]]:
+    ) -> tuple[tuple[Cache, Cache], Int32[Array, "A"], Logprobs | None, Float[Array, "A D"]]:
         """As :meth:`_prefill`, and prefill the drafter; also returns its cache and its output at the piece's last token.
 
         ``following_B``: the prompt's token after the piece, NONE where the prompt ends with the piece.

@@ -104,7 +104,7 @@ def attention_flops(program: CompiledProgram) -> int:
 
 
 def useful_attention_flops(config: ModelConfig, layer: int, tokens: int) -> float:
-    """FLOPs of one layer's unmasked scores and of their product with the values, over all GPUs: 4 T D for half of the keys."""
+    """FLOPs of one layer's unmasked scores and of their product with the values, over all GPUs; a query sees half of the keys."""
     reach = min(tokens, config.attention_chunk_size or tokens) if is_local(config, layer) else tokens
     return 4 * tokens * config.num_heads * config.head_dim * reach / 2
 
@@ -145,7 +145,11 @@ def print_prefill(name: str, tokens: int, hosts: list[int]) -> None:
     global_layer = next(i for i in layers if not is_local(config, i))
     print(f"\n{name}, {tokens} tokens: each GPU's share\n")
     print(
-        "| hosts | attention TFLOP (useful) | matrices + routed TFLOP | ring transfers | GB | µs of one transfer, of a step's attention ",
+        "| hosts | attention TFLOP (useful) | matrices + routed TFLOP | ring transfers | GB sent around the ring ",
+        end="",
+    )
+    print(
+        "| µs of one transfer, of a step's attention ",
         end="",
     )
     print("| GB to caching ranks | exposed transfers, total s | temporaries GB | predicted s | paper s |")

@@ -4,13 +4,13 @@
         [--transformers PYTHON HF_FOLDER] [--llama-cpp PYTHON GGUF [GGUF ...]]
 
 CHECKPOINT is a folder made by ``l4jax convert``. Each peer needs a Python interpreter that has it installed: torch and
-transformers with the model as a Hugging Face folder; llama-cpp-python with GGUF files (flash attention is off: on CPUs
-llama.cpp is faster so). Every system is loaded once in a process of its own, warmed up, then all take turns for
-``--repetitions`` rounds at every length of prompts, so that a slow minute of a shared machine hits all of them.
+transformers with the model as a Hugging Face folder; llama-cpp-python with GGUF files (flash attention is off, because
+llama.cpp is faster without it on CPUs). Every system is loaded once in a process of its own and warmed up. Then all take
+turns for ``--repetitions`` rounds at every length of prompts, so that a slow minute of a shared machine hits all of them.
 
 Printed for each: the median, lowest and highest tokens/s of prefill and decode, the median milliseconds of a decode step, and
 GB/s of weights read while decoding (weight bytes times steps per second: what a memory-bound decode is limited by); and how
-many tokens are those that the first system chose, up to where a row first differs.
+many tokens agree with the first system's, counted in each row up to the first that differs.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def row(name: str, rates: list[float]) -> str:
 
 
 def same_tokens(one: Repetition, other: Repetition) -> int:
-    """Tokens before the first that differs, over all rows: of one precision, near ties alone part the systems."""
+    """Tokens before the first that differs, over all rows. At the same precision, systems differ only where two tokens nearly tie."""
     pairs = [zip(a, b, strict=True) for a, b in zip(one.token_ids, other.token_ids, strict=True)]
     return sum(len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], row))) for row in pairs)
 

@@ -1,1 +1,1 @@
-"""Kernels: one folder an op, each with a plain JAX reference that is its oracle and its CPU path."""
+"""Kernels: a folder for each op, with the public op, its implementations and (merge aside) a plain JAX reference for tests."""

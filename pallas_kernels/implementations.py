@@ -9,7 +9,7 @@ import jax
 
 
 def first_supported[Result](implementations: Sequence[Callable[..., Result]], *arguments: Any, **options: Any) -> Result:
-    """What the first of these returns that supports the arguments; the last one must support all."""
+    """Call the first implementation that supports the arguments, and return its result. The last implementation must support all."""
     for implementation in implementations[:-1]:
         try:
             return implementation(*arguments, **options)
@@ -21,7 +21,7 @@ def first_supported[Result](implementations: Sequence[Callable[..., Result]], *a
 def require_cpu() -> None:
     """Raise NotImplementedError unless the program that is being traced is for CPUs.
 
-    Programs run on a mesh, and its devices need not be this machine's: programs for H100s are compiled on machines without one.
+    The devices of the mesh decide, not those of this machine: programs for H100s are compiled on machines without one.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is None or device.platform != "cpu":

@@ -123,7 +123,7 @@ def check_same(values: Mapping[str, str], advice: str) -> None:
 
 
 def hold(error: BaseException) -> None:
-    """Before an error is shown: if it is the runtime's, wait. If another process has died, the monitor ends this one and says so."""
+    """Delay an error of the runtime before it is shown: if another process's death has caused it, the monitor says so and ends this one."""
     # A failed collective may come as either; its message starts with the status, as in "UNKNOWN: ...".
     of_runtime = isinstance(error, jax.errors.JaxRuntimeError) or (isinstance(error, ValueError) and re.match("[A-Z_]+: ", str(error)))
     if of_runtime and _group.monitor is not None:

@@ -102,8 +102,8 @@ class MeshSpec:
     def build(self, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
         """Build the mesh over ``devices`` (default: all devices of all processes), in their order.
 
-        A smaller mesh takes the first devices. With several processes it must take all devices, or some process would have none in
-        it. Raises ValueError if there are too few devices, or with several processes too many.
+        A smaller mesh takes the first devices. With several processes the mesh must have all devices, so that every process has a part
+        of it. Raises ValueError if there are too few devices or, with several processes, too many.
         """
         present = list(jax.devices() if devices is None else devices)
         processes = {device.process_index for device in present}

@@ -35,18 +35,23 @@ DONE, FAILED = "done", "failed"
 """The watched process's last word: it has finished, or it ends with an error that it has shown."""
 
 READY = "ready"
-"""What a monitor tells its process once it is connected: process 0's to all others, another's to process 0's."""
+"""What a monitor tells its process once it is connected: process 0's monitor to all others, any other monitor to process 0's."""
 
 _ALONE = "alone"
+"""What process 0's monitor tells process 0 once the other processes have ended, so that process 0 may end too."""
 _DIED = "died"
+"""The last word of a process that died before it could say one of those."""
 _BEAT = "alive"
+"""What two monitors send each other every ``BEAT_SECONDS``."""
 _STOPPED, _CONTINUED = "stopped", "continued"
 """Whether the watched process is suspended: it is alive, and all others wait for it."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a monitor is told. ``address`` and ``port`` are those of process 0's monitor; ``token`` keeps strangers out."""
+    """What a monitor is told. ``hosts``: the host of each process. ``worker``: the system's id of the watched process. ``address`` and
+    ``port`` are those of process 0's monitor; ``token`` keeps strangers out.
+    """
 
     process_id: int
     hosts: list[str]
@@ -93,7 +98,8 @@ class Monitor:
         await worker.read()
         self._gone.set()
         if self._last_word == DONE:
-            await asyncio.sleep(GRACE_SECONDS)  # processes leave when all are done: the word of the others may be on its way
+            # Processes leave once all are done. The last words of the others may still be on their way: without them this one has died.
+            await asyncio.sleep(GRACE_SECONDS)
             await self._report(_DIED)
 
     async def _report(self, word: str) -> None:

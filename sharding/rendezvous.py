@@ -1,4 +1,4 @@
-"""How processes meet before they join: process 0 checks every arrival, and lets nobody in whom it does not expect.
+"""How processes meet before they join: process 0 checks every arrival, and refuses those that it does not expect.
 
 JAX ends every process of a running job when another one comes with a process id that is in use, and never names the cause when processes
 were started with different counts. So process 0 listens at the coordinator's address itself. An arrival sends one line of JSON with its

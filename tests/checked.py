@@ -15,7 +15,7 @@ _CHECKED = beartype(conf=BeartypeConf(is_pep484_tower=True))
 def arrays(function: Callable[..., Any]) -> Callable[..., Any]:
     """Check a call's arrays, their dtypes and their dimensions, if the signature names any.
 
-    Other signatures are left to mypy: what users pass there is refused by messages of ours, which have tests of their own.
+    Other signatures are left to mypy. Bad values that users pass there must reach l4jax's own checks, whose messages have tests.
     """
     hints = getattr(function, "__annotations__", {}).values()
     return _CHECKED(function) if any(_ARRAY.search(str(hint)) for hint in hints) else function

@@ -65,7 +65,7 @@ def many_prompts(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture(autouse=True)
 def _compiler_effort(request: pytest.FixtureRequest) -> None:
-    """Compile without LLVM's optimisations, which takes half the time, unless the test is of the compiled program or runs a real model."""
+    """Compile without LLVM's optimisations, which takes half the time, unless the test reads the compiled program or runs a real model."""
     needed = any(request.node.get_closest_marker(name) for name in ("optimized", "h100"))
     optimized = needed or "smollm2_checkpoint" in request.fixturenames
     jax.config.update("jax_disable_most_optimizations", not optimized)

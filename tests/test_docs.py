@@ -1,4 +1,4 @@
-"""The documentation's form: lines that can be read in an editor, links that lead somewhere."""
+"""The documentation's form: lines of at most 120 characters, and links to pages and headings that exist."""
 
 import re
 from pathlib import Path

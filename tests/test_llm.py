@@ -29,7 +29,7 @@ MODELS = {}
 
 
 def model(name):
-    """One for all tests of this model: what one compiles serves the others."""
+    """Return one LLM for all tests of this model, so that its programs are compiled once."""
     if name not in MODELS:
         MODELS[name] = LLM(CONFIGS[name], weights(CONFIGS[name]))
     return MODELS[name]

@@ -71,7 +71,7 @@ while True:
 
 
 def refusals(llm, checkpoint, mesh, process_id):
-    """What a process is told when all are asked for different things, after which they can continue."""
+    """Ask each process for something else, and return the error messages that it gets; it can continue after each of them."""
     calls = (
         lambda: load([checkpoint, checkpoint + "_other"][process_id], mesh=mesh),
         lambda: load(checkpoint, mesh=[mesh, "data=4"][process_id]),
@@ -116,7 +116,7 @@ def start(command, devices=1, stdin=subprocess.DEVNULL):
         **os.environ,
         "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # what is tested is done by XLA's middle, and every process compiles
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # every process compiles; LLVM's optimisations are not what is tested
         "PYTHONPATH": str(Path(__file__).parent.parent),
     }
     return subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)

@@ -37,7 +37,7 @@ MESHES = [
     "data=2,expert=2",
     "expert=2",
 ]
-# Each case compiles for half a minute. Together these have every axis and every pair of axes, the others run with `make test-all`.
+# Each case compiles for half a minute. The meshes below cover every axis and every pair of axes; `make test-all` runs the others too.
 USUAL = {
     "scout": ("tensor=8", "sequence=8", "sequence=2,expert=2,tensor=2", "data=2,sequence=2,tensor=2"),
     "maverick": ("tensor=2,expert=4", "data=2,expert=2"),
@@ -163,7 +163,7 @@ def test_a_mesh_that_does_not_fit_is_refused_in_one_line(config, mesh, message):
 
 
 def test_results_said_to_be_equal_on_every_device_are():
-    """Nothing checks it at run time: every device's copy of a replicated result, bit for bit."""
+    """shard_map is told that some results are the same on every device, and does not check it: the copies must be equal to the bit."""
     llm = model("scout", "data=2,sequence=2,tensor=2")
     batch = Batch(llm.runner, [llm._request(p, params) for p, params in zip(prompts(llm.config, LENGTHS), PARAMS, strict=True)])
     batch.step(1)
@@ -182,7 +182,7 @@ def assert_copies_are_equal(tree):
 
 
 def test_ranks_that_round_differently_agree_on_every_token():
-    """As two hosts' kernels may: they would choose other tokens, and one would leave the loop while the other waits for it."""
+    """Two hosts' kernels may round differently; without an agreement they would choose different tokens and leave the loop apart."""
     config = dataclasses.replace(CONFIGS["llama3"], eos_token_ids=tuple(range(0, 64, 5)))
     placed = Placement.on(config, MeshSpec(sequence=2)).place_all(weights(config))
     scale = placed["norm.scale"]

@@ -62,7 +62,7 @@ def decode_memory(config, pages_per_row, plan=None):
 def test_decode_donates_the_cache_and_makes_no_second_copy(make, plan):
     cache, memory = decode_memory(few_tokens(make), 4096, plan)
     assert memory.alias_size_in_bytes >= cache
-    # What is left are activations, and the page table that the loop carries.
+    # The temporaries are activations, and the page table that the loop carries.
     assert memory.temp_size_in_bytes < 0.01 * cache
 
 
@@ -109,7 +109,7 @@ def test_nothing_compiles_after_warm_up_on_a_mesh_whose_ranks_share_out_tokens()
 
 @pytest.mark.parametrize("beyond", [pytest.param("window", marks=pytest.mark.more_meshes), "stop"])
 def test_nothing_compiles_after_warm_up_with_a_drafter(beyond):
-    """Whatever its table says of as many rows, and where a text grows longer than it drafts for."""
+    """Warm-up compiles every plan of the drafter's table, and plain decoding for texts that grow longer than the drafter drafts for."""
     config = llama3_like(num_layers=1, rope_layers=(True,))
     table = SpeculationTable.from_json({"float32": {"1": "chain:2", "3": "off", "4": "chain:1"}}, "float32")
     loaded = dataclasses.replace(loaded_drafter(drafter(config, "eagle1")), table=table)

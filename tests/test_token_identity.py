@@ -1,4 +1,4 @@
-"""Speculation gives the tokens of decoding one by one, prompt after prompt; where it does not, two tokens were as good as equal."""
+"""Speculation gives the tokens of decoding one by one, for many prompts. Where it does not, two tokens had nearly the same score."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GAP = 1e-5
 
 
 def gap(llm: LLM, prompt: Sequence[int], a: Completion, b: Completion, params: SamplingParams) -> float:
-    """How near two tokens are where the answers part: of perturbed logits; at temperature 0 of logits, relative to the largest."""
+    """The gap between two answers' first different tokens, in perturbed logits; at temperature 0 in logits, divided by the largest."""
     at = next(i for i, (x, y) in enumerate(zip(a.token_ids, b.token_ids, strict=True)) if x != y)
     tokens = [a.token_ids[at], b.token_ids[at]]
     logits_V = llm.logits([[*prompt, *a.token_ids[:at]]])[0][-1].astype(np.float64)

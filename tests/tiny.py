@@ -102,7 +102,7 @@ def save(directory: Path, config: ModelConfig, text_files: Mapping[str, str] | N
 
 
 def drafter(config: ModelConfig, version: Literal["eagle1", "eagle3"] = "eagle3", **changes: Any) -> DrafterConfig:
-    """One layer for this model, trained at 64 positions; EAGLE-3's reads the inputs of layers 1, 2 and 3."""
+    """The configuration of a one-layer drafter for this model, trained at 64 positions. EAGLE-3 reads the inputs of layers 1, 2 and 3."""
     decoder = llama3_like(num_layers=1, rope_layers=(True,), rope_scaling=None, max_position_embeddings=64, tie_word_embeddings=False)
     decoder = dataclasses.replace(decoder, vocab_size=config.vocab_size, hidden_size=config.hidden_size)
     values: dict[str, Any] = {
@@ -120,7 +120,7 @@ def drafter(config: ModelConfig, version: Literal["eagle1", "eagle3"] = "eagle3"
 
 
 def loaded_drafter(config: DrafterConfig, seed: int = 1) -> LoadedDrafter:
-    """With random float32 weights, and a table that says not to speculate."""
+    """A drafter with random float32 weights, and with a table that says not to speculate."""
     weights = random_weights(build_drafter(config), jax.random.key(seed), jnp.dtype(jnp.float32))
     return LoadedDrafter(config, weights, SpeculationTable.always(None))
 

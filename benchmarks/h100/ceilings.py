@@ -16,7 +16,7 @@ def measure(bench: Bench, record: Record) -> None:
         x = jax.random.normal(jax.random.key(0), (size // 1024, 1024), jnp.float32)
         a, b = (jax.random.normal(jax.random.key(i), (n, n), jnp.float32).astype(jnp.bfloat16) for i in (1, 2))
     copy, read = jax.jit(lambda x: x + 1.0), jax.jit(jnp.sum)
-    # The most a single measurement holds: the array and copies of it that wait for their turn.
+    # No other measurement of this item needs as much memory: the array, and the results of all dispatches that are enqueued at once.
     for name, dispatch, moved in (("copy", lambda: copy(x), 2 * x.nbytes), ("read", lambda: read(x), x.nbytes)):
         seconds = timing.queued(dispatch, 5, budget=bench.sizes.seconds)
         record(name, timing.summary(seconds) | {"bytes_per_second": moved / min(seconds)})

@@ -26,7 +26,7 @@ _LEAST_SECONDS, _BYTES_PER_SECOND, _FLOPS_PER_SECOND = 4e-6, 3e12, 8e14  # a low
 
 
 def measure(bench: Bench, record: Record, *, op: str) -> None:
-    """Microseconds a call of the op and of its rivals in JAX, for every shape."""
+    """Record the milliseconds that a call of the op, and of each rival in JAX, takes at every shape."""
     for shape in SHAPES[bench.sizes.name][op]:
         arrays, implementations, flops = CASES[op](shape)
         for name, function in implementations.items():
@@ -124,7 +124,7 @@ CASES: Mapping[str, Callable[[Any], Case]] = {
 
 
 def timed(bench: Bench, function: Callable[..., Any], arrays: Callable[[Array], Any], nbytes: int, flops: int) -> dict[str, Any]:
-    """Time of a call in milliseconds, and seconds of compilation; or, in one line, the reason why it does not run here."""
+    """The milliseconds of a call and the seconds of compilation. If the function does not compile here: one line that says why."""
     copies = max(1, min(8, -(-bench.sizes.rotated_bytes // nbytes)))
     least = max(_LEAST_SECONDS, nbytes / _BYTES_PER_SECOND, flops / _FLOPS_PER_SECOND)
     loops = max(1, min(bench.sizes.most_loops, int(0.01 / (least * copies))))

@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.h100.sizes import Sizes
 
 OPS = ("attend_pages", "tree_attention", "attend", "grouped_matmul")
-"""Ops of ``pallas_kernels`` in the order in which they are timed; ``ops.py`` has their shapes."""
+"""Ops of ``pallas_kernels`` in the order in which they are timed; ``shapes.py`` has their shapes."""
 
 
 @dataclasses.dataclass(frozen=True)

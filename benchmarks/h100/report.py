@@ -145,7 +145,7 @@ class _Report:
 
 
 def _number(value: float) -> str:
-    """With three significant digits, or without a fraction."""
+    """Write a number of 100 or more without a fraction, and a smaller one with three significant digits."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 

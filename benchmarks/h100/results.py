@@ -70,7 +70,7 @@ class Results:
         self.save()
 
     def record(self, name: str, key: str, values: dict[str, Any]) -> None:
-        """Keep values of the item; under ``compile``, the first value of each name stays."""
+        """Keep values of the item. Later ones replace earlier ones, except under ``compile``: a second compilation comes from a cache."""
         item = self.items[name]
         if key == "compile":
             item["compile"] = values | item["compile"]

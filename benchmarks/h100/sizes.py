@@ -13,7 +13,10 @@ class Sizes:
 
     ``rows``: batch sizes. ``contexts``: cached tokens at which a step is timed, by one program for each batch size.
     ``pieces``: lengths of prefill programs; each prefills all of ``prompts``. ``speculated_rows``: batch sizes at
-    which rounds of speculation are timed. ``seconds``: how long a measurement may repeat, after three repetitions.
+    which rounds of speculation are timed. ``copy_bytes``: size of the array that is copied. ``matmul``: rows and columns of the square
+    product. ``rotated_bytes``: an op's calls take turns over arrays of this size together, so that none stays in a cache.
+    ``most_loops``: how often one program may go over these arrays. ``seconds``: how long a measurement may repeat, after three
+    repetitions.
     """
 
     name: str

@@ -74,7 +74,7 @@ class Worker:
         self.ready = Ready(**self._read())
 
     def run(self, work: Work) -> Repetition:
-        """One repetition; the caller sees to it that nothing else runs meanwhile."""
+        """Run one repetition. The caller must not run anything else at the same time."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(dataclasses.asdict(work)) + "\n")
         self._process.stdin.flush()

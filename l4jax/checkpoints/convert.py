@@ -83,7 +83,7 @@ def convert(
         )
         check_interrupts()
         partial.replace(result)
-        # Last: a conversion killed before the renaming can go on, one killed after it is complete.
+        # These are removed last: a conversion that is killed before the renaming can continue, and after the renaming it is complete.
         (result / _PROGRESS).unlink()
         (result / LOCK).unlink()
 
@@ -196,7 +196,7 @@ def _read(source: Source, key: str) -> np.ndarray:
 
 
 def _all_finite(array: np.ndarray) -> bool:
-    """Works in blocks: a mask of a whole expert tensor would add half its size."""
+    """Whether all values are finite. Looks at a block at a time: a mask of a whole expert tensor would take half the tensor's memory."""
     flat = array.reshape(-1)
     return all(np.isfinite(flat[start : start + _BLOCK]).all() for start in range(0, flat.size, _BLOCK))
 

@@ -112,7 +112,7 @@ class _TorchFiles:
 
 
 def _open_files(directory: Path) -> SafetensorsFiles | _TorchFiles:
-    """The weight files of a head. Of safetensors and a ``pytorch_model.bin``, SafeAILab's code reads the one, engines the other."""
+    """Open a head's weight files. If it has both kinds they must agree: SafeAILab's code reads ``pytorch_model.bin``, vLLM the other."""
     if not (directory / _TORCH).exists():
         return SafetensorsFiles(directory)
     torch = _TorchFiles(directory)

@@ -96,7 +96,7 @@ def _read(file: WeightFile) -> tuple[dict[str, Any], dict[str, _Tensor]]:
             raise CheckpointError(f"{path}: a tensor is quantised as type {unknown[1]}, which is unknown; expected {_KNOWN}") from error
         raise CheckpointError(f"{path} is truncated or not a GGUF file ({error}); fetch it again") from error
     if reader.endianess is not GGUFEndian.LITTLE:
-        # Its writers disagree on the byte order of BF16 and of block scales, so that its values cannot be known.
+        # Writers of such files disagree on the byte order of BF16 and of block scales, so the values cannot be known.
         raise CheckpointError(
             f"{path} is a big-endian GGUF file; expected a little-endian one: fetch that, or convert the model again without --bigendian"
         )

@@ -50,7 +50,7 @@ class HFSource:
                 # Some writers store the tied head a second time.
                 self.ignored |= {head}
             else:
-                # As transformers 5 decides: what is trained is in the file.
+                # transformers 5 decides the same: a head that is stored and differs from the embedding was trained.
                 config = _untied(config, head)
                 self.notes += (
                     f"config.json ties {head} to the embedding, but the one in the files differs: it is kept, as transformers 5 does",
@@ -116,7 +116,7 @@ def hf_recipes(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> dict[s
 
 
 def layer_recipes(wanted: Wanted, config: ModelConfig, layer: int, ours: str, theirs: str, *, attention_normed: bool = True) -> None:
-    """Add how a decoder layer is made; ``attention_normed``: whether it has a norm before its attention."""
+    """Add the recipes of a decoder layer's weights; ``attention_normed``: whether it has a norm before its attention."""
     D = config.hidden_size
     if attention_normed:
         wanted.same(f"{ours}attention_norm.scale", f"{theirs}input_layernorm.weight", (D,))
@@ -126,7 +126,7 @@ def layer_recipes(wanted: Wanted, config: ModelConfig, layer: int, ours: str, th
 
 
 def attention_recipes(wanted: Wanted, config: ModelConfig, ours: str, theirs: str, *, input_size: int) -> None:
-    """Add how a layer's attention, with inputs of width ``input_size``, is made."""
+    """Add the recipes of the weights of a layer's attention, whose inputs have width ``input_size``."""
     K, h, H, D = config.num_kv_heads, config.head_dim, config.num_heads, config.hidden_size
     halves = config.architecture == "llama"
     wanted.add(
@@ -166,7 +166,7 @@ def _feed_forward(wanted: Wanted, config: ModelConfig, layer: int, ours: str, th
 
 
 def swiglu_recipes(wanted: Wanted, ours: str, theirs: str, D: int, F: int) -> None:
-    """Add how a dense feed-forward block of width ``F`` is made."""
+    """Add the recipes of the weights of a dense feed-forward block of width ``F``."""
     wanted.add(f"{ours}gate_up", [(f"{theirs}{x}_proj.weight", (F, D)) for x in ("gate", "up")], stack_gate_up, "gate, up stacked")
     wanted.same(f"{ours}down", f"{theirs}down_proj.weight", (D, F))
 

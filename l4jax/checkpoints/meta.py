@@ -208,7 +208,7 @@ class _Recipes:
         cut = [i for i, (a, b) in enumerate(zip(part, shape, strict=False)) if a != b]
         if len(part) != len(shape) or len(cut) > 1 or (cut and part[cut[0]] * self._shards != shape[cut[0]]):
             raise CheckpointError(
-                f"tensor {key} has shape {part} in each of {self._shards} shards; params.json says {shape} in all: not of one model"
+                f"tensor {key} has shape {part} in each of {self._shards} shards; params.json says {shape} in all; they do not match"
             )
 
         def assemble(parts: Sequence[np.ndarray]) -> np.ndarray:
@@ -226,13 +226,13 @@ class _Recipes:
                 found = self._shape(shard, key)
                 if found != shape:
                     raise CheckpointError(
-                        f"tensor {key} of shard {shard} has shape {found}; params.json says {shape}: the two are not of one model"
+                        f"tensor {key} of shard {shard} has shape {found}; params.json says {shape}; they are of different models"
                     )
         self.recipes[name] = Recipe(tuple(f"{shard}:{key}" for key, _ in parts for shard in range(self._shards)), assemble, said)
 
     def _shape(self, shard: int, key: str) -> tuple[int, ...]:
         if f"{shard}:{key}" not in self._tensors:
-            raise CheckpointError(f"shard {shard} has no tensor {key}, which params.json asks for: the two are not of one model")
+            raise CheckpointError(f"shard {shard} has no tensor {key}, which params.json asks for; they are of different models")
         return self._tensors[f"{shard}:{key}"].shape
 
 

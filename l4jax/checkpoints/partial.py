@@ -14,7 +14,7 @@ from l4jax.checkpoints.source import CheckpointError
 
 SUFFIX = ".partial"
 LOCK = "lock"
-"""The file in an unfinished destination that is locked while that is written; it names the kind of work."""
+"""A file in an unfinished destination. A process that writes the destination locks it; it names the kind of work."""
 
 Work = Literal["conversion", "export"]
 

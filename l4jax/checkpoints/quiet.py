@@ -1,4 +1,4 @@
-"""Orbax so that a read or write that fails is reported once, by the exception that it raises."""
+"""Silences Orbax, so that a read or write that fails is reported once: by the exception that it raises."""
 
 from __future__ import annotations
 

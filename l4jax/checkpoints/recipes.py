@@ -23,13 +23,13 @@ class Wanted:
         return key in self._tensors
 
     def add(self, name: str, parts: Sequence[tuple[str, tuple[int, ...]]], assemble: Assemble, description: str) -> None:
-        """Weight ``name`` is ``assemble`` of the tensors ``parts``, given as (key, expected shape)."""
+        """Add the recipe of weight ``name``: ``assemble`` makes it of the tensors ``parts``, given as (key, expected shape)."""
         for key, shape in parts:
             if key not in self._tensors:
-                raise CheckpointError(f"the checkpoint has no tensor {key}, which the configuration asks for: the two are not of one model")
+                raise CheckpointError(f"the checkpoint has no tensor {key}, which the configuration asks for; they are of different models")
             found = self._tensors[key].shape
             if found != shape:
-                raise CheckpointError(f"tensor {key} has shape {found}; the configuration says {shape}: the two are not of one model")
+                raise CheckpointError(f"tensor {key} has shape {found}; the configuration says {shape}; they are of different models")
         self.recipes[name] = Recipe(tuple(key for key, _ in parts), assemble, description)
 
     def same(self, name: str, key: str, shape: tuple[int, ...]) -> None:

@@ -128,7 +128,7 @@ def _read_header(file: WeightFile) -> dict[str, _Entry]:
 
 
 def _once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object of the header. A JSON reader would take the last of two entries with the same name."""
+    """Return a JSON object of the header. Raises :class:`CheckpointError` for a name that occurs twice: ``dict`` would keep the last."""
     values = dict(pairs)
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]

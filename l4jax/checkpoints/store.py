@@ -65,7 +65,7 @@ class StoredWeight:
 
 
 GROUP_BYTES = 1 << 28
-"""Weights are grouped up to this size: few files, which load fast, and groups small enough that memory stays that of one weight."""
+"""Weights are grouped up to this size. Few files load fast, and holding a group of this size takes no more memory than one large weight."""
 
 
 CHUNK_BYTES = 1 << 26

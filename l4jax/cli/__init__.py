@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _drop_output()
         return _failed(141)
     except (ValueError, OSError) as error:
-        hosts = sys.modules.get("sharding.hosts")  # not imported, with JAX, by commands that do without
+        hosts = sys.modules.get("sharding.hosts")  # importing it would load JAX, which this command may not need
         if hosts is not None:
             hosts.hold(error)
         _say(f"error: {error}")
@@ -91,7 +91,7 @@ def _drop_output() -> None:
 
 
 def _failed(status: int) -> int:
-    """Return the status; one of several processes ends here, and the others with it."""
+    """Return the status. If this is one of several joined processes, end it here instead, and the others with it."""
     try:
         sys.stdout.flush()
     except OSError:

@@ -26,7 +26,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("--out", required=True, help="the run's folder; the drafter is written to its subfolder drafter")
     parser.add_argument("--start", metavar="DRAFTER", help="the folder of a drafter to train further, instead of random weights")
-    parser.add_argument("--version", choices=("eagle3", "eagle1"), help="(default: eagle3)")
+    parser.add_argument("--version", choices=("eagle3", "eagle1"), help="version of EAGLE that the drafter follows (default: eagle3)")
     parser.add_argument("--layers", type=int, help="layers of an EAGLE-1 drafter (default: 1)")
     parser.add_argument(
         "--intermediate-size", type=int, metavar="N", help="width of the drafter's feed-forward blocks (default: the target's)"
@@ -38,7 +38,13 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         default=None,
         help="EAGLE-3: guess with the target's output head, cut to the draft vocabulary, and do not train it",
     )
-    parser.add_argument("--ttt-steps", type=int, default=7, help="passes over its own output; depth of the chains measured (default: 7)")
+    parser.add_argument(
+        "--ttt-steps",
+        type=int,
+        default=7,
+        help="EAGLE-3: training passes, each but the first over the drafter's own output; also the length of the chains with which "
+        "both kinds are evaluated (default: 7)",
+    )
     parser.add_argument("--length", type=int, default=2048, help="most tokens of a prompt and its answer (default: 2048)")
     parser.add_argument("--batch", type=int, default=8, help="rows of --length tokens in a step (default: 8)")
     parser.add_argument("--epochs", type=int, default=1)

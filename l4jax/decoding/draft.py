@@ -55,7 +55,7 @@ class Drafting:
     ) -> tuple[Array, tuple[TreeCache, ...]]:
         """Run the drafter on nodes of this depth, given their parents' hidden states.
 
-        ``sees_BnS``: which of the nodes run so far, these included, each node attends to.
+        ``sees_BnS``: which nodes each of these nodes attends to, of all nodes run so far, these included.
         """
         B, n = token_Bn.shape
         # The last entry of the drafter's cache is the root's, so the root's children come next.
@@ -80,7 +80,7 @@ class DraftDistributions:
 def draft_static(
     drafting: Drafting, tree: StaticTree, root_B: Int32[Array, "B"], rows: SamplingRows | None, position_B: Int32[Array, "B"]
 ) -> tuple[Int32[Array, "B N"], DraftDistributions | None]:
-    """Draft the tokens of a static tree: each node's children are its likeliest tokens.
+    """Draft the tokens of a static tree: each node's children are the drafter's likeliest tokens after it.
 
     With ``rows``, children are drawn without replacement from the drafter's distribution at each row's temperature (at 0 they are the
     likeliest), with noise keyed by (seed, output position, node, token); the distributions are returned too. ``position_B`` is the
@@ -171,7 +171,7 @@ def draft_dynamic(drafting: Drafting, tree: DynamicTree, root_B: Int32[Array, "B
     score_Bk, id_Bk = highest_tokens(log_BV, k, drafting.drafter.vocab)
     token_Bk = drafting.drafter.target_tokens(id_Bk)
     pool_token, pool_score, pool_parent = [token_Bk], [score_Bk], [jnp.full((B, k), NONE, jnp.int32)]
-    # The frontier: the nodes to expand next, their numbers in the pool, and which of the nodes run so far each attends to.
+    # The frontier is the nodes to expand next. For each we keep its index in the pool, and which earlier nodes it attends to.
     frontier_Bk = jnp.broadcast_to(jnp.arange(k, dtype=jnp.int32)[None], (B, k))
     hidden_BkD = jnp.broadcast_to(drafting.state.hidden_BD[:, None], (B, k, drafting.state.hidden_BD.shape[1]))
     above_BkS = jnp.zeros((B, k, 0), bool)

@@ -36,7 +36,7 @@ class DecodeState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeTokens:
-    """What one dispatch produced: a row of B tokens per step, -1 where a row had finished; entries from ``steps`` on are undefined."""
+    """What one dispatch produced: at each step a token of every row, or -1 after its end. Entries from ``steps`` on are undefined."""
 
     token_sB: Int32[Array, "s B"]
     logprobs: Logprobs | None

@@ -1,7 +1,7 @@
 """A request's random numbers: each is a function of (request seed, output position, purpose, index) and, for noise, of the token.
 
 The generator is Threefry-2x32 (Salmon, Moraes, Dror and Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011): a two-word key
-selects a bijection of two-word counters. Two levels of it, as written in :func:`stream_keys` and :func:`gumbel`:
+selects a bijection of two-word counters. Every random number comes from two applications of it (:func:`stream_keys`, :func:`gumbel`):
 
     stream key = threefry(key = the seed's high and low word, counter = (output position, purpose * 2**24 + index))
     64 bits    = threefry(key = the stream key,               counter = (token, 0))
@@ -17,7 +17,7 @@ import enum
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32, UInt32
 
-_ROUNDS = 13  # the fewest with which the authors found no failure in BigCrush; a number has gone through twice as many
+_ROUNDS = 13  # the fewest with which the authors found no failure in BigCrush; two applications make 26
 _ROTATIONS = (13, 15, 26, 6, 17, 29, 16, 24)
 _PARITY = 0x1BD11BDA
 _INDICES = 1 << 24
@@ -73,8 +73,8 @@ def uniform(key_B2: UInt32[Array, "B 2"]) -> Float32[Array, "B"]:
 def gumbel(key_B2: UInt32[Array, "B 2"], token_V: Int32[Array, "V"]) -> Float32[Array, "B V"]:
     """Standard Gumbel noise of each stream for these tokens: -log(E), where E = -log(1 - u) is exponential and u has 64 random bits.
 
-    Both tails reach as far as the bits do: noise lies between -3.81 and 45.1, and every value has float32 precision. (Of float32 uniform
-    numbers the highest noise is about 16.6, which one token in 17 million exceeds.)
+    Both tails reach as far as 64 bits allow: noise lies between -3.81 and 45.1, and every value has float32 precision. (Noise made from
+    float32 uniform numbers would end at about 16.6, although one token in 17 million should exceed that.)
     """
     shape = len(key_B2), len(token_V)
     token_BV = jnp.broadcast_to(token_V.astype(jnp.uint32)[None], shape)
@@ -85,5 +85,5 @@ def gumbel(key_B2: UInt32[Array, "B 2"], token_V: Int32[Array, "V"]) -> Float32[
 
 
 def _fraction(high: UInt32[Array, "*B"], low: UInt32[Array, "*B"]) -> Float32[Array, "*B"]:
-    """64 bits, and a half of the last one, as a fraction: from 2**-65 to 1."""
+    """64 random bits as a fraction of 2**64, plus half a unit, so that it is never 0: from 2**-65 to 1."""
     return high.astype(jnp.float32) * 2**-32 + (low.astype(jnp.float32) + 0.5) * 2**-64

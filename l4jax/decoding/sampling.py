@@ -146,7 +146,7 @@ def sample(
 def probabilities(
     logits_BV: Float32[Array, "B V"], rows: SamplingRows, counts: TokenCounts | None, features: SamplingFeatures, vocab: Ranks = ONE
 ) -> tuple[Float32[Array, "B V"], Bool[Array, "B"]]:
-    """The distribution that :func:`sample` draws from, all on one token at temperature 0; and whether the row's logits are finite."""
+    """The distribution that :func:`sample` draws from (at temperature 0 one token has it all), and whether each row's logits are finite."""
     V = logits_BV.shape[1]
     adjusted_BV = _adjusted(logits_BV, rows, counts, features, vocab)
     highest_B, token_B = highest_token(adjusted_BV, vocab)
@@ -171,15 +171,15 @@ def _highest(logits_BV: Array, vocab: Ranks) -> Array:
 
 
 def _nan_to_infinity(values_BV: Array) -> Array:
-    """A maximum of vector registers, or over ranks, may lose a NaN; it keeps an infinity."""
+    """Replace NaN by infinity: a maximum computed in vector registers, or over ranks, may lose a NaN, but keeps an infinity."""
     return jnp.where(jnp.isnan(values_BV), jnp.inf, values_BV)
 
 
 def highest_token(values_BV: Float32[Array, "B V"], vocab: Ranks = ONE) -> tuple[Float32[Array, "B"], Int32[Array, "B"]]:
     """The highest value of each row, infinity where there is a NaN, and its token; of equal values the lowest token.
 
-    A pass over the vocabulary takes the maximum of each block, and only the best block is searched: XLA's argmax takes several times as
-    long on CPUs, and an index found by comparing with the maximum could be missing where XLA computes the values twice.
+    One pass over the vocabulary takes the maximum of each block, and then only the best block is searched. XLA's argmax takes several times
+    as long on CPUs. Comparing all values with the maximum might find none: XLA may compute them twice, with different rounding.
     """
     B, V = values_BV.shape
     values_BV = _nan_to_infinity(values_BV)
@@ -230,7 +230,7 @@ def _raise(least_B: Array, weights_BV: Array, enough: Callable[[Array, Array], A
     """Raise the lowest kept weight as far as ``enough(count, sum)`` of the weights kept still holds.
 
     Thresholds are bit patterns of float32 in [0, 1], found by bisection; a row is settled once at most one weight is between its bounds.
-    Counts are float32 to be summed over the ranks together with the sums: exact up to 2**24 tokens.
+    Counts are float32, which is exact up to 2**24 tokens, so that one message carries them and the sums to all ranks.
     """
     bits_BV = jax.lax.bitcast_convert_type(weights_BV, jnp.int32)
 

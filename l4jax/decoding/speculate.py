@@ -82,9 +82,9 @@ def speculate_tokens(
     plan: Speculation,
     beyond: BeyondTraining,
 ) -> tuple[SpeculationState, DecodeTokens, RoundCounts]:
-    """Run rounds until a row has ``steps`` new tokens (at most BURST, not counting what its last round adds) or every row has finished.
+    """Run rounds until some row has ``steps`` new tokens (at most BURST; its last round may add more) or every row has finished.
 
-    Tokens are laid out as :func:`decode_tokens` does, each row's own contiguous from step 0; a slower row has -1 at the end.
+    The tokens have the layout of :func:`decode_tokens`: each row's are contiguous from step 0. A row with fewer tokens has -1 after them.
     """
     data, vocab = model.mesh.along("data"), model.mesh.along("tensor")
     B, L = len(state.decode.token_B), plan.tree.depth + 1

@@ -4,7 +4,7 @@ Array names end in a suffix with a letter for each dimension (``q_BTKGh``), and 
 Every letter has one meaning in the whole repository (``tests/test_glossary.py``):
 
 ====  ==========================================================================================
-A     what all ranks sent here: one rank's rows or tokens after the other's (R times as many)
+A     rows or tokens received from all ranks, one rank's after another's (R times what each of them sends)
 B     rows of a batch
 C     slots of a message from one rank to another
 D     model width (``hidden_size``); a drafter's own in the drafter
@@ -29,7 +29,7 @@ c     children of all frontier nodes of a dynamic tree (k times k)
 d     depths of drafted tokens, from 1; in training the drafter's passes, one for each depth
 e     experts of this rank
 f     several dimensions joined: gate and up (2 F), the heads (K G h), or a drafter's features (a D)
-g     heads that one key/value head's group projects: its queries and key, or also its value
+g     projections of one key/value head's group: its queries and its key (G + 1), or its value too (G + 2)
 h     head dimension
 i     input width of a matrix product
 j     entries of a padded list: stop tokens, logit biases, likeliest tokens

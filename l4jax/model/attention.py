@@ -98,7 +98,7 @@ class Attention(nnx.Module):
         return self.heads.sum(matmul(attended_BTf, out_Df)), cache
 
     def _tree(self, q_BNKGh: Array, cache: TreeCache, keys: TreeKeys, pages_BW: Array) -> Float[Array, "B N K G h"]:
-        """Attention of tree nodes: every rank has the nodes (one rank counts them) and its own part of the cached keys."""
+        """Attention of tree nodes: every rank has all nodes' keys, which only rank 0 attends to, and its own part of the cached keys."""
         pools = (cache.layer.k_PKph, cache.layer.v_PKph, pages_BW, keys.cached_start_BN, keys.cached_end_BN)
         return self._of_all_ranks(tree_attention(q_BNKGh, cache.k_BSKh, cache.v_BSKh, keys.sees_BNS, *pools, scale=self.scale))
 
@@ -116,7 +116,7 @@ class Attention(nnx.Module):
         """Attention of replicated tokens: every rank has all new tokens and its own part of the cached keys."""
         pools = (cache.k_PKph, cache.v_PKph, pages_BW, keys.cached_start_BT, keys.cached_end_BT)
         cached = attend_pages(q_BTKGh, *pools, scale=self.scale)
-        # Every rank has the new tokens; one rank counts them.
+        # Every rank has the new tokens' keys. Only rank 0 attends to them, so that they enter the merged result once.
         new_end_BT = jnp.where(self.ranks.index() == 0, keys.new_end_BT, 0)
         new = attend(q_BTKGh, k_BTKh, v_BTKh, keys.new_start_BT, new_end_BT, scale=self.scale)
         return self._of_all_ranks(merge_attention([cached, new]))

@@ -46,9 +46,9 @@ class MixtureOfExperts(nnx.Module):
     expert's *input*: SwiGLU is not linear, so scaling its output would be a different function.
 
     On a mesh, each rank along ``expert`` has some of the routed experts, and each rank along ``tensor`` a part of their width. If
-    every rank has every token (decoding), each rank computes its own experts, and one sum over all ranks, the shared expert's part
-    included, gives the output. If each rank has tokens of its own (prefill), tokens are sent to their experts and back, the shared
-    expert does not wait for that, and the sum is over ``tensor`` only.
+    every rank has every token (decoding), each rank computes its own experts. One sum over all ranks, which includes the shared
+    expert, gives the output. If each rank has tokens of its own (prefill), tokens are sent to their experts and back. The shared
+    expert does not wait for them, and the sum is over ``tensor`` only.
     """
 
     def __init__(self, hidden_size: int, moe: MoEConfig, mesh: MeshSpec) -> None:
@@ -88,7 +88,7 @@ class MixtureOfExperts(nnx.Module):
     def _here(self, x_MD: Float[Array, "M D"], valid_M: Bool[Array, "M"]) -> Float[Array, "M D"]:
         """Outputs of this rank's experts for the tokens routed to them; zeros for the other tokens."""
         expert_M, gated_MD = self._route(x_MD)
-        # Experts are counted from this rank's first: its own come first, and tokens of the other experts are sorted after theirs.
+        # Experts are renumbered so that this rank's own are 0, 1, ...: sorting then puts their tokens first, and all others after them.
         experts, own = self.router.shape[0], self.experts_down.shape[0]
         expert_M = jnp.where(valid_M, (expert_M - self.expert_ranks.index() * own) % experts, experts)
         return self._experts(gated_MD, expert_M, jnp.bincount(expert_M, length=experts)[:own].astype(jnp.int32))

@@ -80,8 +80,8 @@ class Llama(nnx.Module):
 
     On a mesh it is called inside ``jax.shard_map``, with each device's share of weights, rows and cache.
 
-    ``taps``: numbers of the layers whose input a drafter reads (``num_layers``: the last layer's output). Besides its final hidden
-    states, every call returns the features that a drafter reads: those inputs side by side, or without taps the final states.
+    ``taps``: indices of the layers whose input a drafter reads (``num_layers`` means the last layer's output). Besides its final hidden
+    states, every call returns the features that a drafter reads: those inputs side by side, or, without taps, the final states.
     """
 
     def __init__(self, config: ModelConfig, mesh: MeshSpec = ONE_DEVICE, *, taps: Sequence[int] = ()) -> None:

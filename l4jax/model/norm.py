@@ -21,7 +21,7 @@ def rms_normalize(x: Float[Array, "*B"], eps: float) -> Float[Array, "*B"]:
 
 
 class RMSNorm(nnx.Module):
-    """RMS normalisation with a learned scale, applied after the cast back to the model's dtype as Llama does."""
+    """RMS normalisation with a learned scale. As in Llama, the scale is applied after the cast back to the model's dtype."""
 
     def __init__(self, size: int, eps: float) -> None:
         self.eps = eps

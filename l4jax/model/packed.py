@@ -31,6 +31,7 @@ class PackedCache:
 
 
 _BLOCKS = 4
+"""Blocks that a row's queries are cut into. No scores are computed for keys after a block's end, so more blocks waste less."""
 
 
 def attend_packed(q_BTKGh: Float[Array, "B T K G h"], cache: PackedCache, keys: PackedKeys, *, scale: float) -> Float[Array, "B T K G h"]:

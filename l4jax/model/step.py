@@ -42,8 +42,8 @@ class KeyIntervals:
 class TreeKeys:
     """Nodes of a draft tree: the keys that each attends in one kind of layer. A node's key is not cached until it is accepted.
 
-    ``cached_start_BN``, ``cached_end_BN``: it attends this rank's cache slots [start, end). ``sees_BNS``: the tree's keys that it
-    attends, first those of nodes computed before, then those of these nodes.
+    ``cached_start_BN``, ``cached_end_BN``: a node attends this rank's cache slots [start, end). ``sees_BNS``: which of the tree's keys it
+    attends; the keys of nodes from earlier passes come first, then those of this pass's nodes.
     """
 
     cached_start_BN: Int32[Array, "B N"]
@@ -92,7 +92,7 @@ class PieceLayout:
 class RingKeys:
     """Spread tokens: the keys that the ring passes in one kind of layer, cached keys before new ones, and where new keys are kept.
 
-    ``cached_BW``: the pages of cached keys that each rank brings. ``key_position_RBS``: the position of every key of every rank.
+    ``cached_BW``: the pages of cached keys that each rank passes around. ``key_position_RBS``: the position of every key of every rank.
     ``send_RBC``: the tokens that this rank sends to each rank, to be cached there; None if each rank keeps its own. ``slot_BA``: the
     slots of the keys that arrive, -1 for padding. ``window``: a query sees only this many of the last keys; None: all of them.
     """
@@ -259,7 +259,7 @@ def tree_step_inputs(
     Valid nodes must be in the attention chunk of position ``start_B[b]``; ``window`` is as in :func:`full_intervals`.
     """
     position_BN = start_B[:, None] + depth_BN
-    # Every rank has the nodes; one rank counts them.
+    # Every rank has the nodes' keys. Only rank 0 attends to them, so that they enter the merged result once.
     sees_BNS = sees_BNS & (ranks.index() == 0)
 
     def keys(chunk: int | None) -> TreeKeys:

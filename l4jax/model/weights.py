@@ -73,9 +73,9 @@ def random_weights(model: nnx.Module, key: jax.Array, dtype: jnp.dtype) -> dict[
 
 
 class BoundModel:
-    """A model as a pure function of its flat weights, as compiled programs need it.
+    """A model's structure without its weights: compiled programs take the weights as a flat tuple and bind them back.
 
-    The structure is split off once; ``bind`` puts traced or concrete leaves back. Passing flat leaves to ``jax.jit`` costs a
+    ``leaves`` makes the tuple; ``bind`` makes a module of traced or concrete leaves. Passing flat leaves to ``jax.jit`` costs a
     fraction of the time that passing a module would cost at every call.
     """
 

@@ -109,9 +109,10 @@ class Call:
 
 
 class AbstractModel:
-    """A model at full size of which only shapes exist, on a mesh of devices that may be descriptions.
+    """A full-size model without values: only the shapes of its arrays exist, and its devices may be mere descriptions.
 
-    ``decode``, ``speculate`` and ``prefill`` compile a program; ``decode_call`` and its like return what would be compiled.
+    ``decode``, ``speculate`` and ``prefill`` compile a program; ``decode_call``, ``speculate_call``, ``prefill_call`` and ``logits_call``
+    return a program with its arguments, uncompiled.
     """
 
     def __init__(
@@ -134,7 +135,7 @@ class AbstractModel:
         return Call(self.programs.decode, (self._leaves, state, tables, settings, np.int32(BURST)), {"features": features})
 
     def speculate(self, rows: int, capacity: int, params: SamplingParams, plan: Speculation) -> CompiledProgram:
-        """The program of rounds of speculation, likewise, with the model's drafter."""
+        """The program that runs rounds of speculation with the model's drafter, for ``rows`` sequences of up to ``capacity`` tokens."""
         return self._compiled(self.speculate_call(rows, capacity, params, plan))
 
     def speculate_call(self, rows: int, capacity: int, params: SamplingParams, plan: Speculation) -> Call:

@@ -121,8 +121,8 @@ class Ledger:
     def flops(self, scope: str = "") -> int:
         """FLOPs of the matrix products whose scope contains ``scope``, two for each multiplication.
 
-        It leaves out what only running the program tells, loops of unknown length and branches, and kernels, which XLA does not
-        look into.
+        Not counted: loops of unknown length and branches, whose work only running the program would show, and kernels, whose insides
+        XLA does not know.
         """
         return self._computation_flops(self._entry, scope)
 

@@ -1,4 +1,4 @@
-"""Devices that programs can be compiled for without being present."""
+"""Descriptions of devices that this machine does not have, for which programs can be compiled all the same."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jax.experimental import topologies
 from l4jax.data import configs_path
 
 H100_MEMORY_BYTES = 80_000_000_000
-"""What a program may use of an H100's memory: 80 GB, of 84.9 physical ones."""
+"""The part of an H100's memory that a program may use: 80 GB of 84.9 GB."""
 GPUS_PER_HOST = 8
 
 
@@ -22,8 +22,8 @@ def h100_devices(count: int, *, memory_bytes: int | None = None) -> list[jax.Dev
     ``memory_bytes``: the memory of each, if not an H100's. If a program does not fit in an H100, XLA computes (and sends) things twice
     to save memory.
 
-    Needs XLA's CUDA compiler (``pip install 'l4jax[plan]'``), and neither a GPU nor a driver. Raises ValueError without the
-    compiler, or if one of several hosts would not be full.
+    This needs XLA's CUDA compiler (``pip install 'l4jax[plan]'``), but no GPU and no driver. Raises ValueError without the compiler,
+    or if ``count`` is more than one host's GPUs and does not fill all hosts.
     """
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
         raise ValueError("compiling for H100s needs XLA's CUDA compiler; install it with: pip install 'l4jax[plan]'")

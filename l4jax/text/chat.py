@@ -24,7 +24,7 @@ _BUILT_IN = {
 # Ends of a turn that a template may write after tool calls only, or never.
 _END_OF_TURN = ("<|eot|>", "<|eom|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>")
 
-# Unicode noncharacters, which text meant for others does not contain: one breaks special tokens up, one marks where to continue.
+# Unicode noncharacters, which no text should contain. One breaks special tokens up, the other marks where the model is to continue.
 _BREAK, _CONTINUE = "\ufdd0", "\ufdd1"
 _OWN_VARIABLES = ("messages", "tools", "documents", "add_generation_prompt")
 
@@ -44,9 +44,9 @@ class ChatOptions(TypedDict, total=False):
 
 
 class ChatFormat:
-    """Turns conversations into prompts by a Jinja template with what transformers offers to templates.
+    """Turns conversations into prompts with a Jinja template, which gets the filters and functions that transformers offers.
 
-    A template is complete: no BOS is added to what it writes. ``origin`` says where the template was found.
+    What the template writes is the whole prompt: no BOS is added to it. ``origin`` says where the template was found.
     ``stop_token_ids`` end the assistant's turn.
     """
 
@@ -60,7 +60,7 @@ class ChatFormat:
         stop_token_ids: Sequence[int] = (),
         tool_use: str | None = None,
     ) -> None:
-        """``variables``: the names of special tokens for the template (``bos_token``). ``tool_use``: the template where tools are given.
+        """``variables``: special tokens by the template's names for them (``bos_token``). ``tool_use``: a template for calls with tools.
 
         The tokenizer's tokens that the template writes around turns become special, and those that it writes after an assistant's
         words are added to ``stop_token_ids``. Raises :class:`ChatError` for a template that does not compile.
@@ -92,8 +92,8 @@ class ChatFormat:
     ) -> list[int]:
         """Return the prompt as token ids. Only the template writes special tokens: spelt out in a message or option they are text."""
         conversation = _Conversation.checked(messages, options)
-        # Names of special tokens in what the user gives are broken up by a mark, so that those left in the prompt are the template's.
-        # The mark is longer than any run of its character that was given, however a template joins texts.
+        # A mark breaks up the names of special tokens in what the user gives: those that are whole in the prompt come from the template.
+        # The mark repeats one character more often than all given texts together, so no template can join texts to a mark.
         mark = conversation.longer_than_any(_BREAK)
         prompt = self._render(conversation, add_generation_prompt, lambda text: self._tokenizer.break_special(text, mark))
         check_unicode(prompt)
@@ -103,7 +103,7 @@ class ChatFormat:
         return ids
 
     def check(self) -> None:
-        """Raise :class:`ChatError` for a template that fails on the simplest conversation. It may refuse one."""
+        """Raise :class:`ChatError` for a template that fails on the simplest conversation. A template that refuses it on purpose passes."""
         with contextlib.suppress(TemplateRefusal):
             self.render([{"role": "user", "content": "Hello"}])
 
@@ -177,7 +177,7 @@ class _Conversation:
         return _Conversation(messages, tools, documents, variables, self.continues)
 
     def longer_than_any(self, character: str) -> str:
-        """A run of ``character`` that is longer than any here, also of its JSON escapes."""
+        """Return ``character``, repeated more often than it occurs in all that is given, as itself or as a JSON escape."""
         escaped = json.dumps([self.messages, self.tools, self.documents, self.variables])
         return character * (1 + escaped.count(_escaped(character)))
 
@@ -278,7 +278,7 @@ def _is_list(value: Any) -> bool:
 
 
 def _plain(value: Any, where: str) -> Any:
-    """``value`` in JSON's own types: templates are not trusted with methods of others."""
+    """``value`` as plain dicts, lists, texts and numbers: a template is not trusted with the methods of other types."""
     if value is None or isinstance(value, bool):
         return value
     for kind in (str, int, float):

@@ -54,7 +54,7 @@ class HfTokenizer(Tokenizer):
 
     @override
     def make_special(self, tokens: Mapping[str, int]) -> None:
-        # The library finds added tokens in text unless it knows them as special. It keeps the id of a token that it has.
+        # The library finds added tokens in text unless it knows them as special. Adding a token again does not change its id.
         added = {token.content for token in self._backend.get_added_tokens_decoder().values()}
         self._backend.add_special_tokens([tokenizers.AddedToken(t, special=True, normalized=False) for t in tokens if t in added])
         super().make_special(tokens)

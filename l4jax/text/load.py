@@ -15,7 +15,7 @@ from l4jax.text.tokenizer import Tokenizer, TokenizerError
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """What a folder has for text. ``no_tokenizer``, ``no_chat``: where it is None, why, as part of a sentence."""
+    """A folder's tokenizer and chat format. ``no_tokenizer``, ``no_chat``: why one of them is None, as a clause of an error message."""
 
     tokenizer: Tokenizer | None
     chat_format: ChatFormat | None
@@ -24,7 +24,7 @@ class Text:
 
 
 def load_text(directory: Path) -> Text:
-    """Load tokenizer and chat format of the checkpoint in ``directory``; None for one that cannot be used: the model takes token ids."""
+    """Load the tokenizer and chat format of a checkpoint's folder; one that cannot be used is None, and the model still takes token ids."""
     try:
         tokenizer = _read_tokenizer(directory)
     except TokenizerError as error:

@@ -1,4 +1,4 @@
-"""Chat templates: Jinja with what transformers offers to them, and what their renderings say about a model's turns."""
+"""Chat templates: compiles and renders them as transformers does, and reads off what they write which tokens begin and end turns."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class ChatTemplate:
                 text = self._render(conversations.get(role, [user, answer, probe]))
             except ChatError:
                 text = ""
-            # A list that is taken for a text is written as Python or JSON has it.
+            # A template that expects text writes a list of parts in Python's or JSON's notation, with "text" in quotes.
             self._takes[key] = all(word in text for word in _WORDS[:2]) and not re.search(r"""["']text["']""", text)
         return self._takes[key]
 
@@ -105,7 +105,7 @@ class Turns:
 
 
 def turns_of(template: ChatTemplate, tokenizer: Tokenizer) -> Turns:
-    """Render conversations of a few plain words, and find the tokens around the words that no text is encoded as."""
+    """Render conversations of a few plain words. Of what the template puts around the words, find the tokens that text never becomes."""
     system, user, answer, result, further = _WORDS
     roles = {system: "system", user: "user", answer: "assistant", result: "tool", further: "user"}
     markers: dict[str, int] = {}
@@ -115,7 +115,7 @@ def turns_of(template: ChatTemplate, tokenizer: Tokenizer) -> Turns:
             text = template.render([{"role": roles[word], "content": word} for word in words])
         except ChatError:
             continue
-        # A last answer, and one that a tool's result follows, may begin in ways of their own: with a thought, or a tool call.
+        # Before the last answer, and before one that a tool's result follows, a template may write a thought or a tool call: not searched.
         searched = text if words[-1] == further and result not in words else text.partition(answer)[2]
         _, said, after = text.partition(answer)
         pieces = re.split("|".join(words), searched)

@@ -71,7 +71,7 @@ class Tokenizer(abc.ABC):
         return [piece for piece in pieces if piece != ""]
 
     def break_special(self, text: str, mark: str) -> str:
-        """Return ``text`` with ``mark`` inside each special token that it spells out, and inside one that it ends in the middle of."""
+        """Return ``text`` with ``mark`` inside each special token that it spells out, and inside an unfinished one at its end."""
         text = self._special_pattern.sub(lambda match: match[0][0] + mark + match[0][1:], text)
         first_characters = {token[0] for token in self.special_tokens}
         longest = max(map(len, self.special_tokens), default=0)
@@ -102,11 +102,11 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def marker_id(self, text: str) -> int | None:
-        """Return the id of the token with this text if no text is encoded as it, whatever its label; else None."""
+        """Return the id of the token spelt like this if encoding ordinary text never gives it, whatever its label; else None."""
 
 
 def is_mark(character: str) -> bool:
-    """Whether a character is neither letter, digit nor space: the first and last one of a marker."""
+    """Whether a character is neither letter, digit nor space. A marker begins and ends with one of these."""
     return not (character.isalnum() or character.isspace())
 
 

@@ -20,7 +20,7 @@ Progress = Callable[[int, int], None]
 
 
 Asked = tuple[str, float | None]
-"""What decides the target's answer, the run's settings aside: a prompt's key and its temperature."""
+"""A prompt's key and its temperature. Within one run these two decide the target's answer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,10 +161,10 @@ class Generation:
 
 
 def answer(llm: LLM, examples: Sequence[Example], how: Generation, file: Path, progress: Progress) -> list[Example]:
-    """Examples that leave room, with answers: those given, those in ``file``, and the target's new ones, added to ``file`` batch by batch.
+    """Return the examples with answers: given ones, those in ``file``, and the target's new ones, which are added to ``file`` by batches.
 
-    A given answer is cut to the room. Each prompt has a random seed of its own, so that its answer does not depend on what else is in its
-    batch.
+    A given answer is cut to what ``how.length`` leaves for it. Each prompt has a random seed of its own, so that its answer does not
+    depend on what else is in its batch.
     """
     answers = _read_answers(file)
     missing = [example for example in examples if example.answer is None and example.asked not in answers]

@@ -41,7 +41,7 @@ def new_drafter(
     normed = version == "eagle1" and target.architecture == "llama4"
     decoder = dataclasses.replace(
         target,
-        architecture="llama4" if normed else "llama",  # published formats tell the norms by it
+        architecture="llama4" if normed else "llama",  # in published formats the architecture decides which norms a head has
         num_layers=layers,
         intermediate_size=intermediate_size or target.intermediate_size,
         rope_layers=(True,) * layers,
@@ -88,8 +88,9 @@ def weights_from_target(
 ) -> dict[str, np.ndarray]:
     """The weights of a new drafter that are not random, float32: the draft vocabulary and, with ``target_head``, the head and its norm.
 
-    ``weights``: the target's. The draft vocabulary and the head are not trained. Training starts from the norm, scaled down so that the
-    logits of a random state have a spread of 1, as those of a new head do: at its full size, wrong guesses would be confident ones.
+    ``weights``: the target's. The draft vocabulary and the head are not trained. The norm is trained; it starts as the target's, scaled
+    down so that the logits of a random state have a spread of 1, like those of a new head. Unscaled, the first guesses would be wrong with
+    great confidence.
     """
     part = {"token_ids": token_ids}
     if config.target_head:

@@ -1,4 +1,4 @@
-"""Keeps the target's states from epoch to epoch: with a small drafter, the target's passes are most of a step's work."""
+"""Keeps the target's states in memory, so that later epochs do not compute them again: with a small drafter they are most of the work."""
 
 from __future__ import annotations
 

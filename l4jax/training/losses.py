@@ -46,7 +46,7 @@ def unroll(drafter: Drafter, target: Llama, rows: Rows, hidden_BTD: Array, passe
 
 
 def guesses(rows: Rows, index: int) -> Bool[Array, "B T"]:
-    """Where a pass guesses a token of an answer in a chain that starts after a token of the same answer, as chains do when drafting."""
+    """A mask of the guesses that count in a pass: the guessed token and the chain's root must be in the same answer, as when drafting."""
     position_1T = jnp.arange(rows.token_BT.shape[1], dtype=jnp.int32)[None]
     guessed_BT, root_BT = shifted(rows.answer_BT, 2), shifted(rows.answer_BT, 1 - index)
     return guessed_BT & root_BT & (shifted(rows.first_BT, 2) <= position_1T - index)
@@ -168,7 +168,7 @@ def _is_highest(logits_TV: Array, index_T: Array) -> Array:
 
 
 def accepted(drafter: Drafter, target: Llama, rows: Rows, states: TargetStates, passes: int) -> Int32[Array, "B T"]:
-    """How many tokens of the text a chain of ``passes`` drafts, with the next token as its root, would guess right from each position."""
+    """For each position: of ``passes`` drafts in a chain whose root is the next token, how many equal the text before one differs."""
     hidden_BTD = drafter.read(states.feature_BTf.astype(jnp.float32))
     text_BT = shifted(rows.token_BT, 2)
     accepted_BT = jnp.ones(text_BT.shape, bool)

@@ -71,7 +71,7 @@ class Trainer:
         module = build_drafter(config)
         self._drafter = BoundModel(module)
         self._specs = weight_specs(module)
-        # A drafter's own embedding is a copy of its target's, now or once; published recipes do not train it either.
+        # A drafter's own embedding began as a copy of its target's; published recipes do not train it either.
         kept = {"embed"} | ({"head"} if config.target_head else set())
         self._trained = [name for name, spec in self._specs.items() if spec.init != "numbers" and name not in kept]
         fixed = self._specs.keys() - set(self._trained)

@@ -2,7 +2,7 @@
 
 A query attends the keys with index in [start, end): causal, chunk-local, prefix and padding masks are all intervals. Every op returns
 the attention output and the log of the softmax denominator in float32 (float64 for float64 inputs); a query that sees no key gets
-zeros and -inf, which :func:`pallas_kernels.merge.merge_attention` takes as nothing.
+zeros and -inf, which change nothing when :func:`pallas_kernels.merge.merge_attention` merges them.
 """
 
 from __future__ import annotations

@@ -11,10 +11,10 @@ from pallas_kernels.implementations import require_cpu
 from pallas_kernels.merge import Partial
 
 _MOST_QUERIES = 32
-"""Most queries of a row; with more of them the scores take longer than the pages, and pages one by one are as fast."""
+"""Most queries of a row. With more, computing scores takes longer than reading pages, and one page at a time is as fast."""
 
 _MOST_PAGES = 4
-"""Most pages of a row that are attended together: with more of them, more are left to be attended one by one."""
+"""Pages of a row that are attended together. Larger blocks leave more pages at the end, which are attended one by one."""
 
 _BLOCK_BYTES = 8 << 20
 """Most bytes of keys and values that are copied together: about what cores keep in their caches."""
@@ -30,11 +30,11 @@ def attend_pages(
     *,
     scale: float,
 ) -> Partial:
-    """A loop over blocks of pages, and one over the pages that are left; for up to 32 queries a row.
+    """A loop over blocks of pages, then one over the pages that are left; for up to 32 queries a row.
 
-    However few tokens they are for, a dozen small kernels have to be started, and their products have to have keys one after the other:
-    pages are copied, as rows of one long matrix. What is narrower than float32 is widened meanwhile, for XLA's CPU kernels for a
-    few bfloat16 rows are slower.
+    Each turn of the loop starts about a dozen small kernels, however few tokens it attends, so it takes several pages at once. Matrix
+    products need their keys side by side, so the pages are copied into one matrix. Keys and values narrower than float32 are widened in
+    the copy, because XLA's CPU kernels are slower for a few bfloat16 rows.
     """
     require_cpu()
     if q_BTKGh.shape[1] > _MOST_QUERIES:

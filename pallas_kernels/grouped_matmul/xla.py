@@ -18,7 +18,7 @@ def grouped_matmul(lhs_Mi: Float[Array, "M i"], rhs_Eio: Float[Array, "E i o"], 
     """Row ``m`` of group ``g`` times ``rhs[g]``.
 
     Rows are sorted by group: the first ``group_sizes[0]`` rows belong to group 0, and so on; those after the last group's
-    cost nothing and give zeros. Any imbalance is exact, one group holding every row included. Groups with no rows cost nothing.
+    cost nothing and give zeros. The result is exact for any imbalance, even if one group has every row. Groups with no rows cost nothing.
     Accumulates in float32 and returns ``lhs``'s dtype.
     """
     rows, groups = lhs_Mi.shape[0], rhs_Eio.shape[0]

@@ -1,7 +1,7 @@
 """Products of a few rows, as XLA's CPU backend computes them fast.
 
-Decoding reads each matrix once a step, so a product should take as long as reading its matrix takes. XLA's own kernels do so for one
-float32 row. For more float32 rows and for bfloat16 they do not, and what is said here in other words compiles to loops that do.
+Decoding reads each matrix once a step, so a product should take no longer than reading its matrix. XLA's own kernels achieve that for
+one float32 row, but not for several, and not for bfloat16. Written as below, the same products compile to loops that do.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from jaxtyping import Array, Float, Float32
 from pallas_kernels.implementations import require_cpu
 
 _FEW_ROWS = 16
-"""Most rows of float32 that are multiplied from the right: with more of them transposing the result costs what it gains."""
+"""Most float32 rows for which the weight matrix is put first. With more, transposing the result costs what the order gains."""
 
 _LANES = 16
 """Columns of a bfloat16 matrix that are widened at once: one register with AVX-512, two with AVX2."""
 
 _MOST_TERMS = 15
-"""Most products that are added up in a lane by one loop: XLA's CPU backend does not fuse what would be computed more often."""
+"""Most products that one loop adds up in a lane: XLA's CPU backend does not fuse an array that it would compute more often."""
 
 
 def matmul(x_Bi: Float[Array, "*B i"], weight_oi: Float[Array, "o i"], *, dtype: jnp.dtype | None = None) -> Float[Array, "*B o"]:
@@ -41,7 +41,7 @@ def matmul(x_Bi: Float[Array, "*B i"], weight_oi: Float[Array, "o i"], *, dtype:
 
 
 def _from_the_right(x_Mi: Float32[Array, "M i"], weight_oi: Float32[Array, "o i"]) -> Float32[Array, "M o"]:
-    """The matrix on the left: XLA's kernels take up to half the time, in tiles of four columns."""
+    """Compute ``weight @ x.T`` and transpose it: that takes as little as half the time. XLA's kernel computes four rows at once."""
     rows = len(x_Mi)
     padded_Mi = jnp.pad(x_Mi, ((0, -rows % 4), (0, 0)))
     # Without the barrier XLA would put the matrix on the right again.
@@ -57,14 +57,14 @@ def _one_row(x_i: Float[Array, "i"], weight_oi: Float[Array, "o i"]) -> Float32[
     outputs, inputs = weight_oi.shape
     terms = next((n for n in range(_MOST_TERMS, 3, -1) if inputs % (n * _LANES) == 0), None)
     if terms is None:
-        # Of two rows XLA has a kernel, which takes about twice as long as reading the matrix.
+        # For two rows XLA has a kernel, which takes about twice as long as reading the matrix.
         two_rows_2i = jnp.pad(x_i[None], ((0, 1), (0, 0)))
         return jnp.einsum("mi,oi->mo", two_rows_2i, weight_oi, preferred_element_type=jnp.float32)[0]
-    # Past no barrier XLA would compute the row anew for every weight, and widen the whole matrix before a loop of decode steps.
+    # Without the barrier XLA would compute the row again for every weight, and widen the whole matrix before a loop of decode steps.
     x_i, weight_oi = jax.lax.optimization_barrier((x_i.astype(jnp.float32), weight_oi))
     weights = weight_oi.reshape(outputs, -1, terms, _LANES).astype(jnp.float32)
     products = weights * x_i.reshape(1, -1, terms, _LANES)
     total = functools.reduce(operator.add, (products[:, :, term : term + 1] for term in range(terms)))
-    # Without this one it might join both sums to one reduction.
+    # Without this barrier XLA might merge the two sums into one reduction.
     lanes = jax.lax.optimization_barrier(total).reshape(outputs, -1)
     return lanes @ jnp.ones(lanes.shape[1], jnp.float32)

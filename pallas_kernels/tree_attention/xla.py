@@ -24,9 +24,9 @@ def tree_attention(
     *,
     scale: float,
 ) -> Partial:
-    """Attention of each node over the cache slots [start, end) and over those of the S tree keys that it sees.
+    """Attention of each node over the cache slots [start, end) and over the tree's keys that ``sees_BNS`` marks.
 
-    Key ``s`` of the cache, of row ``b``, is token ``s % p`` of page ``pages_BW[b, s // p]``. Scores are multiplied by ``scale``. Returns
+    Cache slot ``s`` of row ``b`` is token ``s % p`` of page ``pages_BW[b, s // p]``. Scores are multiplied by ``scale``. Returns
     output and log-sum-exp in float32 (float64 for float64 inputs); zeros and -inf for a node that sees nothing.
     """
     prefix = attend_pages(q_BNKGh, k_PKph, v_PKph, pages_BW, prefix_start_BN, prefix_end_BN, scale=scale)

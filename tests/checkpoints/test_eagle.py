@@ -435,7 +435,7 @@ def test_what_a_head_leaves_open_can_be_said(target: Path, tmp_path: Path, capsy
 
 
 def test_a_head_says_its_target_s_architecture(target: Path, tmp_path: Path) -> None:
-    """As heads do that are meant for engines which put "Eagle" before it."""
+    """Some heads name their target's architecture, because the inference engines that load them put "Eagle" before the name."""
     head = llama4_head()
     head.config["architectures"] = ["Llama4ForCausalLM"]
     its_target = target_of("llama4", target, tmp_path)
@@ -470,7 +470,7 @@ def test_what_is_trained_for_llama_4_is_exported(version: Version, tmp_path: Pat
 
 
 def test_features_are_what_enters_the_layers_named() -> None:
-    """The output of models that end there: numbers that are off by one would be another layer's."""
+    """Features equal the outputs of models that are cut off at these layers, so an index that is off by one would be noticed."""
     config = target_config(num_layers=4, rope_layers=(True,) * 4)
     weights, token_BT = tiny.weights(config), jnp.asarray([[3, 1, 4, 1, 5]], jnp.int32)
 
@@ -501,7 +501,7 @@ def test_two_sets_of_weights_of_a_head_must_be_the_same(target: Path, tmp_path: 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_an_eagle1_head_with_a_copy_of_an_output_head(tied: bool, tmp_path: Path) -> None:
-    """It drafts with its target's; a copy that is another model's is not dropped without a word."""
+    """An EAGLE-1 drafter uses its target's output head. An equal copy of it is ignored; any other head is refused."""
     config, head = target_config(tie_word_embeddings=tied), eagle1_head()
     target = save_target(tmp_path / "target", config)
     head.tensors["lm_head.weight"] = np.asarray(tiny.weights(config)["embed" if tied else "head"])

@@ -29,7 +29,7 @@ def _interruptible() -> Iterator[None]:
 
 
 def in_the_garbage_collector() -> None:
-    """As JAX's callback for it, which runs at any time."""
+    """Raise the signal in a callback of the garbage collector: JAX has one, and it may run at any time."""
 
     def callback(phase: str, info: object) -> None:
         gc.callbacks.remove(callback)
@@ -83,7 +83,7 @@ def test_ctrl_c_ends_a_conversion_that_the_next_one_continues(place, tmp_path, m
     assert main(["convert", str(source), str(tmp_path / "ours")]) == 0
     checkpoint = open_checkpoint(tmp_path / "ours")
     groups = sorted(checkpoint.groups(checkpoint.weights))
-    # The third is written again where the interruption came before it was noted down.
+    # The third group is written again if the interruption came before the progress file named it.
     assert written[:3] == groups[:3] and sorted(set(written)) == groups and len(groups) > 4
     assert len(written) <= len(groups) + 1
     checkpoint.verify()

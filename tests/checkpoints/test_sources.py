@@ -65,7 +65,7 @@ def test_a_tied_checkpoint_with_a_copy_of_its_embedding_stays_tied(dtype, tied, 
     rewrite(tied, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].astype(dtype)}))
     convert(tied, tmp_path / "ours")
     assert open_checkpoint(tmp_path / "ours").weights == open_checkpoint(tmp_path / "tied").weights
-    # One value, the last.
+    # A difference in a single value, the last one, is enough.
     rewrite(tied, lambda tensors: tensors["lm_head.weight"].__setitem__((-1, -1), 3))
     convert(tied, tmp_path / "own")
     assert not open_checkpoint(tmp_path / "own").config.tie_word_embeddings

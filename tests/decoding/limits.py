@@ -14,7 +14,7 @@ def chi_square_limit(degrees: int) -> float:
 
 
 def assert_frequencies(counts: Sequence[float], chances: Sequence[float]) -> None:
-    """Chi-square at 1e-9 of counts whose probabilities add up to 1; what cannot happen has not happened, and rare ones count together."""
+    """Assert that counts fit their probabilities, by a chi-square at 1e-9. Impossible outcomes must not occur; rare ones share one cell."""
     counts_N, means_N = np.asarray(counts, np.float64), np.asarray(chances, np.float64) * np.sum(counts)
     assert math.isclose(np.sum(chances), 1, rel_tol=1e-5)
     assert not counts_N[means_N == 0].any()
@@ -28,7 +28,7 @@ def assert_frequencies(counts: Sequence[float], chances: Sequence[float]) -> Non
 
 
 def poisson_limits(mean: float) -> tuple[float, float]:
-    """Counts below and above which there is a chance of less than one in a million each."""
+    """The lowest and highest plausible count: a smaller one has a chance below one in a million, and so has a larger one."""
     if mean > 1000:
         return mean - 4.9 * mean**0.5, mean + 4.9 * mean**0.5
     below = np.cumsum([math.exp(n * math.log(mean) - mean - math.lgamma(n + 1)) for n in range(2000)])

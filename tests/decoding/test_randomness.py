@@ -52,7 +52,7 @@ def test_with_20_rounds_it_is_jax_s():
 
 
 def test_noise_is_the_documented_function():
-    """Of seed, position, purpose, index and token, all up to their largest."""
+    """Compare noise with the reference for the smallest and largest values of seed, position, purpose and index, and for many tokens."""
     cases = itertools.product((0, 1, 2**32, 2**64 - 1), (0, 1, 2**31 - 1), Purpose, (0, 1, 2**24 - 1))
     for seed, position, purpose, index in cases:
         key_12 = stream_keys(seeds_2([seed]), jnp.asarray([position], jnp.int32), purpose, index)
@@ -61,7 +61,7 @@ def test_noise_is_the_documented_function():
 
 
 def test_noise_of_any_bits_has_float32_precision(monkeypatch):
-    """Of the lowest, the highest, the middle, and many others: both tails end where 64 bits do."""
+    """Noise made of the lowest, the highest and the middle bits, and of many others, is exact; both tails end where 64 bits end."""
     edges = [
         0,
         1,
@@ -135,7 +135,7 @@ def test_neighbours_are_independent():
 
 
 def test_every_bit_of_every_input_changes_half_of_the_output():
-    """Each of the 64 output bits by each of the 152 bits of seed, position, purpose, index and token: avalanche."""
+    """Flipping any input bit (of seed, position, purpose and index, or token) flips each of the 64 output bits half of the time."""
     count = 4096
     rng = np.random.default_rng(0)
     seed_B2 = rng.integers(0, 2**32, (count, 2), np.uint32)

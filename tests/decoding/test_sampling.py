@@ -114,7 +114,7 @@ def test_penalties_and_bias_follow_their_formulas():
 
 @pytest.mark.parametrize("vocab", [1, 5, 128, 129, 700])
 def test_the_highest_token_is_numpy_s(vocab):
-    """Of equal values the first; beside rows with an infinity, and with nothing but -inf."""
+    """Of equal values the first token wins. Rows with an infinity, and rows of nothing but -inf, are among the others."""
     values = np.random.default_rng(vocab).integers(0, 30, (64, vocab)).astype(np.float32)
     values[::7] = -np.inf
     values[3, vocab // 2] = np.inf
@@ -128,7 +128,7 @@ def test_the_highest_token_is_numpy_s(vocab):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_one_logit_that_is_not_finite_is_no_token(temperature):
-    """Wherever it is in the row; the rows beside it have their tokens."""
+    """One NaN or infinity, at any place of a row, gives NOT_FINITE; a row beside it still gets its token."""
     logits = np.zeros((700, 700), np.float32)
     np.fill_diagonal(logits, np.nan)
     logits[5], logits[6, 6], logits[7] = 0.0, np.inf, -np.inf
@@ -181,7 +181,7 @@ def test_a_draw_is_the_highest_of_the_documented_sums():
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_a_draw_is_the_same_on_a_sharded_vocabulary(ranks):
-    """Tokens by the thousand, shards that are no multiple of a block, greedy rows, and rows in which two tokens tie on two ranks."""
+    """1,560 tokens in shards that are no multiple of a block; some rows are greedy, and in some two tokens of different ranks tie."""
     vocab, count = 8 * 195, 512
     rng = np.random.default_rng(0)
     values = (2 * rng.normal(size=(count, vocab))).astype(np.float32)

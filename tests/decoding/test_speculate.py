@@ -77,7 +77,7 @@ def test_tokens_are_those_of_decoding_one_by_one(make, version, plans):
 
 @pytest.mark.parametrize("mesh", ["tensor=1", "expert=2,tensor=2", pytest.param("data=2", marks=pytest.mark.more_meshes)])
 def test_sampled_drafts_keep_what_is_certain(mesh):
-    """Beside rows whose tokens are others, a greedy row has those of decoding one by one; and no cut, bias or stop is passed over."""
+    """Rows at a temperature get other tokens; a greedy row keeps those of decoding one by one, and limits and stops still hold."""
     config = few_tokens(scout_like)
     found, plain = generate(config, "tree:eagle26,sampled", mesh=mesh), generate(config, "off")
     assert_same(found[:1], plain[:1])
@@ -90,7 +90,7 @@ def test_sampled_drafts_keep_what_is_certain(mesh):
 
 @pytest.mark.parametrize("mesh", ["sequence=2", "expert=2"])
 def test_ranks_that_round_differently_draft_the_same_tree(mesh):
-    """Else one rank's part of the attention, or its experts, would be another tree's."""
+    """Each rank computes a part of the attention, or some experts: if ranks drafted different trees, the parts would not fit."""
     config = dataclasses.replace(few_tokens(maverick_like), max_position_embeddings=512)
     made, loaded = weights(config), loaded_drafter(drafter(config, aux_layers=(0, 1, 2)))
     long = prompts(config, (150, 200))  # on a sequence axis both ranks have pages of them
@@ -121,7 +121,7 @@ def test_a_row_alone_gets_the_same():
     ],
 )
 def test_and_on_a_mesh(mesh, plan):
-    """Also what is drafted is the same: the drafter's cache, spread over ranks at prefill, is right."""
+    """The drafts are the same too, which shows that the drafter's cache, which prefill spreads over the ranks, is right."""
     config = few_tokens(scout_like)
     found = generate(config, plan, mesh=mesh)
     assert_same(found, generate(config, "off"))
@@ -147,7 +147,7 @@ def test_a_reduced_vocabulary_that_is_cut_drafts_the_same():
 
 
 def test_stats_count_rounds():
-    """A drafter that is always wrong accepts nothing; every token is then a round, but the one of the prefill."""
+    """No draft of a drafter that is always wrong is accepted: every round yields one token, and only the first token comes from prefill."""
     config = llama3_like(vocab_size=16, num_layers=2, rope_layers=(True,) * 2)
     loaded = loaded_drafter(drafter(config, draft_vocab_size=4, aux_layers=(0, 1, 2)))
     llm = LLM(config, weights(config), drafter=loaded, speculation="tree:eagle26")
@@ -226,7 +226,7 @@ def test_a_drafter_of_another_model_is_refused():
 
 @pytest.mark.parametrize("mesh", ["tensor=1", "sequence=2"])
 def test_a_window_is_all_that_a_drafter_sees(mesh):
-    """What follows it may be anything, also where ranks share the prompt."""
+    """Tokens before the window change nothing, even where ranks share the prompt; with a longer window they do."""
     config = llama3_like(num_layers=1, rope_layers=(True,))
     # Reading embeddings alone, the drafter knows of the past only what its own attention sees.
     short = drafter(config, aux_layers=(0,))

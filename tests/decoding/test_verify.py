@@ -38,9 +38,9 @@ class Node:
     """A node of each row with children, and a verifier whose chances the test decides: ``outcome(attempts [R, k], final)``."""
 
     def __init__(self, p, q, tokens, monkeypatch, *, valid=None, above=None):
-        """``p``, ``q`` [R, V] (no ``q``: the rule that draws), ``tokens`` [R, k].
+        """``p``, ``q`` [R, V] (without ``q``, the rule is ``point_mass``), ``tokens`` [R, k].
 
-        With ``above`` [R], it is below a first child of the root, that token, which is accepted.
+        Without ``above`` the node is the root. With ``above`` [R] it is the root's first child, which holds that token and is accepted.
         """
         R, k = tokens.shape
         paths = [[i] for i in range(k)] if above is None else [[0], *([0, i] for i in range(k))]
@@ -79,7 +79,7 @@ class Node:
             return found.token_BL[:, lower], found.accepted_B > lower
 
         def draw(log_weights_BV, rows, position_B, purpose, vocab=ONE):
-            """In the place of a token, the probability of the token ``final``; above the node there is only one."""
+            """Return the probability of the token ``final`` instead of a token; at the root above the node only one token is possible."""
             probability_B = jax.nn.softmax(log_weights_BV)[:, chances[1]]
             encoded_B = (probability_B * SCALE).astype(jnp.int32)
             return jnp.where(position_B == lower, encoded_B, jnp.argmax(log_weights_BV, axis=1).astype(jnp.int32))

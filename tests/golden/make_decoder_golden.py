@@ -58,9 +58,9 @@ MIN_EFFECT = 1e-2
 Config = dict[str, Any]
 Logits = list[np.ndarray]
 
-# At head_dim 8 and theta 500000 the wavelengths are 6.3, 167, 4443 and 118000 tokens. These original lengths put boundaries
-# among the first two, so that frequencies are kept and scaled (with 8 / 1 / 4, also blended) which turn visibly within one
-# chunk, or for Llama 3 within one sequence.
+# At head_dim 8 and theta 500000 the wavelengths are 6.3, 167, 4443 and 118000 tokens. Only the first two turn visibly within
+# one chunk, or for Llama 3 within one sequence. The original lengths below put the boundaries of scaling between these two, so
+# that of the visible frequencies one is kept and one is scaled (with factors 8 / 1 / 4, also blended).
 SCOUT_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,

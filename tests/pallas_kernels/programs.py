@@ -1,4 +1,4 @@
-"""Programs as the product compiles them: on a mesh of CPUs, which is how an op knows what it is traced for."""
+"""Compiles functions as l4jax does, on a mesh of CPUs: an op reads off the mesh which devices it is traced for."""
 
 import jax
 from jax.sharding import PartitionSpec

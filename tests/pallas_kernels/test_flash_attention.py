@@ -13,7 +13,7 @@ from pallas_kernels.flash_attention import attend, attend_pages, cpu, reference,
 from tests.pallas_kernels.programs import on_one_cpu
 
 PAGED = {"reference": reference.attend_pages, "xla": xla.attend_pages, "cpu": cpu.attend_pages}
-# Heads of real models, on as many devices as they are run on: key/value heads, queries for each, head dimension.
+# One device's heads of real models: key/value heads, query heads for each of them, head dimension.
 HEADS = {"SmolLM2": (3, 3, 64), "Llama 3.1 8B": (8, 4, 128), "Llama 3.1 70B, tensor=8": (1, 8, 128), "Scout, tensor=8": (1, 5, 128)}
 
 

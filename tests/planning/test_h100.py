@@ -125,7 +125,7 @@ def test_arguments_are_counted_as_the_compiler_counts_them():
 
 @pytest.mark.parametrize(("name", "mesh", "layers"), CASES)
 def test_one_sum_for_attention_and_one_for_the_feed_forward(name, mesh, layers):
-    """In each layer, beside the embedding's and the few numbers of sampling."""
+    """With ``tensor`` each layer sums activations twice and the embedding once; without it, each layer once. Sampling sums few numbers."""
     config, spec = case(name, mesh, layers).config, case(name, mesh, layers).mesh
     wide = ROWS * config.hidden_size * BF16.itemsize
     sums = sum(nbytes == wide for collective in decode(name, mesh, layers).collectives for nbytes in collective.nbytes)
@@ -146,7 +146,7 @@ SAMPLED = SamplingParams(top_k=40, top_p=0.9, frequency_penalty=0.5, logprobs=5)
     ids=["scout", "70b", "70b-sampled", "70b-two-hosts"],
 )
 def test_every_sum_of_a_decode_step_within_a_host_is_a_one_shot_kernel(name, mesh, layers, params, strategy, capsys):
-    """Over NVLink; sampling with every cut, penalty and log-probabilities too. Between hosts there is none, and NCCL sums."""
+    """Within a host the kernels use NVLink, even if sampling needs cuts, penalties and log-probabilities. Between hosts NCCL adds up."""
     shared = (name, mesh, layers) in CASES and params is GREEDY
     program = decode(name, mesh, layers) if shared else case(name, mesh, layers).model.decode(ROWS, CAPACITY, params)
     sums = [collective for collective in program.collectives if collective.kind == "all-reduce"]
@@ -157,7 +157,7 @@ def test_every_sum_of_a_decode_step_within_a_host_is_a_one_shot_kernel(name, mes
 
 
 def test_two_sums_that_xla_combines_lose_their_kernels():
-    """Why programs are compiled with combining off; when this fails, that may go."""
+    """The reason why programs are compiled with combining turned off. Once this test fails, combining can be left on."""
     spec = MeshSpec(tensor=8)
     axes = jax.sharding.PartitionSpec("tensor")
     sums = jax.shard_map(

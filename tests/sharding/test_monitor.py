@@ -19,7 +19,7 @@ TOKEN = "secret"
 
 @pytest.fixture(autouse=True)
 def killed(monkeypatch):
-    """The workers that were killed, none of which exists; and everything ten times as fast."""
+    """Record kills instead of sending signals (the workers do not exist), and make all times a tenth of the real ones."""
     pids = []
     monkeypatch.setattr(os, "kill", lambda pid, number: pids.append((pid, number)))
     for name in ("BEAT_SECONDS", "SILENCE_SECONDS", "GRACE_SECONDS"):

@@ -118,7 +118,7 @@ def test_rings_equal_plain_attention_in_float32(variant, ranks, lengths, chunk):
 
 
 def test_bfloat16_is_merged_in_float32():
-    """Results rounded to bfloat16 on their way would be numbers that bfloat16 has; next to none of them are."""
+    """If partial results were rounded to bfloat16, the results would be bfloat16 numbers too; hardly any of them are."""
     rng = np.random.default_rng(0)
     q, k, v = (rng.normal(size=(8, 1, 8, *shape)).astype(jnp.bfloat16) for shape in ((K, G, H), (K, H), (K, H)))
     positions = batch([balanced(64, 8)])

@@ -30,7 +30,7 @@ GGUF_LABELS = (3, 4, 1, 2)
 
 
 def backend(label: str, *added: tokenizers.AddedToken) -> tokenizers.Tokenizer:
-    """The small tokenizer with the ChatML markers labelled so, and more added tokens."""
+    """The small tokenizer with ``label`` for the ChatML markers (one of HF_LABELS), and with further added tokens."""
     values = json.loads(small.backend().to_str())
     for token in values["added_tokens"]:
         token["special"] = token["content"] not in small.SPECIAL[2:] or label == "special"
@@ -108,7 +108,7 @@ def test_no_message_writes_a_marker(label: str, text: str) -> None:
 
 
 def test_words_of_a_template_stay_words(tmp_path: Path) -> None:
-    """Its words are tokens of the vocabulary too, and so are pieces of its punctuation, and numbers that the splitter cuts."""
+    """A template's own words, punctuation and numbers are in the vocabulary too; they must not be taken for markers."""
     template = CHATML.replace("'<|im_start|>' +", "'<|im_start|>the quick brown fox, 345 dogs: ' +")
     made = backend("plain", *plain("hello there"))
     tokenizer, _ = loaded(tmp_path, made, template.replace("dogs", "hello there"))

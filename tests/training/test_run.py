@@ -228,7 +228,7 @@ def test_the_target_s_output_head_stays_as_it_is(tied: bool, data: Path, tmp_pat
     weights = outcome(tmp_path / "out")[2]
     assert found.config.target_head
     np.testing.assert_array_equal(weights["head"], np.asarray(llm.weights[table])[weights["token_ids"]])
-    # Of a random state, whose parts are as large as a norm makes them, the logits to begin with differ by 1.
+    # Before training, the logits of a random normalised state have a standard deviation of 1.
     whole = np.arange(config.vocab_size, dtype=np.int32)
     started = weights_from_target(found.config, config, llm.weights, whole)
     state_ND = np.random.default_rng(0).normal(size=(4000, config.hidden_size)) * started["norm.scale"]

@@ -28,10 +28,14 @@ def no_keys(q_BTKGh: Array) -> Block:
     )
 
 
-def attend_block(q_BTKGh: Array, k_BKSh: Array, v_BKSh: Array, visible_BTS: Array, scale: float) -> Block:
-    """Attention over the visible keys of one block."""
+def scores(q_BTKGh: Array, k_BKSh: Array, scale: float) -> Array:
+    """Scaled products of queries and keys: [B, K, T, G, S]."""
     # Scaled here and not in the queries: in half precision those would be rounded once more.
-    scores_BKTGS = scale * jnp.einsum("btkgh,bksh->bktgs", q_BTKGh, k_BKSh, preferred_element_type=_accumulator(q_BTKGh))
+    return scale * jnp.einsum("btkgh,bksh->bktgs", q_BTKGh, k_BKSh, preferred_element_type=_accumulator(q_BTKGh))
+
+
+def attend_block(scores_BKTGS: Array, v_BKSh: Array, visible_BTS: Array) -> Block:
+    """Attention over the visible keys of one block."""
     scores_BKTGS = jnp.where(visible_BTS[:, None, :, None, :], scores_BKTGS, -jnp.inf)
     highest = jnp.max(scores_BKTGS, axis=-1)
     # A block that hides every key from a query has highest = -inf; exp(-inf - 0) = 0 keeps it out, where -inf + inf is NaN.

@@ -43,18 +43,20 @@ def attend_pages(
     wide = jnp.dtype(jnp.float64 if q_BTKGh.dtype == jnp.float64 else jnp.float32)
     q_BTKGh = q_BTKGh.astype(wide)
     head_K = jnp.arange(K, dtype=jnp.int32)
+    # XLA copies element by element unless it has something to compute, and it cannot know that this is a one.
+    one = jax.lax.optimization_barrier(jnp.ones((), wide))
 
     def attend(index: Array, pages: int, before: Block) -> Block:
         page_BW = jax.lax.dynamic_slice_in_dim(pages_BW, index, pages, axis=1)
         row_BKW = page_BW[:, None, :] * K + head_K[None, :, None]
 
         def keys(pool_PKph: Array) -> Array:
-            rows = pool_PKph.reshape(P * K, p * h).at[row_BKW.reshape(-1)].get(mode="promise_in_bounds")
+            page_Mph = pool_PKph.reshape(P * K, p, h).at[row_BKW.reshape(-1)].get(mode="promise_in_bounds")
             # Without the barrier XLA might transpose the keys as it copies them, which takes several times as long.
-            return jax.lax.optimization_barrier(rows.reshape(B, K, pages * p, h).astype(wide))
+            return jax.lax.optimization_barrier(page_Mph.astype(wide) * one).reshape(B, K, pages * p, h)
 
         visible_BTS = inside(start_BT, end_BT, (index * p).astype(jnp.int32), pages * p)
-        return merge_blocks(before, attend_block(q_BTKGh, keys(k_PKph), keys(v_PKph), visible_BTS, scale))
+        return merge_blocks(before, attend_block(_scores(q_BTKGh, keys(k_PKph), scale), keys(v_PKph), visible_BTS))
 
     first, last = jnp.min(start_BT) // p, (jnp.max(end_BT) + p - 1) // p
     attended = no_keys(q_BTKGh)
@@ -64,3 +66,12 @@ def attend_pages(
         attended = jax.lax.fori_loop(0, blocks, lambda index, before: attend(first + index * block, block, before), attended)
         first = first + blocks * block
     return normalize(jax.lax.fori_loop(first, last, lambda index, before: attend(index, 1, before), attended))
+
+
+def _scores(q_BTKGh: Array, k_BKSh: Array, scale: float) -> Array:
+    """Scaled products of queries and keys, [B, K, T, G, S], computed as keys times queries: otherwise XLA would transpose the keys."""
+    B, T, K, G, h = q_BTKGh.shape
+    q_BKMh = jnp.swapaxes(q_BTKGh, 1, 2).reshape(B, K, T * G, h)
+    padded_BKMh = jnp.pad(q_BKMh, ((0, 0), (0, 0), (0, -T * G % 4), (0, 0)))
+    scores_BKSM = jax.lax.optimization_barrier(jnp.einsum("bksh,bkrh->bksr", k_BKSh, padded_BKMh))[..., : T * G]
+    return scale * jnp.swapaxes(scores_BKSM, 2, 3).reshape(B, K, T, G, -1)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels.flash_attention.blocks import Block, attend_block, inside, merge_blocks, no_keys, normalize
+from pallas_kernels.flash_attention.blocks import Block, attend_block, inside, merge_blocks, no_keys, normalize, scores
 from pallas_kernels.merge import Partial
 
 
@@ -33,7 +33,7 @@ def attend_masked(
 ) -> Partial:
     """All scores at once."""
     k_BKSh, v_BKSh = (jnp.swapaxes(a, 1, 2) for a in (k_BSKh, v_BSKh))
-    return normalize(attend_block(q_BTKGh, k_BKSh, v_BKSh, visible_BTS, scale))
+    return normalize(attend_block(scores(q_BTKGh, k_BKSh, scale), v_BKSh, visible_BTS))
 
 
 def attend_pages(
@@ -54,7 +54,7 @@ def attend_pages(
         k_BKph = k_PKph.at[page_B].get(mode="promise_in_bounds")
         v_BKph = v_PKph.at[page_B].get(mode="promise_in_bounds")
         visible_BTp = inside(start_BT, end_BT, (index * page_size).astype(jnp.int32), page_size)
-        return merge_blocks(before, attend_block(q_BTKGh, k_BKph, v_BKph, visible_BTp, scale))
+        return merge_blocks(before, attend_block(scores(q_BTKGh, k_BKph, scale), v_BKph, visible_BTp))
 
     first, last = jnp.min(start_BT) // page_size, (jnp.max(end_BT) + page_size - 1) // page_size
     return normalize(jax.lax.fori_loop(first, last, step, no_keys(q_BTKGh)))

@@ -50,7 +50,7 @@ class Collective:
 
     @property
     def sent_bytes(self) -> int:
-        """Bytes that a device sends to others, by the algorithm that sends least: an all-reduce scatters sums, then gathers them.
+        """Bytes that a device sends to others: an all-reduce scatters sums, then gathers them, but sends all to each in a one-shot kernel.
 
         Raises ValueError for a ragged all-to-all, whose sizes are known at run time only.
         """
@@ -61,6 +61,8 @@ class Collective:
             case "all-to-all" | "all-gather":
                 return result * others // self.ranks
             case "reduce-scatter":
+                return result * others
+            case "all-reduce" if self.strategy == "one-shot":
                 return result * others
             case "all-reduce":
                 return 2 * result * others // self.ranks
@@ -161,7 +163,8 @@ class Ledger:
 
     def _collective(self, computation: str, instruction: _Instruction) -> Collective:
         kind, nbytes = instruction.opcode.removesuffix("-start"), instruction.nbytes
-        if kind != instruction.opcode and instruction.shapes.startswith("("):  # a tuple of its operands and its results
+        # A start's result is a tuple of its operands and its results; an all-reduce's is of its results only.
+        if kind not in (instruction.opcode, "all-reduce") and instruction.shapes.startswith("("):
             nbytes = nbytes[-1:] if kind == "ragged-all-to-all" else nbytes[len(nbytes) // 2 :]
         # A kernel's all-reduce is inside a fusion, which is what starts and is waited for.
         within, start = self._callers.get(computation, (computation, instruction))

@@ -10,8 +10,3 @@ def on_one_cpu(function):
     """A program of ``function`` for one CPU."""
     mesh = ONE_DEVICE.build(jax.devices("cpu")[:1])
     return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False))
-
-
-def primitives(function, *arguments):
-    """The names of what a traced program does at its outermost level, without what a mesh adds."""
-    return [equation.primitive.name for equation in jax.make_jaxpr(function)(*arguments).eqns]

@@ -62,6 +62,10 @@ ENTRY %main (param.0: bf16[8,16], param.1: bf16[32,16]) -> f32[] {{
   %scattered = bf16[2,16]{{1,0}} reduce-scatter(%param.0), channel_id=6, replica_groups={{{{0,2,4,6}},{{1,3,5,7}}}}, dimensions={{0}}, to_apply=%add
   %reduce-scatter-start = ((bf16[8,16]{{1,0}}), bf16[4,16]{{1,0}}) reduce-scatter-start(%param.0), channel_id=7, {TENSOR}, dimensions={{0}}, to_apply=%add
   %reduce-scatter-done = bf16[4,16]{{1,0}} reduce-scatter-done(%reduce-scatter-start)
+  %combined-start = (bf16[8,16]{{1,0}}, f32[8]{{0}}) all-reduce-start(%param.0, %tall), channel_id=8, replica_groups={{{{0,2,4,6}},{{1,3,5,7}}}}, to_apply=%add, metadata={{op_name="p/combined/psum"}}
+  %combined-done = (bf16[8,16]{{1,0}}, f32[8]{{0}}) all-reduce-done(%combined-start)
+  %gather-start = ((bf16[8,16]{{1,0}}, f32[8]{{0}}), (bf16[16,16]{{1,0}}, f32[16]{{0}})) all-gather-start(%param.0, %tall), channel_id=9, {TENSOR}, dimensions={{0}}, metadata={{op_name="p/combined/gather"}}
+  %gather-done = (bf16[16,16]{{1,0}}, f32[16]{{0}}) all-gather-done(%gather-start)
 }}
 """  # noqa: E501 - an instruction is a line
 SCORES, BODY = 2 * 8 * 32 * 16, 2 * 8 * 8 * 16
@@ -109,6 +113,23 @@ def test_a_reduce_scatter_sends_every_other_ranks_share():
         (("sequence",), 4, (64,), 3 * 64),
         (("tensor",), 2, (128,), 128),
     ]
+
+
+def test_a_one_shot_sum_sends_its_whole_array_to_every_other_rank():
+    """To seven others, 256 bytes each; in two shots, and by NCCL, an eighth of it twice."""
+    eight = MeshSpec(tensor=8)
+    of = {c.scope: (c.ranks, c.sent_bytes) for c in Ledger(TEXT.replace(TENSOR, "replica_groups={{0,1,2,3,4,5,6,7}}"), eight).collectives}
+    assert of["p/layer_0/psum"] == (8, 7 * 256)
+    assert of["p/layer_1/psum"] == (8, 2 * 7 * 2048 // 8)
+    assert of["p/embed/psum"] == (8, 2 * 7 * 256 // 8)
+
+
+def test_of_several_sums_that_start_together_each_is_counted():
+    """A start of sums is a tuple of results, a start of gathers one of operands and results."""
+    found = collectives()
+    sums, gathers = found["p/combined/psum"], found["p/combined/gather"]
+    assert (sums.nbytes, sums.sent_bytes) == ((256, 32), 2 * 288 * 3 // 4)
+    assert (gathers.nbytes, gathers.sent_bytes) == ((512, 64), 576 // 2)
 
 
 def test_a_form_of_groups_that_is_not_known_is_an_error():

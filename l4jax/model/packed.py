@@ -13,9 +13,10 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Float, Shaped
 
 from l4jax.model.step import PackedKeys
+from pallas_kernels.flash_attention.blocks import inside
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,7 @@ def attend_packed(q_BTKGh: Float[Array, "B T K G h"], cache: PackedCache, keys: 
         # No query of a block sees keys after the block's last query.
         end = min(begin + size, T)
         mine = slice(begin, end)
-        inside_BTS = _inside(keys.start_BT[:, mine], keys.end_BT[:, mine], end)
+        inside_BTS = inside(keys.start_BT[:, mine], keys.end_BT[:, mine], jnp.int32(0), end)
         first = (cache.k_BTKh[0][:, :end], cache.v_BTKh[0][:, :end])
         chain = [(k_BTKh[:, mine], v_BTKh[:, mine]) for k_BTKh, v_BTKh in zip(chain_k, chain_v, strict=True)]
         blocks.append(_attend_block(q_BTKGh[:, mine], first, inside_BTS, chain, scale))
@@ -80,8 +81,3 @@ def shifted(x: Shaped[Array, "B T ..."], by: int) -> Shaped[Array, "B T ..."]:
         return x
     nothing = jnp.zeros_like(x[:, : min(abs(by), x.shape[1])])
     return jnp.concatenate([x[:, by:], nothing] if by > 0 else [nothing, x[:, :by]], axis=1)
-
-
-def _inside(start_BT: Array, end_BT: Array, keys: int) -> Bool[Array, "B T S"]:
-    key_11S = jnp.arange(keys, dtype=jnp.int32)[None, None]
-    return (key_11S >= start_BT[:, :, None]) & (key_11S < end_BT[:, :, None])

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
-Partial = tuple[Float[Array, "B T K G h"], Float[Array, "B T K G"]]
+from pallas_kernels.merge import Partial
 
 _LOWEST = float(np.finfo(np.float32).min)
 """The highest score of a query that sees no key: finite, so that its weights are zero and not NaN."""

@@ -16,12 +16,15 @@ import pytest
 
 from l4jax import SamplingParams
 from l4jax.decoding import sampling, verify
-from l4jax.decoding.sampling import batch_features, sampling_rows
+from l4jax.decoding.sampling import TokenCounts, batch_features, sampling_rows
 from l4jax.decoding.tree import NONE, StaticTree, tree_tables
 from sharding.ranks import ONE
 
 V = 5
-FEATURES = batch_features([SamplingParams(temperature=1.0)])
+PLAIN = SamplingParams(temperature=1.0)
+FEATURES = batch_features([PLAIN])
+ABOVE = 3
+"""The token above a node that is below the root's child."""
 BISECTIONS = 26
 SCALE = 2**30
 
@@ -37,10 +40,11 @@ def distributions(count, seed, *, sharpness=2.0):
 class Node:
     """A node of each row with children, and a verifier whose chances the test decides: ``outcome(attempts [R, k], final)``."""
 
-    def __init__(self, p, q, tokens, monkeypatch, *, valid=None, above=None):
+    def __init__(self, p, q, tokens, monkeypatch, *, valid=None, above=None, params=PLAIN, counted=None):
         """``p``, ``q`` [R, V] (without ``q``, the rule is ``point_mass``), ``tokens`` [R, k].
 
         Without ``above`` the node is the root. With ``above`` [R] it is the root's first child, which holds that token and is accepted.
+        ``counted`` [V]: how often each token is in the output up to the root, for the penalties of ``params``.
         """
         R, k = tokens.shape
         paths = [[i] for i in range(k)] if above is None else [[0], *([0, i] for i in range(k))]
@@ -61,7 +65,10 @@ class Node:
             tree_tables(jnp.broadcast_to(jnp.asarray(tree.parents, jnp.int32), (R, tree.size)), tree.depth),
             jnp.asarray(present),
         )
-        rows = jax.tree.map(lambda leaf: np.repeat(leaf, R, axis=0), sampling_rows([SamplingParams(temperature=1.0)], [0], [[]], V))
+        rows = jax.tree.map(lambda leaf: np.repeat(leaf, R, axis=0), sampling_rows([params], [0], [[]], V))
+        features, counts = batch_features([params]), None
+        if features.adjusted:
+            counts = TokenCounts(jnp.zeros((R, V), bool), jnp.broadcast_to(jnp.asarray(counted, jnp.int32)[None], (R, V)))
         chances: list[jax.Array] = []  # those of the call that is being traced
 
         def decide(attempts, final):
@@ -74,8 +81,9 @@ class Node:
             def of_node(node_B):
                 return jnp.where((node_B == lower)[:, None], drafted, certain)
 
-            rule = verify.point_mass(rows, FEATURES) if q is None else verify.rejection(rows, FEATURES, of_node)
-            found = verify.verify(jnp.asarray(logits, jnp.float32), draft, rule, tree.depth, None, first, jnp.ones(R, bool), logprobs=False)
+            rule = verify.point_mass(rows, features) if q is None else verify.rejection(rows, features, of_node)
+            every = jnp.ones(R, bool)
+            found = verify.verify(jnp.asarray(logits, jnp.float32), draft, rule, tree.depth, counts, first, every, logprobs=False)
             return found.token_BL[:, lower], found.accepted_B > lower
 
         def draw(log_weights_BV, rows, position_B, purpose, vocab=ONE):
@@ -131,7 +139,7 @@ def orders(q, k):
     return tokens, chance
 
 
-def by_order(p, q, k, monkeypatch, *, verified=None, keep=None, arrange=None, above=False):
+def by_order(p, q, k, monkeypatch, *, verified=None, keep=None, arrange=None, above=False, **penalties):
     """The distribution of the emitted token for each (p, q), over all orders that k children may be drawn in from q.
 
     ``verified``: what the verifier is told they were drawn from. ``arrange`` reorders each row's children, ``keep`` says which are valid.
@@ -144,7 +152,7 @@ def by_order(p, q, k, monkeypatch, *, verified=None, keep=None, arrange=None, ab
     if arrange is not None:
         tokens_Rk = arrange(tokens_Rk, np.repeat(q, count, axis=0))
     valid = None if keep is None else keep(tokens_Rk, np.repeat(q, count, axis=0))
-    node = Node(p_RV, q_RV, tokens_Rk, monkeypatch, valid=valid, above=np.full(R, 3) if above else None)
+    node = Node(p_RV, q_RV, tokens_Rk, monkeypatch, valid=valid, above=np.full(R, ABOVE) if above else None, **penalties)
     found, accepted = node.distribution()
     weighted = chance[:, :, None] * found.reshape(pairs, count, V)
     return weighted.sum(1), (chance * accepted.reshape(pairs, count)).sum(1)
@@ -163,6 +171,22 @@ def test_rejection_gives_the_target_s_distribution(k, above, monkeypatch):
     assert np.abs(found - p).max() < 1e-6
     if k == 1:
         assert np.abs(accepted - np.minimum(p, q).sum(1)).max() < 1e-6
+
+
+@pytest.mark.parametrize("drawn", [False, True], ids=["rejection", "point mass"])
+def test_a_penalty_counts_what_was_accepted_on_the_way(drawn, monkeypatch):
+    """Of the token above the node once more than at the root."""
+    p, q = distributions(30, 0), distributions(30, 1)
+    counted = np.array([1, 0, 2, 1, 0])
+    penalised = p * np.exp(-0.7 * (counted + (np.arange(V) == ABOVE)))
+    penalised /= penalised.sum(1, keepdims=True)
+    penalties = {"params": SamplingParams(temperature=1.0, frequency_penalty=0.7), "counted": counted}
+    if drawn:
+        likeliest = np.argsort(-q, axis=1)[:, :2]
+        found, _ = Node(p, None, likeliest, monkeypatch, above=np.full(30, ABOVE), **penalties).distribution()
+    else:
+        found, _ = by_order(p, q, 2, monkeypatch, above=True, **penalties)
+    assert np.abs(found - penalised).max() < 1e-6
 
 
 @pytest.mark.parametrize("k", [2, 3])
@@ -187,7 +211,7 @@ def test_any_children_are_as_good_for_drawn_tokens(above, monkeypatch):
     """Likeliest ones, sorted ones, pruned ones: only the model's tokens are emitted."""
     p, q = distributions(60, 0), distributions(60, 1)
     for tokens in (np.argsort(-q, axis=1)[:, :3], np.argsort(q, axis=1)[:, :2], np.argsort(-p, axis=1)[:, :1]):
-        found, _ = Node(p, None, tokens, monkeypatch, above=np.full(60, 3) if above else None).distribution()
+        found, _ = Node(p, None, tokens, monkeypatch, above=np.full(60, ABOVE) if above else None).distribution()
         assert np.abs(found - p).max() < 1e-6
 
 

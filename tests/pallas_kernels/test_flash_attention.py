@@ -91,6 +91,18 @@ def test_any_number_of_pages_is_read_and_no_other(name):
             check(found, softmax(q, k, v, start, end), 1e-5)
 
 
+@pytest.mark.parametrize("pages", [0, 1, 2])
+def test_blocks_hold_as_many_pages_as_have_room(pages, monkeypatch):
+    """With many rows that may be none, and pages are attended one by one."""
+    q, k, v, start, end = problem(7, 3, 2, 10 * 4)
+    page_bytes = 2 * 3 * 2 * 4 * 4 * 4  # keys and values of 3 rows, 2 heads, 4 tokens of 4 float32 numbers
+    monkeypatch.setattr(cpu, "_BLOCK_BYTES", page_bytes * pages + page_bytes // 2)
+    arguments = (q, *paged(7, k, v, 4, start, end), start, end)
+    attended = on_one_cpu(functools.partial(cpu.attend_pages, scale=1.0))
+    check(attended(*arguments), softmax(q, k, v, start, end), 1e-5)
+    assert str(jax.make_jaxpr(attended)(*arguments)).count("while[") == (2 if pages > 1 else 1)
+
+
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
 @pytest.mark.parametrize(("queries", "dtype"), [(1, "float32"), (4, "float32"), (1, "bfloat16"), (4, "bfloat16")])
 def test_implementations_agree_on_heads_of_real_models(heads, queries, dtype):

@@ -177,7 +177,7 @@ def test_what_drafts_accepts_and_draws_does_not_correlate():
 
 
 def test_a_round_uses_no_key_for_two_things(monkeypatch, tmp_path):
-    """As compiled, speculation with sampled drafts takes the numbers that draft, accept and draw from different streams."""
+    """As compiled, speculation with sampled drafts takes the numbers that draft, accept and draw each from the streams for that purpose."""
     used: dict[str, set[tuple[int, ...]]] = {"draft": set(), "accept": set(), "choose": set()}
 
     def recording(name, function):
@@ -199,3 +199,15 @@ def test_a_round_uses_no_key_for_two_things(monkeypatch, tmp_path):
     assert all(len(keys) > 40 for keys in used.values())
     for one, other in itertools.combinations(used.values(), 2):
         assert not one & other
+
+    def streams(purpose, positions):
+        """Keys of the four seeds and of every node's index."""
+        seeds, positions = np.meshgrid(range(4), positions, indexing="ij")
+        seed_B2, position_B = seeds_2(seeds.ravel().tolist()), jnp.asarray(positions.ravel(), jnp.int32)
+        return {tuple(key) for index in range(4) for key in np.asarray(stream_keys(seed_B2, position_B, purpose, index)).tolist()}
+
+    after_first = range(1, 24 + 3)  # a tree's drafts may be for positions after the last
+    assert used["draft"] <= streams(Purpose.DRAFT, after_first)
+    assert used["accept"] <= streams(Purpose.ACCEPTANCE, after_first)
+    # The prompt's pass draws the first token, without drafts.
+    assert used["choose"] <= streams(Purpose.TOKEN, [0]) | streams(Purpose.RESIDUAL, after_first)

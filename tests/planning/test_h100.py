@@ -29,8 +29,9 @@ pytestmark = pytest.mark.h100
 BF16 = jnp.dtype(jnp.bfloat16)
 GREEDY = SamplingParams(temperature=0.0)
 SCOUT = "llama-4-scout-17b-16e-instruct"
-# Layers repeat: one period of Scout's (three that are chunk-local, one that keeps everything), two of a dense model.
-CASES = [(SCOUT, "tensor=8", 4), (SCOUT, "expert=8", 4), ("llama-3.1-405b", "tensor=16", 2)]
+# Layers repeat: one period of Scout's (three that are chunk-local, one that keeps everything), and as many of a dense model as have
+# the temporaries of all (of its first two they are less).
+CASES = [(SCOUT, "tensor=8", 4), (SCOUT, "expert=8", 4), ("llama-3.1-405b", "tensor=16", 3)]
 ROWS, CAPACITY, PIECE = 8, 16384, 8192
 
 
@@ -114,6 +115,14 @@ def test_prefill_fits_and_moves_activations_only(name, mesh, layers):
     assert arguments + program.temporary_bytes < H100_MEMORY_BYTES
     assert program.donated_bytes >= this.model.cache_bytes(1, CAPACITY)
     assert max(max(collective.nbytes) for collective in program.collectives) <= PIECE * this.config.hidden_size * BF16.itemsize
+
+
+@pytest.mark.parametrize(("program", "tokens"), [(decode, ROWS), (prefill, PIECE)], ids=["decode", "prefill"])
+def test_temporaries_do_not_grow_with_depth(program, tokens):
+    """So those of a few layers tell what all need. Three layers more that kept anything would keep three times a layer's output."""
+    name, mesh, layers = CASES[-1]
+    grown = program(name, mesh, layers + 3).temporary_bytes - program(name, mesh, layers).temporary_bytes
+    assert grown < tokens * read_config(name).hidden_size * BF16.itemsize
 
 
 def test_arguments_are_counted_as_the_compiler_counts_them():

@@ -53,6 +53,13 @@ def test_the_papers_layout():
     assert balanced(8, 2).tolist() == [[0, 1, 6, 7], [2, 3, 4, 5]]
 
 
+def test_what_does_not_divide_lies_in_late_parts_and_on_the_first_ranks():
+    """Of an odd number on a rank one more is in its late part; of a number that the ranks do not divide the first have one more."""
+    assert balanced(6, 2).tolist() == [[0, 4, 5], [1, 2, 3]]
+    assert balanced(7, 2).tolist() == [[0, 1, 5, 6], [2, 3, 4, EMPTY]]
+    assert balanced(10, 2, first=2, block=4).tolist() == [[2, 3, 8, 9, 10, 11], [4, 5, 6, 7, EMPTY, EMPTY]]
+
+
 def test_causal_work_is_balanced():
     work = [(row + 1).sum() for row in held(balanced(4096, 8))]
     assert max(work) / min(work) < 1.001

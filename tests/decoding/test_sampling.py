@@ -96,6 +96,17 @@ def test_ties_at_the_cut_are_kept():
     assert kept.tolist() == [[False, True, True, True]]
 
 
+def test_top_p_keeps_no_more_than_it_must_and_at_1_everything():
+    """A token that alone has exactly the mass that is wanted, and a little less of it; a token too unlikely to change any sum."""
+    less = 2.0**-10
+    exactly = np.float32(1 / (1 + less))
+    assert exactly * np.float32(1 + less) == 1.0
+    params = [SamplingParams(top_p=float(top_p)) for top_p in (exactly, exactly + np.float32(2.0**-21), 1.0, 0.999)]
+    logits = jnp.asarray([[0.0, np.log(less)]] * 2 + [[0.0, -80.0]] * 2, jnp.float32)
+    _, kept = compiled_truncate(logits, rows_of(*params, vocab=2), jnp.zeros(4))
+    assert kept.tolist() == [[True, False], [True, True], [True, True], [True, False]]
+
+
 def test_top_k_of_one_is_greedy_whatever_the_noise():
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(64, 50)), jnp.float32)
     params = [SamplingParams(temperature=5.0, top_k=1)] * 64

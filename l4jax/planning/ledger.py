@@ -163,8 +163,9 @@ class Ledger:
 
     def _collective(self, computation: str, instruction: _Instruction) -> Collective:
         kind, nbytes = instruction.opcode.removesuffix("-start"), instruction.nbytes
-        # A start's result is a tuple of its operands and its results; an all-reduce's is of its results only.
-        if kind not in (instruction.opcode, "all-reduce") and instruction.shapes.startswith("("):
+        # A start's result is a tuple of its operands and its results; of an all-reduce, XLA has one of its results only too.
+        halves = instruction.shapes.startswith("((" if kind == "all-reduce" else "(")
+        if kind != instruction.opcode and halves:
             nbytes = nbytes[-1:] if kind == "ragged-all-to-all" else nbytes[len(nbytes) // 2 :]
         # A kernel's all-reduce is inside a fusion, which is what starts and is waited for.
         within, start = self._callers.get(computation, (computation, instruction))

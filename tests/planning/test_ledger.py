@@ -62,6 +62,10 @@ ENTRY %main (param.0: bf16[8,16], param.1: bf16[32,16]) -> f32[] {{
   %scattered = bf16[2,16]{{1,0}} reduce-scatter(%param.0), channel_id=6, replica_groups={{{{0,2,4,6}},{{1,3,5,7}}}}, dimensions={{0}}, to_apply=%add
   %reduce-scatter-start = ((bf16[8,16]{{1,0}}), bf16[4,16]{{1,0}}) reduce-scatter-start(%param.0), channel_id=7, {TENSOR}, dimensions={{0}}, to_apply=%add
   %reduce-scatter-done = bf16[4,16]{{1,0}} reduce-scatter-done(%reduce-scatter-start)
+  %alone-start = ((bf16[8,16]{{1,0}}), bf16[8,16]{{1,0}}) all-reduce-start(%param.0), channel_id=10, {TENSOR}, to_apply=%add, metadata={{op_name="p/alone/psum"}}
+  %alone-done = bf16[8,16]{{1,0}} all-reduce-done(%alone-start)
+  %both-start = ((bf16[8,16]{{1,0}}, f32[8]{{0}}), (bf16[8,16]{{1,0}}, f32[8]{{0}})) all-reduce-start(%param.0, %tall), channel_id=11, {TENSOR}, to_apply=%add, metadata={{op_name="p/both/psum"}}
+  %both-done = (bf16[8,16]{{1,0}}, f32[8]{{0}}) all-reduce-done(%both-start)
   %combined-start = (bf16[8,16]{{1,0}}, f32[8]{{0}}) all-reduce-start(%param.0, %tall), channel_id=8, replica_groups={{{{0,2,4,6}},{{1,3,5,7}}}}, to_apply=%add, metadata={{op_name="p/combined/psum"}}
   %combined-done = (bf16[8,16]{{1,0}}, f32[8]{{0}}) all-reduce-done(%combined-start)
   %gather-start = ((bf16[8,16]{{1,0}}, f32[8]{{0}}), (bf16[16,16]{{1,0}}, f32[16]{{0}})) all-gather-start(%param.0, %tall), channel_id=9, {TENSOR}, dimensions={{0}}, metadata={{op_name="p/combined/gather"}}
@@ -124,12 +128,12 @@ def test_a_one_shot_sum_sends_its_whole_array_to_every_other_rank():
     assert of["p/embed/psum"] == (8, 2 * 7 * 256 // 8)
 
 
-def test_of_several_sums_that_start_together_each_is_counted():
-    """A start of sums is a tuple of results, a start of gathers one of operands and results."""
+def test_what_starts_together_is_counted_once():
+    """A start is a tuple of operands and results; XLA also writes starts of sums as a tuple of results only."""
     found = collectives()
-    sums, gathers = found["p/combined/psum"], found["p/combined/gather"]
-    assert (sums.nbytes, sums.sent_bytes) == ((256, 32), 2 * 288 * 3 // 4)
-    assert (gathers.nbytes, gathers.sent_bytes) == ((512, 64), 576 // 2)
+    nbytes = {scope: found[f"p/{scope}"].nbytes for scope in ("alone/psum", "both/psum", "combined/psum", "combined/gather")}
+    assert nbytes == {"alone/psum": (256,), "both/psum": (256, 32), "combined/psum": (256, 32), "combined/gather": (512, 64)}
+    assert (found["p/combined/psum"].sent_bytes, found["p/combined/gather"].sent_bytes) == (2 * 288 * 3 // 4, 576 // 2)
 
 
 def test_a_form_of_groups_that_is_not_known_is_an_error():

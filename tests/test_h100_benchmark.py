@@ -22,7 +22,7 @@ from benchmarks.h100.bench import Model, llama_and_head
 from benchmarks.h100.generation import decode_bytes, prefill_flops
 from benchmarks.h100.launches import Launches
 from benchmarks.h100.ops import CASES
-from benchmarks.h100.plan import items, selected
+from benchmarks.h100.plan import Item, items, selected
 from benchmarks.h100.report import render
 from benchmarks.h100.results import Results
 from benchmarks.h100.shapes import SHAPES, Grouped
@@ -105,7 +105,7 @@ def test_a_killed_run_leaves_what_it_measured_and_no_process_behind(tmp_path):
         time.sleep(0.05)
     code, _, stderr = run(tmp_path, "--device", "cpu", "--minutes", "0.0001", "--only", "ceilings", "correctness")
     assert code == 1
-    assert stderr.startswith("time is up, and 2 items are left, correctness/llama first: call again with --out ")
+    assert stderr.startswith("time is up, and 2 items are left, correctness/llama4 first: call again with --out ")
     assert read(tmp_path)["items"]["correctness/llama"]["status"] == "unfinished"
 
 
@@ -196,9 +196,17 @@ def test_the_supervising_process_does_not_wait_for_jax():
     assert done.stdout == "False\n"
 
 
+CODE = {"code": "c0de"}
+
+
 @pytest.fixture
 def results(tmp_path):
     return Results(tmp_path / "h100.json")
+
+
+def started(results, name, source=CODE):
+    results.await_items([name])
+    results.start(name, source)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +232,7 @@ def test_an_item_that_fails_is_one_line_and_the_next_one_is_measured(monkeypatch
     monkeypatch.setattr(worker.importlib, "import_module", modules.__getitem__)
     results.await_items(["bad", "good"])
     for name in ("bad", "good"):
-        worker._measure(types.SimpleNamespace(name=name, module=name, arguments={}), None, results)
+        worker._measure(Item(name, name), None, results, "c0de")
     kept = Results(results.path).items
     assert (kept["bad"]["status"], kept["bad"]["why"], kept["bad"]["values"]) == ("failed", why, {"part": {"ms": 1.0}})
     assert kept["good"]["status"] == "done"
@@ -237,7 +245,7 @@ def test_an_error_of_the_device_ends_the_process_once_it_is_written_down(monkeyp
     monkeypatch.setattr(worker.importlib, "import_module", lambda name: types.SimpleNamespace(measure=measure))
     results.await_items(["bad", "next"])
     with pytest.raises(SystemExit):
-        worker._measure(types.SimpleNamespace(name="bad", module="bad", arguments={}), None, results)
+        worker._measure(Item("bad", "bad"), None, results, "c0de")
     assert {name: item["status"] for name, item in Results(results.path).items.items()} == {"bad": "failed", "next": "waiting"}
 
 
@@ -251,7 +259,7 @@ def test_an_item_that_breaks_its_process_down_fails_and_the_others_get_a_new_one
         now = Results(path)
         now.await_items(names)
         for name in names:
-            now.start(name)
+            now.start(name, CODE)
             if name == "decode/1":
                 return -signal.SIGSEGV, None
             now.finish(name, "done")
@@ -299,17 +307,17 @@ def test_a_file_that_is_not_ours_is_refused_and_kept(tmp_path, text):
 
 def test_the_first_compilation_is_the_one_whose_seconds_are_kept(results):
     for seconds in (12.0, 0.4):
-        results.await_items(["decode/1"])
+        started(results, "decode/1")
         results.record("decode/1", "compile", {"compile_seconds": seconds})
     assert Results(results.path).items["decode/1"]["compile"] == {"compile_seconds": 12.0}
 
 
 def test_floors_are_the_same_runs_ceilings_and_say_so(results):
-    results.await_items(["decode/1"])
+    started(results, "decode/1")
     results.record("decode/1", "context 1024", {"ms": 10.0, "least_ms": 9.0, "most_ms": 11.0, "bytes": 15_000_000_000})
     assert "Ceilings (an H100's data sheet): copy 3350 GB/s" in render([results])
     assert "| 10 | 9 to 11 | 4.48 | 45% |" in render([results])
-    results.await_items(["ceilings"])
+    started(results, "ceilings")
     results.record("ceilings", "copy", {"bytes_per_second": 3.0e12})
     results.record("ceilings", "matmul", {"flops_per_second": 8.0e14})
     assert "Ceilings (measured by the same run): copy 3000 GB/s, bfloat16 matrix product 800 TFLOP/s" in render([results])
@@ -335,7 +343,7 @@ def command_params():
     return SamplingParams(temperature=0.0)
 
 
-@pytest.mark.parametrize("op", ["attend_pages", "attend", "grouped_matmul"])
+@pytest.mark.parametrize("op", ["attend_pages", "attend", "matmul", "grouped_matmul"])
 def test_rivals_in_jax_compute_what_our_op_does(op):
     arrays, implementations, _ = CASES[op](SHAPES["toy"][op][0])
     given = arrays(jax.random.key(0))

@@ -56,6 +56,9 @@ def main() -> int:
             path = arguments.out / "h100.json"
             Results(path)  # refuses another program's file before anything is run
             return _measure(path, plan, arguments.device, started + arguments.minutes * 60 - MARGIN, log)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python still holds back goes nowhere
+        return _refuse(f"standard output was closed; for the tables: python -m benchmarks.h100.report {arguments.out / 'h100.json'}")
     except OSError as error:
         return _refuse(f"{arguments.out} cannot be written ({error.strerror}); give a folder that can")
     except ValueError as error:
@@ -75,7 +78,7 @@ def _measure(path: Path, plan: list[Item], device: str, deadline: float, log: Te
     results = Results(path)
     if refused is not None and results.items == before:
         return _refuse(refused)
-    print(render([results]))
+    print(render([results]), flush=True)
     failed = [item.name for item in plan if item.name in results.with_status(FAILED)]
     missing = [item.name for item in _in_turn(plan, results) if item.name not in results.with_status(DONE, SKIPPED, FAILED)]
     for name in failed:
@@ -144,7 +147,8 @@ def _run(path: Path, together: list[Item], device: str, deadline: float, log: Te
             if line.startswith(REFUSED):
                 refused.append(line.removeprefix(REFUSED).strip())
             else:
-                print(line, end="", flush=True)
+                with suppress(BrokenPipeError):  # the worker goes on
+                    print(line, end="", flush=True)
 
     relayed = threading.Thread(target=relay, daemon=True)
     relayed.start()

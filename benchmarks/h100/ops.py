@@ -181,19 +181,21 @@ def timed(bench: Bench, function: Callable[..., Any], arrays: Arrays, nbytes: in
 
 
 def in_turn(function: Callable[..., Any], loops: int) -> Callable[[list[tuple[Array, ...]]], Any]:
-    """A program that calls the function with each set of arrays, one call after the other, ``loops`` times."""
+    """A program that calls the function with each set of arrays, one call after the other, ``loops`` times; it returns the last results."""
 
     def program(sets: list[tuple[Array, ...]]) -> Any:
-        def again(_: Array, last: Any) -> Any:
+        def again(turn: Array, _: Any) -> Any:
+            results: list[Any] = []
             for given in sets:
-                # All that a call is given waits for the call before: XLA can neither run two at once, nor move one, or what it
-                # does with some of its arrays alone, out of the loop.
-                given, _ = jax.lax.optimization_barrier((given, last))
-                last = function(*given)
-            return last
+                # All that a call is given waits for the turn of the loop and for the call before, so that XLA can neither move the
+                # call, or what it does with some of its arrays alone, out of the loop, nor run two at once. It removes a wait
+                # for something that nothing else needs, and a call whose result nothing needs; so all are returned.
+                given, results[-1:], turn = jax.lax.optimization_barrier((given, results[-1:], turn))
+                results.append(function(*given))
+            return turn, results
 
-        last = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function, *sets[0]))
-        return jax.lax.fori_loop(0, loops, again, last)
+        result = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function, *sets[0]))
+        return jax.lax.fori_loop(0, loops, again, (jnp.int32(0), [result] * len(sets)))
 
     return program
 

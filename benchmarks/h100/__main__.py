@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TextIO
@@ -30,8 +30,8 @@ from benchmarks.h100.results import DONE, FAILED, RUNNING, SKIPPED, UNFINISHED, 
 from benchmarks.h100.sizes import REAL, TOY
 from benchmarks.h100.worker import REFUSED
 
-MARGIN = 2.0
-"""Seconds reserved for ending the worker and printing the tables."""
+MARGIN, ENDING = 3.0, 2.0
+"""Seconds reserved for ending the worker and printing the tables, and those of them for ending it: freeing its memory takes time."""
 
 
 class Ended(Exception):
@@ -56,6 +56,9 @@ def main() -> int:
             path = arguments.out / "h100.json"
             Results(path)  # refuses another program's file before anything is run
             return _measure(path, plan, arguments.device, started + arguments.minutes * 60 - MARGIN, log)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python still holds back goes nowhere
+        return _refuse(f"standard output was closed; for the tables: python -m benchmarks.h100.report {arguments.out / 'h100.json'}")
     except OSError as error:
         return _refuse(f"{arguments.out} cannot be written ({error.strerror}); give a folder that can")
     except ValueError as error:
@@ -65,21 +68,23 @@ def main() -> int:
 def _measure(path: Path, plan: list[Item], device: str, deadline: float, log: TextIO) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, _raise_ended)
-    ended = None
+    before, ended, refused = Results(path).items, None, None
     try:
         refused = _measure_missing(path, plan, device, deadline, log)
     except Ended as error:
-        ended, refused = str(error), None
-    if refused is not None:
-        return _refuse(refused)
+        ended = str(error)
     why = f"ended by {ended}" if ended else "time is up"
     _close_interrupted(path, why)
     results = Results(path)
-    print(render([results]))
+    if refused is not None and results.items == before:
+        return _refuse(refused)
+    print(render([results]), flush=True)
     failed = [item.name for item in plan if item.name in results.with_status(FAILED)]
-    missing = [item.name for item in plan if item.name not in results.with_status(DONE, SKIPPED, FAILED)]
+    missing = [item.name for item in _in_turn(plan, results) if item.name not in results.with_status(DONE, SKIPPED, FAILED)]
     for name in failed:
         print(f"{name} failed: {results.items[name]['why']}", file=sys.stderr)
+    if refused is not None:
+        return _refuse(refused)
     if missing:
         print(f"{why}, and {len(missing)} items are left, {missing[0]} first: call again with --out {path.parent}", file=sys.stderr)
     return 1 if missing or failed else 0
@@ -88,7 +93,7 @@ def _measure(path: Path, plan: list[Item], device: str, deadline: float, log: Te
 def _measure_missing(path: Path, plan: list[Item], device: str, deadline: float, log: TextIO) -> str | None:
     """Try each item that is not done once, until time is up. Returns the reason if nothing can be measured here."""
     _close_interrupted(path, "its process ended")
-    left = [item for item in plan if not Results(path).is_done(item.name)]
+    left = _in_turn(plan, Results(path))
     while left and time.monotonic() < deadline:
         together = left[: next((n for n, item in enumerate(left) if item.process != left[0].process), len(left))]
         code, refused = _run(path, together, device, deadline, log)
@@ -107,6 +112,14 @@ def _measure_missing(path: Path, plan: list[Item], device: str, deadline: float,
     return None
 
 
+def _in_turn(plan: list[Item], results: Results) -> list[Item]:
+    """The items that are not done, in the order of the next call.
+
+    Those that were started in earlier calls come last, so that one that takes longer than a call does not keep others from their turn.
+    """
+    return sorted((item for item in plan if not results.is_done(item.name)), key=lambda item: results.tries(item.name))
+
+
 def _close_interrupted(path: Path, why: str) -> None:
     """Mark the items that a worker had started as unfinished; no worker is running any more."""
     results = Results(path)
@@ -121,10 +134,6 @@ def _run(path: Path, together: list[Item], device: str, deadline: float, log: Te
     environment["JAX_PLATFORMS"] = "cpu" if device == "cpu" else "cuda,cpu"
     # 32 rows of 8K tokens and the weights take 51 GB; by default JAX takes at most 60 of the 80 GB.
     environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
-    if together[0].process == "dump":
-        flags = f"--xla_dump_to={path.parent.absolute() / 'thunks'} --xla_dump_hlo_as_text"
-        environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {flags}".strip()
-        environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # XLA does not dump programs that come from a cache
     sizes = (TOY if device == "cpu" else REAL).name
     options = ["--results", str(path), "--sizes", sizes, "--device", device, "--items", *(item.name for item in together)]
     worker = subprocess.Popen(
@@ -138,7 +147,8 @@ def _run(path: Path, together: list[Item], device: str, deadline: float, log: Te
             if line.startswith(REFUSED):
                 refused.append(line.removeprefix(REFUSED).strip())
             else:
-                print(line, end="", flush=True)
+                with suppress(BrokenPipeError):  # the worker goes on
+                    print(line, end="", flush=True)
 
     relayed = threading.Thread(target=relay, daemon=True)
     relayed.start()
@@ -149,8 +159,9 @@ def _run(path: Path, together: list[Item], device: str, deadline: float, log: Te
     finally:
         if worker.poll() is None:
             worker.kill()
-            worker.wait()
-    relayed.join(1)
+            with suppress(subprocess.TimeoutExpired):
+                worker.wait(ENDING)
+    relayed.join(0.5)
     return code, refused[0] if refused else None
 
 

@@ -7,6 +7,7 @@ import functools
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from benchmarks.h100.errors import TooLittleMemory
+from benchmarks.h100.errors import DeviceBroken, TooLittleMemory
 from benchmarks.h100.sizes import Sizes
 from l4jax.config import DrafterConfig, ModelConfig
 from l4jax.config_formats import config_from_hf
@@ -58,11 +59,12 @@ class Model:
 
 
 class Bench:
-    """A device and what is measured on it."""
+    """A device and what is measured on it; ``folder``: where the results are, and what XLA dumps."""
 
-    def __init__(self, sizes: Sizes, device: jax.Device) -> None:
+    def __init__(self, sizes: Sizes, device: jax.Device, folder: Path) -> None:
         self.sizes = sizes
         self.device = device
+        self.folder = folder
 
     @functools.cached_property
     def model(self) -> Model:
@@ -79,6 +81,14 @@ class Bench:
     def peak_bytes(self) -> int | None:
         """Most bytes that the process has used at one time; None if the device does not say."""
         return (self.device.memory_stats() or {}).get("peak_bytes_in_use")
+
+    def check(self) -> None:
+        """Raise DeviceBroken if the device does not compute any more, as after a bad memory access."""
+        try:
+            with jax.default_device(self.device):
+                jax.block_until_ready(jnp.zeros(8) + 1)
+        except jax.errors.JaxRuntimeError as error:
+            raise DeviceBroken(f"the device does not respond after that ({error})") from error
 
     def compiled(self, call: Call, record: Record) -> jax.stages.Compiled:
         """Compile the call's program, and record the time. Raises TooLittleMemory if it cannot run even alone on the device."""

@@ -9,3 +9,7 @@ class NotHere(Exception):
 
 class TooLittleMemory(Exception):
     """A program needs more memory than the device has; the message says how much."""
+
+
+class DeviceBroken(Exception):
+    """The device does not respond to this process any more; a new process may find it in order."""

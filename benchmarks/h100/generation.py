@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,58 +17,77 @@ from l4jax.decoding.plan import Speculation
 
 
 def measure(bench: Bench, record: Record, *, part: str, **arguments: Any) -> None:
-    """Measure one of the parts below, and the most memory that the process has used by its end."""
+    """Measure one of the parts below, and the most memory that it used, if no earlier item of the process has used more."""
+    before = bench.peak_bytes
     {"decode": decode, "speculate": speculate, "prefill": prefill}[part](bench, record, **arguments)
-    if bench.peak_bytes is not None:
-        record("memory", {"peak_bytes": bench.peak_bytes})
+    peak = bench.peak_bytes
+    if before is not None and peak is not None and peak > before:
+        record("memory", {"peak_bytes": peak})
 
 
 def decode(bench: Bench, record: Record, *, rows: int) -> None:
-    """Milliseconds a decode step at each context: dispatches of BURST steps, the cache donated from one to the next."""
+    """Milliseconds a decode step at each context."""
     model = bench.model
     call = model.abstract.decode_call(rows, _capacity(bench), GREEDY)
     program = bench.compiled(call, record)
-    state = random_arrays(call.arguments[1])
     inputs = call.arguments[2:]
+
+    def burst(state: Any, context: int) -> tuple[Any, Any, Any]:
+        state, tokens = program(model.leaves, rows_at(state, context), *inputs)
+        return state, tokens.steps, tokens.token_sB
+
+    state = random_arrays(call.arguments[1])
     for context in bench.sizes.contexts:
-
-        def dispatch(context: int = context) -> Any:
-            nonlocal state
-            state, tokens = program(model.leaves, rows_at(state, context), *inputs)
-            return tokens
-
-        seconds = timing.repeated(dispatch, budget=bench.sizes.seconds)
-        steps = int(dispatch().steps)
-        if steps != BURST:
-            raise RuntimeError(f"a dispatch took {steps} steps instead of {BURST}: the logits were not finite")
-        moved = decode_bytes(model, rows, context)
-        record(f"context {context}", timing.summary(seconds, per=BURST) | {"bytes": moved})
+        state, times, _ = _timed_bursts(bench, burst, state, context)
+        record(f"context {context}", times | {"bytes": decode_bytes(model, rows, context)})
 
 
 def speculate(bench: Bench, record: Record, *, rows: int, plan: str) -> None:
-    """Milliseconds a round at each context, likewise. A random head's guesses are hardly ever accepted: a round yields about one token."""
+    """Milliseconds a round at each context. A random head's guesses are hardly ever accepted: a round yields about one token."""
     model, speculation = bench.model, Speculation.parse(plan)
     assert speculation is not None
     call = model.abstract.speculate_call(rows, _capacity(bench), GREEDY, speculation)
     program = bench.compiled(call, record)
-    state = random_arrays(call.arguments[2])
     inputs = call.arguments[3:]
+
+    def burst(state: Any, context: int) -> tuple[Any, Any, Any]:
+        begin = dataclasses.replace(state, decode=rows_at(state.decode, context))
+        state, tokens, counted = program(model.leaves, model.draft_leaves, begin, *inputs)
+        return state, counted.rounds_B, tokens.token_sB
+
+    state = random_arrays(call.arguments[2])
     for context in bench.sizes.contexts:
+        state, times, tokens_a_round = _timed_bursts(bench, burst, state, context)
+        moved = round_bytes(model, rows, context, speculation)
+        record(f"context {context}", times | {"bytes": moved, "tokens_a_round": tokens_a_round})
 
-        def dispatch(context: int = context) -> Any:
-            nonlocal state
-            begin = dataclasses.replace(state, decode=rows_at(state.decode, context))
-            state, tokens, counted = program(model.leaves, model.draft_leaves, begin, *inputs)
-            return tokens, counted
 
-        seconds = timing.repeated(dispatch, budget=bench.sizes.seconds)
-        tokens, counted = dispatch()
-        rounds = int(np.max(counted.rounds_B))
-        # Every level runs the head. Every level but the first runs the layer, and so do the accepted tokens at the end.
-        drafted = speculation.tree.depth * sum(leaf.nbytes for leaf in model.draft_leaves)
-        moved = decode_bytes(model, rows, context) + drafted
-        produced = int(np.sum(np.asarray(tokens.token_sB) >= 0)) / (rows * rounds)
-        record(f"context {context}", timing.summary(seconds, per=rounds) | {"bytes": moved, "tokens_a_round": produced})
+def _timed_bursts(
+    bench: Bench, burst: Callable[[Any, int], tuple[Any, Any, Any]], state: Any, context: int
+) -> tuple[Any, dict[str, Any], float]:
+    """Times of a turn of the programs' loop (a step, or a round of the slowest row), over bursts of BURST tokens a row.
+
+    ``burst`` takes a state, which it donates, and the cached tokens; it returns the next state, the burst's turns (of each row, or
+    of all) and its tokens, which are -1 beyond a row's end. Also returns the last state, and the tokens of a row a turn.
+    """
+    seen = []
+
+    def dispatch() -> Any:
+        nonlocal state
+        state, *counted = burst(state, context)
+        seen.append(counted)
+        return counted
+
+    seconds = timing.repeated(dispatch, budget=bench.sizes.seconds)
+    # A drafter's state differs from burst to burst, and with it the number of rounds. The first burst is not timed.
+    counts = [(int(np.max(turns)), np.asarray(token_sB)) for turns, token_sB in seen[1:]]
+    # Rounds end once the fastest row has a burst.
+    short = min(int((token_sB >= 0).sum(axis=0).max()) for _, token_sB in counts)
+    if short < BURST:
+        raise RuntimeError(f"a dispatch produced {short} tokens a row instead of {BURST}: the logits were not finite")
+    produced = sum(int((token_sB >= 0).sum()) / token_sB.shape[1] for _, token_sB in counts)
+    a_turn = [dispatched / turns for dispatched, (turns, _) in zip(seconds, counts, strict=True)]
+    return state, timing.summary(a_turn), produced / sum(turns for turns, _ in counts)
 
 
 def prefill(bench: Bench, record: Record, *, piece: int) -> None:
@@ -112,6 +132,12 @@ def decode_bytes(model: Model, rows: int, context: int) -> int:
     config = model.config
     a_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * model.leaves[0].dtype.itemsize
     return read_bytes(model) + rows * (context + BURST // 2) * a_token
+
+
+def round_bytes(model: Model, rows: int, context: int, speculation: Speculation) -> int:
+    """Bytes that a round must move: a decode step's, and the drafter once for each level of the tree after the root."""
+    # Every level runs the head. Every level but the first runs the layer, and so do the accepted tokens at the end.
+    return decode_bytes(model, rows, context) + speculation.tree.depth * sum(leaf.size * leaf.dtype.itemsize for leaf in model.draft_leaves)
 
 
 def prefill_flops(config: ModelConfig, tokens: int, pieces: int) -> int:

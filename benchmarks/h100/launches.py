@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import os
 import re
+import shutil
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -19,7 +19,9 @@ from l4jax.decoding.plan import Speculation
 from l4jax.planning.compile import AbstractModel, Call, first_layers
 from sharding.mesh import MeshSpec
 
-THUNKS = "*thunk_sequence_after_thunk_passes.txt"
+# XLA writes the second only if its passes change the first, by gathering thunks into CUDA graphs.
+THUNKS = "*thunk_sequence.txt"
+CHANGED = "*thunk_sequence_after_thunk_passes.txt"
 ROWS, CAPACITY = 1, 8320
 
 
@@ -27,7 +29,6 @@ def measure(bench: Bench, record: Record) -> None:
     """Launches of a decode step, and of a round of speculation by the tree ``eagle26``, of one row of Llama 3.1 8B."""
     if bench.device.platform == "cpu":
         raise NotHere("a CPU has no kernels to launch; expected a GPU")
-    folder = Path(re.findall(r"--xla_dump_to=(\S+)", os.environ["XLA_FLAGS"])[-1])
     config, _ = llama_and_head(bench.sizes)
     counted: dict[str, list[Launches]] = {"decode": [], "eagle26": []}
     for layers in (2, 3):
@@ -36,8 +37,9 @@ def measure(bench: Bench, record: Record) -> None:
         model = AbstractModel(short, MeshSpec(), [bench.device], jnp.dtype(bench.sizes.dtype), head)
         plan = Speculation.parse("tree:eagle26")
         assert plan is not None
-        counted["decode"].append(_compiled(model.decode_call(ROWS, CAPACITY, GREEDY), folder))
-        counted["eagle26"].append(_compiled(model.speculate_call(ROWS, CAPACITY, GREEDY, plan), folder))
+        calls = {"decode": model.decode_call(ROWS, CAPACITY, GREEDY), "eagle26": model.speculate_call(ROWS, CAPACITY, GREEDY, plan)}
+        for name, call in calls.items():
+            counted[name].append(compiled(call, bench.folder / "thunks" / f"{name}-{layers}"))
     for name, (two, three) in counted.items():
         record(name, {"two_layers": dataclasses.asdict(two), "a_layer": dataclasses.asdict(three - two), "layers": config.num_layers})
 
@@ -86,10 +88,12 @@ class Launches:
         )
 
 
-def _compiled(call: Call, folder: Path) -> Launches:
-    before = set(folder.glob(THUNKS))
-    call.lower().compile()
-    new = set(folder.glob(THUNKS)) - before
-    if not new:
+def compiled(call: Call, folder: Path) -> Launches:
+    """Compile a program, let XLA dump it into the folder, which is emptied first, and count its launches."""
+    shutil.rmtree(folder, ignore_errors=True)
+    call.lower().compile(compiler_options={"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True})
+    # Small programs that XLA compiles on the way are dumped too.
+    dumped = list(folder.glob(CHANGED)) or list(folder.glob(THUNKS))
+    if not dumped:
         raise NotImplementedError(f"this version of JAX does not dump {THUNKS}; expected 0.11.2 or 0.12")
-    return Launches.of(max(new, key=lambda file: file.stat().st_size).read_text(encoding="utf-8"))
+    return Launches.of(max(dumped, key=lambda file: file.stat().st_size).read_text(encoding="utf-8"))

@@ -1,6 +1,6 @@
 """Each op of ``pallas_kernels`` at real shapes, beside XLA's own lowering.
 
-A program calls the op many times, over sets of arrays that together exceed the L2 cache. Each call waits for the result of the call
+A program calls the op many times, with sets of arrays that together exceed the L2 cache. Each call waits for the result of the call
 before, so that neither the host's work nor the cache affects the times.
 """
 
@@ -16,9 +16,11 @@ from jax import Array
 
 from benchmarks.h100 import timing
 from benchmarks.h100.bench import Bench, Record
-from benchmarks.h100.shapes import SHAPES, Attention, Grouped
+from benchmarks.h100.shapes import SHAPES, Attention, Grouped, Linear, Merge
 from pallas_kernels.flash_attention import attend, attend_pages
 from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.matmul import matmul
+from pallas_kernels.merge import merge_attention
 from pallas_kernels.tree_attention import tree_attention
 
 PAGE = 128
@@ -28,13 +30,13 @@ _LEAST_SECONDS, _BYTES_PER_SECOND, _FLOPS_PER_SECOND = 4e-6, 3e12, 8e14  # a low
 def measure(bench: Bench, record: Record, *, op: str) -> None:
     """Record the milliseconds that a call of the op, and of each rival in JAX, takes at every shape."""
     for shape in SHAPES[bench.sizes.name][op]:
-        arrays, implementations, flops = CASES[op](shape)
-        for name, function in implementations.items():
-            values = timed(bench, function, arrays, shape.nbytes, flops)
-            record(f"{shape.label} | {name}", values | {"bytes": shape.nbytes, "flops": flops})
+        compare(bench, record, shape, *CASES[op](shape))
 
 
-Case = tuple[Callable[[Array], tuple[Array, ...]], Mapping[str, Callable[..., Any]], int]
+Shape = Attention | Linear | Grouped | Merge
+Arrays = Callable[[Array], tuple[Array, ...]]
+Implementations = Mapping[str, Callable[..., Any]]
+Case = tuple[Arrays, Implementations, int]
 """A function that makes the arrays from a key, the functions that are called with them by name, and the FLOPs of a call."""
 
 
@@ -115,43 +117,89 @@ def _grouped(shape: Grouped) -> Case:
     return arrays, {"own": own, "XLA: ragged_dot": ragged}, shape.flops
 
 
+def _linear(shape: Linear) -> Case:
+    def arrays(key: Array) -> tuple[Array, ...]:
+        return _normal(key, (shape.M, shape.i), (shape.o, shape.i))
+
+    def dot(x_Mi: Array, weight_oi: Array) -> Array:
+        return x_Mi @ weight_oi.T
+
+    return arrays, {"own": matmul, "XLA: dot": dot}, shape.flops
+
+
+def _merge(shape: Merge) -> Case:
+    B, T, H, h = shape.B, shape.T, shape.H, shape.h
+
+    def arrays(key: Array) -> tuple[Array, ...]:
+        out, lse = (B, T, H, h), (B, T, H)
+        return _normal(key, *[out] * shape.parts, *[lse] * shape.parts, dtype=jnp.float32)
+
+    def own(*given: Array) -> Any:
+        return merge_attention(list(zip(given[: shape.parts], given[shape.parts :], strict=True)))
+
+    return arrays, {"own": own}, shape.flops
+
+
 CASES: Mapping[str, Callable[[Any], Case]] = {
     "attend_pages": _pages,
     "tree_attention": _tree,
     "attend": _attend,
+    "matmul": _linear,
     "grouped_matmul": _grouped,
+    "merge": _merge,
 }
 
 
-def timed(bench: Bench, function: Callable[..., Any], arrays: Callable[[Array], Any], nbytes: int, flops: int) -> dict[str, Any]:
-    """The milliseconds of a call and the seconds of compilation. If the function does not compile here: one line that says why."""
-    copies = max(1, min(8, -(-bench.sizes.rotated_bytes // nbytes)))
+def compare(bench: Bench, record: Record, shape: Shape, arrays: Arrays, implementations: Implementations, flops: int) -> None:
+    """Time each implementation at a shape. One that fails is a line of the table, and the others are timed; errors of the device
+    that it does not recover from raise DeviceBroken.
+    """
+    for name, function in implementations.items():
+        key, costs = f"{shape.label} | {name}", {"bytes": shape.nbytes, "flops": flops}
+        try:
+            times, compile_seconds = timed(bench, function, arrays, shape.nbytes, flops)
+        except (AttributeError, ImportError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            record(key, costs | {"why": " ".join(f"{type(error).__name__}: {error}".split())[:200]})
+            bench.check()
+        else:
+            record(key, costs | times)
+            record("compile", {key: compile_seconds})
+
+
+def timed(bench: Bench, function: Callable[..., Any], arrays: Arrays, nbytes: int, flops: int) -> tuple[dict[str, Any], float]:
+    """The milliseconds of a call, and the seconds of compilation."""
+    copies = bench.sizes.copies(nbytes)
     least = max(_LEAST_SECONDS, nbytes / _BYTES_PER_SECOND, flops / _FLOPS_PER_SECOND)
     loops = max(1, min(bench.sizes.most_loops, int(0.01 / (least * copies))))
-
-    def program(sets: list[tuple[Array, ...]]) -> Any:
-        def again(_: Array, last: Any) -> Any:
-            for first, *rest in sets:
-                # Each call waits for the call before, so XLA cannot move it out of the loop or run both at once.
-                first, _ = jax.lax.optimization_barrier((first, last))
-                last = function(first, *rest)
-            return last
-
-        last = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function, *sets[0]))
-        return jax.lax.fori_loop(0, loops, again, last)
-
     with jax.default_device(bench.device):
         sets = [jax.jit(arrays)(jax.random.key(copy)) for copy in range(copies)]
         started = time.perf_counter()
-        try:
-            compiled = jax.jit(program).lower(sets).compile()
-        except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-            return {"why": " ".join(f"{type(error).__name__}: {error}".split())[:200]}
+        compiled = jax.jit(in_turn(function, loops)).lower(sets).compile()
         compile_seconds = time.perf_counter() - started
         seconds = timing.repeated(lambda: compiled(sets), budget=bench.sizes.seconds / 3)
-    return timing.summary(seconds, per=copies * loops) | {"compile_seconds": compile_seconds}
+    return timing.summary(seconds, per=copies * loops), compile_seconds
 
 
-def _normal(key: Array, *shapes: tuple[int, ...]) -> tuple[Array, ...]:
+def in_turn(function: Callable[..., Any], loops: int) -> Callable[[list[tuple[Array, ...]]], Any]:
+    """A program that calls the function with each set of arrays, one call after the other, ``loops`` times; it returns the last results."""
+
+    def program(sets: list[tuple[Array, ...]]) -> Any:
+        def again(turn: Array, _: Any) -> Any:
+            results: list[Any] = []
+            for given in sets:
+                # All that a call is given waits for the turn of the loop and for the call before, so that XLA can neither move the
+                # call, or what it does with some of its arrays alone, out of the loop, nor run two at once. It removes a wait
+                # for something that nothing else needs, and a call whose result nothing needs; so all are returned.
+                given, results[-1:], turn = jax.lax.optimization_barrier((given, results[-1:], turn))
+                results.append(function(*given))
+            return turn, results
+
+        result = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function, *sets[0]))
+        return jax.lax.fori_loop(0, loops, again, (jnp.int32(0), [result] * len(sets)))
+
+    return program
+
+
+def _normal(key: Array, *shapes: tuple[int, ...], dtype: Any = jnp.bfloat16) -> tuple[Array, ...]:
     keys = jax.random.split(key, len(shapes))
-    return tuple(jax.random.normal(k, shape, jnp.float32).astype(jnp.bfloat16) for k, shape in zip(keys, shapes, strict=True))
+    return tuple(jax.random.normal(k, shape, jnp.float32).astype(dtype) for k, shape in zip(keys, shapes, strict=True))

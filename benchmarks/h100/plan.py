@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.h100.sizes import Sizes
 
-OPS = ("attend_pages", "tree_attention", "attend", "grouped_matmul")
+OPS = ("attend_pages", "tree_attention", "attend", "matmul", "grouped_matmul", "merge")
 """Ops of ``pallas_kernels`` in the order in which they are timed; ``shapes.py`` has their shapes."""
 
 
@@ -17,13 +17,15 @@ class Item:
     """One measurement: ``benchmarks.h100.{module}.measure(bench, record, **arguments)``.
 
     ``process``: consecutive items with the same name here share a worker, and with it the model's weights. PyTorch has its own
-    worker because JAX keeps the device's memory, and ``dump`` because XLA reads its flags once in each process.
+    worker because JAX keeps the device's memory, and ``uncached`` because XLA does not dump a program that comes from a cache.
+    ``packages``: those that are measured beside ours, whose versions are kept with the item.
     """
 
     name: str
     module: str
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     process: str = "jax"
+    packages: tuple[str, ...] = ()
 
     @property
     def group(self) -> str:
@@ -43,10 +45,10 @@ def items(sizes: Sizes) -> list[Item]:
         *(Item(f"ops/{op}", "ops", {"op": op}) for op in OPS),
         Item("correctness/llama4", "correctness", {"family": "llama4"}),
         *(item for rows in others for item in _speculation(rows)),
-        *(Item(f"tokamax/{op}", "rivals_tokamax", {"op": op}) for op in ("attend", "grouped_matmul")),
-        *(Item(f"torch/{op}", "rivals_torch", {"op": op}, "torch") for op in OPS),
-        Item("transformers/decode", "rivals_transformers", {}, "torch"),
-        Item("launches", "launches", {}, "dump"),
+        *(Item(f"tokamax/{op}", "rivals_tokamax", {"op": op}, packages=("tokamax",)) for op in ("attend", "grouped_matmul")),
+        *(Item(f"torch/{op}", "rivals_torch", {"op": op}, "torch", ("torch",)) for op in OPS if op != "merge"),
+        Item("transformers/decode", "rivals_transformers", {}, "torch", ("torch", "transformers")),
+        Item("launches", "launches", {}, "uncached"),
     ]
 
 

@@ -37,18 +37,38 @@ class _Report:
     def lines(self) -> Iterator[str]:
         if self._machine:
             versions = ", ".join(f"{name} {version}" for name, version in self._machine["versions"].items())
-            driver = f", driver {self._machine['driver']}" if self._machine["driver"] else ""
+            driver = f", driver {self._machine['driver']}" if "driver" in self._machine else ""
             toy = " Toy sizes: the times mean nothing." if self._machine["sizes"] == "toy" else ""
-            yield f"**{self._machine['device']}**{driver}; Python {self._machine['python']}, {versions}.{toy}"
+            yield f"**{self._machine.get('device', 'unknown device')}**{driver}; Python {self._machine['python']}, {versions}.{toy}"
             yield ""
         where = "measured by the same run" if self._measured else "an H100's data sheet"
-        yield f"Ceilings ({where}): copy {_number(self._copy / 1e9)} GB/s, bfloat16 matrix product {_number(self._matmul / 1e12)} TFLOP/s."
+        read = self._values("ceilings").get("read")
+        reading = f", reading {_number(read['bytes_per_second'] / 1e9)} GB/s" if read else ""
+        copy, product = f"copy {_number(self._copy / 1e9)} GB/s", f"bfloat16 matrix product {_number(self._matmul / 1e12)} TFLOP/s"
+        yield f"Ceilings ({where}): {copy}{reading}, {product}."
         yield ""
+        yield from self._sources()
         yield from self._correctness()
         yield from self._generation()
         yield from self._ops()
         yield from self._launches()
         yield from self._not_measured()
+
+    def _sources(self) -> Iterator[str]:
+        """The code and the packages that items were measured with."""
+        by_version: dict[str, list[str]] = {}
+        for name, item in self._items.items():
+            if item.get("values"):
+                for package, version in item["source"].items():
+                    by_version.setdefault(f"{package} {version}", []).append(name)
+        codes = [version for version in by_version if version.startswith("code ")]
+        if len(codes) > 1:
+            yield "**Not everything was measured with the same code.**"
+            yield ""
+        for version, names in by_version.items():
+            yield f"- {version}: {'everything' if codes == [version] else ', '.join(names)}"
+        if by_version:
+            yield ""
 
     def _values(self, name: str) -> dict[str, Any]:
         return self._items.get(name, {}).get("values", {})
@@ -94,16 +114,18 @@ class _Report:
                 "tokens a round",
                 "compile s",
                 "temporaries GB",
+                "needs GB",
                 "peak GB",
             ),
             rows,
         )
 
-    def _program(self, item: dict[str, Any]) -> tuple[str, str, str]:
-        compiled, peak = item.get("compile", {}), item["values"].get("memory", {}).get("peak_bytes")
+    def _program(self, item: dict[str, Any]) -> tuple[str, ...]:
+        compiled, memory = item.get("compile", {}), item["values"].get("memory", {})
         seconds = f"{compiled['compile_seconds']:.1f}" if "compile_seconds" in compiled else "–"
         temporaries = f"{compiled['temporary_bytes'] / 1e9:.2f}" if "temporary_bytes" in compiled else "–"
-        return seconds, temporaries, f"{peak / 1e9:.1f}" if peak is not None else "–"
+        needed, peak = compiled.get("device_bytes"), memory.get("peak_bytes")
+        return seconds, temporaries, *(f"{nbytes / 1e9:.1f}" if nbytes is not None else "–" for nbytes in (needed, peak))
 
     def _ops(self) -> Iterator[str]:
         rows = []

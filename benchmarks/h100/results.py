@@ -44,29 +44,41 @@ class Results:
         partial.replace(self.path)
 
     def on(self, machine: dict[str, Any]) -> None:
-        """Record the machine. Raises ValueError if the file's results come from another machine, other versions or other sizes."""
-        for name, value in self.machine.items():
-            if machine.get(name) != value:
-                raise ValueError(
-                    f"{self.path} holds results of {name} {value!r}, and this is {machine.get(name)!r}; give another folder for these"
-                )
-        self.machine = machine
+        """Record the machine. Raises ValueError if the file's results come from another machine, other versions or other sizes.
+
+        What is None cannot be seen from this process, and is compared with nothing.
+        """
+        known = {name: value for name, value in machine.items() if value is not None}
+        for name, value in known.items():
+            before = self.machine.get(name, value)
+            if before != value:
+                raise ValueError(f"{self.path} holds results of {name} {before!r}, and this is {value!r}; give another folder for these")
+        self.machine |= known
         self.save()
 
     def is_done(self, name: str) -> bool:
         """Whether the item was measured to its end; items that failed or were skipped are tried again."""
         return self.items.get(name, {}).get("status") == DONE
 
+    def tries(self, name: str) -> int:
+        """How often the item was started."""
+        tries: int = self.items.get(name, {}).get("tries", 0)
+        return tries
+
     def await_items(self, names: list[str]) -> None:
         """Mark these items as waiting. A value of an earlier try stays until it is measured again."""
         for name in names:
-            before = self.items.pop(name, {})
-            self.items[name] = {"status": WAITING, "compile": before.get("compile", {}), "values": before.get("values", {})}
+            before = self.items.pop(name, {"compile": {}, "values": {}})
+            before.pop("why", None)
+            self.items[name] = before | {"status": WAITING}
         self.save()
 
-    def start(self, name: str) -> None:
-        """Mark the item as being measured."""
-        self.items[name] |= {"status": RUNNING, "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    def start(self, name: str, source: dict[str, str]) -> None:
+        """Mark the item as being measured. ``source``: the code and packages that values depend on; those of another are dropped."""
+        item = self.items[name]
+        if item.get("source") != source:
+            item |= {"source": source, "compile": {}, "values": {}}
+        item |= {"status": RUNNING, "tries": self.tries(name) + 1, "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
         self.save()
 
     def record(self, name: str, key: str, values: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from jax import Array
 
 from benchmarks.h100.bench import Bench, Record
 from benchmarks.h100.errors import NotHere
-from benchmarks.h100.ops import CASES, timed
+from benchmarks.h100.ops import CASES, compare
 from benchmarks.h100.shapes import SHAPES
 
 
@@ -30,5 +30,4 @@ def measure(bench: Bench, record: Record, *, op: str) -> None:
             q_BTHh = q_BTKGh.reshape(shape.B, shape.T, -1, shape.h)
             return tokamax.dot_product_attention(q_BTHh, k_BSKh, v_BSKh, is_causal=True, scale=shape.h**-0.5)
 
-        values = timed(bench, call, arrays, shape.nbytes, flops)
-        record(f"{shape.label} | tokamax", values | {"bytes": shape.nbytes, "flops": flops})
+        compare(bench, record, shape, arrays, {"tokamax": call}, flops)

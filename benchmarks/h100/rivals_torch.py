@@ -1,4 +1,7 @@
-"""PyTorch's SDPA, flex attention and grouped products, in CUDA graphs, so that the host's work does not affect the times."""
+"""PyTorch's SDPA, flex attention and products, in CUDA graphs, so that the host's work does not affect the times.
+
+Its attention reads contiguous keys, where ours reads the pages of a cache.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.h100.errors import NotHere
-from benchmarks.h100.shapes import SHAPES, Attention, Grouped
+from benchmarks.h100.errors import DeviceBroken, NotHere
+from benchmarks.h100.shapes import SHAPES, Attention, Grouped, Linear
 from benchmarks.h100.sizes import Sizes
 
 
@@ -25,7 +28,7 @@ def import_torch(bench: TorchBench) -> Any:
     """Import PyTorch. Raises NotHere if it is missing, or if it finds no GPU and one is wanted."""
     try:
         import torch
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # OSError: one of its libraries is missing
         raise NotHere(f"PyTorch is not installed ({error})") from error
     if bench.device == "cuda" and not torch.cuda.is_available():
         raise NotHere("PyTorch sees no GPU")
@@ -36,15 +39,24 @@ def measure(bench: TorchBench, record: Callable[[str, dict[str, Any]], None], *,
     """Milliseconds a call of each implementation, for every shape."""
     torch = import_torch(bench)
     for shape in SHAPES[bench.sizes.name][op]:
-        make, implementations, flops = (_grouped if op == "grouped_matmul" else _attention)(torch, bench, op, shape)
-        copies = max(1, min(8, -(-bench.sizes.rotated_bytes // shape.nbytes)))
-        sets = [make() for _ in range(copies)]
+        make, implementations, flops = _CASES[type(shape)](torch, bench, op, shape)
+        sets = [make() for _ in range(bench.sizes.copies(shape.nbytes))]
         for name, function in implementations.items():
             try:
                 values = _timed(torch, bench, function, sets)
             except (AttributeError, ImportError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
                 values = {"why": " ".join(f"{type(error).__name__}: {error}".split())[:200]}
             record(f"{shape.label} | {name}", values | {"bytes": shape.nbytes, "flops": flops})
+            if "why" in values:
+                _check(torch, bench)
+
+
+def _check(torch: Any, bench: TorchBench) -> None:
+    """Raise DeviceBroken if the device does not compute any more."""
+    try:
+        (torch.zeros(8, device=bench.device) + 1).cpu()
+    except RuntimeError as error:
+        raise DeviceBroken(f"the device does not respond after that ({error})") from error
 
 
 Implementations = tuple[Callable[[], tuple[Any, ...]], dict[str, Callable[..., Any]], int]
@@ -83,7 +95,15 @@ def _attention(torch: Any, bench: TorchBench, op: str, shape: Attention) -> Impl
         return made[0](q, k, v)
 
     scores = shape.T * (shape.T + 1) // 2 if causal else shape.T * keys
-    return make, {"PyTorch: SDPA": sdpa, "PyTorch: flex attention": flex_once}, shape.flops(scores)
+    where = "" if causal else ", keys contiguous"
+    return make, {f"PyTorch: SDPA{where}": sdpa, f"PyTorch: flex attention{where}": flex_once}, shape.flops(scores)
+
+
+def _linear(torch: Any, bench: TorchBench, op: str, shape: Linear) -> Implementations:
+    def make() -> tuple[Any, ...]:
+        return tuple(torch.randn(size, dtype=torch.bfloat16, device=bench.device) for size in ((shape.M, shape.i), (shape.o, shape.i)))
+
+    return make, {"PyTorch: linear": torch.nn.functional.linear}, shape.flops
 
 
 def _grouped(torch: Any, bench: TorchBench, op: str, shape: Grouped) -> Implementations:
@@ -98,6 +118,9 @@ def _grouped(torch: Any, bench: TorchBench, op: str, shape: Grouped) -> Implemen
         return function(x, w, offs=ends)
 
     return make, {"PyTorch: grouped_mm": grouped}, shape.flops
+
+
+_CASES: dict[type, Callable[..., Implementations]] = {Attention: _attention, Linear: _linear, Grouped: _grouped}
 
 
 def _timed(torch: Any, bench: TorchBench, function: Callable[..., Any], sets: list[tuple[Any, ...]]) -> dict[str, Any]:

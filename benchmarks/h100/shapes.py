@@ -58,6 +58,48 @@ class Grouped:
         return 2 * self.M * self.D * self.F
 
 
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """M rows of width i times a matrix [o, i]."""
+
+    label: str
+    M: int
+    i: int
+    o: int
+
+    @property
+    def nbytes(self) -> int:
+        """The matrix, the rows and the products in bfloat16, each moved once."""
+        return 2 * (self.o * self.i + self.M * (self.i + self.o))
+
+    @property
+    def flops(self) -> int:
+        """Two for each multiplication."""
+        return 2 * self.M * self.i * self.o
+
+
+@dataclasses.dataclass(frozen=True)
+class Merge:
+    """Partial attentions over ``parts`` sets of keys, of T queries of B rows and H heads, h numbers a head."""
+
+    label: str
+    B: int
+    T: int
+    H: int
+    parts: int
+    h: int = 128
+
+    @property
+    def nbytes(self) -> int:
+        """Partial results and the whole one, each with its log-sum-exp, in float32; each moved once."""
+        return 4 * self.B * self.T * self.H * (self.h + 1) * (self.parts + 1)
+
+    @property
+    def flops(self) -> int:
+        """Each part times its weight, and the sum."""
+        return 2 * self.parts * self.B * self.T * self.H * self.h
+
+
 NODES = 26
 """Nodes of the tree ``eagle26``, the root included."""
 # Llama 3.1 8B on one GPU, 70B and Scout on eight.
@@ -73,16 +115,30 @@ REAL = {
         Attention("Scout eagle26 on tensor=8, 8 rows, 8K", 8, NODES, 8192, K=1, G=5),
     ],
     "attend": [Attention("8B prefill, 2K", 1, 2048, 2048), Attention("8B prefill, 4K", 1, 4096, 4096)],
+    "matmul": [
+        Linear("8B queries, keys and values, 1 row", 1, 4096, 6144),
+        Linear("8B gate and up, 1 row", 1, 4096, 28672),
+        Linear("8B down, 1 row", 1, 14336, 4096),
+        Linear("8B gate and up, 32 rows", 32, 4096, 28672),
+        Linear("8B gate and up, 2048 rows", 2048, 4096, 28672),
+    ],
     "grouped_matmul": [
         Grouped("Scout gate and up on tensor=8, 8 rows", 8, 16, 5120, 2048),
         Grouped("Scout down on tensor=8, 8 rows", 8, 16, 1024, 5120),
         Grouped("Scout gate and up on tensor=8, 2048 rows", 2048, 16, 5120, 2048),
+    ],
+    "merge": [
+        Merge("8B decode, cached and new, 32 rows", 32, 1, 32, 2),
+        Merge("70B decode on sequence=8, 8 rows", 8, 1, 64, 8),
+        Merge("8B prefill, cached and new, 2K", 1, 2048, 32, 2),
     ],
 }
 TOY = {
     "attend_pages": [Attention("toy decode", 2, 1, 256, K=2, G=2, h=16)],
     "tree_attention": [Attention("toy tree", 1, NODES, 256, K=2, G=2, h=16)],
     "attend": [Attention("toy prefill", 1, 64, 64, K=2, G=2, h=16)],
+    "matmul": [Linear("toy down", 2, 64, 32)],
     "grouped_matmul": [Grouped("toy experts", 16, 4, 32, 16)],
+    "merge": [Merge("toy merge", 2, 1, 4, 3, h=16)],
 }
 SHAPES = {"real": REAL, "toy": TOY}

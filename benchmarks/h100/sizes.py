@@ -35,6 +35,10 @@ class Sizes:
     most_loops: int
     seconds: float
 
+    def copies(self, nbytes: int) -> int:
+        """Sets of arrays of ``nbytes`` bytes that a measurement takes in turn, so that together they exceed the L2 cache."""
+        return max(1, -(-self.rotated_bytes // nbytes))
+
 
 REAL = Sizes(
     name="real",

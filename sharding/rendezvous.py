@@ -95,7 +95,7 @@ class Rendezvous:
             visit.cancel()
 
     async def _receive(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError, ValueError, TypeError):  # a stranger, or one that has gone
+        with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):  # a stranger, or one that has gone
             arrival = Arrival(**json.loads(await asyncio.wait_for(reader.readline(), _GREETING_SECONDS)))
             refusal = self._refusal(arrival)
             if refusal is not None:
@@ -182,7 +182,7 @@ def _port(reply: bytes, host: str, port: int) -> int:
         answer = json.loads(reply)
         if "refused" not in answer:
             return int(answer["port"])
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise Refused(f"another program listens at {host}:{port}, where process 0 was expected; choose another port") from error
     raise Refused(str(answer["refused"]))
 

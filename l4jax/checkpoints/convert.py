@@ -227,10 +227,10 @@ def _identity(source: Source, dtype: DType | None) -> dict[str, Any]:
 
 def _read_progress(path: Path) -> dict[str, Any] | None:
     try:
-        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+        state: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
-    return state
+    return state if isinstance(state, dict) and state.keys() >= {"source", "weights"} else None
 
 
 def _nbytes(source: Source, recipe: Recipe, dtype: DType | None) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import tempfile
@@ -124,20 +123,11 @@ def _describe_source(path: Path, source: ModelSource) -> list[Row]:
 
 
 def _read_config(path: Path) -> ModelConfig:
-    from l4jax.config import ConfigError
+    from l4jax.checkpoints.files import read_json
     from l4jax.config_formats import config_from_hf
 
-    def read(file: Path) -> dict[str, Any]:
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ConfigError(f"{file} is not valid JSON ({error}); expected a Hugging Face {file.name}") from error
-        if not isinstance(values, dict):
-            raise ConfigError(f"{file} holds a {type(values).__name__}; expected the object of a Hugging Face {file.name}")
-        return values
-
     generation = path.with_name("generation_config.json")
-    return config_from_hf(read(path), read(generation) if generation.exists() else None)
+    return config_from_hf(read_json(path), read_json(generation) if generation.exists() else None)
 
 
 def _decoder(config: ModelConfig) -> list[Row]:

@@ -373,6 +373,12 @@ def test_a_broken_header(header, source, tmp_path):
     assert "model.safetensors" in refused(source, tmp_path)
 
 
+def test_a_header_without_end(source, tmp_path):
+    text = b"[" * 100_000
+    (source / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+    assert "model.safetensors is truncated or not a safetensors file" in refused(source, tmp_path)
+
+
 def test_parts_of_several_dtypes_keep_every_bit(source, tmp_path):
     def narrow(tensors):
         key = "model.layers.0.self_attn.q_proj.weight"

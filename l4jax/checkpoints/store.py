@@ -30,7 +30,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from l4jax.checkpoints.files import absent, read_json, reading
+from l4jax.checkpoints.files import absent, read_bytes, read_json, reading
 from l4jax.checkpoints.partial import SUFFIX
 from l4jax.checkpoints.quiet import only_the_error
 from l4jax.checkpoints.source import CheckpointError
@@ -215,8 +215,7 @@ class Stored:
         """The SHA-256 of the manifest, which has a checksum of every weight, and of the text files."""
         digest = hashlib.sha256()
         for file in (MANIFEST, *self.text_files):
-            with reading(self.directory / file):
-                digest.update((self.directory / file).read_bytes())
+            digest.update(read_bytes(self.directory / file))
         return digest.hexdigest()
 
     def groups(self, names: Iterable[str]) -> dict[str, list[str]]:
@@ -265,8 +264,7 @@ class Checkpoint(Stored):
         files = [self.directory / name for name in ("tokenizer.json", "tokenizer.model") if name in self.text_files]
         if not files:
             return None
-        with reading(files[0]):
-            return hashlib.sha256(files[0].read_bytes()).hexdigest()
+        return hashlib.sha256(read_bytes(files[0])).hexdigest()
 
     @property
     def drafter(self) -> Path | None:

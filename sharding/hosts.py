@@ -56,7 +56,8 @@ def join(coordinator: str, processes: int | None = None, process_id: int | None 
     ``process_id`` (from 0); or ``"auto"``, to take all three from Slurm, Kubernetes or MPI as ``jax.distributed.initialize`` does.
 
     When a process dies, the others are ended with a message that names it and its host. Raises ValueError for arguments that do not fit
-    together and for a process that process 0 refuses, and TimeoutError if not all processes have come after ``timeout_seconds``.
+    together and for a process that process 0 refuses, and TimeoutError if not all processes have come after ``timeout_seconds``, or do not
+    reach each other within as long again.
     """
     if global_state.client is not None:
         raise ValueError("this process has already joined the others; expected one call, before anything else uses JAX")
@@ -65,7 +66,6 @@ def join(coordinator: str, processes: int | None = None, process_id: int | None 
             "this process is number 1 of its container, which nothing inside can end when another process dies; start the container with "
             "an init process (docker run --init, or shareProcessNamespace: true in a pod)"
         )
-    deadline = time.monotonic() + timeout_seconds
     arguments = _join_arguments(coordinator, processes, process_id, timeout_seconds)
     # The service would catch SIGTERM, to save checkpoints during training.
     jax.config.update("jax_enable_preemption_service", False)
@@ -75,12 +75,18 @@ def join(coordinator: str, processes: int | None = None, process_id: int | None 
         _group.hosts = share(socket.gethostname())
         _start_monitor()
 
-    _call_until(
-        deadline,
-        meet,
-        f"{processes or 'the other'} processes were expected, and not all had joined after {timeout_seconds:g} s (coordinator "
-        f"{coordinator}); start every one, with the same coordinator and number of processes and a process id of its own",
-    )
+    if coordinator == "auto":
+        refusal = (
+            f"not all processes had joined after {timeout_seconds:g} s (coordinator auto); check that the launcher started every one, and "
+            "that all ports are open between the hosts"
+        )
+    else:
+        refusal = (
+            f"all {processes} processes came to the coordinator {coordinator}, and within {timeout_seconds:g} s more they did not reach "
+            f"each other on other ports (JAX's coordinator is at {arguments['coordinator_address']}); open all ports between the hosts, "
+            "and see that every process still runs"
+        )
+    _call_within(timeout_seconds, meet, refusal)
 
 
 def process_count() -> int:
@@ -198,8 +204,8 @@ def _initialize(arguments: dict[str, Any]) -> None:
         ) from error
 
 
-def _call_until(deadline: float, call: Callable[[], None], refusal: str) -> None:
-    """Call in a thread. Raises TimeoutError after the deadline; the thread is left waiting."""
+def _call_within(seconds: float, call: Callable[[], None], refusal: str) -> None:
+    """Call in a thread. Raises TimeoutError if it takes longer; the thread is left waiting."""
     errors: list[BaseException] = []
 
     def run() -> None:
@@ -210,7 +216,7 @@ def _call_until(deadline: float, call: Callable[[], None], refusal: str) -> None
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    thread.join(max(0.0, deadline - time.monotonic()))
+    thread.join(seconds)
     if thread.is_alive():
         raise TimeoutError(refusal)
     if errors:

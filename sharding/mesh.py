@@ -60,7 +60,7 @@ class MeshSpec:
             raise ValueError(f'mesh file {path} does not exist; expected JSON such as {{"sequence": 4, "tensor": 2}}')
         try:
             sizes = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"mesh file {path} is not valid JSON ({error})") from error
         if not isinstance(sizes, dict):
             raise ValueError(f"mesh file {path} holds a {type(sizes).__name__}; expected an object from axes to sizes")

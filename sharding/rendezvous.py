@@ -41,17 +41,17 @@ class Refused(ValueError):
 class Rendezvous:
     """Process 0's side, which serves in a thread of its own until it is closed.
 
-    ``port``: where JAX's coordinator is to listen. Raises OSError if this side cannot listen on ``coordinator_port``.
+    ``port``: where JAX's coordinator is to listen; picked when all have come, for it is free until JAX takes it. Raises OSError if this
+    side cannot listen on ``coordinator_port``.
     """
 
     def __init__(self, own: Arrival, coordinator_port: int) -> None:
         listener = listen(coordinator_port)
-        with listen(0) as free:
-            self.port: int = free.getsockname()[1]
+        self.port = 0
         self._processes = own.processes
         self._hosts = {own.process_id: own.host}
         self._refusals: list[str] = []
-        self._answer: dict[str, int | str] = {"port": self.port}
+        self._answer: dict[str, int | str] = {}
         self._complete = threading.Event()
         self._loop = asyncio.new_event_loop()
         self._decided, self._closing = asyncio.Event(), asyncio.Event()
@@ -95,7 +95,7 @@ class Rendezvous:
             visit.cancel()
 
     async def _receive(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError, ValueError, TypeError):  # a stranger, or one that has gone
+        with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):  # a stranger, or one that has gone
             arrival = Arrival(**json.loads(await asyncio.wait_for(reader.readline(), _GREETING_SECONDS)))
             refusal = self._refusal(arrival)
             if refusal is not None:
@@ -131,6 +131,9 @@ class Rendezvous:
 
     def _check_complete(self) -> None:
         if len(self._hosts) == self._processes:
+            with listen(0) as free:
+                self.port = free.getsockname()[1]
+            self._answer = {"port": self.port}
             self._decided.set()
             self._complete.set()
 
@@ -182,7 +185,7 @@ def _port(reply: bytes, host: str, port: int) -> int:
         answer = json.loads(reply)
         if "refused" not in answer:
             return int(answer["port"])
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise Refused(f"another program listens at {host}:{port}, where process 0 was expected; choose another port") from error
     raise Refused(str(answer["refused"]))
 

@@ -280,6 +280,8 @@ def test_half_precision_stays_close_to_float32(dtype):
         (lambda llm: llm.generate([[1], [2]], (SamplingParams() for _ in range(3))), "2 prompts but 3 sampling params"),
         (lambda llm: llm.generate([[1]], 5), "the sampling params are 5; expected l4jax.SamplingParams"),
         (lambda llm: llm.generate(5), "the prompts are 5; expected text, a list of token ids, or a list of these"),
+        (lambda llm: llm.generate(np.array(5)), "the prompts are array(5); expected text, a list of token ids, or a list of these"),
+        (lambda llm: llm.generate([np.array(5)]), "a prompt is array(5); expected text or a list of token ids"),
         (lambda llm: llm.logits(None), "the prompts are None; expected text"),
         (
             lambda llm: llm.generate([[1]], SamplingParams(logit_bias=dict.fromkeys(range(64), -np.inf))),
@@ -329,7 +331,7 @@ def test_a_second_thread_s_call_is_refused_at_once_and_spoils_nothing(scout, mon
         lambda: talking.generate([[4]], greedy(2)),
         lambda: talking.logits([[4]]),
         lambda: talking.warmup(max_length=10),
-        lambda: next(talking.stream([4], greedy(2))),
+        lambda: talking.stream([4], greedy(2)),
         lambda: next(stream),
     ):
         with pytest.raises(

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -358,6 +359,29 @@ def test_an_error_in_one_ends_the_others(checkpoint, port, tmp_path):
 def test_waiting_for_the_others_has_an_end(process_id, message, port):
     with pytest.raises(TimeoutError, match=message):
         l4jax.join(f"127.0.0.1:{port}", 2, process_id, timeout_seconds=0.3)
+
+
+def test_closed_ports_are_told_from_processes_that_did_not_come(port, monkeypatch):
+    monkeypatch.setattr(hosts, "_initialize", lambda arguments: threading.Event().wait())
+    message = (
+        rf"^all 1 processes came to the coordinator 127\.0\.0\.1:{port}, and within 0\.2 s more they did not reach each other on other "
+        r"ports \(JAX's coordinator is at 127\.0\.0\.1:\d+\); open all ports between the hosts, and see that every process still runs$"
+    )
+    with pytest.raises(TimeoutError, match=message):
+        l4jax.join(f"127.0.0.1:{port}", 1, 0, timeout_seconds=0.2)
+    with pytest.raises(TimeoutError, match=r"^not all processes had joined after 0\.2 s \(coordinator auto\); check that the launcher"):
+        l4jax.join("auto", timeout_seconds=0.2)
+
+
+def test_waiting_for_the_others_takes_nothing_off_the_time_to_reach_them(port, monkeypatch):
+    def meet(*_):
+        time.sleep(0.4)
+        return port
+
+    monkeypatch.setattr(hosts, "_meet", meet)
+    monkeypatch.setattr(hosts, "_initialize", lambda arguments: time.sleep(0.1))
+    monkeypatch.setattr(hosts, "_start_monitor", lambda: None)
+    l4jax.join(f"127.0.0.1:{port}", 1, 0, timeout_seconds=0.3)
 
 
 def test_a_port_in_use_is_refused():

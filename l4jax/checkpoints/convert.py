@@ -30,12 +30,12 @@ from l4jax.checkpoints.store import (
     save_group,
     write_manifest,
 )
+from l4jax.checkpoints.text import check_text_of
 from l4jax.config import config_to_json, decoder_of
 from l4jax.config_formats.eagle import NO_ANSWERS, HeadAnswers
 from l4jax.decoding.plan import UNMEASURED, TableJson
 from l4jax.interrupts import kept_interrupts
 from l4jax.model.weights import weight_specs
-from l4jax.text.load import check_text
 
 DType = Literal["float32", "bfloat16", "float16"]
 Progress = Callable[[Literal["converting", "verifying"], int, int], None]
@@ -60,20 +60,20 @@ def convert(
     user should know about how the source is read.
 
     ``dtype`` None keeps what the source has (quantised GGUF tensors become float32). Everything is made in ``DEST.partial``,
-    verified there, and renamed to ``DEST`` at the end; an interrupted conversion continues where it stopped when the same call is made
-    again. Raises :class:`CheckpointError` for a source that cannot be used, a destination that exists, is being written or cannot be
-    written, and a full disk; KeyboardInterrupt for every Ctrl-C.
+    verified there, and renamed to ``DEST`` at the end. A conversion that is interrupted among the weights continues there when the same
+    call is made again; one that ends earlier leaves nothing. Raises :class:`CheckpointError` for a source that cannot be used, a
+    destination that exists, is being written or cannot be written, and a full disk; KeyboardInterrupt for every Ctrl-C.
     """
     result = check_destination(destination)
     source = open_source(source_path) if target is None else open_head(source_path, target, answers)
     check_complete(source)
     for line in source.notes:
         note(line)
+    # Before the weights: an unusable tokenizer or template should not be found hours later.
+    check_text_of(source, Path(source_path))
     with unfinished(result, "conversion") as partial, kept_interrupts() as check_interrupts:
         state = _resume(partial, _identity(source, dtype))
-        # Before the weights: an unusable tokenizer or template should not be found hours later.
         text_files = source.write_text_files(partial)
-        check_text(partial)
         architecture = decoder_of(source.config).architecture
         text_files += write_notice(partial, text_files, architecture=architecture, source_format=source.format)
         weights = _write_groups(source, partial, dtype, state, progress, check_interrupts)
@@ -227,10 +227,10 @@ def _identity(source: Source, dtype: DType | None) -> dict[str, Any]:
 
 def _read_progress(path: Path) -> dict[str, Any] | None:
     try:
-        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+        state: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
-    return state
+    return state if isinstance(state, dict) and state.keys() >= {"source", "weights"} else None
 
 
 def _nbytes(source: Source, recipe: Recipe, dtype: DType | None) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from l4jax.checkpoints.files import LICENCES, copy_files, read_json
+from l4jax.checkpoints.files import LICENCES, copy_files, not_read, read_json
 from l4jax.checkpoints.hf import attention_recipes, layer_recipes, swiglu_recipes
 from l4jax.checkpoints.recipes import Wanted
 from l4jax.checkpoints.safetensors import INDEX, SINGLE, SafetensorsFiles
@@ -102,7 +102,7 @@ class _TorchFiles:
         self._file = TorchFile(directory / _TORCH)
         self.tensors: Mapping[str, TensorInfo] = {key: tensor.info for key, tensor in self._file.tensors.items()}
         self.fingerprint: Mapping[str, list[int]] = {_TORCH: self._file.fingerprint}
-        self.notes: tuple[str, ...] = ()
+        self.notes = not_read(directory, self.fingerprint)
         if self._file.others:
             raise CheckpointError(f"{self._file.path}: {min(self._file.others)} is not a tensor; expected a dictionary of tensors")
 

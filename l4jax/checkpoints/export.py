@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from l4jax.checkpoints.files import read_bytes, read_json
 from l4jax.checkpoints.partial import LOCK, check_destination, unfinished
 from l4jax.checkpoints.recipes import halve
 from l4jax.checkpoints.source import CheckpointError
@@ -72,16 +73,16 @@ def export(
             del exports["lm_head.weight"]
     else:
         config, exports = _config(checkpoint), hf_exports(checkpoint)
+    texts = {name: read_bytes(checkpoint.directory / name) for name in checkpoint.text_files if name != SOURCE_CONFIG}
+    texts["config.json"] = config
     with unfinished(target, "export") as partial, kept_interrupts() as check_interrupts:
         for entry in partial.iterdir():
             if entry.name != LOCK:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         _write_shards(checkpoint, exports, partial, check_interrupts)
-        for name in checkpoint.text_files:
-            if name != SOURCE_CONFIG:
-                (partial / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(checkpoint.directory / name, partial / name)
-        (partial / "config.json").write_bytes(config)
+        for name, content in texts.items():
+            (partial / name).parent.mkdir(exist_ok=True)
+            (partial / name).write_bytes(content)
         check_interrupts()
         partial.replace(target)
         (target / LOCK).unlink()
@@ -91,8 +92,8 @@ def _config(checkpoint: Checkpoint) -> bytes:
     """``config.json``: a Hugging Face source's own to the byte, unless the weights have another dtype or head than it says."""
     if SOURCE_CONFIG not in checkpoint.text_files:
         return json.dumps(config_to_hf(checkpoint.config, checkpoint.dtype), indent=2).encode() + b"\n"
-    original = (checkpoint.directory / SOURCE_CONFIG).read_bytes()
-    values = json.loads(original)
+    path = checkpoint.directory / SOURCE_CONFIG
+    values, as_written = read_json(path), read_json(path)
     for section in (values, values.get("text_config"), values.get("vision_config")):
         if not isinstance(section, dict):
             continue
@@ -101,7 +102,7 @@ def _config(checkpoint: Checkpoint) -> bytes:
                 section[key] = checkpoint.dtype
         if "tie_word_embeddings" in section:
             section["tie_word_embeddings"] = checkpoint.config.tie_word_embeddings
-    return original if values == json.loads(original) else json.dumps(values, indent=2).encode() + b"\n"
+    return read_bytes(path) if values == as_written else json.dumps(values, indent=2).encode() + b"\n"
 
 
 def hf_exports(checkpoint: Checkpoint) -> dict[str, Export]:

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import shutil
 import stat
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -103,15 +102,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def read_bytes(path: Path) -> bytes:
+    """Read a small file whole. Raises :class:`CheckpointError` if it cannot be read."""
+    with reading(path):
+        return path.read_bytes()
+
+
 def copy_files(source: Path, patterns: Sequence[str], destination: Path) -> list[str]:
     """Copy the files of a folder whose names, in lower case, match a pattern; return their names, sorted.
 
-    Raises :class:`CheckpointError` for a file that cannot be read or is a git-lfs pointer.
+    Raises :class:`CheckpointError` for a file that cannot be read or is a git-lfs pointer, OSError if a copy cannot be written.
     """
     names = [name for name in _names(source, patterns) if not (source / name).is_dir()]
     for name in names:
         refuse_pointer(source / name)
-        shutil.copyfile(source / name, destination / name)
+        (destination / name).write_bytes(read_bytes(source / name))
     return names
 
 
@@ -132,6 +137,6 @@ def not_read(directory: Path, read: Collection[str]) -> tuple[str, ...]:
 
 
 def _names(directory: Path, patterns: Sequence[str]) -> list[str]:
-    return sorted(
-        entry.name for entry in directory.iterdir() if any(fnmatch.fnmatchcase(entry.name.lower(), pattern) for pattern in patterns)
-    )
+    with reading(directory):
+        names = sorted(entry.name for entry in directory.iterdir())
+    return [name for name in names if any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in patterns)]

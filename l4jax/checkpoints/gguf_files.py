@@ -11,7 +11,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFEndian, GGUFReader, dequantize
+from gguf import GGMLQuantizationType, GGUFEndian, GGUFReader, ReaderField, dequantize
 
 from l4jax.checkpoints.files import WeightFile
 from l4jax.checkpoints.source import CheckpointError, TensorInfo
@@ -79,6 +79,8 @@ def parts_of(path: Path) -> list[Path]:
     if named is None:
         return [path]
     parts = [path.with_name(f"{named[1]}-{number:05}-of-{named[3]}.gguf") for number in range(1, int(named[3]) + 1)]
+    if path not in parts:
+        raise CheckpointError(f"{path} is named as part {int(named[2])} of {len(parts)}, which cannot be; rename it")
     missing = [part.name for part in parts if not part.exists() and not part.is_symlink()]
     if missing:
         raise CheckpointError(f"{path} is one of {len(parts)} parts, and {', '.join(missing)} is not beside it; fetch every part")
@@ -108,7 +110,16 @@ def _read(file: WeightFile) -> tuple[dict[str, Any], dict[str, _Tensor]]:
         info = TensorInfo(tuple(int(n) for n in reversed(tensor.shape)), _PLAIN.get(kind, np.dtype(np.float32)))
         assert kind not in _PLAIN or math.prod(info.shape) * info.dtype.itemsize == tensor.n_bytes
         tensors[tensor.name] = _Tensor(file, tensor.data_offset, kind, tensor.data.shape, info)
-    return {name: field.contents() for name, field in reader.fields.items()}, tensors
+    return {name: _value(path, name, field) for name, field in reader.fields.items()}, tensors
+
+
+def _value(path: Path, name: str, field: ReaderField) -> Any:
+    try:
+        return field.contents()
+    except UnicodeDecodeError as error:
+        raise CheckpointError(
+            f"{path}: its metadata {name} is not UTF-8 text ({error}); fetch it again, or convert the model again"
+        ) from error
 
 
 def _check_part(path: Path, metadata: Mapping[str, Any], number: int, count: int) -> None:

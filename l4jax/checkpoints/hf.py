@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from l4jax.checkpoints.files import LICENCES, copy_files, read_json
+from l4jax.checkpoints.files import LICENCES, copy_files, read_bytes, read_json
 from l4jax.checkpoints.recipes import Wanted, fuse_qkv, stack_gate_up
 from l4jax.checkpoints.safetensors import SafetensorsFiles
 from l4jax.checkpoints.source import CheckpointError, Recipe, TensorInfo
@@ -69,7 +68,7 @@ class HFSource:
         if (self._directory / templates).is_dir():
             (directory / templates).mkdir()
             names += [f"{templates}/{name}" for name in copy_files(self._directory / templates, ("*.jinja",), directory / templates)]
-        shutil.copyfile(self._directory / "config.json", directory / SOURCE_CONFIG)
+        (directory / SOURCE_CONFIG).write_bytes(read_bytes(self._directory / "config.json"))
         return [*names, SOURCE_CONFIG]
 
 

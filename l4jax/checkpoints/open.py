@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from l4jax.checkpoints.eagle import EagleSource
-from l4jax.checkpoints.files import absent, listed, reading, refuse_pointer
+from l4jax.checkpoints.files import absent, listed, reading, refuse_pointer, weight_names
 from l4jax.checkpoints.partial import SUFFIX
 from l4jax.checkpoints.source import CheckpointError, ModelSource
 from l4jax.checkpoints.store import MANIFEST, open_checkpoint
@@ -72,6 +72,13 @@ def _open_file(path: Path) -> ModelSource:
 def _open_gguf_folder(folder: Path, files: list[Path]) -> ModelSource:
     from l4jax.checkpoints.gguf_files import parts_of  # noqa: PLC0415 - as above
 
+    others = sorted({*weight_names(folder)} - {file.name for file in files})
+    if others:
+        # transformers would read these, and llama.cpp the GGUF file, which is often quantised.
+        raise CheckpointError(
+            f"{folder} has {files[0].name} and {listed(others)}, either of which may be the model; give the GGUF file itself, or a folder "
+            "with the model as safetensors"
+        )
     firsts = sorted({parts_of(file)[0] for file in files})
     if len(firsts) > 1:
         raise CheckpointError(f"{folder} has {len(firsts)} GGUF files, {listed([file.name for file in firsts])}; give one of them")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,9 @@ from l4jax.checkpoints.source import CheckpointError
 SUFFIX = ".partial"
 LOCK = "lock"
 """A file in an unfinished destination. A process that writes the destination locks it; it names the kind of work."""
+
+WEIGHTS = "weights"
+"""The subfolder of a conversion's weights."""
 
 Work = Literal["conversion", "export"]
 
@@ -33,12 +37,15 @@ def check_destination(destination: str | os.PathLike[str]) -> Path:
 def unfinished(target: Path, work: Work) -> Iterator[Path]:
     """Lock ``TARGET.partial`` while the context lasts; it is new, or left by an earlier run of the same work.
 
+    If the context ends in an exception, it is removed, unless it has weights that a later conversion can continue from.
+
     Raises :class:`CheckpointError` if it is in use, was not made by this work or cannot be written, and for a full disk.
     """
     partial = target.with_name(target.name + SUFFIX)
     try:
         if partial.exists() and not (partial / LOCK).is_file() and (not partial.is_dir() or any(partial.iterdir())):
             raise CheckpointError(f"{partial} is in the way: it is not an unfinished {work}; move it or choose another destination")
+        ours = not partial.exists() or (partial / LOCK).is_file()
         partial.mkdir(parents=True, exist_ok=True)
         with (partial / LOCK).open("a+", encoding="utf-8") as file:
             try:
@@ -52,12 +59,17 @@ def unfinished(target: Path, work: Work) -> Iterator[Path]:
             if not earlier:
                 file.write(work)
                 file.flush()
-            yield partial
+            try:
+                yield partial
+            except BaseException:
+                # Only weights that are converted are of use to a later run.
+                if ours and not (partial / WEIGHTS).exists():
+                    shutil.rmtree(partial, ignore_errors=True)
+                raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise CheckpointError(
-                f"the disk of {target} is full; free some space and run the same {work} again: what is written is kept in {partial}"
-            ) from error
+            kept = f": what is written is kept in {partial}" if partial.exists() else ""
+            raise CheckpointError(f"the disk of {target} is full; free some space and run the same {work} again{kept}") from error
         # Files that cannot be read are reported by their readers, as another error.
         raise CheckpointError(f"{error.filename or partial} cannot be written ({error.strerror}); choose another destination") from error
 

@@ -109,7 +109,7 @@ def _read_header(file: WeightFile) -> dict[str, _Entry]:
     try:
         described = json.loads(header, object_pairs_hook=lambda pairs: _once(file.path, pairs))
         spans = {key: _span(file.path, key, tensor) for key, tensor in described.items() if key != "__metadata__"}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{file.path} is truncated or not a safetensors file: its header cannot be read; fetch it again") from error

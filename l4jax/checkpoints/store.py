@@ -30,12 +30,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from l4jax.checkpoints.files import absent, read_json, reading
+from l4jax.checkpoints.files import absent, read_bytes, read_json, reading
 from l4jax.checkpoints.partial import SUFFIX
 from l4jax.checkpoints.quiet import only_the_error
 from l4jax.checkpoints.source import CheckpointError
 from l4jax.config import ConfigError, DrafterConfig, ModelConfig, config_from_json, config_to_json, drafter_config_from_json
 from l4jax.decoding.plan import UNMEASURED, TableJson
+from l4jax.interrupts import kept_interrupts
 from l4jax.model.drafter import build_drafter
 from l4jax.model.llama import Llama
 from l4jax.model.weights import weight_specs
@@ -215,8 +216,7 @@ class Stored:
         """The SHA-256 of the manifest, which has a checksum of every weight, and of the text files."""
         digest = hashlib.sha256()
         for file in (MANIFEST, *self.text_files):
-            with reading(self.directory / file):
-                digest.update((self.directory / file).read_bytes())
+            digest.update(read_bytes(self.directory / file))
         return digest.hexdigest()
 
     def groups(self, names: Iterable[str]) -> dict[str, list[str]]:
@@ -229,8 +229,10 @@ class Stored:
 
     def verify(self) -> None:
         """Read every weight. Raises :class:`CheckpointError` if one is not what was written."""
-        for group in self.groups(self.weights):
-            self.read_group(group)
+        with kept_interrupts() as check_interrupts:
+            for group in self.groups(self.weights):
+                self.read_group(group)
+                check_interrupts()
 
     def restore(self, placement: Placement, dtype: np.dtype | None = None) -> dict[str, Any]:
         """Read the decoder's weights to the devices, cast to ``dtype`` (default: :attr:`dtype`).
@@ -238,18 +240,20 @@ class Stored:
         Raises :class:`CheckpointError` if a file is missing or damaged, or a shape is not the manifest's.
         """
         restored: dict[str, Any] = {}
-        for group, names in self.groups(self.decoder_weights).items():
-            arrays = load_group(self.directory / "weights" / group, names, placement)
-            for name in names:
-                if arrays[name].shape != self.weights[name].shape:
-                    raise CheckpointError(
-                        f"weight {name} in {self.directory} has shape {arrays[name].shape}; "
-                        f"expected {self.weights[name].shape}; the checkpoint is damaged, convert it again"
-                    )
-                cast = arrays.pop(name)
-                if self.weights[name].dtype not in TABLE_DTYPES:
-                    cast = cast.astype(DTYPES[self.dtype] if dtype is None else dtype)
-                restored[name] = placement.place(name, cast)
+        with kept_interrupts() as check_interrupts:
+            for group, names in self.groups(self.decoder_weights).items():
+                arrays = load_group(self.directory / "weights" / group, names, placement)
+                for name in names:
+                    if arrays[name].shape != self.weights[name].shape:
+                        raise CheckpointError(
+                            f"weight {name} in {self.directory} has shape {arrays[name].shape}; "
+                            f"expected {self.weights[name].shape}; the checkpoint is damaged, convert it again"
+                        )
+                    cast = arrays.pop(name)
+                    if self.weights[name].dtype not in TABLE_DTYPES:
+                        cast = cast.astype(DTYPES[self.dtype] if dtype is None else dtype)
+                    restored[name] = placement.place(name, cast)
+                check_interrupts()
         return restored
 
 
@@ -265,8 +269,7 @@ class Checkpoint(Stored):
         files = [self.directory / name for name in ("tokenizer.json", "tokenizer.model") if name in self.text_files]
         if not files:
             return None
-        with reading(files[0]):
-            return hashlib.sha256(files[0].read_bytes()).hexdigest()
+        return hashlib.sha256(read_bytes(files[0])).hexdigest()
 
     @property
     def drafter(self) -> Path | None:

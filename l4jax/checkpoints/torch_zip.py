@@ -130,6 +130,9 @@ _KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
 }
 
 
+_ENCRYPTED = 0x41
+"""The flags of zip entries for the two kinds of encryption."""
+
 _QUANTISED = ("_rebuild_tensor_v3", "_rebuild_qtensor")
 """What torch rebuilds tensors of float8 and of its own quantised types with."""
 
@@ -175,12 +178,13 @@ class TorchFile:
         self.fingerprint = self._file.fingerprint
         try:
             with reading(path), zipfile.ZipFile(path) as archive:
+                _check_stored(archive, path)
                 self._offsets = _storage_offsets(archive, path)
                 pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
                 if len(pickles) != 1:
                     raise CheckpointError(f"{path} has {len(pickles)} entries named data.pkl; expected one, as torch.save writes")
                 loaded = _Unpickler(io.BytesIO(archive.read(pickles[0])), path).load()
-        except (zipfile.BadZipFile, struct.error) as error:
+        except (zipfile.BadZipFile, struct.error, NotImplementedError) as error:
             raise CheckpointError(f"{path} is truncated or was not written by torch.save since 1.6 ({error}); fetch it again") from error
         except _BROKEN as error:
             if isinstance(error, CheckpointError):
@@ -215,6 +219,14 @@ class TorchFile:
             raise CheckpointError(f"{self.path}: tensor {key} reaches outside its storage; the file is damaged, fetch it again")
 
 
+def _check_stored(archive: zipfile.ZipFile, path: Path) -> None:
+    """Raise :class:`CheckpointError` unless the bytes of every entry are in the file as they are."""
+    for entry in archive.infolist():
+        changed = "compressed" if entry.compress_type != zipfile.ZIP_STORED else "encrypted" if entry.flag_bits & _ENCRYPTED else ""
+        if changed:
+            raise CheckpointError(f"{path} is {changed}; expected an archive as torch.save writes it: fetch it again")
+
+
 def _storage_offsets(archive: zipfile.ZipFile, path: Path) -> dict[str, tuple[int, int]]:
     """Return (position of the bytes in the file, number of bytes) of each storage."""
     offsets = {}
@@ -225,8 +237,6 @@ def _storage_offsets(archive: zipfile.ZipFile, path: Path) -> dict[str, tuple[in
                 raise CheckpointError(f"{path} was written big-endian; expected little-endian: save it again on a common machine")
             if not folder.endswith("/data"):
                 continue
-            if entry.compress_type != zipfile.ZIP_STORED:
-                raise CheckpointError(f"{path} is compressed; expected an archive as torch.save writes it")
             # The local header's name and extra field may be longer than the directory's: torch pads them to align the data.
             file.seek(entry.header_offset + 26)
             name_length, extra_length = struct.unpack("<HH", file.read(4))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -47,6 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     from l4jax.checkpoints.convert import check_complete, convert
     from l4jax.checkpoints.open import open_head, open_source
     from l4jax.checkpoints.source import Source
+    from l4jax.checkpoints.text import check_text_of
     from l4jax.config_formats.eagle import NO_ANSWERS, HeadAnswers
 
     yes = {None: None, "yes": True, "no": False}
@@ -63,6 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
             open_source(arguments.source) if arguments.target is None else open_head(arguments.source, arguments.target, answers)
         )
         check_complete(source)
+        check_text_of(source, Path(arguments.source))
         for line in source.notes:
             print(line, file=sys.stderr)
         for name, recipe in source.recipes.items():

@@ -131,7 +131,7 @@ def _json_object(text: str | None) -> dict[str, Any]:
     """Read ``--chat-template-kwargs``."""
     try:
         values = json.loads(text or "{}")
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"--chat-template-kwargs is not valid JSON ({error}); expected an object") from error
     if not isinstance(values, dict):
         raise ValueError(f"--chat-template-kwargs is a {type(values).__name__}; expected a JSON object")

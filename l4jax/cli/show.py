@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -105,6 +103,7 @@ def _describe_drafter(drafter: DrafterCheckpoint) -> list[Row]:
 
 def _describe_source(path: Path, source: ModelSource) -> list[Row]:
     from l4jax.checkpoints.store import is_vision
+    from l4jax.checkpoints.text import text_files_of
 
     vision = [key for name, recipe in source.recipes.items() if is_vision(name) for key in recipe.keys]
     rows = [
@@ -115,29 +114,20 @@ def _describe_source(path: Path, source: ModelSource) -> list[Row]:
         *(("note", note) for note in source.notes),
         ("dtypes as read", _counts([str(tensor.dtype) for tensor in source.tensors.values()])),
     ]
-    with tempfile.TemporaryDirectory() as directory:
-        try:
-            source.write_text_files(Path(directory))
-        except ValueError as error:
-            return [*rows, ("tokenizer", f"not usable: {error}")]
-        return [*rows, *_text(Path(directory))]
+    try:
+        with text_files_of(source, path) as directory:
+            text = _text(directory)
+    except ValueError as error:
+        return [*rows, ("tokenizer", f"not usable: {error}")]
+    return [*rows, *(tuple(cell.replace(str(directory), str(path)) for cell in row) for row in text)]
 
 
 def _read_config(path: Path) -> ModelConfig:
-    from l4jax.config import ConfigError
+    from l4jax.checkpoints.files import read_json
     from l4jax.config_formats import config_from_hf
 
-    def read(file: Path) -> dict[str, Any]:
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ConfigError(f"{file} is not valid JSON ({error}); expected a Hugging Face {file.name}") from error
-        if not isinstance(values, dict):
-            raise ConfigError(f"{file} holds a {type(values).__name__}; expected the object of a Hugging Face {file.name}")
-        return values
-
     generation = path.with_name("generation_config.json")
-    return config_from_hf(read(path), read(generation) if generation.exists() else None)
+    return config_from_hf(read_json(path), read_json(generation) if generation.exists() else None)
 
 
 def _decoder(config: ModelConfig) -> list[Row]:

@@ -72,7 +72,7 @@ class StaticTree:
             raise ValueError(f"tree file {path} does not exist; expected JSON such as [[0], [1], [0, 0]]") from error
         except OSError as error:
             raise ValueError(f"tree file {path} cannot be read ({error.strerror}); expected JSON such as [[0], [1], [0, 0]]") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"tree file {path} is not valid JSON ({error})") from error
         if not isinstance(paths, list) or not paths or not all(isinstance(p, list) for p in paths):
             raise ValueError(f"tree file {path} holds no list of paths; expected JSON such as [[0], [1], [0, 0]]")

@@ -12,6 +12,7 @@ from typing import Any
 
 from l4jax.decoding.params import SamplingParams
 from l4jax.llm import LLM
+from l4jax.training.folder import reading_own
 
 _EXPECTED = 'expected an object with "messages", "prompt", or "prompt_token_ids" and "token_ids"'
 
@@ -88,7 +89,7 @@ def read_data(path: Path, llm: LLM) -> Data:
 def _parsed(raw: bytes) -> dict[str, Any]:
     try:
         line = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"it is not JSON ({error}); {_EXPECTED}") from error
     if not isinstance(line, dict):
         raise ValueError(f"it is {raw.strip().decode(errors='replace')[:40]!r}; {_EXPECTED}")
@@ -206,5 +207,6 @@ def _read_answers(file: Path) -> dict[Asked, tuple[int, ...]]:
     if len(complete) < len(whole):
         with file.open("r+b") as out:
             out.truncate(len(complete))
-    lines = [json.loads(line) for line in complete.splitlines()]
-    return {(_key(line["prompt_token_ids"]), line.get("temperature")): tuple(line["token_ids"]) for line in lines}
+    with reading_own(file):
+        lines = [json.loads(line) for line in complete.splitlines()]
+        return {(_key(line["prompt_token_ids"]), line.get("temperature")): tuple(line["token_ids"]) for line in lines}

@@ -59,7 +59,8 @@ class RunFolder:
         except CheckpointError as error:
             raise ValueError(f"the state in {directory} cannot be read; remove it, and the run continues from the one before") from error
         lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= saved[-1]]
+        with reading_own(self.metrics):
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= saved[-1]]
         write_atomically(self.metrics, "".join(kept))
         return saved[-1], arrays
 
@@ -72,6 +73,15 @@ class RunFolder:
         """Add an object to the metrics."""
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(dict(values)) + "\n")
+
+
+@contextmanager
+def reading_own(file: Path) -> Iterator[None]:
+    """Turn what reading a damaged file of a run's folder raises into a ValueError that names the file."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged ({error}); restore it, or give another folder for the run") from error
 
 
 @contextmanager
@@ -89,7 +99,8 @@ def claim(path: Path, settings: Mapping[str, Any]) -> Iterator[RunFolder]:
         except BlockingIOError:
             raise ValueError(f"{path} is being written by another process; wait for it to end") from None
         run = path / "run.json"
-        earlier = json.loads(run.read_text(encoding="utf-8")) if run.exists() else settings
+        with reading_own(run):
+            earlier = dict(json.loads(run.read_text(encoding="utf-8"))) if run.exists() else settings
         started = (path / "states").is_dir()
         for name in sorted(earlier.keys() | settings.keys()):
             if earlier.get(name) != settings.get(name) and (started or name in ANSWERS_DEPEND_ON):

@@ -18,6 +18,7 @@ from l4jax.checkpoints.store import DrafterCheckpoint
 from l4jax.config import DrafterConfig, check_fits
 from l4jax.decoding.params import SamplingParams
 from l4jax.decoding.plan import UNMEASURED, TableJson
+from l4jax.interrupts import kept_interrupts
 from l4jax.llm import LLM
 from l4jax.speculator import LoadedDrafter
 from l4jax.training.batches import Rows, batch, batches_in, draft_vocabulary, pack
@@ -121,7 +122,8 @@ def train_drafter(
     target's: a distilled drafter is under its target's licence too.
 
     Every ``save_every`` steps the state is saved and measured on the held-out prompts; then, and every ``report_every`` steps, ``log``
-    and the metrics get a report. Raises ValueError for data or settings that cannot be used, and for the folder of another run.
+    and the metrics get a report. Raises ValueError for data or settings that cannot be used, and for the folder of another run;
+    KeyboardInterrupt for every Ctrl-C.
     """
     if settings.batch % llm.placement.spec.data or llm.placement.spec.size != llm.placement.spec.data:
         raise ValueError(f"the mesh is {llm.placement.spec}; expected data=N, where N divides the batch of {settings.batch}")
@@ -149,13 +151,18 @@ def train_drafter(
         "start": None if start is None else start.digest,
         **dataclasses.asdict(settings),
     }
-    with claim(out, whose) as folder:
+    with claim(out, whose) as folder, kept_interrupts() as check_interrupts:
         if folder.drafter.exists():
             log(f"{folder.drafter} is complete")
             return folder.drafter
         if read.repeated:
             log(f"{read.repeated} lines repeat a prompt, whose answer would be the same, and are left out")
-        examples = answer(llm, fitting, how, folder.answers, progress)
+
+        def report(done: int, total: int) -> None:
+            check_interrupts()
+            progress(done, total)
+
+        examples = answer(llm, fitting, how, folder.answers, report)
         llm.runner.discard_cache()
         log(
             f"{len(examples)} answers; {len(read.examples) - len(fitting)} prompts left no room for one in {settings.length} tokens; "
@@ -175,7 +182,7 @@ def train_drafter(
             licences=licences,
             log=log,
         )
-        run.to_end(report_every, save_every)
+        run.to_end(report_every, save_every, check_interrupts)
         return folder.drafter
 
 
@@ -258,13 +265,14 @@ class _Run:
             f"step {self._start} of {self._steps}"
         )
 
-    def to_end(self, report_every: int, save_every: int) -> None:
+    def to_end(self, report_every: int, save_every: int, check_interrupts: Callable[[], None]) -> None:
         """Run all remaining steps, then write the drafter."""
         recent: list[tuple[jax.Array, Measured]] = []
         tokens, began = 0, time.perf_counter()
         for step in range(self._start + 1, self._steps + 1):
             rows = batch(self._rows, self._settings.batch, step - 1, self._settings.seed)
             self._state, of_step = self._trainer.step(self._state, rows, self._target_states(rows), step)
+            check_interrupts()
             recent.append(of_step)
             tokens += int(np.count_nonzero(_sequences(rows)))
             saving = step % save_every == 0 or step == self._steps

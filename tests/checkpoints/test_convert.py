@@ -267,7 +267,7 @@ def test_too_little_space_is_said_before_anything_is_written(source, tmp_path, m
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(CheckpointError, match=r"ours\.partial needs 0\.00 GB more and its disk has 0\.00 GB free; free some space"):
         convert(source, tmp_path / "ours")
-    assert not (tmp_path / "ours.partial" / "weights").exists()
+    assert not (tmp_path / "ours.partial").exists()
 
 
 # The system's own limit on the size of a file stands in for a disk that fills up.
@@ -371,6 +371,12 @@ def test_a_broken_header(header, source, tmp_path):
     text = json.dumps(header).encode()
     (source / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(8))
     assert "model.safetensors" in refused(source, tmp_path)
+
+
+def test_a_header_without_end(source, tmp_path):
+    text = b"[" * 100_000
+    (source / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+    assert "model.safetensors is truncated or not a safetensors file" in refused(source, tmp_path)
 
 
 def test_parts_of_several_dtypes_keep_every_bit(source, tmp_path):

@@ -499,6 +499,16 @@ def test_two_sets_of_weights_of_a_head_must_be_the_same(target: Path, tmp_path: 
             convert(folder, tmp_path / "other", target=target)
 
 
+def test_other_weights_beside_a_heads_torch_file_are_named(target: Path, tmp_path: Path) -> None:
+    head = eagle3_head()
+    folder = heads.write(tmp_path / "head", head.config, head.tensors)
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    write_torch_file(folder / "pytorch_model.bin", dict(head.tensors))
+    said: list[str] = []
+    convert(folder, tmp_path / "drafter", target=target, note=said.append)
+    assert said == [f"{folder} holds other weights besides: pytorch_model.bin is read, model-00001-of-00002.safetensors is not"]
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_an_eagle1_head_with_a_copy_of_an_output_head(tied: bool, tmp_path: Path) -> None:
     """An EAGLE-1 drafter uses its target's output head. An equal copy of it is ignored; any other head is refused."""

@@ -120,6 +120,13 @@ def whole(names: list[Path]) -> Path:
     return names[0]
 
 
+def renumbered(number: int, count: int):
+    def damage(names: list[Path]) -> Path:
+        return names[1].rename(names[1].with_name(f"m-{number:05}-of-{count:05}.gguf"))
+
+    return damage
+
+
 def without(number: int):
     def damage(names: list[Path]) -> Path:
         names[number].unlink()
@@ -135,6 +142,8 @@ def without(number: int):
         (without(1), "is one of 2 parts, and m-00002-of-00002.gguf is not beside it; fetch every part"),
         (renamed, "other.gguf is part 2 of 2 of a split file; expected a name that ends in -00002-of-00002.gguf, and the other parts"),
         (swapped, "m-00001-of-00002.gguf is part 2 of 2 of a split file; expected a name that ends in -00002-of-00002.gguf"),
+        (renumbered(3, 2), "m-00003-of-00002.gguf is named as part 3 of 2, which cannot be; rename it"),
+        (renumbered(1, 0), "m-00001-of-00000.gguf is named as part 1 of 0"),
         (whole, "m-00001-of-00002.gguf is a whole GGUF file, named as if it were a part; rename it"),
         (doubled, "which an earlier part has too: they are not parts of one file"),
         (of_another_split, f"have {len(TENSORS) - 1} tensors; expected {len(TENSORS)}: not of one file"),
@@ -143,8 +152,14 @@ def without(number: int):
 def test_parts_that_do_not_fit_are_named(damage, message, tmp_path):
     given = damage(write_split(tmp_path / "parts"))
     assert message in refused(given, tmp_path)
-    if "not beside" in message:
+    if "not beside" in message or "1 of 0" in message:
         assert message in refused(tmp_path / "parts", tmp_path)
+
+
+def test_metadata_that_is_not_utf8_is_named(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", CONFIG, TENSORS, extra=lambda writer: writer.add_token_list(["a", "known token"]))
+    path.write_bytes(path.read_bytes().replace(b"known token", b"known \xfftken"))
+    assert "m.gguf: its metadata tokenizer.ggml.tokens is not UTF-8 text" in refused(path, tmp_path)
 
 
 def test_a_folder_of_several_models_says_to_give_one(tmp_path):
@@ -154,6 +169,18 @@ def test_a_folder_of_several_models_says_to_give_one(tmp_path):
     assert "has 2 GGUF files, a.gguf, b.gguf; give one of them" in refused(tmp_path / "models", tmp_path)
     shutil.copyfile(GOLDEN / "llama3" / "config.json", tmp_path / "models" / "config.json")
     assert "has 2 GGUF files" in refused(tmp_path / "models", tmp_path)
+
+
+def test_a_folder_that_may_be_another_model_is_refused(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    file = write_gguf(folder / "m.gguf", CONFIG, TENSORS)
+    shutil.copyfile(GOLDEN / "llama3" / "config.json", folder / "config.json")
+    (folder / "pytorch_model.bin").write_bytes(b"other weights")
+    assert "has m.gguf and pytorch_model.bin, either of which may be the model; give the GGUF file itself" in refused(folder, tmp_path)
+    assert open_source(file).format == "gguf"
+    (folder / "pytorch_model.bin").unlink()
+    assert open_source(folder).format == "gguf"
 
 
 @pytest.mark.parametrize(("kind", "advice"), [("adapter", "merge it into its model"), ("mmproj", "expected a whole model")])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import struct
 import zipfile
 from pathlib import Path
 
@@ -178,9 +179,27 @@ def test_a_tensor_may_not_reach_outside_its_storage(tmp_path):
         TorchFile(tmp_path / "short.pth")
 
 
+def listed_with(offset: int, value: int):
+    """A field of what the archive's directory says of its first entry, the pickle."""
+
+    def damage(folder: Path) -> None:
+        file = folder / "consolidated.01.pth"
+        data = bytearray(file.read_bytes())
+        struct.pack_into("<H", data, data.index(b"PK\x01\x02") + offset, value)
+        file.write_bytes(data)
+
+    return damage
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (listed_with(6, 255), "was not written by torch.save since 1.6 (zip file version 25.5)"),
+        (listed_with(8, 0x01), "is encrypted; expected an archive as torch.save writes it"),
+        (listed_with(8, 0x20), "was not written by torch.save since 1.6 (compressed patched data"),
+        (listed_with(8, 0x40), "is encrypted; expected an archive as torch.save writes it"),
+        (listed_with(10, zipfile.ZIP_DEFLATED), "is compressed; expected an archive as torch.save writes it"),
+        (listed_with(10, 99), "is compressed; expected an archive as torch.save writes it"),
         (lambda s: (s / "consolidated.00.pth").unlink(), "has the shards 01; expected 00 to the last"),
         (lambda s: (s / "consolidated.01.pth").write_bytes((s / "consolidated.01.pth").read_bytes()[:-200]), "is truncated"),
         (lambda s: (s / "consolidated.01.pth").write_bytes(pickle.dumps({})), "was not written by torch.save since 1.6"),

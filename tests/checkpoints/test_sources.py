@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import struct
@@ -316,6 +317,51 @@ def test_a_file_that_cannot_be_read(tied, tmp_path):
         (tied / name).unlink()
         (tied / name).mkdir()
         assert f"{name} {message}" in refused(tied, tmp_path)
+
+
+def unreadable(monkeypatch, method, path):
+    """What the system says to a user who may not read it: root may read everything."""
+    original = getattr(Path, method)
+
+    def refuse(self, *arguments, **options):
+        if self == path:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, method, refuse)
+
+
+def test_a_folder_of_templates_that_cannot_be_read(tied, tmp_path, monkeypatch):
+    templates = tied / "additional_chat_templates"
+    templates.mkdir()
+    unreadable(monkeypatch, "iterdir", templates)
+    assert refused(tied, tmp_path) == f"{templates} cannot be read (Permission denied); check the file, or fetch it again"
+
+
+@pytest.mark.parametrize("name", ["config.json", "LICENSE"])
+def test_a_text_file_that_cannot_be_copied(name, tied, tmp_path, monkeypatch):
+    (tied / name).touch()
+    unreadable(monkeypatch, "read_bytes", tied / name)
+    assert f"{tied / name} cannot be read (Permission denied)" in refused(tied, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["source_config.json", "LICENSE"])
+def test_a_text_file_that_cannot_be_exported(name, tied, tmp_path, monkeypatch):
+    (tied / "LICENSE").touch()
+    convert(tied, tmp_path / "ours")
+    unreadable(monkeypatch, "read_bytes", tmp_path / "ours" / name)
+    with pytest.raises(ValueError, match=rf"ours/{name} cannot be read \(Permission denied\); check the file, or fetch it again$"):
+        export(tmp_path / "ours", tmp_path / "back")
+    assert not (tmp_path / "back.partial").exists()
+
+
+def test_a_refused_tokenizer_is_named_by_the_dry_run_and_show_too(tied, tmp_path, capsys):
+    (tied / "tokenizer.json").write_text("{")
+    assert f"{tied}/tokenizer.json cannot be read (EOF" in refused(tied, tmp_path)
+    assert main(["convert", str(tied), str(tmp_path / "ours"), "--dry-run"]) == 2
+    assert f"{tied}/tokenizer.json cannot be read (EOF" in capsys.readouterr().err
+    assert main(["show", str(tied)]) == 0
+    assert f"({tied}/tokenizer.json cannot be read (EOF" in capsys.readouterr().out
 
 
 def test_a_link_to_nothing(tied, tmp_path):

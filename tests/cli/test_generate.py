@@ -56,6 +56,7 @@ def test_answers_a_question_from_standard_input_up_to_a_stop_string(
         (["-p", "x", "--system", "y"], "--system needs --chat"),
         (["-p", "x", "--chat-template-kwargs", "{}"], "--chat-template-kwargs needs --chat"),
         (["-p", "x", "--chat", "--chat-template-kwargs", "{"], "--chat-template-kwargs is not valid JSON"),
+        (["-p", "x", "--chat", "--chat-template-kwargs", "[" * 100_000], "--chat-template-kwargs is not valid JSON"),
         (["-p", "x", "--chat", "--chat-template-kwargs", "[]"], "--chat-template-kwargs is a list; expected a JSON object"),
         (["-p", "x", "--chat", "--chat-template-kwargs", '{"tone": 1}'], "the chat template does not use tone; leave it out"),
         (["-p", ""], "the prompt is empty"),

@@ -86,7 +86,12 @@ def test_on_a_terminal_it_is_a_table(monkeypatch: pytest.MonkeyPatch, capsys: py
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "is not valid JSON"), ("[]", "holds a list"), (json.dumps({"architectures": ["GPT2LMHeadModel"]}), "is not supported")],
+    [
+        ("{", "is not valid JSON"),
+        ("[" * 100_000, "is not valid JSON"),
+        ("[]", "holds a list"),
+        (json.dumps({"architectures": ["GPT2LMHeadModel"]}), "is not supported"),
+    ],
 )
 def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, message: str) -> None:
     (tmp_path / "config.json").write_text(content)

@@ -89,6 +89,7 @@ def test_what_is_no_tree_is_refused_with_its_file(paths, message, tmp_path):
     ("text", "message"),
     [
         ("[[0", "is not valid JSON"),
+        ("[" * 100_000, "is not valid JSON"),
         ("[]", "holds no list of paths"),
         ('{"a": 1}', "holds no list of paths"),
         ("[1]", "holds no list of paths"),

@@ -57,7 +57,13 @@ def test_bad_descriptions_are_refused_in_one_line(text, message):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "is not valid JSON"), ("[]", "holds a list"), ('{"tensors": 2}', "did you mean tensor"), ('{"tensor": 2.0}', "tensor is 2.0")],
+    [
+        ("{", "is not valid JSON"),
+        ("[" * 100_000, "is not valid JSON"),
+        ("[]", "holds a list"),
+        ('{"tensors": 2}', "did you mean tensor"),
+        ('{"tensor": 2.0}', "tensor is 2.0"),
+    ],
 )
 def test_bad_files_are_refused_in_one_line(text, message, tmp_path):
     (tmp_path / "mesh.json").write_text(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
@@ -64,6 +65,12 @@ def test_all_are_told_the_port_once_all_have_come_and_whoever_comes_later_is_ref
         check_alone(Arrival(0, "d", 3), "127.0.0.1", port)
 
 
+def test_a_port_that_was_taken_while_process_0_waited_is_not_given(three: Rendezvous, port: int) -> None:
+    with socket.create_server(("", three.port)) as other:
+        first = Waiting(lambda: arrive(1, port))
+        assert arrive(2, port) == first.result() != other.getsockname()[1]
+
+
 def test_another_number_of_processes_is_named(three: Rendezvous, port: int) -> None:
     message = (
         r"process 0 \(host a\) was started as one of 3 processes, and process 1 \(host b\) as one of 2; start every process with the same "
@@ -88,13 +95,23 @@ def test_one_that_left_before_all_had_come_may_come_again(three: Rendezvous, por
     assert [one.result() for one in waiting] == [three.port] * 2
 
 
-def test_strangers_change_nothing(three: Rendezvous, port: int) -> None:
-    for greeting in (b"GET / HTTP/1.1\r\n", b"\xff\xfe\n", b"[1]\n", b'{"process_id": "1", "host": "x", "processes": 3}\n', b"x" * 200_000):
+def test_strangers_change_nothing(three: Rendezvous, port: int, caplog: pytest.LogCaptureFixture) -> None:
+    for greeting in (
+        b"GET / HTTP/1.1\r\n",
+        b"\xff\xfe\n",
+        b"[1]\n",
+        b'{"process_id": "1", "host": "x", "processes": 3}\n',
+        b"x" * 200_000,
+        b"[" * 60_000 + b"\n",
+    ):
         with socket.create_connection(("127.0.0.1", port)) as stranger:
             stranger.sendall(greeting)
             stranger.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(ConnectionError):
+                assert stranger.recv(1) == b""  # it has been dealt with
     waiting = [Waiting(lambda i=i: arrive(i, port)) for i in (1, 2)]  # type: ignore[misc]
     assert [one.result() for one in waiting] == [three.port] * 2
+    assert caplog.text == ""
 
 
 def test_another_program_at_the_coordinator_s_port_is_named() -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -181,6 +182,15 @@ def test_another_runs_folder_is_refused(llm: LLM, data: Path, whole: Path, tmp_p
     with pytest.raises(ValueError, match=r"belongs to another run: its data is '[0-9a-f]{64}', and this one's is '[0-9a-f]{64}'; give"):
         train(llm, tmp_path / "fifo", whole)
     writer.join()
+
+    shutil.copytree(whole, tmp_path / "damaged")
+    for name, content in {"run.json": "[" * 100_000, "metrics.jsonl": "{\n", "answers.jsonl": '{"token_ids": [1]}\n'}.items():
+        before = (tmp_path / "damaged" / name).read_text()
+        (tmp_path / "damaged" / name).write_text(content)
+        shutil.rmtree(tmp_path / "damaged" / "drafter", ignore_errors=True)
+        with pytest.raises(ValueError, match=rf"{name} is damaged \(.*\); restore it, or give another folder for the run$"):
+            train(llm, data, tmp_path / "damaged")
+        (tmp_path / "damaged" / name).write_text(before)
 
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()

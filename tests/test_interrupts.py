@@ -1,8 +1,9 @@
-"""Ctrl-C ends a conversion wherever it falls, and the next run continues."""
+"""Ctrl-C ends long work wherever it falls; a conversion or training continues with the next run."""
 
 from __future__ import annotations
 
 import gc
+import json
 import signal
 import sys
 import threading
@@ -11,13 +12,20 @@ from collections.abc import Iterator
 
 import pytest
 
+from l4jax import LLM, SamplingParams
 from l4jax.checkpoints import convert as convert_module
 from l4jax.checkpoints import store
 from l4jax.checkpoints.convert import convert
 from l4jax.checkpoints.store import open_checkpoint
 from l4jax.cli import main
 from l4jax.interrupts import kept_interrupts
+from l4jax.runner import Runner
+from l4jax.training.trainer import Trainer
+from tests import tiny
 from tests.checkpoints.folders import golden
+from tests.test_llm import TOKENIZER
+from tests.training import small
+from tests.training.test_run import train
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +109,70 @@ def test_ctrl_c_ends_an_export(place, tmp_path, monkeypatch):
     monkeypatch.setattr(store.Stored, "read_group", read)
     assert main(["export", str(tmp_path / "ours"), str(tmp_path / "back"), "--to", "hf"]) == 130
     assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("work", [["show", "--verify"], ["generate", "-p", "x"]], ids=["show", "load"])
+def test_ctrl_c_ends_reading(place, work, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(store, "GROUP_BYTES", 1 << 14)
+    convert(golden("llama3_tied", tmp_path / "source"), tmp_path / "ours")
+    load_group, read = store.load_group, []
+
+    def loaded(directory, *arguments):
+        read.append(directory)
+        place()
+        return load_group(directory, *arguments)
+
+    monkeypatch.setattr(store, "load_group", loaded)
+    assert main([*work, str(tmp_path / "ours")]) == 130
+    assert len(read) == 1
+    assert capfd.readouterr().err == "l4jax: interrupted\n"
+
+
+CALLS = {
+    "logits": lambda llm: llm.logits([[1], [2], [3]]),
+    "prefill": lambda llm: llm.generate([[1], [2], [3]], SamplingParams(max_tokens=2)),
+    "decode": lambda llm: list(llm.stream([1], SamplingParams(max_tokens=100, ignore_eos=True))),
+    "commit": lambda llm: llm.warmup(max_length=100),
+}
+"""Calls, by what the runner does in them more than once."""
+
+
+@pytest.fixture(scope="module")
+def llm():
+    config = tiny.shallow(tiny.llama3_like())
+    return LLM(config, tiny.weights(config), max_batch=2, tokenizer=TOKENIZER)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("step", CALLS)
+def test_ctrl_c_ends_a_call(step, place, llm, monkeypatch):
+    original, taken = getattr(Runner, step), []
+
+    def take(self, *arguments, **options):
+        taken.append(step)
+        place()
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(Runner, step, take)
+    with pytest.raises(KeyboardInterrupt):
+        CALLS[step](llm)
+    assert taken == [step]
+
+
+def test_ctrl_c_ends_a_training(tmp_path, monkeypatch):
+    config, step, taken = small.config(), Trainer.step, []
+    (tmp_path / "data").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in tiny.prompts(config, tuple(range(2, 14)))))
+
+    def take(*arguments):
+        taken.append(1)
+        in_the_garbage_collector()
+        return step(*arguments)
+
+    monkeypatch.setattr(Trainer, "step", take)
+    with pytest.raises(KeyboardInterrupt):
+        train(LLM(config, tiny.weights(config), max_batch=4), tmp_path / "data", tmp_path / "out")
+    assert taken == [1]
 
 
 def test_what_is_not_an_interruption_is_still_reported(monkeypatch):

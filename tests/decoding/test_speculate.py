@@ -330,6 +330,7 @@ def test_logits_at_every_node_are_those_of_its_path(make, length, mesh):
         assert np.abs(logits_V - expected_TV[i]).max() < 1e-5 * np.abs(expected_TV[i]).max()
 
 
+@pytest.mark.optimized  # it computes for longer than it compiles
 def test_the_compiled_loop_has_the_target_s_distribution(tmp_path):
     """Over 200,000 rounds with temperature, top-p and repetition penalty: a chi-square that fails by chance once in 1e9 runs.
 
@@ -338,20 +339,26 @@ def test_the_compiled_loop_has_the_target_s_distribution(tmp_path):
     """
     # With a head of its own: one tied to the embedding would repeat the last token for ever.
     config = llama3_like(
-        vocab_size=6, num_layers=2, rope_layers=(True,) * 2, hidden_size=16, intermediate_size=16, tie_word_embeddings=False
+        vocab_size=6,
+        num_layers=1,
+        rope_layers=(True,),
+        hidden_size=16,
+        intermediate_size=16,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
     )
     made = {name: jnp.zeros_like(weight) if name.endswith("attention.out") else weight for name, weight in weights(config).items()}
     assert sum(not weight.any() for weight in made.values()) == config.num_layers
     prompt = list(range(6))  # so the repetition penalty is on every token
-    params = SamplingParams(max_tokens=200, temperature=0.8, top_p=0.9, repetition_penalty=1.2, ignore_eos=True)
+    params = SamplingParams(max_tokens=120, temperature=0.8, top_p=0.9, repetition_penalty=1.2, ignore_eos=True)
     logits_VV = jnp.asarray(np.stack([logits[-1] for logits in LLM(config, made).logits([[token] for token in range(6)])]))
     counts = TokenCounts(jnp.ones((6, 6), bool), jnp.zeros((6, 6), jnp.int32))
     features = batch_features([params])
     chances_VV = np.asarray(probabilities(logits_VV, sampling_rows([params] * 6, [0] * 6, [[]] * 6, 6), counts, features)[0])
     assert 8 < (chances_VV > 0).sum() < 36
-    loaded = loaded_drafter(drafter(config, aux_layers=(0, 1, 2)))
+    loaded = loaded_drafter(drafter(config, aux_layers=(0, 1)))
     (tree := tmp_path / "tree.json").write_text("[[0], [1], [0, 0], [0, 1]]")
-    batch = 512
+    batch = 1024
     for plan in (f"tree:{tree},sampled", f"tree:{tree}"):
         llm = LLM(config, made, drafter=loaded, speculation=plan, max_batch=batch)
         counted_VVV = np.zeros((6, 6, 6))

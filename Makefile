@@ -26,13 +26,13 @@ demo: $(STAMP)
 	fi
 
 test: $(STAMP)
-	@$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(PYTEST)
+	@$(VENV)/bin/python -m pytest -n 2 --dist worksteal $(PYTEST)
 
 test-all: $(STAMP)
 	@$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "not h100" $(PYTEST)
 
 test-oldest: $(OLDEST)/.installed
-	@$(OLDEST)/bin/python -m pytest -n 2 --dist loadfile $(PYTEST)
+	@$(OLDEST)/bin/python -m pytest -n 2 --dist worksteal $(PYTEST)
 
 # The compiler lies in a folder of its own: JAX must not find it, and miss the rest of CUDA, when it runs on this machine.
 test-h100: $(H100)/.installed

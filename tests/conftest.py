@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -25,7 +26,7 @@ import numpy as np
 import pytest
 from jaxtyping import install_import_hook
 
-import tests.checked  # noqa: F401 - the hook looks it up by its name
+from tests.checked import jaxtyped_arrays
 
 # Signatures are checked while the tests run. Constructors of dataclasses that are pytrees are not: JAX calls them too, with
 # shardings, shapes or host arrays in the place of arrays.
@@ -41,12 +42,17 @@ def _register_unchecked(cls: type, *fields: Any, **named: Any) -> type:
 jax.tree_util.register_dataclass = _register_unchecked
 # Host arrays are taken wherever arrays are, as by JAX's own functions.
 jaxtyping.Array = Union[jax.Array, np.ndarray]  # noqa: UP007 - jaxtyping takes unions apart only in this form
+jaxtyping.jaxtyped = jaxtyped_arrays
 install_import_hook(["l4jax", "sharding", "pallas_kernels"], "tests.checked.arrays")
 
 # For tests of meshes; all others run on the first of them.
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Tracing makes many objects that live long and few cycles: looking for cycles as often as Python does takes a tenth of the time.
+gc.freeze()
+gc.set_threshold(50_000, 20)
 
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -43,17 +44,23 @@ USUAL = {
     "maverick": ("tensor=2,expert=4", "data=2,expert=2"),
     "llama3": ("sequence=4,tensor=2", "expert=2"),  # no experts to cut along that axis
 }
-CASES = [
-    pytest.param(name, mesh, marks=() if mesh in USUAL[name] else pytest.mark.more_meshes, id=f"{name}-{mesh}")
-    for name in CONFIGS
-    for mesh in MESHES
-]
-LOGITS_TOO = [
+LOGITS_TOO = {
     ("scout", "sequence=2,expert=2,tensor=2"),
     ("scout", "data=2,sequence=2,tensor=2"),
     ("maverick", "tensor=2,expert=4"),
     ("llama3", "sequence=4,tensor=2"),
-]
+}
+
+
+def cases(usual):
+    """Every model on every mesh; those that are not ``usual`` run with `make test-all`."""
+    return [
+        pytest.param(name, mesh, marks=() if usual(name, mesh) else pytest.mark.more_meshes, id=f"{name}-{mesh}")
+        for name in CONFIGS
+        for mesh in MESHES
+    ]
+
+
 # Every prompt takes two pieces, so that programs are few. The first is long enough that on some meshes chunks of 8 stay whole, and on
 # others not; the second is ragged, with fewer tokens than ranks in one row.
 PIECES, LENGTHS = (32,), (64, 33, 50, 40)
@@ -91,7 +98,7 @@ def assert_close(logits, expected):
         assert np.abs(got - one).max() < 1e-5 * np.abs(one).max()
 
 
-@pytest.mark.parametrize(("name", "mesh"), CASES)
+@pytest.mark.parametrize(("name", "mesh"), cases(lambda name, mesh: mesh in USUAL[name]))
 def test_a_mesh_gives_the_tokens_of_one_device(name, mesh):
     found = model(name, mesh).generate(prompts(CONFIGS[name], LENGTHS), PARAMS)
     for got, expected in zip(found, on_one_device(name), strict=True):
@@ -101,7 +108,7 @@ def test_a_mesh_gives_the_tokens_of_one_device(name, mesh):
             np.testing.assert_allclose([a.logprob, *(p for _, p in a.top)], [b.logprob, *(p for _, p in b.top)], atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "mesh"), LOGITS_TOO)
+@pytest.mark.parametrize(("name", "mesh"), cases(lambda name, mesh: (name, mesh) in LOGITS_TOO))
 def test_a_mesh_gives_the_logits_of_one_device(name, mesh):
     ragged = prompts(CONFIGS[name], LENGTHS)
     assert_close(model(name, mesh).logits(ragged), model(name).logits(ragged))
@@ -209,9 +216,15 @@ def test_bfloat16_is_as_exact_on_a_mesh():
     assert errors[1] < 1.25 * errors[0]
 
 
+RINGS = {("scout", "pass_kv", 640), ("scout", "pass_kv", 632), ("scout", "pass_q", 632), ("llama3", "pass_q", 640)}
+
+
 @pytest.mark.parametrize(
     ("name", "variant", "piece"),
-    [("scout", "pass_kv", 640), ("scout", "pass_kv", 632), ("scout", "pass_q", 632), ("llama3", "pass_q", 640)],
+    [
+        pytest.param(*case, marks=() if case in RINGS else pytest.mark.more_meshes)
+        for case in itertools.product(("scout", "llama3"), ("pass_kv", "pass_q"), (640, 632))
+    ],
 )
 def test_either_ring_continues_a_long_prompt(name, variant, piece):
     """Two pages of cached tokens on each rank, and after them a piece that chunks of 16 do or do not divide."""
@@ -225,6 +238,7 @@ def test_either_ring_continues_a_long_prompt(name, variant, piece):
     assert_close(runner.logits(long), LLM(config, values, prefill_lengths=(640,)).logits(long))
 
 
+@pytest.mark.more_meshes  # the command line's tests run it over three
 def test_smollm2_over_four_ranks(smollm2_checkpoint):
     prompt = "The history of the lighthouse begins with fires on hilltops. " * 12
     params = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)

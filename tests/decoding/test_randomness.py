@@ -85,6 +85,7 @@ def test_noise_of_any_bits_has_float32_precision(monkeypatch):
     assert found.max() == pytest.approx(65 * math.log(2), rel=1e-6)
 
 
+@pytest.mark.optimized  # it computes for longer than it compiles
 def test_both_tails_of_noise_have_their_frequencies():
     """Over 268 million numbers: noise of float32 uniform numbers would end at 16.64 above and at -2.81 below."""
     rows, tokens, rounds = 32, 4096, 2048

@@ -34,6 +34,7 @@ from l4jax.checkpoints.text import check_text_of
 from l4jax.config import config_to_json, decoder_of
 from l4jax.config_formats.eagle import NO_ANSWERS, HeadAnswers
 from l4jax.decoding.plan import UNMEASURED, TableJson
+from l4jax.files import FileError
 from l4jax.interrupts import kept_interrupts
 from l4jax.model.weights import weight_specs
 
@@ -209,7 +210,7 @@ def _verify(partial: Path, weights: Mapping[str, StoredWeight], progress: Progre
         check_interrupts()
         try:
             load_verified(directory, {name: weights[name] for name in names})
-        except CheckpointError as error:
+        except FileError as error:
             shutil.rmtree(directory)  # so that the next run writes it again
             raise CheckpointError(
                 f"{directory} reads back differently from what was written; check the disk and run the conversion again"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from l4jax.checkpoints.files import LICENCES, copy_files, not_read, read_json
+from l4jax.checkpoints.files import LICENCES, copy_files, not_read
 from l4jax.checkpoints.hf import attention_recipes, layer_recipes, swiglu_recipes
 from l4jax.checkpoints.recipes import Wanted
 from l4jax.checkpoints.safetensors import INDEX, SINGLE, SafetensorsFiles
@@ -20,6 +20,7 @@ from l4jax.checkpoints.store import Checkpoint
 from l4jax.checkpoints.torch_zip import TorchFile
 from l4jax.config import DrafterConfig, check_fits
 from l4jax.config_formats.eagle import HeadAnswers, drafter_config_from_eagle, head_format
+from l4jax.files import read_json
 
 _HEAD = "lm_head.weight"
 _TORCH = "pytorch_model.bin"

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from l4jax.checkpoints.files import LICENCES, copy_files, read_bytes, read_json
+from l4jax.checkpoints.files import LICENCES, copy_files
 from l4jax.checkpoints.recipes import Wanted, fuse_qkv, stack_gate_up
 from l4jax.checkpoints.safetensors import SafetensorsFiles
 from l4jax.checkpoints.source import CheckpointError, Recipe, TensorInfo
@@ -17,6 +17,7 @@ from l4jax.checkpoints.store import SOURCE_CONFIG
 from l4jax.checkpoints.vision import vision_shapes
 from l4jax.config import ModelConfig
 from l4jax.config_formats import config_from_hf
+from l4jax.files import read_bytes, read_json, read_json_if_there
 
 _COPIED = (
     *("tokenizer*", "special_tokens_map.json", "chat_template*", "generation_config.json"),
@@ -34,8 +35,7 @@ class HFSource:
         self._directory = directory
         values = read_json(directory / "config.json")
         _refuse_quantised(values, directory)
-        generation = directory / "generation_config.json"
-        config = config_from_hf(values, read_json(generation) if generation.exists() else None)
+        config = config_from_hf(values, read_json_if_there(directory / "generation_config.json"))
         self._files = SafetensorsFiles(directory)
         self.fingerprint: Mapping[str, list[int]] = self._files.fingerprint
         self.tensors: Mapping[str, TensorInfo] = self._files.tensors

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
-from l4jax.checkpoints.files import LICENCES, copy_files, not_read, read_json
+from l4jax.checkpoints.files import LICENCES, copy_files, not_read
 from l4jax.checkpoints.recipes import fuse_qkv
 from l4jax.checkpoints.source import CheckpointError, Recipe, TensorInfo
 from l4jax.checkpoints.torch_zip import TorchFile
 from l4jax.checkpoints.vision import meta_name, vision_shapes
 from l4jax.config import ModelConfig
 from l4jax.config_formats import config_from_meta
+from l4jax.files import read_json
 
 _IGNORED = re.compile(r".*(_extra_state|rope\.freqs|global_gate_stats_3E|running_gate_stats_3E|expert_activation_DE)")
 _COPIED = ("tokenizer.model", *LICENCES)

@@ -10,9 +10,10 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from l4jax.config import DrafterConfig, ModelConfig
+from l4jax.files import FileError
 
 
-class CheckpointError(ValueError):
+class CheckpointError(FileError):
     """A checkpoint cannot be used; the message is one line: what was given, what was expected, what to do."""
 
 

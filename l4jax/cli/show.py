@@ -50,10 +50,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _describe(name: str) -> tuple[list[Row], ModelConfig | DrafterConfig]:
     """The rows about the checkpoint, and its configuration."""
-    from l4jax.checkpoints.files import read_json
     from l4jax.checkpoints.open import open_source
     from l4jax.checkpoints.store import MANIFEST, open_checkpoint, open_drafter
     from l4jax.data import configs_path
+    from l4jax.files import read_json
 
     path = Path(name)
     shipped = configs_path() / "models" / f"{name}.json"
@@ -123,11 +123,10 @@ def _describe_source(path: Path, source: ModelSource) -> list[Row]:
 
 
 def _read_config(path: Path) -> ModelConfig:
-    from l4jax.checkpoints.files import read_json
     from l4jax.config_formats import config_from_hf
+    from l4jax.files import read_json, read_json_if_there
 
-    generation = path.with_name("generation_config.json")
-    return config_from_hf(read_json(path), read_json(generation) if generation.exists() else None)
+    return config_from_hf(read_json(path), read_json_if_there(path.with_name("generation_config.json")))
 
 
 def _decoder(config: ModelConfig) -> list[Row]:

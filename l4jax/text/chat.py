@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
+from l4jax.files import is_there, read_json_if_there, read_text
 from l4jax.text.hf_tokenizer import read_tokenizer_config
 from l4jax.text.template import ChatError, ChatTemplate, TemplateRefusal, turns_of
-from l4jax.text.tokenizer import Tokenizer, TokenizerError, check_unicode, read_json, read_text, token_text
+from l4jax.text.tokenizer import Tokenizer, TokenizerError, check_unicode, token_text
 
 ROLES = ("system", "user", "assistant", "tool", "ipython")
 
@@ -225,11 +226,11 @@ def _checkpoint_templates(directory: Path) -> dict[str, tuple[str, str]]:
     """The checkpoint's templates by name, with their origin. Files of their own replace what the JSON files say, as in transformers."""
     files = {"default": directory / "chat_template.jinja"}
     files |= {path.stem: path for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
-    found = {name: (read_text(path), str(path)) for name, path in files.items() if path.exists()}
+    found = {name: (read_text(path), str(path)) for name, path in files.items() if is_there(path)}
     if found:
         return found
     for path in (directory / name for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json")):
-        given = read_json(path).get("chat_template")
+        given = read_json_if_there(path).get("chat_template")
         if given is None:
             continue
         # Several are a list of objects, each with its name.

@@ -8,7 +8,8 @@ from typing import Any, override
 
 import tokenizers
 
-from l4jax.text.tokenizer import Tokenizer, TokenizerError, is_mark, read_json, read_text, token_text
+from l4jax.files import read_json_if_there, read_text
+from l4jax.text.tokenizer import Tokenizer, TokenizerError, is_mark, token_text
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -124,11 +125,11 @@ def read_tokenizer_config(directory: Path) -> dict[str, Any]:
 
     Both are read only where ``added_tokens_decoder`` is absent, and the map's values come before the configuration's.
     """
-    config = read_json(directory / "tokenizer_config.json")
+    config = read_json_if_there(directory / "tokenizer_config.json")
     if "added_tokens_decoder" in config:
         return config
-    config |= read_json(directory / "special_tokens_map.json")
-    added = read_json(directory / "added_tokens.json")
+    config |= read_json_if_there(directory / "special_tokens_map.json")
+    added = read_json_if_there(directory / "added_tokens.json")
     return config | {"added_tokens_decoder": {token_id: {"content": token} for token, token_id in added.items()}}
 
 

@@ -15,7 +15,8 @@ from typing import override
 
 import tiktoken
 
-from l4jax.text.tokenizer import Tokenizer, TokenizerError, read_bytes
+from l4jax.files import read_bytes
+from l4jax.text.tokenizer import Tokenizer, TokenizerError
 
 LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 """How Llama 3 cuts text into words before merging bytes."""

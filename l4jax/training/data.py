@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from l4jax.decoding.params import SamplingParams
+from l4jax.files import parse_json
 from l4jax.llm import LLM
 from l4jax.training.folder import reading_own
 
@@ -87,10 +88,7 @@ def read_data(path: Path, llm: LLM) -> Data:
 
 
 def _parsed(raw: bytes) -> dict[str, Any]:
-    try:
-        line = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"it is not JSON ({error}); {_EXPECTED}") from error
+    line = parse_json(raw, "it", _EXPECTED)
     if not isinstance(line, dict):
         raise ValueError(f"it is {raw.strip().decode(errors='replace')[:40]!r}; {_EXPECTED}")
     return line

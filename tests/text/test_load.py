@@ -35,10 +35,29 @@ def metaspace(folder: Path) -> None:
     made.save(str(folder / "tokenizer.json"))
 
 
+def unreadable(name: str) -> Callable[[Path], object]:
+    """As a file without permission is, for every user."""
+
+    def damage(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(folder / name)
+
+    return damage
+
+
+def dangling(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.json").symlink_to(folder / "blobs" / "0123")
+
+
 BROKEN = [
+    *((unreadable(name), f"{name} cannot be read (Too many levels") for name in ("tokenizer.json", "tokenizer_config.json")),
+    *((unreadable(name), f"{name} cannot be read (Too many levels") for name in ("chat_template.jinja", "chat_template.json")),
+    (dangling, "tokenizer.json is a link to a file that does not exist"),
+    (damaged("tokenizer_config.json", '{"a": ' + "1" * 5000 + "}"), "tokenizer_config.json is not valid JSON (Exceeds the limit"),
     (
         damaged("tokenizer.json", POINTER),
-        "tokenizer.json is a git-lfs pointer in place of the file; fetch the file itself, with: git lfs pull",
+        "tokenizer.json is a git-lfs pointer in place of the file; run `git lfs pull` in its folder, or fetch the file",
     ),
     (damaged("tokenizer.json", "{"), "tokenizer.json cannot be read"),
     (damaged("tokenizer_config.json", POINTER), "tokenizer_config.json is a git-lfs pointer"),

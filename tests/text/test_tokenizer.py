@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
 
+from l4jax.files import FileError
 from l4jax.text.hf_tokenizer import HfTokenizer, byte_alphabet
 from l4jax.text.load import load_tokenizer
 from l4jax.text.stream import StreamDecoder
@@ -184,7 +185,7 @@ def test_a_special_token_that_strips_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("text", "message"), [("{", "is not valid JSON"), ("[]", "holds a list; expected a JSON object")])
 def test_a_damaged_tokenizer_configuration_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (small.write(tmp_path) / "tokenizer_config.json").write_text(text)
-    with pytest.raises(TokenizerError, match=message):
+    with pytest.raises(FileError, match=message):
         load_tokenizer(tmp_path)
 
 

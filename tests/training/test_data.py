@@ -124,8 +124,8 @@ def test_a_line_s_temperature_goes_before_the_run_s(tmp_path: Path, llm: LLM) ->
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2: it is not JSON"),
-        ("[" * 100_000, "line 2: it is not JSON"),
+        ("{", "line 2: it is not valid JSON"),
+        ("[" * 100_000, "line 2: it is not valid JSON"),
         ("[1]", "line 2: it is '[1]'; expected an object"),
         ("{}", "line 2: it has nothing; expected an object"),
         ('{"prompt": "x", "messages": []}', "line 2: it has prompt, messages; expected an object"),

@@ -82,7 +82,7 @@ def _describe_checkpoint(checkpoint: Checkpoint) -> list[Row]:
         *_decoder(checkpoint.config),
         *_vision([weight.shape for name, weight in weights if is_vision(name)]),
         ("dtypes", _counts([weight.dtype for _, weight in weights])),
-        *_text(checkpoint.directory),
+        *_text(checkpoint.directory, checkpoint.config),
     ]
 
 
@@ -116,7 +116,7 @@ def _describe_source(path: Path, source: ModelSource) -> list[Row]:
     ]
     try:
         with text_files_of(source, path) as directory:
-            text = _text(directory)
+            text = _text(directory, source.config)
     except ValueError as error:
         return [*rows, ("tokenizer", f"not usable: {error}")]
     return [*rows, *(tuple(cell.replace(str(directory), str(path)) for cell in row) for row in text)]
@@ -144,11 +144,11 @@ def _counts(dtypes: Sequence[str]) -> str:
     return ", ".join(f"{dtype} ({count} tensors)" for dtype, count in Counter(dtypes).most_common())
 
 
-def _text(directory: Path) -> list[Row]:
+def _text(directory: Path, config: ModelConfig) -> list[Row]:
     """Tokenizer and chat template in ``directory``."""
     from l4jax.text.load import Text, load_text
 
-    text = load_text(directory)
+    text = load_text(directory, config)
     tokenizer, chat_format = text.tokenizer, text.chat_format
     if tokenizer is None:
         return [("tokenizer", "none" if text.no_tokenizer == Text.no_tokenizer else f"not usable: {text.no_tokenizer}")]

@@ -71,11 +71,11 @@ class ChatFormat:
         self._template = ChatTemplate(template, origin=origin, variables=variables)
         self._tool_use = self._template if tool_use is None else ChatTemplate(tool_use, origin=f"{origin} (tool_use)", variables=variables)
         turns = [turns_of(one, tokenizer) for one in dict.fromkeys((self._template, self._tool_use))]
-        for each in turns:
-            tokenizer.make_special(each.markers)
+        further = {name: token_id for name in _END_OF_TURN if (token_id := tokenizer.marker_id(name)) is not None}
+        for markers in (*(each.markers for each in turns), further):
+            tokenizer.make_special(markers)
         ends = [end for each in turns for end in each.ends]
-        ends += [tokenizer.special_tokens[name] for name in _END_OF_TURN if name in tokenizer.special_tokens]
-        self.stop_token_ids = tuple(dict.fromkeys((*stop_token_ids, *ends)))
+        self.stop_token_ids = tuple(dict.fromkeys((*stop_token_ids, *ends, *further.values())))
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool | None = None, **options: Unpack[ChatOptions]
@@ -209,7 +209,7 @@ def load_chat_format(directory: Path, tokenizer: Tokenizer) -> ChatFormat | None
     config = read_tokenizer_config(directory)
     found = _checkpoint_templates(directory)
     if "default" not in found:
-        found = _built_in_template(tokenizer)
+        found = built_in_template(tokenizer)
     if not found:
         return None
     template, origin = found["default"]
@@ -241,7 +241,8 @@ def _checkpoint_templates(directory: Path) -> dict[str, tuple[str, str]]:
     return {}
 
 
-def _built_in_template(tokenizer: Tokenizer) -> dict[str, tuple[str, str]]:
+def built_in_template(tokenizer: Tokenizer) -> dict[str, tuple[str, str]]:
+    """The built-in template, as "default", that ``tokenizer`` is made for, and its origin; empty if there is none."""
     for name, tokens in _BUILT_IN.items():
         if all(tokenizer.marker_id(token) is not None for token in tokens):
             path = Path(__file__).parent / "templates" / f"{name}.jinja"

@@ -50,13 +50,16 @@ class HfTokenizer(Tokenizer):
         )
         # From here on the library takes the names of special tokens as text; split_special finds them where they are wanted.
         backend.encode_special_tokens = True
-        # A name alone does not make a word special: some files name "!" for padding.
-        self.make_special({name: token_id for name in _named(tokenizer_config) if (token_id := self.marker_id(name)) is not None})
+        named = [token_id for name in _named(tokenizer_config) if (token_id := self.token_id(name)) is not None]
+        self.make_markers_special([*template, *named])
 
     @override
     def make_special(self, tokens: Mapping[str, int]) -> None:
         # The library finds added tokens in text unless it knows them as special. Adding a token again does not change its id.
-        added = {token.content for token in self._backend.get_added_tokens_decoder().values()}
+        added = {token.content: token for token in self._backend.get_added_tokens_decoder().values()}
+        for token in map(added.get, tokens):
+            if token is not None and (token.lstrip or token.rstrip or token.single_word):
+                raise TokenizerError(f"the special token {token.content!r} changes the text around it, which is not supported")
         self._backend.add_special_tokens([tokenizers.AddedToken(t, special=True, normalized=False) for t in tokens if t in added])
         super().make_special(tokens)
 
@@ -112,12 +115,12 @@ def load_hf_tokenizer(directory: Path) -> HfTokenizer:
         )
     config = read_tokenizer_config(directory)
     _add_missing(backend, config, directory)
-    for token in backend.get_added_tokens_decoder().values():
-        if token.special and (token.lstrip or token.rstrip or token.single_word):
-            raise TokenizerError(f"{path}: the special token {token.content!r} changes the text around it, which is not supported")
     backend.no_truncation()
     backend.no_padding()
-    return HfTokenizer(backend, config)
+    try:
+        return HfTokenizer(backend, config)
+    except TokenizerError as error:
+        raise TokenizerError(f"{path}: {error}") from error
 
 
 def read_tokenizer_config(directory: Path) -> dict[str, Any]:

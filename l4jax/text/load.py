@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 from pathlib import Path
 
+from l4jax.config import ModelConfig
 from l4jax.files import FileError, is_there
 from l4jax.text.chat import ChatFormat, load_chat_format
 from l4jax.text.hf_tokenizer import load_hf_tokenizer
@@ -24,10 +25,16 @@ class Text:
     no_chat: str = "this checkpoint has no chat template"
 
 
-def load_text(directory: Path) -> Text:
-    """Load the tokenizer and chat format of a checkpoint's folder; one that cannot be used is None, and the model still takes token ids."""
+def load_text(directory: Path, config: ModelConfig | None = None) -> Text:
+    """Load the tokenizer and chat format of a checkpoint's folder; one that cannot be used is None, and the model still takes token ids.
+
+    Begin, end and padding tokens that the model's ``config`` names are special in the tokenizer.
+    """
     try:
         tokenizer = _read_tokenizer(directory)
+        if tokenizer is not None and config is not None:
+            named = (config.bos_token_id, config.pad_token_id, *config.eos_token_ids)
+            tokenizer.make_markers_special([token_id for token_id in named if token_id is not None])
     except FileError as error:
         reason = f"this checkpoint's tokenizer cannot be used ({error})"
         return Text(None, None, no_tokenizer=reason, no_chat=reason)

@@ -46,6 +46,11 @@ class Tokenizer(abc.ABC):
         longest_first = sorted(self.special_tokens, key=len, reverse=True)
         self._special_pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
+    def make_markers_special(self, ids: Iterable[int]) -> None:
+        """Treat those of these tokens as special that no text is encoded as. Others stay text: some files name "!" for padding."""
+        texts = {self.token_bytes(token_id).decode("utf-8", errors="replace"): token_id for token_id in ids}
+        self.make_special({text: token_id for text, token_id in texts.items() if text and self.marker_id(text) == token_id})
+
     def encode(self, text: str, *, add_bos: bool = True, parse_special: bool = False) -> list[int]:
         """Return the token ids of ``text``, after the BOS token where the model expects one and ``add_bos`` is set.
 

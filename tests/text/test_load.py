@@ -132,6 +132,19 @@ def test_templates_with_names_are_copied_and_exported(tmp_path: Path) -> None:
         assert chat.render([{"role": "user", "content": "hi"}], tools=[]) == "T[]"
 
 
+def test_an_end_token_of_generation_config_is_special_in_the_loaded_tokenizer(tmp_path: Path) -> None:
+    source = Path(shutil.copytree(GOLDEN / "llama3_tied", tmp_path / "source"))
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": 1}))
+    values = json.loads(small.backend(special=("<s>", "</s>")).to_str())
+    for token in values["added_tokens"]:
+        token["special"] = False
+    (source / "tokenizer.json").write_text(json.dumps(values))
+    convert(source, tmp_path / "made")
+    tokenizer = l4jax.load(tmp_path / "made", max_batch=1, prefill_lengths=(4,)).tokenizer
+    assert tokenizer is not None
+    assert tokenizer.is_special(1) and 1 not in tokenizer.encode("</s>")
+
+
 def test_a_model_without_usable_text_stops_at_the_end_tokens_of_its_generation_config(tmp_path: Path) -> None:
     """No chat template, and then no tokenizer, is needed for them."""
     source = Path(shutil.copytree(GOLDEN / "llama3_tied", tmp_path / "source"))

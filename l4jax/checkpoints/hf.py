@@ -20,7 +20,7 @@ from l4jax.config_formats import config_from_hf
 from l4jax.files import read_bytes, read_json, read_json_if_there
 
 _COPIED = (
-    *("tokenizer*", "special_tokens_map.json", "chat_template*", "generation_config.json"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "generation_config.json"),
     *("preprocessor_config.json", "processor_config.json"),
     *LICENCES,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -130,6 +131,30 @@ def test_templates_with_names_are_copied_and_exported(tmp_path: Path) -> None:
         chat = load_text(folder).chat_format
         assert chat is not None
         assert chat.render([{"role": "user", "content": "hi"}], tools=[]) == "T[]"
+
+
+def test_every_file_that_load_looks_for_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Path(shutil.copytree(GOLDEN / "llama3_tied", tmp_path / "source"))
+    small.write(source)
+    looked_for: set[str] = set()
+    lstat = Path.lstat
+
+    def recorded(path: Path) -> os.stat_result:
+        looked_for.add(path.name)
+        return lstat(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "lstat", recorded)
+        load_text(source)
+    assert {"tokenizer.json", "added_tokens.json", "chat_template.json"} <= looked_for
+    for name in looked_for - {"tokenizer.json"}:
+        (source / name).write_text("{}")
+    (source / "added_tokens.json").write_text(json.dumps({"<late>": small.backend().get_vocab_size()}))
+    convert(source, tmp_path / "made")
+    assert {name for name in looked_for if not (tmp_path / "made" / name).exists()} == set()
+    tokenizer = load_text(tmp_path / "made").tokenizer
+    assert tokenizer is not None
+    assert tokenizer.encode("<late>") == [small.backend().get_vocab_size()]
 
 
 def test_an_end_token_of_generation_config_is_special_in_the_loaded_tokenizer(tmp_path: Path) -> None:

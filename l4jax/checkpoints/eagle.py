@@ -83,7 +83,11 @@ class EagleSource:
         name = self._target.config.output_weight
         return self._target.read_group(self._target.weights[name].group)[name]
 
-    def write_text_files(self, directory: Path) -> list[str]:
+    def write_tokenizer(self, directory: Path) -> list[str]:
+        """Write nothing: a drafter drafts the target's tokens."""
+        return []
+
+    def write_other_files(self, directory: Path) -> list[str]:
         """Copy the head's licence files, or else those of the target, from which it was distilled."""
         return copy_files(self._directory, LICENCES, directory) or copy_files(self._target.directory, LICENCES, directory)
 

@@ -23,7 +23,6 @@ from l4jax.config_formats import config_from_meta
 from l4jax.files import read_json
 
 _IGNORED = re.compile(r".*(_extra_state|rope\.freqs|global_gate_stats_3E|running_gate_stats_3E|expert_activation_DE)")
-_COPIED = ("tokenizer.model", *LICENCES)
 
 
 class MetaSource:
@@ -58,9 +57,13 @@ class MetaSource:
         shard, _, name = key.partition(":")
         return self._files[int(shard)].read(name)
 
-    def write_text_files(self, directory: Path) -> list[str]:
-        """Copy the tokenizer and licence files."""
-        return copy_files(self._directory, _COPIED, directory)
+    def write_tokenizer(self, directory: Path) -> list[str]:
+        """Copy the tokenizer."""
+        return copy_files(self._directory, ("tokenizer.model",), directory)
+
+    def write_other_files(self, directory: Path) -> list[str]:
+        """Copy the licence files."""
+        return copy_files(self._directory, LICENCES, directory)
 
     def _read_config(self) -> ModelConfig:
         path = self._directory / "params.json"

@@ -103,7 +103,7 @@ def _describe_drafter(drafter: DrafterCheckpoint) -> list[Row]:
 
 def _describe_source(path: Path, source: ModelSource) -> list[Row]:
     from l4jax.checkpoints.store import is_vision
-    from l4jax.checkpoints.text import text_files_of
+    from l4jax.checkpoints.text import tokenizer_files_of
 
     vision = [key for name, recipe in source.recipes.items() if is_vision(name) for key in recipe.keys]
     rows = [
@@ -115,7 +115,7 @@ def _describe_source(path: Path, source: ModelSource) -> list[Row]:
         ("dtypes as read", _counts([str(tensor.dtype) for tensor in source.tensors.values()])),
     ]
     try:
-        with text_files_of(source, path) as directory:
+        with tokenizer_files_of(source, path) as directory:
             text = _text(directory, source.config)
     except ValueError as error:
         return [*rows, ("tokenizer", f"not usable: {error}")]

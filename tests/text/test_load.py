@@ -18,7 +18,7 @@ from l4jax import SamplingParams
 from l4jax.checkpoints.convert import convert
 from l4jax.checkpoints.export import export
 from l4jax.cli import main
-from l4jax.text.load import check_text, load_text
+from l4jax.text.load import Text, check_text, load_text
 from l4jax.text.template import ChatError
 from tests.text import small
 
@@ -117,6 +117,25 @@ def test_text_is_checked_before_any_weight_is_converted(tmp_path: Path, capsys: 
     assert "chat_template.jinja is a git-lfs pointer" in capsys.readouterr().err
     assert not (tmp_path / "made").exists()
     assert not any((tmp_path / "made.partial").glob("weights/*"))
+
+
+def test_without_its_tokenizer_a_model_keeps_all_other_files(tmp_path: Path) -> None:
+    source = Path(shutil.copytree(GOLDEN / "llama3_tied", tmp_path / "source"))
+    for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "chat_template.jinja", "processor_config.json"):
+        (source / name).write_text("{")
+    for name in ("LICENSE", "generation_config.json"):
+        (source / name).write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer.json cannot be read .*; or convert the weights alone, .*: --without-tokenizer$"):
+        convert(source, tmp_path / "made")
+    convert(source, tmp_path / "made", without_tokenizer=True)
+    assert load_text(tmp_path / "made") == Text(None, None)
+    kept = {"LICENSE", "generation_config.json", "source_config.json", "checkpoint.json", "weights"}
+    assert {path.name for path in (tmp_path / "made").iterdir()} == kept
+
+
+def test_a_head_has_no_tokenizer_to_be_left_out(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="an EAGLE head has no tokenizer to convert it without; leave --without-tokenizer out"):
+        convert(tmp_path / "head", tmp_path / "made", target=tmp_path / "target", without_tokenizer=True)
 
 
 def test_templates_with_names_are_copied_and_exported(tmp_path: Path) -> None:

@@ -142,14 +142,17 @@ def test_templates_with_names_are_copied_and_exported(tmp_path: Path) -> None:
     source = Path(shutil.copytree(GOLDEN / "llama3_tied", tmp_path / "source"))
     small.write(source)
     (source / "additional_chat_templates").mkdir()
-    for name, text in (("chat_template", "{{ messages[0].content }}"), ("additional_chat_templates/tool_use", "T{{ tools }}")):
+    for name, text in (
+        ("chat_template", "{{ messages[0].content }}"),
+        ("additional_chat_templates/tool_use", "T{{ tools }}{{ messages[0].content }}"),
+    ):
         (source / f"{name}.jinja").write_text(text)
     convert(source, tmp_path / "made")
     export(tmp_path / "made", tmp_path / "back")
     for folder in (tmp_path / "made", tmp_path / "back"):
         chat = load_text(folder).chat_format
         assert chat is not None
-        assert chat.render([{"role": "user", "content": "hi"}], tools=[]) == "T[]"
+        assert chat.render([{"role": "user", "content": "hi"}], tools=[]) == "T[]hi"
 
 
 def test_every_file_that_load_looks_for_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +170,7 @@ def test_every_file_that_load_looks_for_is_copied(tmp_path: Path, monkeypatch: p
         load_text(source)
     assert {"tokenizer.json", "added_tokens.json", "chat_template.json"} <= looked_for
     for name in looked_for - {"tokenizer.json"}:
-        (source / name).write_text("{}")
+        (source / name).write_text("{{ messages[0].content }}" if name.endswith(".jinja") else "{}")
     (source / "added_tokens.json").write_text(json.dumps({"<late>": small.backend().get_vocab_size()}))
     convert(source, tmp_path / "made")
     assert {name for name in looked_for if not (tmp_path / "made" / name).exists()} == set()

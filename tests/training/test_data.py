@@ -155,7 +155,10 @@ def test_a_bad_line_is_named(line: str, message: str, tmp_path: Path, llm: LLM) 
 
 def test_a_conversation_may_have_what_its_template_takes(tmp_path: Path) -> None:
     tokenizer = HfTokenizer(small_text.backend(), {})
-    template = "{{ messages[0].content }}{% if tools %}T{{ tools[0].name }}{% endif %}{% if documents %}{{ documents[0].text }}{% endif %}{{ mood }}"
+    template = (
+        "{{ messages[0].content }}{% if tools %}T{{ tools[0].name }}{% endif %}"
+        "{% if documents %}{{ documents[0].text }}{% endif %}{{ mood }}"
+    )
     chat = ChatFormat(template, tokenizer, origin="test", variables={})
     config = small.config(vocab_size=tokenizer.vocab_size)
     llm = LLM(config, tiny.weights(config), tokenizer=tokenizer, chat_format=chat)

@@ -34,6 +34,7 @@ class HfTokenizer(Tokenizer):
         self._backend = backend
         added = backend.get_added_tokens_decoder()
         self._bytes = {token_id: token.content.encode() for token_id, token in added.items()}
+        self._absent = frozenset(byte for byte, character in _CHARACTERS.items() if backend.token_to_id(character) is None)
         # What the tokenizer's own post-processing puts around a plain prompt.
         template = backend.encode("", add_special_tokens=True).ids
         named_bos = token_text(tokenizer_config.get("bos_token"))
@@ -65,7 +66,15 @@ class HfTokenizer(Tokenizer):
 
     @override
     def encode_ordinary(self, text: str) -> list[int]:
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
+        ids = list(self._backend.encode(text, add_special_tokens=False).ids)
+        # The library drops a byte that the vocabulary lacks, or takes a special token for it.
+        doubtful = [character for character in dict.fromkeys(text) if not self._absent.isdisjoint(character.encode())]
+        if doubtful:
+            written = b"".join(map(self.token_bytes, ids))
+            for character in doubtful:
+                if character.encode() not in written:
+                    raise ValueError(f"the text has {character!r}, for which the model's tokenizer has no token; leave it out")
+        return ids
 
     @override
     def token_bytes(self, token_id: int) -> bytes:

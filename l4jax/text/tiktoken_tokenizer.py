@@ -83,6 +83,9 @@ class TiktokenTokenizer(Tokenizer):
             split, names, ends = LLAMA4_SPLIT, llama4_special_tokens(), ("<|end_of_text|>", "<|eom|>", "<|eot|>")
         else:
             raise TokenizerError(f"the tokenizer has {len(ranks)} tokens; expected {LLAMA3_RANKS} (Llama 3) or {LLAMA4_RANKS} (Llama 4)")
+        absent = [byte for byte in range(256) if bytes([byte]) not in ranks]
+        if absent:
+            raise TokenizerError(f"the tokenizer has no token for byte {absent[0]}; the file is damaged, fetch it again")
         special = {name: len(ranks) + i for i, name in enumerate(names)}
         super().__init__(
             vocab_size=len(ranks) + len(special),

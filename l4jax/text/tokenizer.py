@@ -55,7 +55,8 @@ class Tokenizer(abc.ABC):
         """Return the token ids of ``text``, after the BOS token where the model expects one and ``add_bos`` is set.
 
         With ``parse_special``, special tokens spelt out in ``text`` become those tokens; a BOS token at its start is then not
-        doubled. Raises ValueError for text that is not Unicode (half of a surrogate pair).
+        doubled. Raises ValueError for text that is not Unicode (half of a surrogate pair), or that no tokens stand for: some
+        vocabularies lack bytes.
         """
         check_unicode(text)
         ids: list[int] = []
@@ -95,7 +96,10 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def encode_ordinary(self, text: str) -> list[int]:
-        """Return the token ids of ``text``; special tokens spelt out in it are plain text."""
+        """Return the token ids of ``text``; special tokens spelt out in it are plain text.
+
+        Raises ValueError for text with a character that no tokens stand for.
+        """
 
     @abc.abstractmethod
     def token_bytes(self, token_id: int) -> bytes:

@@ -336,7 +336,7 @@ def test_a_folder_of_templates_that_cannot_be_read(tied, tmp_path, monkeypatch):
     templates = tied / "additional_chat_templates"
     templates.mkdir()
     unreadable(monkeypatch, "iterdir", templates)
-    assert refused(tied, tmp_path) == f"{templates} cannot be read (Permission denied); check the file, or fetch it again"
+    assert refused(tied, tmp_path).startswith(f"{templates} cannot be read (Permission denied); check the file, or fetch it again; or ")
 
 
 @pytest.mark.parametrize("name", ["config.json", "LICENSE"])

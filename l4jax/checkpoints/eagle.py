@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from l4jax.checkpoints.files import LICENCES, copy_files, not_read, read_json
+from l4jax.checkpoints.files import LICENCES, copy_files, not_read
 from l4jax.checkpoints.hf import attention_recipes, layer_recipes, swiglu_recipes
 from l4jax.checkpoints.recipes import Wanted
 from l4jax.checkpoints.safetensors import INDEX, SINGLE, SafetensorsFiles
@@ -20,6 +20,7 @@ from l4jax.checkpoints.store import Checkpoint
 from l4jax.checkpoints.torch_zip import TorchFile
 from l4jax.config import DrafterConfig, check_fits
 from l4jax.config_formats.eagle import HeadAnswers, drafter_config_from_eagle, head_format
+from l4jax.files import read_json
 
 _HEAD = "lm_head.weight"
 _TORCH = "pytorch_model.bin"
@@ -82,7 +83,11 @@ class EagleSource:
         name = self._target.config.output_weight
         return self._target.read_group(self._target.weights[name].group)[name]
 
-    def write_text_files(self, directory: Path) -> list[str]:
+    def write_tokenizer(self, directory: Path) -> list[str]:
+        """Write nothing: a drafter drafts the target's tokens."""
+        return []
+
+    def write_other_files(self, directory: Path) -> list[str]:
         """Copy the head's licence files, or else those of the target, from which it was distilled."""
         return copy_files(self._directory, LICENCES, directory) or copy_files(self._target.directory, LICENCES, directory)
 

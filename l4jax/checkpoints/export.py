@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from l4jax.checkpoints.files import read_bytes, read_json
 from l4jax.checkpoints.partial import LOCK, check_destination, unfinished
 from l4jax.checkpoints.recipes import halve
 from l4jax.checkpoints.source import CheckpointError
@@ -30,6 +29,7 @@ from l4jax.checkpoints.store import (
 from l4jax.config import ModelConfig
 from l4jax.config_formats import config_to_hf
 from l4jax.config_formats.eagle_write import config_to_eagle
+from l4jax.files import read_bytes, read_json
 from l4jax.interrupts import kept_interrupts
 
 Format = Literal["hf", "eagle", "speculators"]

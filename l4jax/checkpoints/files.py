@@ -1,22 +1,19 @@
-"""Reading a source's files: each failure is one line, and a file that changes during a conversion is noticed."""
+"""A source's files: a weight file that changes during a conversion is noticed, and files are copied and named."""
 
 from __future__ import annotations
 
-import errno
 import fnmatch
-import json
 import math
 import os
 import re
 import stat
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from l4jax.checkpoints.source import CheckpointError
+from l4jax.files import read_bytes, reading, refuse_pointer
 
 LICENCES = ("license*", "use_policy*", "notice*")
 """Patterns, in lower case, for the names of the files that state the terms of use of the weights."""
@@ -25,7 +22,6 @@ _WEIGHTS = (
     *("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json"),
     *("consolidated.*.pth", "*.gguf", "tf_model*.h5", "flax_model*.msgpack"),
 )
-_POINTER = b"version https://git-lfs.github.com/spec/v1"
 
 
 class WeightFile:
@@ -61,24 +57,6 @@ class WeightFile:
         return array.reshape(shape)
 
 
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turn an OSError into a :class:`CheckpointError` that names the file."""
-    try:
-        yield
-    except OSError as error:
-        dangling = error.errno == errno.ENOENT and path.is_symlink()
-        what = "is a link to a file that does not exist" if dangling else f"cannot be read ({error.strerror})"
-        raise CheckpointError(f"{path} {what}; check the file, or fetch it again") from error
-
-
-def refuse_pointer(path: Path) -> None:
-    """Raise :class:`CheckpointError` for a git-lfs pointer: the few lines that git leaves in place of a large file."""
-    with reading(path), path.open("rb") as file:
-        if file.read(len(_POINTER)) == _POINTER:
-            raise CheckpointError(f"{path} is a git-lfs pointer, not the file itself; run `git lfs pull` in its folder, or fetch the file")
-
-
 def absent(path: Path, expected: str) -> CheckpointError:
     """Return the error for a path that does not exist."""
     if re.fullmatch(r"(https?:/.*|[\w-][\w.-]*/[\w-][\w.-]*)", str(path)):
@@ -89,33 +67,13 @@ def absent(path: Path, expected: str) -> CheckpointError:
     return CheckpointError(f"{path} does not exist; expected {expected}")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a file that holds a JSON object. Raises :class:`CheckpointError` for any other."""
-    refuse_pointer(path)
-    try:
-        with reading(path):
-            values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); fetch it again") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds a {type(values).__name__}; expected a JSON object; fetch it again")
-    return values
-
-
-def read_bytes(path: Path) -> bytes:
-    """Read a small file whole. Raises :class:`CheckpointError` if it cannot be read."""
-    with reading(path):
-        return path.read_bytes()
-
-
 def copy_files(source: Path, patterns: Sequence[str], destination: Path) -> list[str]:
     """Copy the files of a folder whose names, in lower case, match a pattern; return their names, sorted.
 
-    Raises :class:`CheckpointError` for a file that cannot be read or is a git-lfs pointer, OSError if a copy cannot be written.
+    Raises :class:`l4jax.files.FileError` for a file that cannot be read or is a git-lfs pointer, OSError if a copy cannot be written.
     """
     names = [name for name in _names(source, patterns) if not (source / name).is_dir()]
     for name in names:
-        refuse_pointer(source / name)
         (destination / name).write_bytes(read_bytes(source / name))
     return names
 

@@ -46,9 +46,13 @@ class GGUFSource:
         """Return the tensor, dequantised to float32 unless it is stored plainly."""
         return self._files.read(key)
 
-    def write_text_files(self, directory: Path) -> list[str]:
+    def write_tokenizer(self, directory: Path) -> list[str]:
         """Derive ``tokenizer.json`` and the chat template from the metadata."""
         return write_gguf_tokenizer(self._files.metadata, directory)
+
+    def write_other_files(self, directory: Path) -> list[str]:
+        """Write nothing: a GGUF file is all that there is."""
+        return []
 
 
 def _recipes(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> dict[str, Recipe]:

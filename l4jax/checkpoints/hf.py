@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from l4jax.checkpoints.files import LICENCES, copy_files, read_bytes, read_json
+from l4jax.checkpoints.files import LICENCES, copy_files
 from l4jax.checkpoints.recipes import Wanted, fuse_qkv, stack_gate_up
 from l4jax.checkpoints.safetensors import SafetensorsFiles
 from l4jax.checkpoints.source import CheckpointError, Recipe, TensorInfo
@@ -17,12 +17,11 @@ from l4jax.checkpoints.store import SOURCE_CONFIG
 from l4jax.checkpoints.vision import vision_shapes
 from l4jax.config import ModelConfig
 from l4jax.config_formats import config_from_hf
+from l4jax.files import read_bytes, read_json, read_json_if_there
 
-_COPIED = (
-    *("tokenizer*", "special_tokens_map.json", "chat_template*", "generation_config.json"),
-    *("preprocessor_config.json", "processor_config.json"),
-    *LICENCES,
-)
+# A processor's configuration may hold the chat template.
+_TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "processor_config.json")
+_COPIED = ("generation_config.json", "preprocessor_config.json", *LICENCES)
 
 
 class HFSource:
@@ -34,8 +33,7 @@ class HFSource:
         self._directory = directory
         values = read_json(directory / "config.json")
         _refuse_quantised(values, directory)
-        generation = directory / "generation_config.json"
-        config = config_from_hf(values, read_json(generation) if generation.exists() else None)
+        config = config_from_hf(values, read_json_if_there(directory / "generation_config.json"))
         self._files = SafetensorsFiles(directory)
         self.fingerprint: Mapping[str, list[int]] = self._files.fingerprint
         self.tensors: Mapping[str, TensorInfo] = self._files.tensors
@@ -61,15 +59,19 @@ class HFSource:
         """Return the tensor."""
         return self._files.read(key)
 
-    def write_text_files(self, directory: Path) -> list[str]:
-        """Copy tokenizer, chat template, generation defaults and licence files."""
-        names = copy_files(self._directory, _COPIED, directory)
+    def write_tokenizer(self, directory: Path) -> list[str]:
+        """Copy tokenizer and chat templates."""
+        names = copy_files(self._directory, _TOKENIZER, directory)
         templates = "additional_chat_templates"
         if (self._directory / templates).is_dir():
             (directory / templates).mkdir()
             names += [f"{templates}/{name}" for name in copy_files(self._directory / templates, ("*.jinja",), directory / templates)]
+        return names
+
+    def write_other_files(self, directory: Path) -> list[str]:
+        """Copy configuration, generation defaults and licence files."""
         (directory / SOURCE_CONFIG).write_bytes(read_bytes(self._directory / "config.json"))
-        return [*names, SOURCE_CONFIG]
+        return [*copy_files(self._directory, _COPIED, directory), SOURCE_CONFIG]
 
 
 def _refuse_quantised(values: Mapping[str, Any], directory: Path) -> None:

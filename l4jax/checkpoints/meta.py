@@ -13,16 +13,16 @@ from pathlib import Path
 
 import numpy as np
 
-from l4jax.checkpoints.files import LICENCES, copy_files, not_read, read_json
+from l4jax.checkpoints.files import LICENCES, copy_files, not_read
 from l4jax.checkpoints.recipes import fuse_qkv
 from l4jax.checkpoints.source import CheckpointError, Recipe, TensorInfo
 from l4jax.checkpoints.torch_zip import TorchFile
 from l4jax.checkpoints.vision import meta_name, vision_shapes
 from l4jax.config import ModelConfig
 from l4jax.config_formats import config_from_meta
+from l4jax.files import read_json
 
 _IGNORED = re.compile(r".*(_extra_state|rope\.freqs|global_gate_stats_3E|running_gate_stats_3E|expert_activation_DE)")
-_COPIED = ("tokenizer.model", *LICENCES)
 
 
 class MetaSource:
@@ -57,9 +57,13 @@ class MetaSource:
         shard, _, name = key.partition(":")
         return self._files[int(shard)].read(name)
 
-    def write_text_files(self, directory: Path) -> list[str]:
-        """Copy the tokenizer and licence files."""
-        return copy_files(self._directory, _COPIED, directory)
+    def write_tokenizer(self, directory: Path) -> list[str]:
+        """Copy the tokenizer."""
+        return copy_files(self._directory, ("tokenizer.model",), directory)
+
+    def write_other_files(self, directory: Path) -> list[str]:
+        """Copy the licence files."""
+        return copy_files(self._directory, LICENCES, directory)
 
     def _read_config(self) -> ModelConfig:
         path = self._directory / "params.json"

@@ -6,11 +6,12 @@ import os
 from pathlib import Path
 
 from l4jax.checkpoints.eagle import EagleSource
-from l4jax.checkpoints.files import absent, listed, reading, refuse_pointer, weight_names
+from l4jax.checkpoints.files import absent, listed, weight_names
 from l4jax.checkpoints.partial import SUFFIX
 from l4jax.checkpoints.source import CheckpointError, ModelSource
 from l4jax.checkpoints.store import MANIFEST, open_checkpoint
 from l4jax.config_formats.eagle import HeadAnswers
+from l4jax.files import reading, refuse_pointer
 
 _EXPECTED = "a Hugging Face or Meta folder, or a .gguf file"
 

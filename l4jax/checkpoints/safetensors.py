@@ -13,8 +13,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from l4jax.checkpoints.files import WeightFile, listed, not_read, read_json, weight_names
+from l4jax.checkpoints.files import WeightFile, listed, not_read, weight_names
 from l4jax.checkpoints.source import CheckpointError, TensorInfo
+from l4jax.files import FileError, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -110,7 +111,7 @@ def _read_header(file: WeightFile) -> dict[str, _Entry]:
         described = json.loads(header, object_pairs_hook=lambda pairs: _once(file.path, pairs))
         spans = {key: _span(file.path, key, tensor) for key, tensor in described.items() if key != "__metadata__"}
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
+        if isinstance(error, FileError):
             raise
         raise CheckpointError(f"{file.path} is truncated or not a safetensors file: its header cannot be read; fetch it again") from error
     end = 0

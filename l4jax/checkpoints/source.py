@@ -10,9 +10,10 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from l4jax.config import DrafterConfig, ModelConfig
+from l4jax.files import FileError
 
 
-class CheckpointError(ValueError):
+class CheckpointError(FileError):
     """A checkpoint cannot be used; the message is one line: what was given, what was expected, what to do."""
 
 
@@ -64,8 +65,12 @@ class Source(Protocol):
         """Return one tensor's values, of the shape and dtype in ``tensors``; nothing is kept."""
         ...
 
-    def write_text_files(self, directory: Path) -> list[str]:
-        """Copy or derive tokenizer, chat template and licence files into ``directory``; return the names written."""
+    def write_tokenizer(self, directory: Path) -> list[str]:
+        """Copy or derive tokenizer and chat template files into ``directory``; return the names written."""
+        ...
+
+    def write_other_files(self, directory: Path) -> list[str]:
+        """Copy all further files that belong to the checkpoint, licences among them, into ``directory``; return the names written."""
         ...
 
 

@@ -30,12 +30,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from l4jax.checkpoints.files import absent, read_bytes, read_json, reading
+from l4jax.checkpoints.files import absent
 from l4jax.checkpoints.partial import SUFFIX
 from l4jax.checkpoints.quiet import only_the_error
 from l4jax.checkpoints.source import CheckpointError
 from l4jax.config import ConfigError, DrafterConfig, ModelConfig, config_from_json, config_to_json, drafter_config_from_json
 from l4jax.decoding.plan import UNMEASURED, TableJson
+from l4jax.files import read_bytes, read_json, reading
 from l4jax.interrupts import kept_interrupts
 from l4jax.model.drafter import build_drafter
 from l4jax.model.llama import Llama

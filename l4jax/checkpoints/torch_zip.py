@@ -20,8 +20,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from l4jax.checkpoints.files import WeightFile, reading
+from l4jax.checkpoints.files import WeightFile
 from l4jax.checkpoints.source import CheckpointError, TensorInfo
+from l4jax.files import FileError, reading
 
 _STORAGES = {
     "FloatStorage": np.dtype(np.float32),
@@ -187,7 +188,7 @@ class TorchFile:
         except (zipfile.BadZipFile, struct.error, NotImplementedError) as error:
             raise CheckpointError(f"{path} is truncated or was not written by torch.save since 1.6 ({error}); fetch it again") from error
         except _BROKEN as error:
-            if isinstance(error, CheckpointError):
+            if isinstance(error, FileError):
                 raise
             raise CheckpointError(f"{path}: its pickle does not describe tensors ({error!r}); expected a state dictionary") from error
         if not isinstance(loaded, dict):

@@ -19,6 +19,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("source", help="a folder with safetensors or consolidated.*.pth, or a .gguf file")
     parser.add_argument("destination", help="the folder to make; it must not exist")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="dtype to store the weights in (default: the source's)")
+    parser.add_argument(
+        "--without-tokenizer", action="store_true", help="leave tokenizer and chat template out: the model takes token ids instead of text"
+    )
     parser.add_argument("--target", help="for an EAGLE head: the model it was trained for, a folder made by l4jax convert")
     parser.add_argument(
         "--trained-length", type=int, metavar="N", help="if a head's files leave it open: the length that it was trained at, in tokens"
@@ -65,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
             open_source(arguments.source) if arguments.target is None else open_head(arguments.source, arguments.target, answers)
         )
         check_complete(source)
-        check_text_of(source, Path(arguments.source))
+        check_text_of(source, Path(arguments.source), tokenizer=not arguments.without_tokenizer)
         for line in source.notes:
             print(line, file=sys.stderr)
         for name, recipe in source.recipes.items():
@@ -83,6 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
             dtype=arguments.dtype,
             target=arguments.target,
             answers=answers,
+            without_tokenizer=arguments.without_tokenizer,
             progress=lambda stage, done, total: bar.update(task, completed=done, total=total, description=stage),
             note=lambda line: bar.console.print(line, markup=False, highlight=False, soft_wrap=True),
         )

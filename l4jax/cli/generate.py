@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import sys
 from typing import Any
@@ -129,10 +128,9 @@ def _shared_stdin() -> str:
 
 def _json_object(text: str | None) -> dict[str, Any]:
     """Read ``--chat-template-kwargs``."""
-    try:
-        values = json.loads(text or "{}")
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"--chat-template-kwargs is not valid JSON ({error}); expected an object") from error
+    from l4jax.files import parse_json
+
+    values = parse_json(text or "{}", "--chat-template-kwargs", "expected a JSON object")
     if not isinstance(values, dict):
         raise ValueError(f"--chat-template-kwargs is a {type(values).__name__}; expected a JSON object")
     return values

@@ -50,10 +50,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _describe(name: str) -> tuple[list[Row], ModelConfig | DrafterConfig]:
     """The rows about the checkpoint, and its configuration."""
-    from l4jax.checkpoints.files import read_json
     from l4jax.checkpoints.open import open_source
     from l4jax.checkpoints.store import MANIFEST, open_checkpoint, open_drafter
     from l4jax.data import configs_path
+    from l4jax.files import read_json
 
     path = Path(name)
     shipped = configs_path() / "models" / f"{name}.json"
@@ -82,7 +82,7 @@ def _describe_checkpoint(checkpoint: Checkpoint) -> list[Row]:
         *_decoder(checkpoint.config),
         *_vision([weight.shape for name, weight in weights if is_vision(name)]),
         ("dtypes", _counts([weight.dtype for _, weight in weights])),
-        *_text(checkpoint.directory),
+        *_text(checkpoint.directory, checkpoint.config),
     ]
 
 
@@ -103,7 +103,7 @@ def _describe_drafter(drafter: DrafterCheckpoint) -> list[Row]:
 
 def _describe_source(path: Path, source: ModelSource) -> list[Row]:
     from l4jax.checkpoints.store import is_vision
-    from l4jax.checkpoints.text import text_files_of
+    from l4jax.checkpoints.text import tokenizer_files_of
 
     vision = [key for name, recipe in source.recipes.items() if is_vision(name) for key in recipe.keys]
     rows = [
@@ -115,19 +115,18 @@ def _describe_source(path: Path, source: ModelSource) -> list[Row]:
         ("dtypes as read", _counts([str(tensor.dtype) for tensor in source.tensors.values()])),
     ]
     try:
-        with text_files_of(source, path) as directory:
-            text = _text(directory)
+        with tokenizer_files_of(source, path) as directory:
+            text = _text(directory, source.config)
     except ValueError as error:
         return [*rows, ("tokenizer", f"not usable: {error}")]
     return [*rows, *(tuple(cell.replace(str(directory), str(path)) for cell in row) for row in text)]
 
 
 def _read_config(path: Path) -> ModelConfig:
-    from l4jax.checkpoints.files import read_json
     from l4jax.config_formats import config_from_hf
+    from l4jax.files import read_json, read_json_if_there
 
-    generation = path.with_name("generation_config.json")
-    return config_from_hf(read_json(path), read_json(generation) if generation.exists() else None)
+    return config_from_hf(read_json(path), read_json_if_there(path.with_name("generation_config.json")))
 
 
 def _decoder(config: ModelConfig) -> list[Row]:
@@ -145,11 +144,11 @@ def _counts(dtypes: Sequence[str]) -> str:
     return ", ".join(f"{dtype} ({count} tensors)" for dtype, count in Counter(dtypes).most_common())
 
 
-def _text(directory: Path) -> list[Row]:
+def _text(directory: Path, config: ModelConfig) -> list[Row]:
     """Tokenizer and chat template in ``directory``."""
     from l4jax.text.load import Text, load_text
 
-    text = load_text(directory)
+    text = load_text(directory, config)
     tokenizer, chat_format = text.tokenizer, text.chat_format
     if tokenizer is None:
         return [("tokenizer", "none" if text.no_tokenizer == Text.no_tokenizer else f"not usable: {text.no_tokenizer}")]

@@ -6,13 +6,14 @@ Node 0 is the root, the last token emitted; the others are drafted. A node's par
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32
+
+from l4jax.files import parse_json
 
 NONE = -1
 """Stands for a node that does not exist."""
@@ -67,13 +68,11 @@ class StaticTree:
     def from_file(cls, path: Path) -> StaticTree:
         """Read a JSON list of paths, as in ``configs/trees/``. Raises ValueError, naming the file, if it holds no tree."""
         try:
-            paths = json.loads(path.read_text(encoding="utf-8"))
+            paths = parse_json(path.read_bytes(), f"tree file {path}", "expected JSON such as [[0], [1], [0, 0]]")
         except FileNotFoundError as error:
             raise ValueError(f"tree file {path} does not exist; expected JSON such as [[0], [1], [0, 0]]") from error
         except OSError as error:
             raise ValueError(f"tree file {path} cannot be read ({error.strerror}); expected JSON such as [[0], [1], [0, 0]]") from error
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"tree file {path} is not valid JSON ({error})") from error
         if not isinstance(paths, list) or not paths or not all(isinstance(p, list) for p in paths):
             raise ValueError(f"tree file {path} holds no list of paths; expected JSON such as [[0], [1], [0, 0]]")
         try:

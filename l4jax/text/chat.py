@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
+from l4jax.files import is_there, read_json_if_there, read_text
 from l4jax.text.hf_tokenizer import read_tokenizer_config
 from l4jax.text.template import ChatError, ChatTemplate, TemplateRefusal, turns_of
-from l4jax.text.tokenizer import Tokenizer, TokenizerError, check_unicode, read_json, read_text, token_text
+from l4jax.text.tokenizer import Tokenizer, TokenizerError, check_unicode, token_text
 
 ROLES = ("system", "user", "assistant", "tool", "ipython")
 
@@ -70,11 +71,11 @@ class ChatFormat:
         self._template = ChatTemplate(template, origin=origin, variables=variables)
         self._tool_use = self._template if tool_use is None else ChatTemplate(tool_use, origin=f"{origin} (tool_use)", variables=variables)
         turns = [turns_of(one, tokenizer) for one in dict.fromkeys((self._template, self._tool_use))]
-        for each in turns:
-            tokenizer.make_special(each.markers)
+        further = {name: token_id for name in _END_OF_TURN if (token_id := tokenizer.marker_id(name)) is not None}
+        for markers in (*(each.markers for each in turns), further):
+            tokenizer.make_special(markers)
         ends = [end for each in turns for end in each.ends]
-        ends += [tokenizer.special_tokens[name] for name in _END_OF_TURN if name in tokenizer.special_tokens]
-        self.stop_token_ids = tuple(dict.fromkeys((*stop_token_ids, *ends)))
+        self.stop_token_ids = tuple(dict.fromkeys((*stop_token_ids, *ends, *further.values())))
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool | None = None, **options: Unpack[ChatOptions]
@@ -208,7 +209,7 @@ def load_chat_format(directory: Path, tokenizer: Tokenizer) -> ChatFormat | None
     config = read_tokenizer_config(directory)
     found = _checkpoint_templates(directory)
     if "default" not in found:
-        found = _built_in_template(tokenizer)
+        found = built_in_template(tokenizer)
     if not found:
         return None
     template, origin = found["default"]
@@ -225,11 +226,11 @@ def _checkpoint_templates(directory: Path) -> dict[str, tuple[str, str]]:
     """The checkpoint's templates by name, with their origin. Files of their own replace what the JSON files say, as in transformers."""
     files = {"default": directory / "chat_template.jinja"}
     files |= {path.stem: path for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
-    found = {name: (read_text(path), str(path)) for name, path in files.items() if path.exists()}
+    found = {name: (read_text(path), str(path)) for name, path in files.items() if is_there(path)}
     if found:
         return found
     for path in (directory / name for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json")):
-        given = read_json(path).get("chat_template")
+        given = read_json_if_there(path).get("chat_template")
         if given is None:
             continue
         # Several are a list of objects, each with its name.
@@ -240,7 +241,8 @@ def _checkpoint_templates(directory: Path) -> dict[str, tuple[str, str]]:
     return {}
 
 
-def _built_in_template(tokenizer: Tokenizer) -> dict[str, tuple[str, str]]:
+def built_in_template(tokenizer: Tokenizer) -> dict[str, tuple[str, str]]:
+    """The built-in template, as "default", that ``tokenizer`` is made for, and its origin; empty if there is none."""
     for name, tokens in _BUILT_IN.items():
         if all(tokenizer.marker_id(token) is not None for token in tokens):
             path = Path(__file__).parent / "templates" / f"{name}.jinja"

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
+from l4jax.text.chat import ChatFormat, built_in_template
+from l4jax.text.hf_tokenizer import HfTokenizer
+from l4jax.text.template import ChatError
 from l4jax.text.tiktoken_tokenizer import LLAMA3_SPLIT, LLAMA4_SPLIT
-from l4jax.text.tokenizer import TokenizerError
+from l4jax.text.tokenizer import TokenizerError, token_text
 
 # GGUF's kinds of token. llama.cpp neither prints unknown and unused ones nor finds them in text.
 _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 2, 3, 4, 5
@@ -31,7 +36,12 @@ def write_gguf_tokenizer(metadata: Mapping[str, Any], directory: Path) -> list[s
     """
     if "tokenizer.ggml.model" not in metadata:
         return []
-    tokenizer, config, templates = _build(metadata), _tokenizer_config(metadata), _templates(metadata)
+    config, templates = _tokenizer_config(metadata), _templates(metadata)
+    tokenizer = _build(metadata)
+    unused = _unused(metadata)
+    if unused:
+        unused -= _markers(tokenizer, config, templates)
+        tokenizer = _build(metadata, without=unused)
     if len(templates) > 1:
         config["chat_template"] = [{"name": name, "template": template} for name, template in templates.items()]
     files = {
@@ -45,7 +55,8 @@ def write_gguf_tokenizer(metadata: Mapping[str, Any], directory: Path) -> list[s
     return list(files)
 
 
-def _build(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
+def _build(metadata: Mapping[str, Any], without: Set[str] = frozenset()) -> tokenizers.Tokenizer:
+    """Make the tokenizer, ``without`` some of the tokens."""
     model, pre = metadata["tokenizer.ggml.model"], metadata.get("tokenizer.ggml.pre")
     if model != "gpt2":
         raise TokenizerError(
@@ -66,9 +77,9 @@ def _build(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
         if len(merge) != 2 or not vocabulary.keys() >= {*merge, "".join(merge)}:
             raise TokenizerError(f"GGUF: the merge {' '.join(merge)!r} does not make one token of two; the file is damaged")
 
-    # Converters fill the rows beyond a tokenizer with unused tokens, "[PAD17]". Those that merges make are words.
+    # What merges make are words.
     made = {part for merge in merges for part in (*merge, "".join(merge))}
-    used = {token: i for token, i in vocabulary.items() if kinds[i] != _UNUSED or token in made}
+    used = {token: i for token, i in vocabulary.items() if token not in without or token in made}
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=used, merges=merges, ignore_merges=pre in _SPLITS))
     tokenizer.decoder = decoders.ByteLevel()
     prefix_space = bool(metadata.get("tokenizer.ggml.add_space_prefix", False))
@@ -94,12 +105,32 @@ def _build(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
 def _tokenizer_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
     names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     named = {field: _token(metadata, key) for field, key in names.items()}
+    # The ends of a turn (eot) and of a message (eom), and what is for filling gaps in text, among others.
+    others = [match[1] for key in metadata if (match := re.fullmatch(r"tokenizer\.ggml\.(\w+)_token_id", key)) is not None]
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{field: token for field, token in named.items() if token is not None},
+        "additional_special_tokens": [_token(metadata, name) for name in others if name not in names.values()],
         "add_bos_token": _adds_bos(metadata),
         "clean_up_tokenization_spaces": False,
     }
+
+
+def _unused(metadata: Mapping[str, Any]) -> set[str]:
+    """The tokens that the file labels as unused: converters fill the rows beyond a tokenizer with them, as "[PAD17]"."""
+    tokens, kinds = _list(metadata, "tokenizer.ggml.tokens"), _list(metadata, "tokenizer.ggml.token_type")
+    return {token for token, kind in zip(tokens, kinds, strict=True) if kind == _UNUSED}
+
+
+def _markers(backend: tokenizers.Tokenizer, config: Mapping[str, Any], templates: Mapping[str, str]) -> set[str]:
+    """The tokens that act as special ones, whatever the file labels them: those that it names, and those of its templates."""
+    tokenizer = HfTokenizer(backend, config)
+    for template in templates.values() or [text for text, _ in built_in_template(tokenizer).values()]:
+        # One that cannot be used is reported when it is needed.
+        with contextlib.suppress(ChatError):
+            variables = {key: text for key, value in config.items() if key.endswith("_token") and (text := token_text(value)) is not None}
+            ChatFormat(template, tokenizer, origin="GGUF", variables=variables)
+    return set(tokenizer.special_tokens)
 
 
 def _templates(metadata: Mapping[str, Any]) -> dict[str, str]:

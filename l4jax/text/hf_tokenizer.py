@@ -8,7 +8,8 @@ from typing import Any, override
 
 import tokenizers
 
-from l4jax.text.tokenizer import Tokenizer, TokenizerError, is_mark, read_json, read_text, token_text
+from l4jax.files import read_json_if_there, read_text
+from l4jax.text.tokenizer import Tokenizer, TokenizerError, is_mark, token_text
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -33,6 +34,7 @@ class HfTokenizer(Tokenizer):
         self._backend = backend
         added = backend.get_added_tokens_decoder()
         self._bytes = {token_id: token.content.encode() for token_id, token in added.items()}
+        self._absent = frozenset(byte for byte, character in _CHARACTERS.items() if backend.token_to_id(character) is None)
         # What the tokenizer's own post-processing puts around a plain prompt.
         template = backend.encode("", add_special_tokens=True).ids
         named_bos = token_text(tokenizer_config.get("bos_token"))
@@ -49,19 +51,30 @@ class HfTokenizer(Tokenizer):
         )
         # From here on the library takes the names of special tokens as text; split_special finds them where they are wanted.
         backend.encode_special_tokens = True
-        # A name alone does not make a word special: some files name "!" for padding.
-        self.make_special({name: token_id for name in _named(tokenizer_config) if (token_id := self.marker_id(name)) is not None})
+        named = [token_id for name in _named(tokenizer_config) if (token_id := self.token_id(name)) is not None]
+        self.make_markers_special([*template, *named])
 
     @override
     def make_special(self, tokens: Mapping[str, int]) -> None:
         # The library finds added tokens in text unless it knows them as special. Adding a token again does not change its id.
-        added = {token.content for token in self._backend.get_added_tokens_decoder().values()}
+        added = {token.content: token for token in self._backend.get_added_tokens_decoder().values()}
+        for token in map(added.get, tokens):
+            if token is not None and (token.lstrip or token.rstrip or token.single_word):
+                raise TokenizerError(f"the special token {token.content!r} changes the text around it, which is not supported")
         self._backend.add_special_tokens([tokenizers.AddedToken(t, special=True, normalized=False) for t in tokens if t in added])
         super().make_special(tokens)
 
     @override
     def encode_ordinary(self, text: str) -> list[int]:
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
+        ids = list(self._backend.encode(text, add_special_tokens=False).ids)
+        # The library drops a byte that the vocabulary lacks, or takes a special token for it.
+        doubtful = [character for character in dict.fromkeys(text) if not self._absent.isdisjoint(character.encode())]
+        if doubtful:
+            written = b"".join(map(self.token_bytes, ids))
+            for character in doubtful:
+                if character.encode() not in written:
+                    raise ValueError(f"the text has {character!r}, for which the model's tokenizer has no token; leave it out")
+        return ids
 
     @override
     def token_bytes(self, token_id: int) -> bytes:
@@ -111,12 +124,12 @@ def load_hf_tokenizer(directory: Path) -> HfTokenizer:
         )
     config = read_tokenizer_config(directory)
     _add_missing(backend, config, directory)
-    for token in backend.get_added_tokens_decoder().values():
-        if token.special and (token.lstrip or token.rstrip or token.single_word):
-            raise TokenizerError(f"{path}: the special token {token.content!r} changes the text around it, which is not supported")
     backend.no_truncation()
     backend.no_padding()
-    return HfTokenizer(backend, config)
+    try:
+        return HfTokenizer(backend, config)
+    except TokenizerError as error:
+        raise TokenizerError(f"{path}: {error}") from error
 
 
 def read_tokenizer_config(directory: Path) -> dict[str, Any]:
@@ -124,11 +137,11 @@ def read_tokenizer_config(directory: Path) -> dict[str, Any]:
 
     Both are read only where ``added_tokens_decoder`` is absent, and the map's values come before the configuration's.
     """
-    config = read_json(directory / "tokenizer_config.json")
+    config = read_json_if_there(directory / "tokenizer_config.json")
     if "added_tokens_decoder" in config:
         return config
-    config |= read_json(directory / "special_tokens_map.json")
-    added = read_json(directory / "added_tokens.json")
+    config |= read_json_if_there(directory / "special_tokens_map.json")
+    added = read_json_if_there(directory / "added_tokens.json")
     return config | {"added_tokens_decoder": {token_id: {"content": token} for token, token_id in added.items()}}
 
 

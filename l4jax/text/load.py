@@ -6,11 +6,13 @@ import contextlib
 import dataclasses
 from pathlib import Path
 
+from l4jax.config import ModelConfig
+from l4jax.files import FileError, is_there
 from l4jax.text.chat import ChatFormat, load_chat_format
 from l4jax.text.hf_tokenizer import load_hf_tokenizer
 from l4jax.text.template import ChatError
 from l4jax.text.tiktoken_tokenizer import load_tiktoken_tokenizer
-from l4jax.text.tokenizer import Tokenizer, TokenizerError
+from l4jax.text.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,18 +25,24 @@ class Text:
     no_chat: str = "this checkpoint has no chat template"
 
 
-def load_text(directory: Path) -> Text:
-    """Load the tokenizer and chat format of a checkpoint's folder; one that cannot be used is None, and the model still takes token ids."""
+def load_text(directory: Path, config: ModelConfig | None = None) -> Text:
+    """Load the tokenizer and chat format of a checkpoint's folder; one that cannot be used is None, and the model still takes token ids.
+
+    Begin, end and padding tokens that the model's ``config`` names are special in the tokenizer.
+    """
     try:
         tokenizer = _read_tokenizer(directory)
-    except TokenizerError as error:
+        if tokenizer is not None and config is not None:
+            named = (config.bos_token_id, config.pad_token_id, *config.eos_token_ids)
+            tokenizer.make_markers_special([token_id for token_id in named if token_id is not None])
+    except FileError as error:
         reason = f"this checkpoint's tokenizer cannot be used ({error})"
         return Text(None, None, no_tokenizer=reason, no_chat=reason)
     if tokenizer is None:
         return Text(None, None)
     try:
         return Text(tokenizer, load_chat_format(directory, tokenizer))
-    except (ChatError, TokenizerError) as error:
+    except (ChatError, FileError) as error:
         return Text(tokenizer, None, no_chat=f"this checkpoint's chat template cannot be used ({error})")
 
 
@@ -46,7 +54,7 @@ def load_tokenizer(directory: Path) -> Tokenizer | None:
     """
     tokenizer = _read_tokenizer(directory)
     if tokenizer is not None:
-        with contextlib.suppress(ChatError, TokenizerError):
+        with contextlib.suppress(ChatError, FileError):
             load_chat_format(directory, tokenizer)
     return tokenizer
 
@@ -64,8 +72,8 @@ def check_text(directory: Path) -> None:
 
 
 def _read_tokenizer(directory: Path) -> Tokenizer | None:
-    if (directory / "tokenizer.json").exists():
+    if is_there(directory / "tokenizer.json"):
         return load_hf_tokenizer(directory)
-    if (directory / "tokenizer.model").exists():
+    if is_there(directory / "tokenizer.model"):
         return load_tiktoken_tokenizer(directory / "tokenizer.model")
     return None

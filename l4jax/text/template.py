@@ -7,7 +7,7 @@ import datetime
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, get_args
 
 import jinja2
 import jinja2.ext
@@ -19,6 +19,7 @@ import jinja2.sandbox
 from l4jax.text.tokenizer import Tokenizer, is_mark
 
 Messages = Sequence[Mapping[str, Any]]
+_Form = Literal["text", "part", "parts"]  # of a message's content: a text, a list of one text part, a longer list
 
 
 class ChatError(ValueError):
@@ -46,13 +47,13 @@ class ChatTemplate:
             raise ChatError(f"{origin}: line {error.lineno} of the chat template is not valid Jinja: {_one_line(error)}") from error
         except (RecursionError, MemoryError, SyntaxError) as error:
             raise ChatError(f"{origin}: the chat template is nested too deep") from error
-        self._takes: dict[tuple[str, bool], bool] = {}
+        self._takes: dict[tuple[str, _Form], bool] = {}
 
     def render(self, messages: Messages, **variables: Any) -> str:
         """Return the text for ``messages``, whose contents are texts or lists of text parts.
 
         The template gets each content in the form that it takes. Raises :class:`TemplateRefusal` for messages that the template
-        refuses, :class:`ChatError` for those that it fails on.
+        refuses, :class:`ChatError` for those that it fails on or writes nothing of.
         """
         return self._render([self._shaped(message) for message in messages], **variables)
 
@@ -67,29 +68,53 @@ class ChatTemplate:
             raise ChatError(f"{self.origin}: the chat template cannot format these messages: {_one_line(error)}") from error
 
     def _shaped(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return ``message`` with its content as a text or as a list of parts, whichever the template takes from this role."""
+        """Return ``message`` with its content in a form that the template takes from this role: its own, if the template takes it."""
         content, role = message.get("content"), message["role"]
-        if isinstance(content, list) and not self._takes_content(role, parts=True):
-            return {**message, "content": "".join(part["text"] for part in content)}
-        if isinstance(content, str) and self._takes_content(role, parts=True) and not self._takes_content(role, parts=False):
-            return {**message, "content": [{"type": "text", "text": content}]}
-        return message
+        if content is None:
+            return message
+        parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+        joined = "".join(part["text"] for part in parts)
+        one_part = [{"type": "text", "text": joined}]
+        shapes: list[tuple[_Form, Any]] = [("text", joined), ("part", one_part)]
+        if isinstance(content, list):
+            shapes.insert(0, ("part" if len(parts) == 1 else "parts", parts))
+        for form, shape in shapes:
+            if self._takes_content(role, form):
+                return {**message, "content": shape}
+        if joined.strip() and self._ignores_content(role):
+            raise ChatError(f"{self.origin}: the chat template does not write what a message of role {role} says; leave the message out")
+        # Templates that change what they write, or refuse what they are tried with, are taken at their word.
+        return {**message, "content": joined}
 
-    def _takes_content(self, role: str, *, parts: bool) -> bool:
+    def _takes_content(self, role: str, form: _Form) -> bool:
         """Whether contents of this form appear as they are in what the template writes."""
-        key = (role, parts)
+        key = (role, form)
         if key not in self._takes:
-            content: Any = [{"type": "text", "text": word} for word in _WORDS[:2]] if parts else "".join(_WORDS[:2])
-            probe = {"role": role, "content": content}
-            user, answer = {"role": "user", "content": _WORDS[2]}, {"role": "assistant", "content": _WORDS[3]}
-            conversations = {"system": [probe, user], "user": [probe], "assistant": [user, probe, user]}
-            try:
-                text = self._render(conversations.get(role, [user, answer, probe]))
-            except ChatError:
-                text = ""
+            text = self._tried(role, form, _WORDS[0], _WORDS[1])
             # A template that expects text writes a list of parts in Python's or JSON's notation, with "text" in quotes.
-            self._takes[key] = all(word in text for word in _WORDS[:2]) and not re.search(r"""["']text["']""", text)
+            written = text is not None and all(word in text for word in _WORDS[:2]) and not re.search(r"""["']text["']""", text)
+            self._takes[key] = written
         return self._takes[key]
+
+    def _ignores_content(self, role: str) -> bool:
+        """Whether the template writes the same whatever a message of this role says, in every form."""
+        for form in get_args(_Form):
+            text = self._tried(role, form, _WORDS[0], _WORDS[1])
+            if text is None or text != self._tried(role, form, _WORDS[1], _WORDS[0]):
+                return False
+        return True
+
+    def _tried(self, role: str, form: _Form, *words: str) -> str | None:
+        """What the template writes of a message that says these words, in a short conversation; None if it fails or refuses."""
+        said = words if form == "parts" else ["".join(words)]
+        parts = [{"type": "text", "text": text} for text in said]
+        tried = {"role": role, "content": said[0] if form == "text" else parts}
+        user, answer = {"role": "user", "content": _WORDS[2]}, {"role": "assistant", "content": _WORDS[3]}
+        conversations: dict[str, Messages] = {"system": [tried, user], "user": [tried], "assistant": [user, tried, user]}
+        try:
+            return self._render(conversations.get(role, [user, answer, tried]))
+        except ChatError:
+            return None
 
 
 @dataclasses.dataclass(frozen=True)

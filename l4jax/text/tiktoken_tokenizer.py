@@ -15,7 +15,8 @@ from typing import override
 
 import tiktoken
 
-from l4jax.text.tokenizer import Tokenizer, TokenizerError, read_bytes
+from l4jax.files import read_bytes
+from l4jax.text.tokenizer import Tokenizer, TokenizerError
 
 LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 """How Llama 3 cuts text into words before merging bytes."""
@@ -82,6 +83,9 @@ class TiktokenTokenizer(Tokenizer):
             split, names, ends = LLAMA4_SPLIT, llama4_special_tokens(), ("<|end_of_text|>", "<|eom|>", "<|eot|>")
         else:
             raise TokenizerError(f"the tokenizer has {len(ranks)} tokens; expected {LLAMA3_RANKS} (Llama 3) or {LLAMA4_RANKS} (Llama 4)")
+        absent = [byte for byte in range(256) if bytes([byte]) not in ranks]
+        if absent:
+            raise TokenizerError(f"the tokenizer has no token for byte {absent[0]}; the file is damaged, fetch it again")
         special = {name: len(ranks) + i for i, name in enumerate(names)}
         super().__init__(
             vocab_size=len(ranks) + len(special),

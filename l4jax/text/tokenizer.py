@@ -9,14 +9,14 @@ Special tokens (``<|eot|>``) have power over a model: they end turns and open ne
 from __future__ import annotations
 
 import abc
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from l4jax.files import FileError
 
-class TokenizerError(ValueError):
+
+class TokenizerError(FileError):
     """A tokenizer that is missing, damaged or of a kind that is not supported; the message is one line."""
 
 
@@ -46,11 +46,17 @@ class Tokenizer(abc.ABC):
         longest_first = sorted(self.special_tokens, key=len, reverse=True)
         self._special_pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
+    def make_markers_special(self, ids: Iterable[int]) -> None:
+        """Treat those of these tokens as special that no text is encoded as. Others stay text: some files name "!" for padding."""
+        texts = {self.token_bytes(token_id).decode("utf-8", errors="replace"): token_id for token_id in ids}
+        self.make_special({text: token_id for text, token_id in texts.items() if text and self.marker_id(text) == token_id})
+
     def encode(self, text: str, *, add_bos: bool = True, parse_special: bool = False) -> list[int]:
         """Return the token ids of ``text``, after the BOS token where the model expects one and ``add_bos`` is set.
 
         With ``parse_special``, special tokens spelt out in ``text`` become those tokens; a BOS token at its start is then not
-        doubled. Raises ValueError for text that is not Unicode (half of a surrogate pair).
+        doubled. Raises ValueError for text that is not Unicode (half of a surrogate pair), or that no tokens stand for: some
+        vocabularies lack bytes.
         """
         check_unicode(text)
         ids: list[int] = []
@@ -90,7 +96,10 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def encode_ordinary(self, text: str) -> list[int]:
-        """Return the token ids of ``text``; special tokens spelt out in it are plain text."""
+        """Return the token ids of ``text``; special tokens spelt out in it are plain text.
+
+        Raises ValueError for text with a character that no tokens stand for.
+        """
 
     @abc.abstractmethod
     def token_bytes(self, token_id: int) -> bytes:
@@ -118,35 +127,6 @@ def check_unicode(text: str) -> None:
         raise ValueError(
             f"the text has {text[error.start]!r} at position {error.start}, which is not a Unicode character; expected UTF-8 text"
         ) from None
-
-
-def read_bytes(path: Path) -> bytes:
-    """Return the contents of a file. Raises :class:`TokenizerError` for a git-lfs pointer, which an incomplete clone has in its place."""
-    content = path.read_bytes()
-    if content.startswith(b"version https://git-lfs.github.com/spec/"):
-        raise TokenizerError(f"{path} is a git-lfs pointer in place of the file; fetch the file itself, with: git lfs pull")
-    return content
-
-
-def read_text(path: Path) -> str:
-    """Return the contents of a file of UTF-8 text. Raises :class:`TokenizerError` for any other file."""
-    try:
-        return read_bytes(path).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise TokenizerError(f"{path} is not UTF-8 text ({error}); fetch the file again") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file, or an empty one if the file is absent. Raises :class:`TokenizerError` for any other file."""
-    if not path.exists():
-        return {}
-    try:
-        values = json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise TokenizerError(f"{path} is not valid JSON ({error}); fetch the file again") from error
-    if not isinstance(values, dict):
-        raise TokenizerError(f"{path} holds a {type(values).__name__}; expected a JSON object")
-    return values
 
 
 def token_text(value: Any) -> str | None:

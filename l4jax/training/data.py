@@ -8,19 +8,24 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from l4jax.decoding.params import SamplingParams
+from l4jax.files import parse_json
 from l4jax.llm import LLM
+from l4jax.text.chat import ChatOptions
 from l4jax.training.folder import reading_own
 
 _EXPECTED = 'expected an object with "messages", "prompt", or "prompt_token_ids" and "token_ids"'
+
+# What a conversation in the data may give to the chat template beside its messages.
+_TEMPLATE_OPTIONS: tuple[Literal["tools", "documents", "chat_template_kwargs"], ...] = ("tools", "documents", "chat_template_kwargs")
 
 Progress = Callable[[int, int], None]
 """Called with the amount done and the total."""
 
 
-Asked = tuple[str, float | None]
+Asked = tuple[str, float]
 """A prompt's key and its temperature. Within one run these two decide the target's answer."""
 
 
@@ -28,13 +33,13 @@ Asked = tuple[str, float | None]
 class Example:
     """A prompt and its answer (None: not answered yet); ``key`` is the prompt's SHA-256.
 
-    ``temperature``: what to answer it at, if not at the run's.
+    ``temperature``: what to answer it at, where it has no answer.
     """
 
     key: str
     prompt: tuple[int, ...]
     answer: tuple[int, ...] | None
-    temperature: float | None = None
+    temperature: float = 0.0
 
     def is_held_out(self, share: float) -> bool:
         """Whether it belongs to the share that is kept for evaluation: decided by the prompt alone, whatever else the data has."""
@@ -55,12 +60,14 @@ class Data:
     repeated: int
 
 
-def read_data(path: Path, llm: LLM) -> Data:
+def read_data(path: Path, llm: LLM, temperature: float) -> Data:
     """Read the prompts of a JSONL file, which may be a pipe: it is read once.
 
     A line has ``messages`` (a conversation; a last answer in it is dropped, because the target gives its own), ``prompt`` (text or token
-    ids), or ``prompt_token_ids`` and ``token_ids``, an answer given before. It may have a ``temperature`` to answer at. Every given answer
-    is kept; a prompt without one is kept once for each temperature. Raises ValueError, naming the line, for anything else.
+    ids), or ``prompt_token_ids`` and ``token_ids``, an answer given before. Beside messages it may have ``tools``, ``documents`` and
+    ``chat_template_kwargs`` for the chat template. It may have a ``temperature`` to answer at, in place of ``temperature``, the run's.
+    Every given answer is kept; a prompt without one is kept once for each temperature. Raises ValueError, naming the line, for anything
+    else.
     """
     digest = hashlib.sha256()
     examples: list[Example] = []
@@ -72,7 +79,7 @@ def read_data(path: Path, llm: LLM) -> Data:
             if not raw.strip():
                 continue
             try:
-                example = _example(_parsed(raw), llm)
+                example = _example(_parsed(raw), llm, temperature)
             except ValueError as error:
                 raise ValueError(f"{path} line {number}: {error}") from error
             if example.answer is None and example.asked in asked:
@@ -87,16 +94,13 @@ def read_data(path: Path, llm: LLM) -> Data:
 
 
 def _parsed(raw: bytes) -> dict[str, Any]:
-    try:
-        line = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"it is not JSON ({error}); {_EXPECTED}") from error
+    line = parse_json(raw, "it", _EXPECTED)
     if not isinstance(line, dict):
         raise ValueError(f"it is {raw.strip().decode(errors='replace')[:40]!r}; {_EXPECTED}")
     return line
 
 
-def _example(line: dict[str, Any], llm: LLM) -> Example:
+def _example(line: dict[str, Any], llm: LLM, default: float) -> Example:
     prompt, answer = _tokens(line, llm)
     for token in (*prompt, *(answer or ())):
         if not 0 <= token < llm.config.vocab_size:
@@ -104,7 +108,9 @@ def _example(line: dict[str, Any], llm: LLM) -> Example:
     temperature = line.get("temperature")
     if temperature is not None:
         SamplingParams(temperature=temperature)
-    return Example(_key(prompt), prompt, answer, temperature)
+    if answer is not None:
+        return Example(_key(prompt), prompt, answer)
+    return Example(_key(prompt), prompt, None, float(default if temperature is None else temperature))
 
 
 def _tokens(line: dict[str, Any], llm: LLM) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
@@ -113,6 +119,9 @@ def _tokens(line: dict[str, Any], llm: LLM) -> tuple[tuple[int, ...], tuple[int,
     if len(kinds) != 1:
         raise ValueError(f"it has {', '.join(line) or 'nothing'}; {_EXPECTED}")
     value = line[kinds[0]]
+    for name in ChatOptions.__annotations__:
+        if line.get(name) is not None and (kinds != ["messages"] or name not in _TEMPLATE_OPTIONS):
+            raise ValueError(f"it has {name}; expected {', '.join(_TEMPLATE_OPTIONS)} beside messages, and none of these elsewhere")
     if kinds == ["prompt_token_ids"]:
         return _token_ids(value), _token_ids(line.get("token_ids"))
     if kinds == ["prompt"]:
@@ -130,7 +139,7 @@ def _tokens(line: dict[str, Any], llm: LLM) -> tuple[tuple[int, ...], tuple[int,
         raise ValueError(f'its messages are a {type(value).__name__}; expected a list of {{"role": ..., "content": ...}}')
     while value and isinstance(value[-1], dict) and value[-1].get("role") == "assistant":
         value = value[:-1]
-    return tuple(llm.chat_format.encode(value)), None
+    return tuple(llm.chat_format.encode(value, **{name: line[name] for name in _TEMPLATE_OPTIONS if name in line})), None
 
 
 def _token_ids(value: Any) -> tuple[int, ...]:
@@ -147,7 +156,6 @@ def _key(prompt: Sequence[int]) -> str:
 class Generation:
     """How the target answers; ``length`` is the most tokens that a prompt and its answer may have together."""
 
-    temperature: float
     max_tokens: int
     length: int
     seed: int
@@ -180,7 +188,7 @@ def answer(llm: LLM, examples: Sequence[Example], how: Generation, file: Path, p
             group = missing[start : start + llm.max_batch]
             params = [
                 SamplingParams(
-                    temperature=how.temperature if example.temperature is None else example.temperature,
+                    temperature=example.temperature,
                     max_tokens=how.most_tokens(example),
                     seed=int(hashlib.sha256(f"{how.seed} {example.key}".encode()).hexdigest()[:16], 16),
                 )
@@ -189,7 +197,7 @@ def answer(llm: LLM, examples: Sequence[Example], how: Generation, file: Path, p
             for example, completion in zip(group, llm.generate([e.prompt for e in group], params), strict=True):
                 answers[example.asked] = tuple(completion.token_ids)
                 line = {"prompt_token_ids": example.prompt, "token_ids": completion.token_ids, "temperature": example.temperature}
-                out.write(json.dumps({name: value for name, value in line.items() if value is not None}) + "\n")
+                out.write(json.dumps(line) + "\n")
             out.flush()
             os.fsync(out.fileno())
             done += len(group)
@@ -209,4 +217,4 @@ def _read_answers(file: Path) -> dict[Asked, tuple[int, ...]]:
             out.truncate(len(complete))
     with reading_own(file):
         lines = [json.loads(line) for line in complete.splitlines()]
-        return {(_key(line["prompt_token_ids"]), line.get("temperature")): tuple(line["token_ids"]) for line in lines}
+        return {(_key(line["prompt_token_ids"]), line["temperature"]): tuple(line["token_ids"]) for line in lines}

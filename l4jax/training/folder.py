@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from l4jax.checkpoints.partial import write_atomically
-from l4jax.checkpoints.source import CheckpointError
 from l4jax.checkpoints.store import load_group, save_group
+from l4jax.files import FileError
 
 ANSWERS_DEPEND_ON = ("target", "data", "dtype", "length", "temperature", "max_tokens", "seed")
 """Settings that decide a run's answers; the others may change until a state has been saved."""
@@ -56,7 +56,7 @@ class RunFolder:
         directory = self._states / f"{saved[-1]:08}"
         try:
             arrays = load_group(directory, names)
-        except CheckpointError as error:
+        except FileError as error:
             raise ValueError(f"the state in {directory} cannot be read; remove it, and the run continues from the one before") from error
         lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
         with reading_own(self.metrics):

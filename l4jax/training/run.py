@@ -136,8 +136,8 @@ def train_drafter(
         settings = settings.of_shape(start.config)
     if settings.version == "eagle3" and settings.draft_vocab > llm.config.vocab_size:
         raise ValueError(f"draft_vocab is {settings.draft_vocab}; expected at most {llm.config.vocab_size}, the target's vocabulary")
-    read = read_data(data, llm)
-    how = Generation(settings.temperature, settings.max_tokens, settings.length, settings.seed)
+    read = read_data(data, llm, settings.temperature)
+    how = Generation(settings.max_tokens, settings.length, settings.seed)
     fitting = [example for example in read.examples if how.leaves_room_for(example)]
     if all(example.is_held_out(settings.held_out) for example in fitting):
         raise ValueError(

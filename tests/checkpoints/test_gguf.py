@@ -13,6 +13,8 @@ from gguf import GGMLQuantizationType, GGUFEndian, GGUFWriter
 from l4jax.checkpoints.convert import convert
 from l4jax.checkpoints.open import open_source
 from l4jax.checkpoints.store import open_checkpoint
+from l4jax.cli import main
+from l4jax.text.load import Text, load_text
 from tests.checkpoints.folders import GOLDEN, config_of, refused, tensors_of
 from tests.checkpoints.gguf_file import write_gguf
 
@@ -63,6 +65,24 @@ def test_a_head_beside_the_embedding_is_kept_whatever_it_holds(tmp_path):
         assert source.config.tie_word_embeddings == (name == "none")
         if name != "none":
             np.testing.assert_array_equal(source.read("output.weight"), tensors["lm_head.weight"])
+
+
+@pytest.mark.parametrize(
+    ("model", "pre", "message"), [("llama", None, "tokenizer.ggml.model is 'llama'"), ("gpt2", "qwen2", "tokenizer.ggml.pre is 'qwen2'")]
+)
+def test_a_tokenizer_that_is_not_supported_can_be_left_out(model, pre, message, expected, tmp_path, capsys):
+    def tokenizer(writer: GGUFWriter) -> None:
+        writer.add_tokenizer_model(model)
+        if pre is not None:
+            writer.add_tokenizer_pre(pre)
+
+    file = write_gguf(tmp_path / "m.gguf", CONFIG, TENSORS, extra=tokenizer)
+    refusal = refused(file, tmp_path)
+    assert message in refusal and "or convert the weights alone, for a model that takes token ids: --without-tokenizer" in refusal
+    assert main(["convert", str(file), str(tmp_path / "ours"), "--without-tokenizer"]) == 0
+    assert "is complete and verified" in capsys.readouterr().out
+    assert open_checkpoint(tmp_path / "ours").weights == expected
+    assert load_text(tmp_path / "ours") == Text(None, None)
 
 
 KINDS = {"F32": None, **{name: getattr(GGMLQuantizationType, name) for name in ("F16", "BF16", "Q8_0", "Q4_0")}}

@@ -141,8 +141,9 @@ A, B = '"a": {"dtype": "F32", "shape": [1], "data_offsets": [%d, %d]}', '"b": {"
         (f"{{{B % (0, 4)}, {A % (8, 12)}}}", 12, "the bytes of tensor a begin at 8; expected 4"),
         (f"{{{A % (4, 8)}}}", 8, "the bytes of tensor a begin at 4; expected 0"),
         (f"{{{A % (0, 4)}}}", 8, "has 77 bytes and its tensors end at 73"),
+        ("[" * 100_000, 0, "its header cannot be read"),
     ],
-    ids=["twice", "overlap", "gap", "gap at the front", "rest"],
+    ids=["twice", "overlap", "gap", "gap at the front", "rest", "nested too deep"],
 )
 def test_every_byte_belongs_to_one_tensor(header, size, message, tied, tmp_path):
     write_safetensors(tied / "model.safetensors", header, bytes(size))
@@ -250,7 +251,7 @@ def test_an_unfinished_conversion_is_not_a_source(tied, tmp_path):
 )
 def test_a_git_lfs_pointer_is_named_before_weights_are_converted(name, tied, tmp_path):
     (tied / name).write_bytes(POINTER)
-    assert f"{name} is a git-lfs pointer, not the file itself; run `git lfs pull`" in refused(tied, tmp_path)
+    assert f"{name} is a git-lfs pointer in place of the file; run `git lfs pull`" in refused(tied, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["params.json", "consolidated.00.pth", "tokenizer.model"])
@@ -335,7 +336,7 @@ def test_a_folder_of_templates_that_cannot_be_read(tied, tmp_path, monkeypatch):
     templates = tied / "additional_chat_templates"
     templates.mkdir()
     unreadable(monkeypatch, "iterdir", templates)
-    assert refused(tied, tmp_path) == f"{templates} cannot be read (Permission denied); check the file, or fetch it again"
+    assert refused(tied, tmp_path).startswith(f"{templates} cannot be read (Permission denied); check the file, or fetch it again; or ")
 
 
 @pytest.mark.parametrize("name", ["config.json", "LICENSE"])

@@ -17,6 +17,7 @@ from l4jax.checkpoints import quiet
 from l4jax.checkpoints.convert import convert
 from l4jax.checkpoints.source import CheckpointError
 from l4jax.checkpoints.store import open_checkpoint, save_group
+from l4jax.files import FileError
 from l4jax.placement import Placement
 from sharding.mesh import ONE_DEVICE
 from tests.checkpoints.folders import GOLDEN
@@ -102,5 +103,5 @@ def test_a_text_file_that_is_missing_is_named(ours):
 def test_a_text_file_that_vanishes_after_opening_is_one_line(ours):
     checkpoint = open_checkpoint(ours)
     (ours / "source_config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"source_config\.json cannot be read \(No such file or directory\)"):
+    with pytest.raises(FileError, match=r"source_config\.json cannot be read \(No such file or directory\)"):
         _ = checkpoint.digest

@@ -89,6 +89,7 @@ def test_on_a_terminal_it_is_a_table(monkeypatch: pytest.MonkeyPatch, capsys: py
     [
         ("{", "is not valid JSON"),
         ("[" * 100_000, "is not valid JSON"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a git-lfs pointer in place of the file"),
         ("[]", "holds a list"),
         (json.dumps({"architectures": ["GPT2LMHeadModel"]}), "is not supported"),
     ],

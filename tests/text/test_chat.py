@@ -26,6 +26,7 @@ CONVERSATION = [
     {"role": "assistant", "content": "Hello!"},
     {"role": "user", "content": [{"type": "text", "text": "Bye"}, {"type": "text", "text": " now"}]},
 ]
+BLANK = [{"role": "user", "content": ""}]
 
 
 def chat_format(template: str, tokenizer: Tokenizer = TOKENIZER, tool_use: str | None = None) -> ChatFormat:
@@ -128,7 +129,7 @@ def test_the_checkpoints_template_is_used(tmp_path: Path, files: dict[str, Any],
     found = load_chat_format(tmp_path, TOKENIZER)
     assert found is not None
     assert origin in found.origin
-    assert found.render(CONVERSATION) == "A"
+    assert found.render(BLANK) == "A"
 
 
 def test_without_any_template_there_is_no_chat(tmp_path: Path) -> None:
@@ -149,7 +150,7 @@ def test_templates_know_the_special_tokens(tmp_path: Path) -> None:
     assert tokenizer is not None
     found = load_chat_format(tmp_path, tokenizer)
     assert found is not None
-    assert found.render(CONVERSATION) == "<|im_start|><|im_end|><|end_of_text|>"
+    assert found.render(BLANK) == "<|im_start|><|im_end|><|end_of_text|>"
 
 
 @pytest.mark.parametrize(
@@ -165,12 +166,13 @@ def test_templates_know_the_special_tokens(tmp_path: Path) -> None:
     ],
 )
 def test_templates_find_what_transformers_offers(template: str, rendered: str) -> None:
-    assert chat_format(template).render(CONVERSATION) == rendered
+    every_message = "|{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert chat_format(template + every_message).render(CONVERSATION).partition("|")[0] == rendered
 
 
 def test_no_bos_is_added_to_what_the_template_writes() -> None:
-    assert chat_format("{{ bos_token }}x").encode(CONVERSATION) == [0, *TOKENIZER.encode("x")]
-    assert chat_format("x").encode(CONVERSATION) == TOKENIZER.encode("x")
+    assert chat_format("{{ bos_token }}x").encode(BLANK) == [0, *TOKENIZER.encode("x")]
+    assert chat_format("x").encode(BLANK) == TOKENIZER.encode("x")
 
 
 def test_templates_cannot_leave_their_sandbox() -> None:
@@ -233,6 +235,11 @@ EITHER = (
 PARTS_ONLY = (
     "{% for m in messages %}{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }};{% endif %}{% endfor %}{% endfor %}"
 )
+FIRST_PART = "{% for m in messages %}[{{ m['content'][0]['text'] }}]{% endfor %}"
+TEXT_OR_FIRST_PART = FIRST_PART.replace("[{{", "{% if m.content is string %}<{{ m.content }}>{% else %}[{{").replace(
+    "}}]", "}}]{% endif %}"
+)
+UPPER_CASE = "{% for m in messages %}{{ m.content | upper }}{% endfor %}"
 TEXT_ONLY = "{% for m in messages %}{{ m['content'] | trim }};{% endfor %}"
 
 
@@ -244,10 +251,28 @@ TEXT_ONLY = "{% for m in messages %}{{ m['content'] | trim }};{% endfor %}"
         (TEXT_ONLY.replace("| trim", "+ ''"), [parts("Bye", " now")], "Bye now;"),
         (PARTS_ONLY, ["Bye now", parts("a", "b")], "Bye now;a;b;"),
         (EITHER, [parts(" Bye ", "now"), " x"], "(Bye)(now)< x>"),
+        (FIRST_PART, ["Bye now", parts("a "), parts("b", " c ")], "[Bye now][a ][b c ]"),
+        (TEXT_OR_FIRST_PART, ["Bye now", parts("a "), parts("b", " c ")], "<Bye now>[a ]<b c >"),
+        (UPPER_CASE, ["a", parts("b", "c")], "ABC"),
     ],
 )
 def test_a_template_gets_contents_in_the_form_that_it_takes(template: str, contents: list[Any], rendered: str) -> None:
     assert chat_format(template).render([{"role": "user", "content": content} for content in contents]) == rendered
+
+
+@pytest.mark.parametrize("content", ["hi", parts("hi"), parts("h", "i")])
+def test_a_message_that_a_template_would_lose_is_refused(content: Any) -> None:
+    users_only = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+    user = {"role": "user", "content": "Hello"}
+    with pytest.raises(ChatError, match="test: the chat template does not write what a message of role tool says; leave the message out"):
+        chat_format(users_only).render([user, {"role": "tool", "content": content}])
+    with pytest.raises(ChatError, match="what a message of role user says"):
+        chat_format("{% for m in messages %}{{ m.text }}{% endfor %}").render([{"role": "user", "content": content}])
+    # With nothing in it there is nothing to lose; what a template does not write beside tool calls is its own decision.
+    assert chat_format(users_only).render([user, {"role": "tool", "content": " "}]) == "Hello"
+    calls = "{% for m in messages %}{{ 'call' if m.tool_calls else m.content }};{% endfor %}"
+    said = {"role": "assistant", "content": content, "tool_calls": [{"name": "f"}]}
+    assert chat_format(calls).render([user, said]) == "Hello;call;"
 
 
 def test_each_role_has_a_form_of_its_own() -> None:
@@ -396,12 +421,12 @@ def test_what_a_template_has_no_use_for_is_refused() -> None:
         (
             "{% for m in messages %}{{ m.role }}{% endfor %}",
             {"role": "assistant", "content": "Hi"},
-            "does not write the final message as it is",
+            "does not write what a message of role assistant says",
         ),
         (
             "{% for m in messages %}{{ m.content | upper }}{% endfor %}",
             {"role": "assistant", "content": "Hi"},
-            "does not write the final message",
+            "does not write the final message as it is",
         ),
     ],
 )

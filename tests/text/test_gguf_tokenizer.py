@@ -115,14 +115,17 @@ def test_a_word_outside_the_byte_alphabet_is_decoded_as_it_is_and_unused_rows_as
 
 
 def test_several_templates(tmp_path: Path) -> None:
-    templates = {"tokenizer.chat_template": "{{ messages[0].content }}", "tokenizer.chat_template.tool_use": "T{{ tools | tojson }}"}
+    templates = {
+        "tokenizer.chat_template": "{{ messages[0].content }}",
+        "tokenizer.chat_template.tool_use": "T{{ tools | tojson }}{{ messages[0].content }}",
+    }
     assert write_gguf_tokenizer(metadata() | templates, tmp_path) == ["tokenizer.json", "tokenizer_config.json"]
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer is not None
     chat = load_chat_format(tmp_path, tokenizer)
     assert chat is not None
     assert chat.render([{"role": "user", "content": "hi"}]) == "hi"
-    assert chat.render([{"role": "user", "content": "hi"}], tools=[{"name": "f"}]) == 'T[{"name": "f"}]'
+    assert chat.render([{"role": "user", "content": "hi"}], tools=[{"name": "f"}]) == 'T[{"name": "f"}]hi'
     with pytest.raises(TokenizerError, match="the chat template 'default' is a int; expected a text"):
         write_gguf_tokenizer(metadata() | {"tokenizer.chat_template": 5}, tmp_path)
 

@@ -133,6 +133,12 @@ def test_the_file_is_read(tmp_path: Path) -> None:
     assert tokenizer.token_bytes(10**6) == b""
 
 
+def test_ranks_without_one_of_the_bytes_are_refused() -> None:
+    tokens = [token for token in small.tiktoken_ranks(LLAMA3_RANKS) if token != b"\x06"]
+    with pytest.raises(TokenizerError, match="the tokenizer has no token for byte 6; the file is damaged"):
+        TiktokenTokenizer({token: rank for rank, token in enumerate([*tokens, b"\x06" * 9])})
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

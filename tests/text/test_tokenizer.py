@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
 
-from l4jax.text.hf_tokenizer import HfTokenizer, byte_alphabet
+from l4jax.files import FileError
+from l4jax.text.hf_tokenizer import _CHARACTERS, HfTokenizer, byte_alphabet
 from l4jax.text.load import load_tokenizer
 from l4jax.text.stream import StreamDecoder
 from l4jax.text.tokenizer import TokenizerError
@@ -83,6 +84,29 @@ def test_every_id_decodes_as_in_the_library(ids: list[int]) -> None:
 @pytest.mark.parametrize("token_id", [-1, 2**31, 2**64, 421, 699])
 def test_ids_without_a_token_are_nothing(token_id: int) -> None:
     assert HfTokenizer(with_odd_tokens(), {}).token_bytes(token_id) == b""
+
+
+def without(characters: str, unknown: str | None = None) -> tokenizers.Tokenizer:
+    """The small tokenizer without these entries for single bytes, and with a token for what is unknown."""
+    values = json.loads(small.backend().to_str())
+    values["model"]["unk_token"] = unknown
+    values["model"]["vocab"] = {token: i for token, i in values["model"]["vocab"].items() if token not in characters}
+    values["model"]["merges"] = [m for m in values["model"]["merges"] if not set("".join(m)) & set(characters)]
+    return tokenizers.Tokenizer.from_str(json.dumps(values))
+
+
+@pytest.mark.parametrize("unknown", [None, "<|end_of_text|>"])
+def test_text_of_bytes_that_the_vocabulary_lacks_is_refused_not_lost(unknown: str | None) -> None:
+    """The library drops byte 6, or writes the unknown token, which ends texts."""
+    backend = without(_CHARACTERS[6] + _CHARACTERS[0xF1], unknown)
+    backend.add_tokens([tokenizers.AddedToken("\x06\x06", special=False, normalized=False)])
+    tokenizer = HfTokenizer(backend, {})
+    for text, named in (("a\x06b", r"'\x06'"), ("a\U00040000", r"'\U00040000'")):
+        with pytest.raises(ValueError, match=r"^the text has .*, for which the model's tokenizer has no token; leave it out$") as error:
+            tokenizer.encode(text)
+        assert named in str(error.value)
+    for text in ("the dog\x07", "\x06\x06"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_half_a_surrogate_pair_is_no_token() -> None:
@@ -184,7 +208,7 @@ def test_a_special_token_that_strips_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("text", "message"), [("{", "is not valid JSON"), ("[]", "holds a list; expected a JSON object")])
 def test_a_damaged_tokenizer_configuration_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (small.write(tmp_path) / "tokenizer_config.json").write_text(text)
-    with pytest.raises(TokenizerError, match=message):
+    with pytest.raises(FileError, match=message):
         load_tokenizer(tmp_path)
 
 

@@ -10,14 +10,16 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from l4jax.text.chat import ChatFormat, load_chat_format
 from l4jax.text.gguf_tokenizer import write_gguf_tokenizer
 from l4jax.text.hf_tokenizer import HfTokenizer
-from l4jax.text.load import load_tokenizer
+from l4jax.text.load import check_text, load_text, load_tokenizer
 from l4jax.text.template import ChatTemplate, turns_of
-from l4jax.text.tokenizer import Tokenizer
+from l4jax.text.tokenizer import Tokenizer, TokenizerError
 from tests.text import small
+from tests.tiny import scout_like
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -25,8 +27,8 @@ CHATML = (
 )
 # Labels of <|im_start|> and <|im_end|> in tokenizer.json: an added token, special or not, or a mere entry of the vocabulary.
 HF_LABELS = ("special", "added", "plain")
-# The same in a GGUF file: control, user-defined, normal, unknown.
-GGUF_LABELS = (3, 4, 1, 2)
+# The same in a GGUF file: control, user-defined, normal, unknown, unused, undefined.
+GGUF_LABELS = (3, 4, 1, 2, 5, 0)
 
 
 def backend(label: str, *added: tokenizers.AddedToken) -> tokenizers.Tokenizer:
@@ -76,25 +78,49 @@ def test_markers_of_tokenizer_json(tmp_path: Path, label: str, template: str | N
     check_markers(*loaded(tmp_path, backend(label), template))
 
 
-@pytest.mark.parametrize("label", GGUF_LABELS)
-def test_markers_of_gguf(tmp_path: Path, label: int) -> None:
+def gguf(directory: Path, label: int, *further: str, **fields: Any) -> tuple[Tokenizer, ChatFormat]:
+    """The tokenizer and chat format of a GGUF file whose ChatML markers, and ``further`` tokens, are labelled so."""
     model = json.loads(small.backend().to_str())["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].get)
     metadata = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "smollm",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [3, 3, label, label, *[1] * (len(tokens) - 4)],
+        "tokenizer.ggml.tokens": [*tokens, *further],
+        "tokenizer.ggml.token_type": [3, 3, label, label, *[1] * (len(tokens) - 4), *[label] * len(further)],
         "tokenizer.ggml.merges": [" ".join(merge) for merge in model["merges"]],
         "tokenizer.ggml.eos_token_id": 1,
-        "tokenizer.chat_template": CHATML,
+        **{f"tokenizer.{key}": value for key, value in fields.items()},
     }
-    write_gguf_tokenizer(metadata, tmp_path)
-    tokenizer = load_tokenizer(tmp_path)
+    write_gguf_tokenizer(metadata, directory)
+    tokenizer = load_tokenizer(directory)
     assert tokenizer is not None
-    chat = load_chat_format(tmp_path, tokenizer)
+    chat = load_chat_format(directory, tokenizer)
     assert chat is not None
-    check_markers(tokenizer, chat)
+    return tokenizer, chat
+
+
+@pytest.mark.parametrize("template", [{"chat_template": CHATML}, {}], ids=["template", "built-in"])
+@pytest.mark.parametrize("label", GGUF_LABELS)
+def test_markers_of_gguf(tmp_path: Path, label: int, template: dict[str, str]) -> None:
+    check_markers(*gguf(tmp_path, label, **template))
+
+
+@pytest.mark.parametrize("label", GGUF_LABELS)
+@pytest.mark.parametrize("named", ["eot", "eom", "fim_pre"])
+def test_tokens_that_a_gguf_file_names_are_special(tmp_path: Path, named: str, label: int) -> None:
+    count = small.backend().get_vocab_size()
+    tokenizer, _ = gguf(tmp_path, label, "<|pad 0|>", "<named>", "<|pad 1|>", **{f"ggml.{named}_token_id": count + 1})
+    assert tokenizer.is_special(count + 1)
+    assert count + 1 not in tokenizer.encode("<named>") and tokenizer.decode(tokenizer.encode("<named>")) == "<named>"
+
+
+def test_an_unused_marker_that_a_template_puts_together_is_kept_and_other_unused_tokens_are_not(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}<|assistant|>"
+    count = small.backend().get_vocab_size()
+    tokenizer, chat = gguf(tmp_path, 5, "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>", chat_template=template)
+    assert chat.encode([{"role": "user", "content": "hi"}]) == [count + 1, *tokenizer.encode("hi"), count + 3, count + 2]
+    assert chat.stop_token_ids == (1, count + 3, 3)
+    assert (tokenizer.token_id("<|pad|>"), tokenizer.decode([count])) == (None, "")
 
 
 @pytest.mark.parametrize("label", HF_LABELS)
@@ -139,10 +165,54 @@ def test_a_last_answer_may_begin_with_a_thought(tmp_path: Path) -> None:
     assert chat.stop_token_ids == (1, 3)
 
 
-def test_an_end_that_is_written_after_tool_calls_only_is_known_by_its_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize("label", HF_LABELS)
+def test_an_end_that_is_written_after_tool_calls_only_is_known_by_its_name(tmp_path: Path, label: str) -> None:
     made = backend("added")
-    made.add_special_tokens(["<|eom_id|>", "<|other|>"])
-    assert loaded(tmp_path, made)[1].stop_token_ids == (1, 3, made.token_to_id("<|eom_id|>"))
+    end = made.get_vocab_size()
+    if label == "plain":
+        values = json.loads(made.to_str())
+        values["model"]["vocab"]["<|eom_id|>"] = end
+        made = tokenizers.Tokenizer.from_str(json.dumps(values))
+    else:
+        made.add_tokens([tokenizers.AddedToken("<|eom_id|>", special=label == "special", normalized=False)])
+    made.add_special_tokens(["<|other|>"])
+    tokenizer, chat = loaded(tmp_path, made)
+    assert chat.stop_token_ids == (1, 3, end)
+    assert tokenizer.decode([end]) == "" and end not in tokenizer.encode("<|eom_id|>")
+
+
+@pytest.mark.parametrize("field", ["bos_token_id", "eos_token_ids", "pad_token_id"])
+def test_a_token_that_only_the_models_configuration_names_is_special(tmp_path: Path, field: str) -> None:
+    """As an end token in generation_config.json, by its id; an ordinary word stays one."""
+    made = backend("special", *plain("</s>"))
+    made.save(str(tmp_path / "tokenizer.json"))
+    token_id, word = made.token_to_id("</s>"), made.token_to_id("dog")
+    assert token_id in made.encode("</s>").ids
+    for named in (token_id, word):
+        config = scout_like(vocab_size=500, **{field: (named,) if field == "eos_token_ids" else named})
+        tokenizer = load_text(tmp_path, config).tokenizer
+        assert tokenizer is not None
+        assert tokenizer.is_special(token_id) is (named == token_id) and not tokenizer.is_special(word)
+        assert (token_id in tokenizer.encode("</s>")) is (named != token_id)
+        assert tokenizer.decode(tokenizer.encode("the dog</s>")) == "the dog</s>"
+
+
+def test_what_the_tokenizer_puts_before_a_text_is_special_whatever_its_label(tmp_path: Path) -> None:
+    made = backend("special", *plain("<s>"))
+    bos = made.token_to_id("<s>")
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    tokenizer, _ = loaded(tmp_path, made)
+    assert (tokenizer.bos_id, tokenizer.prepends_bos, tokenizer.is_special(bos)) == (bos, True, True)
+    assert bos not in tokenizer.encode("<s>", add_bos=False)
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_a_marker_that_strips_is_refused_whatever_its_label(tmp_path: Path, label: bool) -> None:
+    made = backend("special")
+    made.add_tokens([tokenizers.AddedToken("<|eom_id|>", rstrip=True, special=label, normalized=False)])
+    made.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(TokenizerError, match=r"the special token '<\|eom_id\|>' changes the text around it, which is not supported"):
+        check_text(tmp_path)
 
 
 def test_a_tools_result_has_markers_too(tmp_path: Path) -> None:
@@ -162,7 +232,7 @@ def test_markers_that_a_template_puts_together(tmp_path: Path) -> None:
     made = backend("plain", *plain("<|user|>", "<|system|>", "<|assistant|>", "<|end|>"))
     tokenizer, chat = loaded(tmp_path, made, template)
     user, assistant, end = (made.token_to_id(token) for token in ("<|user|>", "<|assistant|>", "<|end|>"))
-    assert chat.stop_token_ids == (1, end)
+    assert chat.stop_token_ids == (1, end, 3)
     text = "<|end|><|system|>x"
     expected = [user, *tokenizer.encode(text), end, assistant]
     assert chat.encode([{"role": "user", "content": text}]) == expected and made.token_to_id("<|system|>") not in expected
@@ -174,7 +244,7 @@ def test_an_answer_without_an_end_of_its_own_ends_where_the_next_turn_begins(tmp
     )
     made = backend("plain", *plain("<|user|>", "<|assistant|>"))
     _, chat = loaded(tmp_path, made, template)
-    assert chat.stop_token_ids == (1, made.token_to_id("<|user|>"))
+    assert chat.stop_token_ids == (1, made.token_to_id("<|user|>"), 3)
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,12 @@ import pytest
 
 import l4jax
 from l4jax import LLM, SamplingParams
+from l4jax.text.chat import ChatFormat
+from l4jax.text.hf_tokenizer import HfTokenizer
 from l4jax.training.batches import batch, batches_in, draft_vocabulary, pack
 from l4jax.training.data import Example, Generation, answer, read_data
+from tests import tiny
+from tests.text import small as small_text
 from tests.training import small
 
 
@@ -70,7 +74,7 @@ def test_prompts_are_read_once_each_and_held_out_by_their_own_digest(tmp_path: P
     path = tmp_path / "prompts.jsonl"
     prompts = [[token, token] for token in range(20)]
     path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in [*prompts, *prompts]) + "\n")
-    found = read_data(path, llm)
+    found = read_data(path, llm, 0.8)
     assert [list(e.prompt) for e in found.examples] == prompts and found.repeated == 20
     assert found.digest == hashlib.sha256(path.read_bytes()).hexdigest()
     assert 0 < sum(e.is_held_out(0.4) for e in found.examples) < 20
@@ -78,20 +82,20 @@ def test_prompts_are_read_once_each_and_held_out_by_their_own_digest(tmp_path: P
 
 def test_every_given_answer_is_kept_and_the_same_question_at_another_temperature_is_another(tmp_path: Path, llm: LLM) -> None:
     given = [{"prompt_token_ids": [3, 3], "token_ids": answer} for answer in ([4], [5], [4])]
-    asked: list[dict[str, Any]] = [{"prompt": [3, 3], "temperature": temperature} for temperature in (0.0, None, 0.5, 0.0)]
+    asked: list[dict[str, Any]] = [{"prompt": [3, 3], "temperature": temperature} for temperature in (0.0, None, 0.5, 0.0, 5, None)]
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in (*asked[:1], *given, *asked[1:])))
-    found = read_data(path, llm)
+    found = read_data(path, llm, 5.0)
     key = found.examples[0].key
     answers: list[tuple[int, ...]] = [(4,), (5,), (4,)]
     assert found.examples == [
         Example(key, (3, 3), None, 0.0),
         *(Example(key, (3, 3), answer) for answer in answers),
-        Example(key, (3, 3), None, None),
+        Example(key, (3, 3), None, 5.0),
         Example(key, (3, 3), None, 0.5),
     ]
-    assert found.repeated == 1
-    how = Generation(temperature=5.0, max_tokens=12, length=small.LENGTH, seed=0)
+    assert found.repeated == 3
+    how = Generation(max_tokens=12, length=small.LENGTH, seed=0)
     file = tmp_path / "answers.jsonl"
     answered = answer(llm, found.examples, how, file, lambda done, total: None)
     assert [e.answer for e in answered[1:4]] == answers
@@ -106,7 +110,7 @@ def test_data_may_be_a_pipe(tmp_path: Path, llm: LLM) -> None:
     os.mkfifo(path)
     writer = threading.Thread(target=path.write_bytes, args=[content])
     writer.start()
-    found = read_data(path, llm)
+    found = read_data(path, llm, 0.8)
     writer.join()
     assert [e.prompt for e in found.examples] == [(1,), (2,)] and found.digest == hashlib.sha256(content).hexdigest()
 
@@ -115,8 +119,8 @@ def test_a_line_s_temperature_goes_before_the_run_s(tmp_path: Path, llm: LLM) ->
     path = tmp_path / "prompts.jsonl"
     prompts = [[token, token] for token in range(4)]
     path.write_text("".join(json.dumps({"prompt": p, "temperature": [None, 0.0][i % 2]}) + "\n" for i, p in enumerate(prompts)))
-    how = Generation(temperature=5.0, max_tokens=12, length=small.LENGTH, seed=0)
-    answers = [e.answer for e in answer(llm, read_data(path, llm).examples, how, tmp_path / "answers.jsonl", lambda done, total: None)]
+    how = Generation(max_tokens=12, length=small.LENGTH, seed=0)
+    answers = [e.answer for e in answer(llm, read_data(path, llm, 5.0).examples, how, tmp_path / "answers.jsonl", lambda done, total: None)]
     greedy = [tuple(c.token_ids) for c in llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=12))]
     assert [i % 2 == 1 for i in range(4)] == [one == other for one, other in zip(answers, greedy, strict=True)]
 
@@ -124,8 +128,8 @@ def test_a_line_s_temperature_goes_before_the_run_s(tmp_path: Path, llm: LLM) ->
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2: it is not JSON"),
-        ("[" * 100_000, "line 2: it is not JSON"),
+        ("{", "line 2: it is not valid JSON"),
+        ("[" * 100_000, "line 2: it is not valid JSON"),
         ("[1]", "line 2: it is '[1]'; expected an object"),
         ("{}", "line 2: it has nothing; expected an object"),
         ('{"prompt": "x", "messages": []}', "line 2: it has prompt, messages; expected an object"),
@@ -136,14 +140,41 @@ def test_a_line_s_temperature_goes_before_the_run_s(tmp_path: Path, llm: LLM) ->
         ('{"prompt": [2], "temperature": "x"}', "line 2: temperature is 'x'; expected 0 (greedy) or a positive number"),
         ('{"prompt": [2], "temperature": -1}', "line 2: temperature is -1; expected 0 (greedy) or a positive number"),
         ('{"messages": []}', "line 2: it has messages, but the target has no chat template"),
+        ('{"prompt": [2], "tools": []}', "line 2: it has tools; expected tools, documents, chat_template_kwargs beside messages"),
+        ('{"prompt_token_ids": [1], "token_ids": [2], "documents": []}', "line 2: it has documents; expected"),
+        ('{"messages": [], "continue_final_message": true}', "line 2: it has continue_final_message; expected"),
     ],
 )
 def test_a_bad_line_is_named(line: str, message: str, tmp_path: Path, llm: LLM) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": [1]}\n' + line + "\n")
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
-        read_data(path, llm)
+        read_data(path, llm, 0.8)
     assert "\n" not in str(caught.value)
+
+
+def test_a_conversation_may_have_what_its_template_takes(tmp_path: Path) -> None:
+    tokenizer = HfTokenizer(small_text.backend(), {})
+    template = (
+        "{{ messages[0].content }}{% if tools %}T{{ tools[0].name }}{% endif %}"
+        "{% if documents %}{{ documents[0].text }}{% endif %}{{ mood }}"
+    )
+    chat = ChatFormat(template, tokenizer, origin="test", variables={})
+    config = small.config(vocab_size=tokenizer.vocab_size)
+    llm = LLM(config, tiny.weights(config), tokenizer=tokenizer, chat_format=chat)
+    messages = [{"role": "user", "content": "hi"}]
+    lines: list[dict[str, Any]] = [
+        {"messages": messages, "kind": "any"},
+        {"messages": messages, "tools": [{"name": "f"}], "documents": None},
+        {"messages": messages, "documents": [{"text": "d"}], "chat_template_kwargs": {"mood": "m"}},
+    ]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [tokenizer.decode(e.prompt) for e in read_data(path, llm, 0.8).examples] == ["hi", "hiTf", "hidm"]
+    for options, message in (({"tools": [5]}, "tools is a list; expected a list"), ({"chat_template_kwargs": {"x": 1}}, "does not use x")):
+        path.write_text(json.dumps({"messages": messages, **options}))
+        with pytest.raises(ValueError, match=f"line 1: .*{message}"):
+            read_data(path, llm, 0.8)
 
 
 def test_a_chat_model_writes_prompts_itself(smollm2_checkpoint: Path, tmp_path: Path) -> None:
@@ -158,4 +189,4 @@ def test_a_chat_model_writes_prompts_itself(smollm2_checkpoint: Path, tmp_path: 
     assert all(text.strip() == text != "" and "<|im_" not in text and not text.startswith("user") for text in said)
     data = tmp_path / "prompts.jsonl"
     data.write_text(done.stdout, encoding="utf-8")
-    assert len(read_data(data, l4jax.load(smollm2_checkpoint, dtype="float32")).examples) == len(lines)
+    assert len(read_data(data, l4jax.load(smollm2_checkpoint, dtype="float32"), 0.8).examples) == len(lines)

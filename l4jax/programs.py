@@ -132,7 +132,7 @@ class Programs:
     ) -> tuple[Int32[Array, "B"], Logprobs | None]:
         last_BD = last_state(x_BTD, start_B, new_B, layout, self._ranks)
         token_B, logprobs = sample(model.logits(last_BD), rows, counts, jnp.zeros_like(new_B), features, self._vocab)
-        return self._ranks.of_first(token_B), logprobs  # as in decoding
+        return self._ranks.from_first(token_B), logprobs  # as in decoding
 
     def _of_all_rows(self, tree: Any) -> Any:
         """Gather the rows of every rank along ``data``, because every host returns every row's tokens."""

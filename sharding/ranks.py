@@ -31,7 +31,7 @@ class Ranks:
         """The elementwise maximum of every rank's array, on all of them."""
         return jax.lax.pmax(x, self.axes) if self.axes else x
 
-    def of_first(self, x: Shaped[Array, "*B"]) -> Shaped[Array, "*B"]:
+    def from_first(self, x: Shaped[Array, "*B"]) -> Shaped[Array, "*B"]:
         """Rank 0's array, on all of them."""
         return self.sum(jnp.where(self.index() == 0, x, jnp.zeros_like(x)))
 

@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     settings = Settings(**{name: value for name, value in vars(args).items() if name in names and value is not None})
     for name in ("report_every", "save_every"):
         if getattr(args, name) < 1:
-            raise ValueError(f"{name} is {getattr(args, name)}; expected at least 1")
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected at least 1")
     target = open_checkpoint(args.target)
     start = open_fitting_drafter(args.start, target)
     llm = l4jax.load(args.target, mesh=args.mesh, dtype=args.dtype, max_batch=args.answer_batch)

@@ -234,6 +234,6 @@ def grow(
             assert rows is None, "reranking changes the order in which a node's children were drawn"
             token_BN, parent_BN = draft_dynamic(drafting, shape, root_B)
         # Ranks that do the same work may round differently, and the target would attend to a different tree on each.
-        token_BN, parent_BN = drafting.drafter.ranks.of_first(jnp.stack([token_BN, parent_BN]))
+        token_BN, parent_BN = drafting.drafter.ranks.from_first(jnp.stack([token_BN, parent_BN]))
         tree: TreeTables = tree_tables(parent_BN, shape.depth)
         return Draft(token_BN, tree, (tree.depth_BN <= room_B[:, None]) & active_B[:, None]), drawn_from

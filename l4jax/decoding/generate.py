@@ -76,7 +76,7 @@ def decode_tokens(
         x_BTD, _, cache = model(state.token_B[:, None], state.length_B, new_B, state.cache, tables)
         token_B, logprobs = sample(model.logits(x_BTD[:, 0]), rows, state.counts, state.produced_B, features, vocab)
         # Ranks that do the same work may round differently, and each would choose its own token.
-        token_B = model.ranks.of_first(token_B)
+        token_B = model.ranks.from_first(token_B)
         token_B = jnp.where(active_B, token_B, state.token_B)
         produced_B = state.produced_B + new_B
 

@@ -220,13 +220,15 @@ def truncate(
 
     least_B = jnp.maximum(jax.lax.bitcast_convert_type(rows.min_p_B, jnp.int32), 1)  # a weight of zero is never kept
     wanted_B = rows.top_k_B.astype(jnp.float32)
-    least_B = _raise(least_B, weights_BV, lambda count_B, _: count_B >= wanted_B, rows.top_k_B <= 0, vocab)
+    least_B = _highest_threshold(least_B, weights_BV, lambda count_B, _: count_B >= wanted_B, rows.top_k_B <= 0, vocab)
     mass_B = rows.top_p_B * vocab.sum(jnp.sum(jnp.where(bits_BV >= least_B[:, None], weights_BV, 0.0), axis=-1))
-    least_B = _raise(least_B, weights_BV, lambda _, sum_B: sum_B >= mass_B, rows.top_p_B >= 1, vocab)
+    least_B = _highest_threshold(least_B, weights_BV, lambda _, sum_B: sum_B >= mass_B, rows.top_p_B >= 1, vocab)
     return log_weights_BV, bits_BV >= least_B[:, None]
 
 
-def _raise(least_B: Array, weights_BV: Array, enough: Callable[[Array, Array], Array], unlimited_B: Array, vocab: Ranks) -> Array:
+def _highest_threshold(
+    least_B: Array, weights_BV: Array, enough: Callable[[Array, Array], Array], unlimited_B: Array, vocab: Ranks
+) -> Array:
     """Raise the lowest kept weight as far as ``enough(count, sum)`` of the weights kept still holds.
 
     Thresholds are bit patterns of float32 in [0, 1], found by bisection; a row is settled once at most one weight is between its bounds.

@@ -111,7 +111,7 @@ def verify(
     def descend(carry: tuple[Array, Array, Array, Verified]) -> tuple[Array, Array, Array, Verified]:
         level, node_B, alive_B, out = carry
         logits_BV = jnp.take_along_axis(logits_BNV, node_B[:, None, None], axis=1)[:, 0]
-        token_B, child_B = repeating.of_first(jnp.stack(rule(NodeState(node_B, logits_BV, out.counts, position_B + level), draft)))
+        token_B, child_B = repeating.from_first(jnp.stack(rule(NodeState(node_B, logits_BV, out.counts, position_B + level), draft)))
         accepts_B = alive_B & (child_B != NONE)
         of_token = token_logprobs(logits_BV, token_B, vocab) if logprobs else None
         out = Verified(

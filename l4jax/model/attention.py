@@ -41,7 +41,7 @@ class Attention(nnx.Module):
         width = input_size or D
         self.config = config
         self.scale = config.head_dim**-0.5
-        self.heads, self.ranks = mesh.along("tensor"), mesh.token_ranks
+        self.head_ranks, self.ranks = mesh.along("tensor"), mesh.token_ranks
         self.uses_rope = config.rope_layers[layer]
         self.is_local = is_local(config, layer)
         self.qkv = declare(WeightSpec((K, G + 2, h, width), ("kv_heads", None, "head_dim", "embed"), fan_in=width))
@@ -95,14 +95,14 @@ class Attention(nnx.Module):
             cache = write(cache, k_BTKh, v_BTKh, pages_BW, keys.slot_BA if isinstance(keys, RingKeys) else keys.slot_BT)
         attended_BTf = attended_BTKGh.astype(x_BTi.dtype).reshape(B, T, -1)
         out_Df = self.out[...].reshape(self.out.shape[0], -1)
-        return self.heads.sum(matmul(attended_BTf, out_Df)), cache
+        return self.head_ranks.sum(matmul(attended_BTf, out_Df)), cache
 
     def _tree(self, q_BNKGh: Array, cache: TreeCache, keys: TreeKeys, pages_BW: Array) -> Float[Array, "B N K G h"]:
         """Attention of tree nodes: every rank has all nodes' keys, which only rank 0 attends to, and its own part of the cached keys."""
         pools = (cache.layer.k_PKph, cache.layer.v_PKph, pages_BW, keys.cached_start_BN, keys.cached_end_BN)
-        return self._of_all_ranks(tree_attention(q_BNKGh, cache.k_BSKh, cache.v_BSKh, keys.sees_BNS, *pools, scale=self.scale))
+        return self._merge_ranks(tree_attention(q_BNKGh, cache.k_BSKh, cache.v_BSKh, keys.sees_BNS, *pools, scale=self.scale))
 
-    def _of_all_ranks(self, partial: Partial) -> Float[Array, "B T K G h"]:
+    def _merge_ranks(self, partial: Partial) -> Float[Array, "B T K G h"]:
         """Merge every rank's partial attention."""
         if self.ranks.count == 1:
             return partial[0]
@@ -119,7 +119,7 @@ class Attention(nnx.Module):
         # Every rank has the new tokens' keys. Only rank 0 attends to them, so that they enter the merged result once.
         new_end_BT = jnp.where(self.ranks.index() == 0, keys.new_end_BT, 0)
         new = attend(q_BTKGh, k_BTKh, v_BTKh, keys.new_start_BT, new_end_BT, scale=self.scale)
-        return self._of_all_ranks(merge_attention([cached, new]))
+        return self._merge_ranks(merge_attention([cached, new]))
 
     def _ring(
         self, q_BTKGh: Array, k_BTKh: Array, v_BTKh: Array, cache: LayerCache, keys: RingKeys, step: StepInputs, spread: Spread

@@ -22,13 +22,13 @@ class SwiGLU(nnx.Module):
     """
 
     def __init__(self, hidden_size: int, intermediate_size: int, mesh: MeshSpec) -> None:
-        self.width = mesh.along("tensor")
+        self.width_ranks = mesh.along("tensor")
         self.gate_up = declare(WeightSpec((2, intermediate_size, hidden_size), (None, "feed_forward", "embed"), fan_in=hidden_size))
         self.down = declare(WeightSpec((hidden_size, intermediate_size), ("embed", "feed_forward"), fan_in=intermediate_size))
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The block's output, before the residual."""
-        return self.width.sum(self.partial(x_BTD))
+        return self.width_ranks.sum(self.partial(x_BTD))
 
     def partial(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """This rank's summand of the output."""

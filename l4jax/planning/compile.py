@@ -199,7 +199,7 @@ class AbstractModel:
         sharding = self.placement.array_sharding("batch", "vocab")
         shape = (len(params), self.placement.config.vocab_size)
         in_prompt_BV, output_BV = (jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for dtype in (jnp.bool_, jnp.int32))
-        return TokenCounts(in_prompt_BV, output_BV)  # type: ignore[arg-type]
+        return TokenCounts(in_prompt_BV, output_BV)  # type: ignore[arg-type] # shapes in the place of arrays
 
     def cache_bytes(self, rows: int, capacity: int) -> int:
         """Bytes of the cache on each device."""

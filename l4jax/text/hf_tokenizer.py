@@ -9,7 +9,7 @@ from typing import Any, override
 import tokenizers
 
 from l4jax.files import read_json_if_there, read_text
-from l4jax.text.tokenizer import Tokenizer, TokenizerError, is_mark, token_text
+from l4jax.text.tokenizer import Tokenizer, TokenizerError, is_punctuation, token_text
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -102,7 +102,7 @@ class HfTokenizer(Tokenizer):
             return token_id
         # Merges stay inside a word: a token that is several words was put in the vocabulary by hand.
         words = self._backend.pre_tokenizer.pre_tokenize_str(text) if self._backend.pre_tokenizer is not None else [text]
-        return token_id if len(words) > 1 and is_mark(text[0]) and is_mark(text[-1]) else None
+        return token_id if len(words) > 1 and is_punctuation(text[0]) and is_punctuation(text[-1]) else None
 
 
 def load_hf_tokenizer(directory: Path) -> HfTokenizer:

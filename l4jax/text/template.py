@@ -16,7 +16,7 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
-from l4jax.text.tokenizer import Tokenizer, is_mark
+from l4jax.text.tokenizer import Tokenizer, is_punctuation
 
 Messages = Sequence[Mapping[str, Any]]
 _Form = Literal["text", "part", "parts"]  # of a message's content: a text, a list of one text part, a longer list
@@ -162,7 +162,7 @@ def _markers(text: str, tokenizer: Tokenizer) -> Iterator[tuple[str, int]]:
         if isinstance(piece, int):
             yield names[piece], piece
             continue
-        places = [place for place, character in enumerate(piece) if is_mark(character)]
+        places = [place for place, character in enumerate(piece) if is_punctuation(character)]
         done = 0
         for start in places:
             for end in reversed([p + 1 for p in places if done <= start < p < start + _LONGEST_MARKER]):

@@ -114,7 +114,7 @@ class Tokenizer(abc.ABC):
         """Return the id of the token spelt like this if encoding ordinary text never gives it, whatever its label; else None."""
 
 
-def is_mark(character: str) -> bool:
+def is_punctuation(character: str) -> bool:
     """Whether a character is neither letter, digit nor space. A marker begins and ends with one of these."""
     return not (character.isalnum() or character.isspace())
 

@@ -90,7 +90,7 @@ def test_one_that_left_before_all_had_come_may_come_again(three: Rendezvous, por
     with pytest.raises(TimeoutError, match=r"did not answer for 0\.2 s \(something listens there, and has let nobody in\)"):
         arrive(1, port, seconds=0.2)
     time.sleep(0.1)  # process 0 sees that it has gone
-    waiting = [Waiting(lambda i=i: arrive(i, port)) for i in (1, 2)]  # type: ignore[misc]
+    waiting = [Waiting(lambda i=i: arrive(i, port)) for i in (1, 2)]
     three.wait(20.0)
     assert [one.result() for one in waiting] == [three.port] * 2
 
@@ -109,7 +109,7 @@ def test_strangers_change_nothing(three: Rendezvous, port: int, caplog: pytest.L
             stranger.shutdown(socket.SHUT_WR)
             with contextlib.suppress(ConnectionError):
                 assert stranger.recv(1) == b""  # it has been dealt with
-    waiting = [Waiting(lambda i=i: arrive(i, port)) for i in (1, 2)]  # type: ignore[misc]
+    waiting = [Waiting(lambda i=i: arrive(i, port)) for i in (1, 2)]
     assert [one.result() for one in waiting] == [three.port] * 2
     assert caplog.text == ""
 

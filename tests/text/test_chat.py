@@ -410,7 +410,7 @@ def test_what_a_template_has_no_use_for_is_refused() -> None:
         with pytest.raises(ChatError, match=f"test: the chat template does not use {next(iter(options))}; leave it out"):
             chat_format(CHATML).render(CONVERSATION[:1], **options)
     with pytest.raises(TypeError, match="unexpected argument 'tool'; expected tools, documents, chat_template_kwargs"):
-        chat_format(CHATML).render(CONVERSATION[:1], tool=TOOLS)  # type: ignore[call-arg]
+        chat_format(CHATML).render(CONVERSATION[:1], tool=TOOLS)
 
 
 @pytest.mark.parametrize(

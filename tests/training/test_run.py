@@ -264,7 +264,7 @@ def test_the_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert re.search(r"^\d+ sequences with \d+ answer tokens in \d+ rows; \d+ held out; step 0 of \d+$", err, re.MULTILINE)
     assert re.search(r"^step 1/\d+: loss \d+\.\d{4}, accuracy \d\.\d\d \d\.\d\d, \d+ tokens/s", err, re.MULTILINE)
     assert cli.main([*command, "--report-every", "0"]) == 2
-    assert capsys.readouterr().err == "l4jax: error: report_every is 0; expected at least 1\n"
+    assert capsys.readouterr().err == "l4jax: error: --report-every is 0; expected at least 1\n"
     assert cli.main([*command, "--start", str(tmp_path / "out" / "drafter")]) == 2
     assert capsys.readouterr().err == (
         "l4jax: error: --draft-vocab is given together with --start, whose drafter already has its shape; leave out --draft-vocab\n"

@@ -23,6 +23,7 @@ from l4jax.checkpoints.source import CheckpointError
 from l4jax.checkpoints.store import StoredWeight, checksum, load_verified, open_drafter, save_group, write_manifest
 from l4jax.config import ModelConfig
 from l4jax.decoding.plan import UNMEASURED
+from l4jax.files import FileError
 from l4jax.model.drafter import build_drafter
 from l4jax.model.llama import Llama
 from l4jax.model.weights import BoundModel, random_weights
@@ -564,5 +565,5 @@ def test_a_converted_drafter_is_not_a_head(target: Path, tmp_path: Path) -> None
 def test_a_git_lfs_pointer_in_a_heads_folder(name: str, target: Path, tmp_path: Path) -> None:
     folder = heads.write(tmp_path / "head", eagle3_head().config, eagle3_head().tensors)
     (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    with pytest.raises(CheckpointError, match=f"{name} is a git-lfs pointer"):
+    with pytest.raises(FileError, match=f"{name} is a git-lfs pointer"):
         convert(folder, tmp_path / "drafter", target=target)

@@ -96,7 +96,7 @@ def check(variant, ranks, lengths, chunk, block, dtype, tolerance, seed):
 LENGTHS = st.lists(st.tuples(st.integers(0, MOST_CACHED), st.integers(0, MOST_NEW)), min_size=ROWS, max_size=ROWS)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize("ranks", [pytest.param(n, marks=pytest.mark.more_meshes if n in (1, 4) else ()) for n in (1, 2, 4, 8)])
 @pytest.mark.parametrize("variant", VARIANTS)
 @settings(max_examples=12)
 @given(LENGTHS, st.none() | st.sampled_from([1, 5, 37, 64, 1000]), st.booleans(), st.integers(0, 2**32 - 1))

@@ -36,7 +36,7 @@ test-oldest: $(OLDEST)/.installed
 
 # The compiler lies in a folder of its own: JAX must not find it, and miss the rest of CUDA, when it runs on this machine.
 test-h100: $(H100)/.installed
-	@PYTHONPATH=$(H100) $(VENV)/bin/python -m pytest -n 2 --dist worksteal -m h100 $(PYTEST)
+	@PYTHONPATH=$(H100) $(VENV)/bin/python -m pytest -m h100 $(PYTEST)
 
 setup: $(STAMP)
 

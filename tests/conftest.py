@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Union
 
@@ -49,6 +50,8 @@ install_import_hook(["l4jax", "sharding", "pallas_kernels"], "tests.checked.arra
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Also where a module's fixtures compile before its first test: the same run, compiled in two ways, differs in its last bits.
+jax.config.update("jax_disable_most_optimizations", True)
 
 # Tracing makes many objects that live long and few cycles: looking for cycles as often as Python does takes a tenth of the time.
 gc.freeze()
@@ -70,11 +73,13 @@ def many_prompts(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture(autouse=True)
-def _compiler_effort(request: pytest.FixtureRequest) -> None:
+def _compiler_effort(request: pytest.FixtureRequest) -> Iterator[None]:
     """Compile without LLVM's optimisations, which takes half the time, unless the test reads the compiled program or runs a real model."""
     needed = any(request.node.get_closest_marker(name) for name in ("optimized", "h100"))
     optimized = needed or "smollm2_checkpoint" in request.fixturenames
     jax.config.update("jax_disable_most_optimizations", not optimized)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")

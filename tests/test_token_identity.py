@@ -48,11 +48,12 @@ def check(
     batches: Sequence[int],
     new_tokens: int,
     plans: Sequence[str] = ("off", *PLANS),
+    together: int = 1,
 ) -> None:
-    """These plans in all batch sizes against one token a pass, alone; the prompts are of one kind after the other."""
+    """These plans in all batch sizes against one token a pass, ``together`` prompts at a time; the prompts' kinds take turns."""
     params = [SamplingParams(max_tokens=new_tokens, seed=i, **KINDS[kinds[i % len(kinds)]]) for i in range(len(asked))]
     plain = make("off")
-    expected = answers(plain, asked, params, 1)
+    expected = answers(plain, asked, params, together)
     for plan in plans:
         llm = make(plan)
         for batch in batches:
@@ -90,7 +91,7 @@ def conversations() -> Iterator[list[dict[str, str]]]:
 
 def test_smollm2(smollm2_checkpoint: Path) -> None:
     """Greedy and seeded rows in one batch, with a tree that changes from round to round."""
-    check_smollm2(smollm2_checkpoint, 8, (*KINDS,), (8,), 16, PLANS[2:])
+    check_smollm2(smollm2_checkpoint, 8, (*KINDS,), (8,), 16, PLANS[2:], together=8)
 
 
 @pytest.mark.many_prompts
@@ -100,7 +101,7 @@ def test_smollm2_over_many_prompts(smollm2_checkpoint: Path, many_prompts: int, 
 
 
 def check_smollm2(
-    checkpoint: Path, count: int, kinds: Sequence[str], batches: Sequence[int], new_tokens: int, plans: Sequence[str]
+    checkpoint: Path, count: int, kinds: Sequence[str], batches: Sequence[int], new_tokens: int, plans: Sequence[str], together: int = 1
 ) -> None:
     # Nearly every prompt is prefilled in one piece: few programs.
     options = {"dtype": "float32", "max_batch": max(batches), "prefill_lengths": (128,)}
@@ -108,4 +109,4 @@ def check_smollm2(
     chat_format = models["off"].chat_format
     assert chat_format is not None
     asked = [chat_format.encode(messages) for messages in conversations()]
-    check(models.__getitem__, asked[:: len(asked) // count][:count], kinds, batches, new_tokens, plans)
+    check(models.__getitem__, asked[:: len(asked) // count][:count], kinds, batches, new_tokens, plans, together)

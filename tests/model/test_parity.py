@@ -122,8 +122,8 @@ def test_decode_loop_equals_one_pass(parity: Parity) -> None:
 
 @pytest.fixture(scope="module")
 def smollm2(smollm2_checkpoint: Path) -> l4jax.LLM:
-    # All 20 conversations are decoded together, and all but the longest prefilled in one piece: few programs.
-    return l4jax.load(smollm2_checkpoint, dtype="float32", max_batch=20, prefill_lengths=(102,))
+    # All 20 conversations are decoded in two batches, and all but the longest prefilled in one piece: few programs.
+    return l4jax.load(smollm2_checkpoint, dtype="float32", max_batch=10, prefill_lengths=(102,))
 
 
 @pytest.fixture(scope="module")
@@ -141,10 +141,10 @@ def test_smollm2_text_becomes_the_same_tokens(smollm2: l4jax.LLM, smollm2_golden
 
 def test_smollm2_greedy_tokens_equal_transformers(smollm2: l4jax.LLM, smollm2_golden: dict) -> None:
     conversations = smollm2_golden["conversations"]
-    params = l4jax.SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
+    params = l4jax.SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
     completions = smollm2.generate([c["token_ids"] for c in conversations], params)
     # The golden holds no near tie: each of its tokens leads by more than rounding can make up.
-    assert [c.token_ids for c in completions] == [c["greedy"] for c in conversations]
+    assert [c.token_ids for c in completions] == [c["greedy"][:40] for c in conversations]
 
 
 def test_smollm2_perplexity_equals_transformers(smollm2: l4jax.LLM, smollm2_golden: dict) -> None:

@@ -94,11 +94,8 @@ def _in_words(error: ValueError | OSError) -> str:
         return str(error)
     if error.filename is not None:
         return f"{error.filename} cannot be read or written ({error.strerror}); check that path, its permissions and its disk"
-    try:
-        sys.stdout.flush()  # fails again if this was what failed
-    except OSError:
-        return f"standard output cannot be written ({error.strerror}); free some space, or redirect it to another file"
-    return f"a file or stream cannot be read or written ({error.strerror}); check where this command writes, and that there is space"
+    # Files that commands write have errors of their own; which stream it was, the system does not say.
+    return f"standard output or another stream cannot be used ({error.strerror}); free some space, or redirect it to another file"
 
 
 def _open_streams() -> None:

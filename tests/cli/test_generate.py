@@ -86,8 +86,10 @@ def test_one_token_is_not_called_tokens(smollm2_checkpoint: Path, capsys: pytest
     assert " s; 1 token, " in capsys.readouterr().err
 
 
-def test_a_standard_input_that_cannot_be_read_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    with os.fdopen(os.open("/", os.O_RDONLY)) as folder:
-        monkeypatch.setattr("sys.stdin", folder)
+def test_a_standard_input_that_cannot_be_read_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with os.fdopen(os.open(tmp_path / "out", os.O_WRONLY | os.O_CREAT)) as for_writing:
+        monkeypatch.setattr("sys.stdin", for_writing)
         assert cli.main(["generate", "no-such-checkpoint", "-p", "-"]) == 2
-    assert capsys.readouterr().err == "l4jax: error: standard input cannot be read (Is a directory); expected the prompt\n"
+    assert capsys.readouterr().err == "l4jax: error: standard input cannot be read (Bad file descriptor); expected the prompt\n"

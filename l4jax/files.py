@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+FETCH_AGAIN = "check the file, or fetch it again"
+"""What to do about a file of others that is damaged or cannot be read."""
+
 _POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -17,14 +20,14 @@ class FileError(ValueError):
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turn an OSError into a :class:`FileError` that names the file."""
+def reading(path: Path, advice: str = FETCH_AGAIN) -> Iterator[None]:
+    """Turn an OSError into a :class:`FileError` that names the file and ends in ``advice``."""
     try:
         yield
     except OSError as error:
         dangling = error.errno == errno.ENOENT and path.is_symlink()
         what = "is a link to a file that does not exist" if dangling else f"cannot be read ({error.strerror})"
-        raise FileError(f"{path} {what}; check the file, or fetch it again") from error
+        raise FileError(f"{path} {what}; {advice}") from error
 
 
 def is_there(path: Path) -> bool:
@@ -43,27 +46,27 @@ def refuse_pointer(path: Path) -> None:
         _refuse_pointer(path, file.read(len(_POINTER)))
 
 
-def read_bytes(path: Path) -> bytes:
-    """Return the contents of a file. Raises :class:`FileError` for one that cannot be read or is a git-lfs pointer."""
-    with reading(path):
+def read_bytes(path: Path, advice: str = FETCH_AGAIN) -> bytes:
+    """Return the contents of a file. Raises :class:`FileError` for a git-lfs pointer, and, ending in ``advice``, if it cannot be read."""
+    with reading(path, advice):
         content = path.read_bytes()
     _refuse_pointer(path, content)
     return content
 
 
-def read_text(path: Path) -> str:
-    """Return the contents of a file of UTF-8 text. Raises :class:`FileError` for any other file."""
+def read_text(path: Path, advice: str = FETCH_AGAIN) -> str:
+    """Return the contents of a file of UTF-8 text. Raises :class:`FileError`, which ends in ``advice``, for any other file."""
     try:
-        return read_bytes(path).decode("utf-8")
+        return read_bytes(path, advice).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise FileError(f"{path} is not UTF-8 text ({error}); fetch the file again") from error
+        raise FileError(f"{path} is not UTF-8 text ({error}); {advice}") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file. Raises :class:`FileError` for any other file."""
-    values = parse_json(read_text(path), str(path), "fetch the file again")
+def read_json(path: Path, advice: str = FETCH_AGAIN) -> dict[str, Any]:
+    """Return the object in a JSON file. Raises :class:`FileError`, which ends in ``advice``, for any other file."""
+    values = parse_json(read_text(path, advice), str(path), advice)
     if not isinstance(values, dict):
-        raise FileError(f"{path} holds a {type(values).__name__}; expected a JSON object; fetch the file again")
+        raise FileError(f"{path} holds a {type(values).__name__}; expected a JSON object; {advice}")
     return values
 
 

@@ -19,6 +19,7 @@ from l4jax.model.llama import Llama
 from l4jax.model.weights import weight_specs
 from sharding.mesh import ONE_DEVICE, MeshSpec
 from sharding.rules import check_divides, sharding
+from sharding.words import counted
 
 
 def repeat_kv_heads(config: ModelConfig, tensor: int) -> ModelConfig:
@@ -31,8 +32,8 @@ def repeat_kv_heads(config: ModelConfig, tensor: int) -> ModelConfig:
     fitting = [n for n in range(1, heads + 1) if kv_heads % n == 0 or (n % kv_heads == 0 and heads % n == 0)]
     if tensor not in fitting:
         raise ValueError(
-            f"layers.0.attention.qkv has {heads} query heads in {kv_heads} groups of one KV head, which mesh axis tensor={tensor} "
-            f"does not divide; tensor may be {', '.join(map(str, fitting))}"
+            f"layers.0.attention.qkv has {counted(heads, 'query head')} in {counted(kv_heads, 'group')} of one KV head, which "
+            f"mesh axis tensor={tensor} does not divide; tensor may be {', '.join(map(str, fitting))}"
         )
     return dataclasses.replace(config, num_kv_heads=max(kv_heads, tensor))
 

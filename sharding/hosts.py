@@ -30,6 +30,7 @@ from jax._src.distributed import global_state
 
 from sharding import monitor
 from sharding.rendezvous import Arrival, Rendezvous, check_alone, check_in
+from sharding.words import counted
 
 _EXCHANGE_SECONDS = 3600
 # When JAX's own timeout expires it aborts the process; ours raises an exception, and expires first.
@@ -82,7 +83,7 @@ def join(coordinator: str, processes: int | None = None, process_id: int | None 
         )
     else:
         refusal = (
-            f"all {processes} processes came to the coordinator {coordinator}, and within {timeout_seconds:g} s more they did not reach "
+            f"all processes ({processes}) came to the coordinator {coordinator}, and within {timeout_seconds:g} s more they did not reach "
             f"each other on other ports (JAX's coordinator is at {arguments['coordinator_address']}); open all ports between the hosts, "
             "and see that every process still runs"
         )
@@ -165,7 +166,9 @@ def _join_arguments(coordinator: str, processes: int | None, process_id: int | N
             f"the coordinator is {coordinator} and the {missing} is missing; give both the number of processes and the process id"
         )
     if processes < 1 or not 0 <= process_id < processes:
-        raise ValueError(f"process id {process_id} of {processes} processes; expected an id from 0 to one less than their number")
+        raise ValueError(
+            f"process id {process_id} of {counted(processes, 'process', 'processes')}; expected an id from 0 to one less than their number"
+        )
     own = Arrival(process_id, socket.gethostname(), processes)
     return {
         "coordinator_address": f"{host}:{_meet(own, host.strip('[]'), int(port), timeout_seconds)}",

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from sharding.ranks import Ranks
+from sharding.words import counted
 
 AXES = ("data", "sequence", "expert", "tensor")
 """Names of the mesh axes, outermost first."""
@@ -107,12 +108,13 @@ class MeshSpec:
         """
         present = list(jax.devices() if devices is None else devices)
         processes = {device.process_index for device in present}
-        among = f" in {len(processes)} processes; expected all of them" if len(processes) > 1 else ""
+        among = f" in {counted(len(processes), 'process', 'processes')}; expected all of them" if len(processes) > 1 else ""
         if self.size > len(present) or (among and self.size < len(present)):
             on_cpu = present[0].platform == "cpu" and self.size > len(present)
             advice = f"; on a CPU, JAX_NUM_CPU_DEVICES={-(-self.size // len(processes))} makes as many" if on_cpu else ""
-            found = f"{len(present)} {present[0].platform} devices are present{among}"
-            raise ValueError(f"mesh {self} has {self.size} devices, and {found}{advice}")
+            kind = f"{present[0].platform} device"
+            found = f"{counted(len(present), f'{kind} is', f'{kind}s are')} present{among}"
+            raise ValueError(f"mesh {self} has {counted(self.size, 'device')}, and {found}{advice}")
         return jax.sharding.Mesh(np.array(present[: self.size], dtype=object).reshape(self.sizes), AXES)
 
 

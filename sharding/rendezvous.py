@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from sharding.monitor import listen
+from sharding.words import counted
 
 _GREETING_SECONDS = 10.0
 """How long an arrival may take to say who it is."""
@@ -66,8 +67,8 @@ class Rendezvous:
         missing = ", ".join(str(i) for i in range(self._processes) if i not in self._hosts)
         refused = "".join(f"; refused: {line}" for line in self._refusals)
         message = (
-            f"{self._processes} processes were expected, and after {seconds:g} s these had not come: {missing}{refused}; start every one, "
-            "with the same coordinator and number of processes and a process id of its own"
+            f"{counted(self._processes, 'process was', 'processes were')} expected, and after {seconds:g} s these had not come: "
+            f"{missing}{refused}; start every one, with the same coordinator and number of processes and a process id of its own"
         )
         self._answer = {"refused": message}
         self.close()
@@ -119,8 +120,8 @@ class Rendezvous:
         process_id = arrival.process_id
         if arrival.processes != self._processes or not 0 <= process_id < self._processes:
             return (
-                f"process 0 (host {self._hosts[0]}) was started as one of {self._processes} processes, and process {process_id} (host "
-                f"{arrival.host}) as one of {arrival.processes}; start every process with the same number of processes"
+                f"process 0 (host {self._hosts[0]}) was started as one of {counted(self._processes, 'process', 'processes')}, and process "
+                f"{process_id} (host {arrival.host}) as one of {arrival.processes}; start every process with the same number of processes"
             )
         if process_id in self._hosts:
             return (

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from l4jax.config import ConfigError, RopeScaling, flat_fields
 from l4jax.config_formats import config_from_gguf
-from l4jax.model.rotary import rotary_frequencies
+from l4jax.model.rotary import rotary_angles, rotary_frequencies
 
 METADATA = {
     "general.architecture": "llama",
@@ -82,6 +83,14 @@ def test_an_unknown_scaling_is_refused() -> None:
         ({"llama.attention.value_length": 32}, "llama.attention.value_length is 32"),
         ({"llama.attention.head_count": [8, 4]}, "llama.attention.head_count is [8, 4]; expected an integer"),
         ({"llama.logit_scale": 0.5}, "llama.logit_scale is 0.5"),
+        ({"llama.embedding_scale": 12.0}, "llama.embedding_scale is 12.0"),
+        ({"llama.residual_scale": 0.5}, "llama.residual_scale is 0.5"),
+        ({"llama.attention.scale": 0.5}, "llama.attention.scale is 0.5"),
+        ({"llama.attention.clamp_kqv": 8.0}, "llama.attention.clamp_kqv is 8.0"),
+        ({"llama.attention.causal": False}, "llama.attention.causal is false"),
+        ({"llama.attention.sliding_window": 4096}, "llama.attention.sliding_window is 4096"),
+        ({"llama.rope.scaling.factor": 8.0}, "llama.rope.scaling.factor is 8.0"),
+        ({"llama.rope.scaling.attn_factor": 1.2}, "llama.rope.scaling.attn_factor is 1.2, which is not supported; expected 1"),
     ],
 )
 def test_what_is_not_supported_is_refused_in_one_line(changes: dict[str, Any], message: str) -> None:
@@ -89,6 +98,20 @@ def test_what_is_not_supported_is_refused_in_one_line(changes: dict[str, Any], m
         read({**METADATA, **changes})
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_an_attention_factor_of_1_is_the_rotation_that_is_computed() -> None:
+    """ggml's ``rope_yarn``, outside YaRN: cosine and sine of position * base^(-2 i / width), both times the factor."""
+    position, width, base = 7, 64, 500000.0
+
+    def reference(factor: float) -> np.ndarray:
+        angle = position * base ** (-np.arange(0, width, 2) / width)
+        return factor * np.stack([np.cos(angle), np.sin(angle)])
+
+    config = read({**METADATA, "llama.rope.scaling.attn_factor": 1.0})
+    computed = np.stack(rotary_angles(config, jnp.full((1, 1), position, jnp.int32)))[:, 0, 0]
+    np.testing.assert_allclose(computed, reference(1.0), atol=1e-6)
+    assert np.abs(computed - reference(1.2)).max() > 0.1
 
 
 def test_a_missing_field_is_named() -> None:

@@ -159,7 +159,7 @@ def test_two_processes_refuse_what_they_differ_in_and_give_the_logits_and_tokens
     llm, completions = of_one_process(checkpoint, every)
     different = ("the checkpoint's digest", "the mesh", "dtype", "what is asked for")
     expected = [f"{name} differs between processes: process 0 (host {HOST}) has " for name in different]
-    expected.insert(3, "mesh tensor=1 has 1 devices, and 4 cpu devices are present in 2 processes; expected all of them")
+    expected.insert(3, "mesh tensor=1 has 1 device, and 4 cpu devices are present in 2 processes; expected all of them")
     for results in every:
         for i, logits in enumerate(llm.logits(PROMPTS)):
             assert np.abs(results[f"arr_{i}"] - logits).max() < 1e-5 * np.abs(logits).max()
@@ -307,6 +307,14 @@ def test_where_the_others_are_cannot_be_found(checkpoint, monkeypatch):
     assert status == 2 and "the coordinator is auto, and could not be found from a Slurm, Kubernetes or MPI job (" in one_line(errors)
 
 
+@pytest.mark.parametrize("given", [{"processes": 2}, {"process_id": 0}])
+def test_numbers_given_together_with_auto_are_refused(given):
+    with pytest.raises(
+        ValueError, match=r"^the coordinator is auto, which finds the number of processes and the process id too; leave both"
+    ):
+        l4jax.join("auto", **given)
+
+
 def test_slurm_says_where_the_others_are(monkeypatch):
     """As JAX reads it: the port is made of the job's number."""
     script = """
@@ -364,7 +372,7 @@ def test_waiting_for_the_others_has_an_end(process_id, message, port):
 def test_closed_ports_are_told_from_processes_that_did_not_come(port, monkeypatch):
     monkeypatch.setattr(hosts, "_initialize", lambda arguments: threading.Event().wait())
     message = (
-        rf"^all 1 processes came to the coordinator 127\.0\.0\.1:{port}, and within 0\.2 s more they did not reach each other on other "
+        rf"^all processes \(1\) came to the coordinator 127\.0\.0\.1:{port}, and within 0\.2 s more they did not reach each other on other "
         r"ports \(JAX's coordinator is at 127\.0\.0\.1:\d+\); open all ports between the hosts, and see that every process still runs$"
     )
     with pytest.raises(TimeoutError, match=message):

@@ -16,7 +16,7 @@ import numpy as np
 
 from l4jax.checkpoints.licences import write_notice
 from l4jax.checkpoints.open import open_head, open_source
-from l4jax.checkpoints.partial import LOCK, check_destination, unfinished, write_atomically
+from l4jax.checkpoints.partial import LOCK, WEIGHTS, check_destination, unfinished, write_atomically
 from l4jax.checkpoints.source import CheckpointError, Recipe, Source
 from l4jax.checkpoints.store import (
     DTYPES,
@@ -37,6 +37,7 @@ from l4jax.decoding.plan import UNMEASURED, TableJson
 from l4jax.files import FileError
 from l4jax.interrupts import kept_interrupts
 from l4jax.model.weights import weight_specs
+from sharding.words import counted
 
 DType = Literal["float32", "bfloat16", "float16"]
 Progress = Callable[[Literal["converting", "verifying"], int, int], None]
@@ -59,7 +60,7 @@ def convert(
 
     With ``target``, a converted model, the source is a head that was trained for it; ``answers`` are for what its files leave open,
     ``speculation`` says how to speculate with it by default. ``note`` is called, before weights are converted, with each line that the
-    user should know about how the source is read.
+    user should know about how the source is read, and about what an interrupted conversion has left.
 
     ``without_tokenizer``: leave tokenizer and chat template out, so that a model whose own are not supported takes token ids.
 
@@ -68,17 +69,12 @@ def convert(
     call is made again; one that ends earlier leaves nothing. Raises :class:`CheckpointError` for a source that cannot be used, a
     destination that exists, is being written or cannot be written, and a full disk; KeyboardInterrupt for every Ctrl-C.
     """
-    if target is not None and without_tokenizer:
-        raise CheckpointError("an EAGLE head has no tokenizer to convert it without; leave --without-tokenizer out")
     result = check_destination(destination)
-    source = open_source(source_path) if target is None else open_head(source_path, target, answers)
-    check_complete(source)
+    source = open_checked(source_path, target, answers, without_tokenizer=without_tokenizer)
     for line in source.notes:
         note(line)
-    # Before the weights: an unusable tokenizer or template should not be found hours later.
-    check_text_of(source, Path(source_path), tokenizer=not without_tokenizer)
     with unfinished(result, "conversion") as partial, kept_interrupts() as check_interrupts:
-        state = _resume(partial, _identity(source, dtype))
+        state = _resume(partial, _identity(source, dtype), len(source.recipes), note)
         text_files = source.write_other_files(partial)
         if not without_tokenizer:
             text_files += source.write_tokenizer(partial)
@@ -94,6 +90,19 @@ def convert(
         # These are removed last: a conversion that is killed before the renaming can continue, and after the renaming it is complete.
         (result / _PROGRESS).unlink()
         (result / LOCK).unlink()
+
+
+def open_checked(
+    source_path: str | os.PathLike[str], target: str | os.PathLike[str] | None, answers: HeadAnswers, *, without_tokenizer: bool
+) -> Source:
+    """Open the source of :func:`convert`, with its arguments, and check all that can be checked without reading the weights."""
+    if target is not None and without_tokenizer:
+        raise CheckpointError("an EAGLE head has no tokenizer to convert it without; leave --without-tokenizer out")
+    source: Source = open_source(source_path) if target is None else open_head(source_path, target, answers)
+    check_complete(source)
+    # Before the weights: an unusable tokenizer or template should not be found hours later.
+    check_text_of(source, Path(source_path), tokenizer=not without_tokenizer)
+    return source
 
 
 def check_complete(source: Source) -> None:
@@ -113,12 +122,24 @@ _PROGRESS = "progress.json"
 _BLOCK = 1 << 24
 
 
-def _resume(partial: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """Return what an earlier conversion of the same source to the same dtype has done; remove everything else from the folder."""
+def _resume(partial: Path, identity: dict[str, Any], total: int, note: Callable[[str], None]) -> dict[str, Any]:
+    """Return what an earlier conversion of the same source to the same dtype has done; remove everything else from the folder.
+
+    ``note`` is told what has become of an earlier conversion's weights; ``total``: the number of weights.
+    """
     state = _read_progress(partial / _PROGRESS)
-    if state is None or state["source"] != identity:
+    found = (partial / WEIGHTS).exists()
+    differing = [] if state is None else [name for name in identity if state["source"].get(name) != identity[name]]
+    if found and state is None:
+        note(f"{partial} cannot be continued, because its {_PROGRESS} is damaged: its weights are removed, and all are converted anew")
+    elif found and differing:
+        why = "to another dtype" if differing == ["dtype"] else "of a source that differs or has changed, or with other options"
+        note(f"{partial} is of a conversion {why}: its weights are removed, and all are converted anew")
+    elif found and state is not None:
+        note(f"{partial} is continued: {len(state['weights'])} of {counted(total, 'weight')} were converted before")
+    if state is None or differing:
         state = {"source": identity, "weights": {}}
-    kept = {LOCK, _PROGRESS, "weights"} if state["weights"] else {LOCK}
+    kept = {LOCK, _PROGRESS, WEIGHTS} if state["weights"] else {LOCK}
     for entry in partial.iterdir():
         if entry.name not in kept:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
@@ -139,12 +160,14 @@ def _write_groups(
     specs = weight_specs(module_of(source.config))
     tables = {name for name, spec in specs.items() if spec.init == "numbers"}
     groups = group_weights(nbytes)
-    missing = [group for group, names in groups.items() if not (weights.keys() >= set(names) and (partial / "weights" / group).is_dir())]
+    missing = [group for group, names in groups.items() if not (weights.keys() >= set(names) and (partial / WEIGHTS / group).is_dir())]
     _check_space(partial, sum(nbytes[name] for group in missing for name in groups[group]))
     done, total = 0, sum(nbytes.values())
+    if progress is not None:
+        progress("converting", done, total)
     for group, names in groups.items():
         if group in missing:
-            for unfinished_group in (partial / "weights").glob(f"{group}*"):
+            for unfinished_group in (partial / WEIGHTS).glob(f"{group}*"):
                 shutil.rmtree(unfinished_group)
             arrays = {}
             for name in names:
@@ -156,7 +179,7 @@ def _write_groups(
                         f"weight {name} would have shape {array.shape}; expected {specs[name].shape} by the configuration"
                     )
                 weights[name] = StoredWeight(group, array.shape, array.dtype.name, checksum(array))
-            save_group(partial / "weights" / group, arrays)
+            save_group(partial / WEIGHTS / group, arrays)
             del array, arrays
             state["weights"] = {name: dataclasses.asdict(weight) for name, weight in weights.items()}
             write_atomically(partial / _PROGRESS, json.dumps(state))
@@ -213,7 +236,7 @@ def _verify(partial: Path, weights: Mapping[str, StoredWeight], progress: Progre
     """Read every group back from disk and compare shapes, dtypes and checksums with what was written."""
     groups = groups_of(weights)
     for done, (group, names) in enumerate(groups.items(), start=1):
-        directory = partial / "weights" / group
+        directory = partial / WEIGHTS / group
         check_interrupts()
         try:
             load_verified(directory, {name: weights[name] for name in names})
@@ -238,7 +261,8 @@ def _read_progress(path: Path) -> dict[str, Any] | None:
         state: Any = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError, RecursionError):
         return None
-    return state if isinstance(state, dict) and state.keys() >= {"source", "weights"} else None
+    whole = isinstance(state, dict) and isinstance(state.get("source"), dict) and isinstance(state.get("weights"), dict)
+    return state if whole else None
 
 
 def _nbytes(source: Source, recipe: Recipe, dtype: DType | None) -> int:

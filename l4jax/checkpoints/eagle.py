@@ -19,12 +19,24 @@ from l4jax.checkpoints.source import CheckpointError, Recipe, TensorInfo
 from l4jax.checkpoints.store import Checkpoint
 from l4jax.checkpoints.torch_zip import TorchFile
 from l4jax.config import DrafterConfig, check_fits
-from l4jax.config_formats.eagle import HeadAnswers, drafter_config_from_eagle, head_format
-from l4jax.files import read_json
+from l4jax.config_formats.eagle import HeadAnswers, drafter_config_from_eagle, head_format, says_head
+from l4jax.files import FileError, read_json
 
 _HEAD = "lm_head.weight"
 _TORCH = "pytorch_model.bin"
 _ROWS = 4096
+_FUSES = {f"{prefix}{name}.weight" for prefix in ("", "model.") for name in ("fc", "fusion_fc")}
+
+
+def is_head(directory: Path) -> bool:
+    """Whether a folder with a ``config.json`` holds an EAGLE head: its configuration says so, or it has the weight that only heads have."""
+    if says_head(read_json(directory / "config.json")):
+        return True
+    try:
+        files = SafetensorsFiles(directory) if _has_safetensors(directory) else _TorchFiles(directory)
+    except FileError:
+        return False  # what opens the folder says what is wrong with its files
+    return not _FUSES.isdisjoint(files.tensors)
 
 
 class EagleSource:
@@ -116,12 +128,16 @@ class _TorchFiles:
         return self._file.read(key)
 
 
+def _has_safetensors(directory: Path) -> bool:
+    return any((directory / name).exists() for name in (SINGLE, INDEX))
+
+
 def _open_files(directory: Path) -> SafetensorsFiles | _TorchFiles:
     """Open a head's weight files. If it has both kinds they must agree: SafeAILab's code reads ``pytorch_model.bin``, vLLM the other."""
     if not (directory / _TORCH).exists():
         return SafetensorsFiles(directory)
     torch = _TorchFiles(directory)
-    if not any((directory / name).exists() for name in (SINGLE, INDEX)):
+    if not _has_safetensors(directory):
         return torch
     files = SafetensorsFiles(directory)
     same = files.tensors == torch.tensors and all(files.read(key).tobytes() == torch.read(key).tobytes() for key in files.tensors)

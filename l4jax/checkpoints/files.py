@@ -37,6 +37,8 @@ class WeightFile:
         if not stat.S_ISREG(status.st_mode):
             raise CheckpointError(f"{path} is not a regular file; expected a file of weights")
         refuse_pointer(path)
+        if status.st_size == 0:
+            raise CheckpointError(f"{path} is empty (0 bytes); fetch it again")
         self.size = status.st_size
         self._modified = status.st_mtime_ns
 

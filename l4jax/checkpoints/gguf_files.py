@@ -7,14 +7,16 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, override
 
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFEndian, GGUFReader, ReaderField, dequantize
 
 from l4jax.checkpoints.files import WeightFile
 from l4jax.checkpoints.source import CheckpointError, TensorInfo
+from sharding.words import counted
 
 _PLAIN = {
     GGMLQuantizationType.F32: np.dtype(np.float32),
@@ -24,6 +26,25 @@ _PLAIN = {
 _QUANTIZED = {getattr(GGMLQuantizationType, name) for name in ("Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")}
 _KNOWN = "one of " + ", ".join(sorted(kind.name for kind in (*_PLAIN, *_QUANTIZED)))
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+
+
+class _CutOffError(Exception):
+    """A file ends before byte ``needed``."""
+
+    def __init__(self, needed: int) -> None:
+        super().__init__(needed)
+        self.needed = needed
+
+
+class _Reader(GGUFReader):
+    """A GGUFReader that says where a file is cut off. The library reads on into empty arrays, and fails in numpy's words."""
+
+    @override
+    def _get(self, offset: int, dtype: npt.DTypeLike, count: int = 1, *arguments: Any, **options: Any) -> Any:
+        end = int(offset) + int(count) * np.dtype(dtype).itemsize
+        if end > len(self.data):
+            raise _CutOffError(end)
+        return super()._get(offset, dtype, count, *arguments, **options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +83,9 @@ class GGUFFiles:
                 self.metadata = metadata
         expected = self.metadata.get("split.tensors.count", len(self._tensors))
         if len(self._tensors) != expected:
-            raise CheckpointError(f"the parts of {paths[0]} have {len(self._tensors)} tensors; expected {expected}: not of one file")
+            raise CheckpointError(
+                f"the parts of {paths[0]} have {counted(len(self._tensors), 'tensor')}; expected {expected}: not of one file"
+            )
         self.tensors: Mapping[str, TensorInfo] = {name: tensor.info for name, tensor in self._tensors.items()}
 
     def read(self, key: str) -> np.ndarray:
@@ -91,12 +114,16 @@ def _read(file: WeightFile) -> tuple[dict[str, Any], dict[str, _Tensor]]:
     """Read the metadata and the tensors' places of one file."""
     path = file.path
     try:
-        reader = GGUFReader(path)
+        reader = _Reader(path)
+    except _CutOffError as error:
+        raise CheckpointError(
+            f"{path} is cut off: it has {counted(file.size, 'byte')}, and needs at least {error.needed:,}; fetch it again"
+        ) from error
     except (ValueError, IndexError, KeyError, OSError) as error:
         unknown = re.search(r"(\d+)\)? is not a valid GGMLQuantizationType", str(error))
         if unknown:
             raise CheckpointError(f"{path}: a tensor is quantised as type {unknown[1]}, which is unknown; expected {_KNOWN}") from error
-        raise CheckpointError(f"{path} is truncated or not a GGUF file ({error}); fetch it again") from error
+        raise CheckpointError(f"{path} is not a GGUF file, or is damaged ({error}); fetch it again") from error
     if reader.endianess is not GGUFEndian.LITTLE:
         # Writers of such files disagree on the byte order of BF16 and of block scales, so the values cannot be known.
         raise CheckpointError(

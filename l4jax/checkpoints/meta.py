@@ -21,6 +21,7 @@ from l4jax.checkpoints.vision import meta_name, vision_shapes
 from l4jax.config import ModelConfig
 from l4jax.config_formats import config_from_meta
 from l4jax.files import read_json
+from sharding.words import counted
 
 _IGNORED = re.compile(r".*(_extra_state|rope\.freqs|global_gate_stats_3E|running_gate_stats_3E|expert_activation_DE)")
 
@@ -212,7 +213,8 @@ class _Recipes:
         cut = [i for i, (a, b) in enumerate(zip(part, shape, strict=False)) if a != b]
         if len(part) != len(shape) or len(cut) > 1 or (cut and part[cut[0]] * self._shards != shape[cut[0]]):
             raise CheckpointError(
-                f"tensor {key} has shape {part} in each of {self._shards} shards; params.json says {shape} in all; they do not match"
+                f"tensor {key} has shape {part} in each of {counted(self._shards, 'shard')}; params.json says {shape} in all; "
+                "they do not match"
             )
 
         def assemble(parts: Sequence[np.ndarray]) -> np.ndarray:

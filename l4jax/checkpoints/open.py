@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from l4jax.checkpoints.eagle import EagleSource
-from l4jax.checkpoints.files import absent, listed, weight_names
+import numpy as np
+
+from l4jax.checkpoints.eagle import EagleSource, is_head
+from l4jax.checkpoints.files import WeightFile, absent, listed, weight_names
 from l4jax.checkpoints.partial import SUFFIX
 from l4jax.checkpoints.source import CheckpointError, ModelSource
 from l4jax.checkpoints.store import MANIFEST, open_checkpoint
 from l4jax.config_formats.eagle import HeadAnswers
-from l4jax.files import reading, refuse_pointer
 
 _EXPECTED = "a Hugging Face or Meta folder, or a .gguf file"
 
@@ -41,6 +42,8 @@ def open_source(path: str | os.PathLike[str]) -> ModelSource:
     if weights["*.gguf"] and not weights["*.safetensors*"]:
         return _open_gguf_folder(source, weights["*.gguf"])
     if (source / "config.json").exists():
+        if is_head(source):
+            raise CheckpointError(f"{source} is an EAGLE head, not a whole model; give its model to `l4jax convert` with --target")
         from l4jax.checkpoints.hf import HFSource  # noqa: PLC0415 - as below
 
         return HFSource(source)
@@ -54,16 +57,26 @@ def open_head(path: str | os.PathLike[str], target: str | os.PathLike[str], answ
         raise absent(source, "the folder of an EAGLE head")
     if source.is_dir():
         _refuse_ours(source)
-    if not (source / "config.json").exists():
+    there = (source / "config.json").exists()
+    if not (there and is_head(source)) and _is_model(source):
+        raise CheckpointError(f"{source} is a whole model, not an EAGLE head; leave --target out, or give the head")
+    if not there:
         raise CheckpointError(f"{source} has no config.json; expected the folder of an EAGLE head")
     return EagleSource(source, open_checkpoint(target), answers)
 
 
+def _is_model(path: Path) -> bool:
+    try:
+        open_source(path)
+    except ValueError:
+        return False
+    return True
+
+
 def _open_file(path: Path) -> ModelSource:
-    refuse_pointer(path)
-    with reading(path), path.open("rb") as file:
-        is_gguf = file.read(4) == b"GGUF"
-    if is_gguf:
+    file = WeightFile(path)
+    magic = file.read(0, (min(4, file.size),), np.dtype(np.uint8)).tobytes()
+    if b"GGUF".startswith(magic):  # where less is left of the file, its reader says so
         from l4jax.checkpoints.gguf import GGUFSource  # noqa: PLC0415 - the gguf package is slow to import
 
         return GGUFSource(path)

@@ -67,11 +67,16 @@ def unfinished(target: Path, work: Work) -> Iterator[Path]:
                     shutil.rmtree(partial, ignore_errors=True)
                 raise
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            kept = f": what is written is kept in {partial}" if partial.exists() else ""
-            raise CheckpointError(f"the disk of {target} is full; free some space and run the same {work} again{kept}") from error
         # Files that cannot be read are reported by their readers, as another error.
-        raise CheckpointError(f"{error.filename or partial} cannot be written ({error.strerror}); choose another destination") from error
+        raise cannot_write(error, target, work, kept=partial) from error
+
+
+def cannot_write(error: OSError, destination: Path, work: str, *, kept: Path) -> CheckpointError:
+    """Return the error for a destination that cannot be written; ``kept``: the folder of what was written so far."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        rest = f": what is written is kept in {kept}" if kept.exists() else ""
+        return CheckpointError(f"the disk of {destination} is full; free some space and run the same {work} again{rest}")
+    return CheckpointError(f"{error.filename or kept} cannot be written ({error.strerror}); choose another destination")
 
 
 def write_atomically(path: Path, text: str) -> None:

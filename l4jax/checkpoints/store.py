@@ -47,6 +47,8 @@ MANIFEST = "checkpoint.json"
 SOURCE_CONFIG = "source_config.json"
 """A Hugging Face source's ``config.json``, kept as it was for the export."""
 FORMAT_VERSION = 1
+CONVERT_AGAIN = "check the file, or convert the model again"
+"""What to do about a file of a checkpoint that is damaged or cannot be read: nobody but us has it."""
 DTYPES: Mapping[str, np.dtype] = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -217,7 +219,7 @@ class Stored:
         """The SHA-256 of the manifest, which has a checksum of every weight, and of the text files."""
         digest = hashlib.sha256()
         for file in (MANIFEST, *self.text_files):
-            digest.update(read_bytes(self.directory / file))
+            digest.update(read_bytes(self.directory / file, CONVERT_AGAIN))
         return digest.hexdigest()
 
     def groups(self, names: Iterable[str]) -> dict[str, list[str]]:
@@ -270,7 +272,7 @@ class Checkpoint(Stored):
         files = [self.directory / name for name in ("tokenizer.json", "tokenizer.model") if name in self.text_files]
         if not files:
             return None
-        return hashlib.sha256(read_bytes(files[0])).hexdigest()
+        return hashlib.sha256(read_bytes(files[0], CONVERT_AGAIN)).hexdigest()
 
     @property
     def drafter(self) -> Path | None:
@@ -331,7 +333,7 @@ def _open(path: str | os.PathLike[str]) -> tuple[Stored, dict[str, Any]]:
         raise CheckpointError(f"{directory} is an unfinished conversion; run the same `l4jax convert` again to finish it")
     if not (directory / MANIFEST).is_file():
         raise CheckpointError(f"{directory} has no {MANIFEST}; expected a folder made by `l4jax convert`: convert {directory.name} first")
-    manifest = read_json(directory / MANIFEST)
+    manifest = read_json(directory / MANIFEST, CONVERT_AGAIN)
     if manifest.get("format_version") != FORMAT_VERSION:
         version = manifest.get("format_version")
         raise CheckpointError(f"{directory} has format version {version}; expected {FORMAT_VERSION}; convert it again")
@@ -340,7 +342,7 @@ def _open(path: str | os.PathLike[str]) -> tuple[Stored, dict[str, Any]]:
         sizes: dict[str, int] = dict(manifest["weight_files"])
         stored = Stored(directory, manifest["source_format"], weights, tuple(manifest["text_files"]))
     for file in (*sizes, *stored.text_files):
-        with reading(directory / file):
+        with reading(directory / file, CONVERT_AGAIN):
             found = (directory / file).stat().st_size if (directory / file).is_file() else None
         if found is None or found != sizes.get(file, found):
             state = "is missing" if found is None else f"has {found} bytes; expected {sizes[file]}"

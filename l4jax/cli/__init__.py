@@ -15,7 +15,8 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NoReturn, override
 
 COMMANDS = ("generate", "convert", "export", "show", "demo", "train-drafter")
 
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hosts = sys.modules.get("sharding.hosts")  # importing it would load JAX, which this command may not need
         if hosts is not None:
             hosts.hold(error)
-        _say(f"error: {error}")
+        _say(f"error: {_in_words(error)}")
         return _failed(2)
     except KeyboardInterrupt:
         _say("interrupted")
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    parser = argparse.ArgumentParser(prog="l4jax", description="Run, convert and inspect Llama 4 and Llama 3 models.")
+    parser = _Parser(prog="l4jax", description="Run, convert and inspect Llama 4 and Llama 3 models.")
     parser.add_argument("--version", action="version", version=f"l4jax {importlib.metadata.version('l4jax')}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS:
@@ -56,11 +57,45 @@ def _run(argv: Sequence[str] | None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: _say(f"warning: {message}")
         try:
-            arguments = parser.parse_args(argv)
+            arguments, unknown = parser.parse_known_args(argv)
+            if unknown:
+                subparsers.choices[arguments.command].error(f"unrecognized arguments: {' '.join(unknown)}")
             status: int = arguments.run(arguments)
         finally:
             sys.stdout.flush()
     return status
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, like all others."""
+
+    @override
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see `{self.prog} --help`")
+
+
+def print_pieces(pieces: Iterable[str]) -> None:
+    """Print a text as it comes, then end its line: also before an error or a Ctrl-C is reported, which would be glued to the text."""
+    line_ended = True
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+            line_ended = piece.endswith("\n") if piece else line_ended
+    except BaseException:
+        if not line_ended:
+            print(flush=True)
+        raise
+    print(flush=True)
+
+
+def _in_words(error: ValueError | OSError) -> str:
+    """The error's message; of an OSError that nothing has put into words: what failed, on what, and what to do."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    if error.filename is not None:
+        return f"{error.filename} cannot be read or written ({error.strerror}); check that path, its permissions and its disk"
+    # Files that commands write have errors of their own; which stream it was, the system does not say.
+    return f"standard output or another stream cannot be used ({error.strerror}); free some space, or redirect it to another file"
 
 
 def _open_streams() -> None:

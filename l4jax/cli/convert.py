@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -45,13 +44,9 @@ def _layers(text: str) -> tuple[int, ...]:
 
 def run(arguments: argparse.Namespace) -> int:
     """Convert, with a progress bar on stderr; or print the mapping."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    from l4jax.checkpoints.convert import check_complete, convert
-    from l4jax.checkpoints.open import open_head, open_source
-    from l4jax.checkpoints.source import Source
-    from l4jax.checkpoints.text import check_text_of
+    from l4jax.checkpoints.convert import convert, open_checked
+    from l4jax.checkpoints.partial import check_destination
+    from l4jax.cli.bar import Bar
     from l4jax.config_formats.eagle import NO_ANSWERS, HeadAnswers
 
     yes = {None: None, "yes": True, "no": False}
@@ -64,11 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
             "head's model as --target"
         )
     if arguments.dry_run:
-        source: Source = (
-            open_source(arguments.source) if arguments.target is None else open_head(arguments.source, arguments.target, answers)
-        )
-        check_complete(source)
-        check_text_of(source, Path(arguments.source), tokenizer=not arguments.without_tokenizer)
+        check_destination(arguments.destination)
+        source = open_checked(arguments.source, arguments.target, answers, without_tokenizer=arguments.without_tokenizer)
         for line in source.notes:
             print(line, file=sys.stderr)
         for name, recipe in source.recipes.items():
@@ -77,9 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
         for key in sorted(source.ignored):
             print(f"(not used) {key}")
         return 0
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("converting", total=None)
+    with Bar() as bar:
         convert(
             arguments.source,
             arguments.destination,
@@ -87,8 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
             target=arguments.target,
             answers=answers,
             without_tokenizer=arguments.without_tokenizer,
-            progress=lambda stage, done, total: bar.update(task, completed=done, total=total, description=stage),
-            note=lambda line: bar.console.print(line, markup=False, highlight=False, soft_wrap=True),
+            progress=bar.update,
+            note=bar.say,
         )
     print(f"{arguments.destination} is complete and verified")
     return 0

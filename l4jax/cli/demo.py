@@ -7,6 +7,9 @@ import itertools
 import resource
 import sys
 import time
+from collections.abc import Iterator
+
+from sharding.words import counted
 
 QUESTION = "What is the capital of France, and why is it famous?"
 
@@ -26,7 +29,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(arguments: argparse.Namespace) -> int:
     """Stream the answer, then print its speed with and without speculation."""
     from l4jax import LLM, SamplingParams, load
-    from l4jax.cli import STARTED
+    from l4jax.cli import STARTED, print_pieces
     from l4jax.smollm2 import ensure_checkpoint
 
     if not arguments.prompt.strip():
@@ -38,11 +41,16 @@ def run(arguments: argparse.Namespace) -> int:
     llm = load(checkpoint, dtype="bfloat16", max_batch=1)
     messages = [{"role": "user", "content": arguments.prompt}]
     stream = llm.stream_chat(messages, params)
-    first_seconds = None
-    for piece in stream:
-        first_seconds = first_seconds or time.perf_counter() - STARTED
-        print(piece, end="", flush=True)
-    print("\n", flush=True)
+    first_seconds = 0.0
+
+    def timed() -> Iterator[str]:
+        nonlocal first_seconds
+        for piece in stream:
+            first_seconds = first_seconds or time.perf_counter() - STARTED
+            yield piece
+
+    print_pieces(timed())
+    print(flush=True)
     assert stream.completion is not None
     stats = stream.completion.stats
     plain_llm = LLM(llm.config, llm.weights, tokenizer=llm.tokenizer, chat_format=llm.chat_format, max_batch=1)
@@ -53,11 +61,15 @@ def run(arguments: argparse.Namespace) -> int:
         1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(stream.completion.token_ids, plain.token_ids, strict=False))
     )
     lines = [
-        f"{stats.output_tokens} tokens, {stats.decode_tokens_per_second:.1f} tokens/s with speculation, acceptance length "
+        f"{counted(stats.output_tokens, 'token')}, {stats.decode_tokens_per_second:.1f} tokens/s with speculation, acceptance length "
         f"{stats.acceptance_length:.2f}; {plain.stats.decode_tokens_per_second:.1f} tokens/s without, "
-        + ("the same tokens" if plain.token_ids == stream.completion.token_ids else f"the same first {same} tokens"),
-        f"first text {first_seconds or 0.0:.1f} s after the command started, {stats.first_token_seconds:.2f} s after the question",
+        + ("the same tokens" if plain.token_ids == stream.completion.token_ids else _same_at_first(same)),
+        f"first text {first_seconds:.1f} s after the command started, {stats.first_token_seconds:.2f} s after the question",
         f"peak memory {peak_bytes / 1e9:.2f} GB",
     ]
     print("\n".join(lines))
     return 0
+
+
+def _same_at_first(tokens: int) -> str:
+    return f"the same first {counted(tokens, 'token')} (then bfloat16's rounding decides between two likely tokens: docs/speculation.md)"

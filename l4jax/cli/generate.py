@@ -8,6 +8,8 @@ import os
 import sys
 from typing import Any
 
+from sharding.words import counted
+
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command and its options."""
@@ -32,7 +34,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--processes", type=int, help="with --coordinator: the number of processes")
     parser.add_argument("--process-id", type=int, help="with --coordinator: which of them this is, from 0; only 0 prints the text")
     parser.add_argument(
-        "--coordinator-timeout", type=float, default=300.0, metavar="SECONDS", help="how long to wait for the others (default: 300)"
+        "--coordinator-timeout", type=float, metavar="SECONDS", help="with --coordinator: how long to wait for the others (default: 300)"
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="hold weights and cache in this (default: as stored)")
     parser.add_argument("--drafter", help="the folder of a drafter made for the model (default: the one in its folder, if there is one)")
@@ -72,6 +74,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace) -> int:
     """Print the text as it is generated on standard output, and the speed on standard error."""
     import l4jax
+    from l4jax.cli import print_pieces
     from sharding import hosts
 
     if args.system is not None and not args.chat:
@@ -81,9 +84,12 @@ def run(args: argparse.Namespace) -> int:
     variables = _json_object(args.chat_template_kwargs)
     if args.coordinator is not None:
         _keep_stdout_for_text()
-        hosts.join(args.coordinator, args.processes, args.process_id, timeout_seconds=args.coordinator_timeout)
-    elif args.processes is not None or args.process_id is not None:
-        raise ValueError("--processes and --process-id need --coordinator HOST:PORT, where process 0 listens")
+        timeout_seconds = 300 if args.coordinator_timeout is None else args.coordinator_timeout
+        hosts.join(args.coordinator, args.processes, args.process_id, timeout_seconds=timeout_seconds)
+    elif (args.processes, args.process_id, args.coordinator_timeout) != (None, None, None):
+        raise ValueError(
+            "--processes, --process-id and --coordinator-timeout need --coordinator HOST:PORT, where process 0 listens; or leave them out"
+        )
     names = {field.name for field in dataclasses.fields(l4jax.SamplingParams)}
     params = l4jax.SamplingParams(**{name: value for name, value in vars(args).items() if name in names})
     speculation = {"drafter": args.drafter, "speculation": args.speculation, "beyond_training": args.beyond_training}
@@ -94,21 +100,19 @@ def run(args: argparse.Namespace) -> int:
         stream = llm.stream_chat([*system, {"role": "user", "content": prompt}], params, chat_template_kwargs=variables)
     else:
         stream = llm.stream(prompt, params)
-    printing = hosts.process_id() == 0
-    for text in stream:
-        if printing:
-            print(text, end="", flush=True)
-    if not printing:
+    if hosts.process_id() != 0:
+        for _ in stream:
+            pass
         return 0
-    print(flush=True)
+    print_pieces(stream)
     completion = stream.completion
     assert completion is not None
     stats = completion.stats
     print(
-        f"{stats.prompt_tokens} prompt tokens, first token after {stats.first_token_seconds:.2f} s; "
-        f"{stats.output_tokens} tokens, {stats.decode_tokens_per_second:.1f} tokens/s; "
+        f"{counted(stats.prompt_tokens, 'prompt token')}, first token after {stats.first_token_seconds:.2f} s; "
+        f"{counted(stats.output_tokens, 'token')}, {stats.decode_tokens_per_second:.1f} tokens/s; "
         f"finished by {completion.finish_reason}, seed {completion.seed}"
-        + (f"; {stats.rounds} rounds of speculation, acceptance length {stats.acceptance_length:.2f}" if stats.rounds else ""),
+        + (f"; {counted(stats.rounds, 'round')} of speculation, acceptance length {stats.acceptance_length:.2f}" if stats.rounds else ""),
         file=sys.stderr,
     )
     return 0
@@ -122,6 +126,8 @@ def _shared_stdin() -> str:
         text = sys.stdin.read() if hosts.process_id() == 0 else ""
     except UnicodeDecodeError as error:
         raise ValueError(f"standard input is not {sys.stdin.encoding} text ({error}); expected the prompt") from error
+    except OSError as error:
+        raise ValueError(f"standard input cannot be read ({error.strerror}); expected the prompt") from error
     # Shells and editors end the last line: a newline there is not part of the text.
     return hosts.share(text.removesuffix("\n"))[0]
 

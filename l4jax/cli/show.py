@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from sharding.words import counted
 
 if TYPE_CHECKING:
     from l4jax.checkpoints.source import ModelSource
@@ -37,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Print tables on a terminal, aligned text elsewhere."""
     about, config = _describe(arguments.checkpoint)
     _print("Checkpoint", ("", ""), about)
-    _print("Configuration", ("field", "value", "source"), _configuration(config))
+    _print("Configuration", *_configuration(config))
     if arguments.verify:
         from l4jax.checkpoints.store import open_checkpoint, open_drafter
         from l4jax.config import DrafterConfig
@@ -50,8 +53,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _describe(name: str) -> tuple[list[Row], ModelConfig | DrafterConfig]:
     """The rows about the checkpoint, and its configuration."""
+    from l4jax.checkpoints.files import absent
     from l4jax.checkpoints.open import open_source
-    from l4jax.checkpoints.store import MANIFEST, open_checkpoint, open_drafter
+    from l4jax.checkpoints.store import CONVERT_AGAIN, MANIFEST, open_checkpoint, open_drafter
     from l4jax.data import configs_path
     from l4jax.files import read_json
 
@@ -59,17 +63,29 @@ def _describe(name: str) -> tuple[list[Row], ModelConfig | DrafterConfig]:
     shipped = configs_path() / "models" / f"{name}.json"
     if not path.exists() and shipped.exists():
         path = shipped
+    if not path.exists():
+        raise absent(path, f"the folder of a converted checkpoint, what l4jax convert reads, a config.json, or {_names(name)}")
     if path.is_file() and path.suffix == ".json":
         config = _read_config(path)
         return [("path", str(path)), ("format", "Hugging Face config.json"), *_decoder(config)], config
     if (path / MANIFEST).exists():
-        if "drafter" in read_json(path / MANIFEST):
+        if "drafter" in read_json(path / MANIFEST, CONVERT_AGAIN):
             drafter = open_drafter(path)
             return _describe_drafter(drafter), drafter.config
         checkpoint = open_checkpoint(path)
         return _describe_checkpoint(checkpoint), checkpoint.config
     source = open_source(path)
     return _describe_source(path, source), source.config
+
+
+def _names(like: str) -> str:
+    """The shipped configurations to choose from: those with a name like this one, or all."""
+    from l4jax.data import configs_path
+
+    names = sorted(file.stem for file in (configs_path() / "models").glob("*.json"))
+    close = difflib.get_close_matches(like.lower(), names)
+    which = f"did you mean {' or '.join(close)}?" if close else ", ".join(names)
+    return f"the name of a shipped configuration ({which})"
 
 
 def _describe_checkpoint(checkpoint: Checkpoint) -> list[Row]:
@@ -93,7 +109,10 @@ def _describe_drafter(drafter: DrafterCheckpoint) -> list[Row]:
         ("format", f"l4jax drafter, from {drafter.source_format}"),
         ("parameters", f"{sum(math.prod(weight.shape) for weight in drafter.weights.values()):,}"),
         ("dtypes", _counts([weight.dtype for weight in drafter.weights.values()])),
-        ("for", f"a model of {config.target_layers} layers, width {config.target_hidden_size}, {config.decoder.vocab_size:,} tokens"),
+        (
+            "for",
+            f"a model of {counted(config.target_layers, 'layer')}, width {config.target_hidden_size}, {config.decoder.vocab_size:,} tokens",
+        ),
         *(
             (f"speculation in {dtype}", ", ".join(f"{rows} or more rows: {how}" for rows, how in by_rows.items()))
             for dtype, by_rows in drafter.speculation.items()
@@ -141,7 +160,7 @@ def _vision(shapes: Sequence[tuple[int, ...]]) -> list[Row]:
 
 
 def _counts(dtypes: Sequence[str]) -> str:
-    return ", ".join(f"{dtype} ({count} tensors)" for dtype, count in Counter(dtypes).most_common())
+    return ", ".join(f"{dtype} ({counted(count, 'tensor')})" for dtype, count in Counter(dtypes).most_common())
 
 
 def _text(directory: Path, config: ModelConfig) -> list[Row]:
@@ -171,11 +190,14 @@ def _text(directory: Path, config: ModelConfig) -> list[Row]:
     ]
 
 
-def _configuration(config: ModelConfig | DrafterConfig) -> list[Row]:
+def _configuration(config: ModelConfig | DrafterConfig) -> tuple[Row, list[Row]]:
+    """The header and rows of the configuration; without a column of sources if the checkpoint does not have them all."""
     from l4jax.config import flat_fields
 
-    sources = dict(config.sources)
-    return [(name, _value(value), sources.get(name, "unknown")) for name, value in flat_fields(config).items()]
+    sources, fields = dict(config.sources), flat_fields(config)
+    if not sources.keys() >= fields.keys():
+        return ("field", "value"), [(name, _value(value)) for name, value in fields.items()]
+    return ("field", "value", "source"), [(name, _value(value), sources[name]) for name, value in fields.items()]
 
 
 def _value(value: Any) -> str:

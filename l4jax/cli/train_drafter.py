@@ -67,11 +67,10 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Train, and report on stderr."""
-    from rich.console import Console
-    from rich.progress import Progress
-
     import l4jax
     from l4jax.checkpoints.store import open_checkpoint
+    from l4jax.cli.bar import Bar
+    from l4jax.files import reading
     from l4jax.speculator import open_fitting_drafter
     from l4jax.training.run import Settings, train_drafter
 
@@ -85,11 +84,12 @@ def run(args: argparse.Namespace) -> int:
     for name in ("report_every", "save_every"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected at least 1")
+    with reading(Path(args.data)):  # before the target is loaded, which takes long
+        Path(args.data).stat()
     target = open_checkpoint(args.target)
     start = open_fitting_drafter(args.start, target)
     llm = l4jax.load(args.target, mesh=args.mesh, dtype=args.dtype, max_batch=args.answer_batch)
-    with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task("answers", total=None)
+    with Bar() as bar:
         drafter = train_drafter(
             llm,
             Path(args.data),
@@ -100,8 +100,8 @@ def run(args: argparse.Namespace) -> int:
             report_every=args.report_every,
             save_every=args.save_every,
             keep_states=args.keep_states,
-            log=lambda line: bar.console.print(line, markup=False, highlight=False, soft_wrap=True),
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            log=bar.say,
+            progress=lambda done, total: bar.update("answers", done, total),
             start=start,
             target_directory=target.directory,
         )

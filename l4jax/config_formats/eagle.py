@@ -39,6 +39,13 @@ class HeadAnswers:
 NO_ANSWERS = HeadAnswers()
 
 
+def says_head(values: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` says that it is a head's. SafeAILab's have their target's architecture, and do not say it."""
+    architectures = values.get("architectures")
+    named = isinstance(architectures, list) and any("eagle" in str(name).lower() for name in architectures)
+    return named or any(key in values for key in ("speculators_config", "speculators_model_type", "eagle_config"))
+
+
 def head_format(values: Mapping[str, Any]) -> HeadFormat:
     """Return the format of a head's ``config.json``."""
     if "speculators_config" in values or "speculators_model_type" in values:
@@ -61,22 +68,22 @@ def drafter_config_from_eagle(
     Raises :class:`ConfigError` for what the drafters do not compute, and where the files leave open what the user has not said.
     """
     form = head_format(values)
-    version = _version(values, form, tensors)
+    said = _Said(values, form)
+    version = _version(said, tensors)
     layer = values.get("transformer_layer_config", {}) if form == "speculators" else values
     if not isinstance(layer, Mapping):
         raise ConfigError(f"config.json: transformer_layer_config is {shorten(layer)}; expected an object")
-    decoder = _decoder(layer, version, form)
-    length = _trained_length(layer, form, target.max_position_embeddings, decoder.max_position_embeddings, answers.trained_length)
+    decoder = _decoder(layer, version, said)
+    length = _trained_length(layer, said, target.max_position_embeddings, decoder.max_position_embeddings, answers.trained_length)
     decoder = dataclasses.replace(decoder, max_position_embeddings=length)
-    said = _Said(values, form)
-    own_embedding = "embed_tokens.weight" in tensors
     common: dict[str, Any] = {
         "version": version,
         "decoder": decoder,
-        "target_layers": target.num_layers,
-        "target_tokenizer": target_tokenizer,
-        "own_embedding": own_embedding,
+        "target_layers": said.derive("target_layers", target.num_layers, "the target"),
+        "target_tokenizer": said.derive("target_tokenizer", target_tokenizer, "the target"),
+        "own_embedding": said.derive("own_embedding", "embed_tokens.weight" in tensors, "the presence of embed_tokens.weight"),
     }
+    of_version = f"the version, {'EAGLE-1' if version == 'eagle1' else 'EAGLE-3'}"
     if version == "eagle1":
         _refuse_answers(answers)
         if said.flag("layernorms"):
@@ -91,22 +98,22 @@ def drafter_config_from_eagle(
         norms = form == "llama4"
         return DrafterConfig(
             **common,
-            draft_vocab_size=decoder.vocab_size,
-            target_hidden_size=decoder.hidden_size,
-            aux_layers=(),
-            fuse_bias=bias_key in tensors,
-            first_layer_normed=norms,
-            final_normed=norms,
-            norm_before_residual=False,
-            norm_before_fuse=False,
-            norm_each_aux=False,
-            norm_fed_back=False,
-            target_head=False,
-            sources=decoder.sources,
+            draft_vocab_size=said.derive("draft_vocab_size", decoder.vocab_size, "decoder.vocab_size"),
+            target_hidden_size=said.derive("target_hidden_size", decoder.hidden_size, "decoder.hidden_size"),
+            aux_layers=said.derive("aux_layers", (), of_version),
+            fuse_bias=said.derive("fuse_bias", bias_key in tensors, f"the presence of {bias_key}"),
+            first_layer_normed=said.derive("first_layer_normed", norms, f"the head's format, {form}"),
+            final_normed=said.derive("final_normed", norms, f"the head's format, {form}"),
+            norm_before_residual=said.derive("norm_before_residual", False, of_version),
+            norm_before_fuse=said.derive("norm_before_fuse", False, of_version),
+            norm_each_aux=said.derive("norm_each_aux", False, of_version),
+            norm_fed_back=said.derive("norm_fed_back", False, of_version),
+            target_head=said.derive("target_head", False, of_version),
+            sources=tuple(said.sources.items()),
         )
     if said.flag("use_aux_hidden_state") is False:
         raise ConfigError("config.json: use_aux_hidden_state is false, a head that reads one state, which is not supported; expected true")
-    before_fuse, each_aux = bool(said.flag("norm_before_fc")), bool(said.flag("fc_norm"))
+    before_fuse, each_aux = bool(said.flag("norm_before_fc", "norm_before_fuse")), bool(said.flag("fc_norm", "norm_each_aux"))
     for key, stated in (("input_norm.weight", before_fuse), ("fc_norm.0.weight", each_aux)):
         if stated != (key in tensors):
             raise ConfigError(
@@ -117,20 +124,20 @@ def drafter_config_from_eagle(
         draft_vocab_size=said.integer("draft_vocab_size", decoder.vocab_size),
         target_hidden_size=said.integer("target_hidden_size", decoder.hidden_size),
         aux_layers=_aux_layers(said, target.num_layers, answers.aux_layers),
-        fuse_bias=False,
-        first_layer_normed=False,
-        final_normed=False,
+        fuse_bias=said.derive("fuse_bias", False, of_version),
+        first_layer_normed=said.derive("first_layer_normed", False, of_version),
+        final_normed=said.derive("final_normed", False, of_version),
         norm_before_residual=_norm_before_residual(said, answers.norm_before_residual),
         norm_before_fuse=before_fuse,
         norm_each_aux=each_aux,
         norm_fed_back=_norm_fed_back(said, answers.norm_fed_back),
-        target_head=bool(said.flag("target_head")),
-        sources=decoder.sources,
+        target_head=bool(said.flag("target_head", "target_head")),
+        sources=tuple(said.sources.items()),
     )
 
 
 class _Said:
-    """A head's own fields, at the top or in ``eagle_config``."""
+    """A head's own fields, at the top or in ``eagle_config``, and a record of where each value of the configuration was found."""
 
     def __init__(self, values: Mapping[str, Any], form: HeadFormat) -> None:
         nested = values.get("eagle_config") or {}
@@ -138,56 +145,80 @@ class _Said:
             raise ConfigError(f"config.json: eagle_config is {shorten(nested)}; expected an object")
         self.form = form
         self.nested_ids, self.top_ids = nested.get(_IDS), values.get(_IDS)
-        self._values = {**values, **{key: value for key, value in nested.items() if value is not None}}
+        self.sources: dict[str, str] = {}
+        self._top, self._nested = values, {key: value for key, value in nested.items() if value is not None}
 
-    def flag(self, key: str) -> bool | None:
-        """True or false, or None where the field is absent."""
-        value = self._values.get(key)
+    def find(self, key: str, field: str | None = None) -> Any:
+        """The value of ``key``, None where it is absent; it becomes the source of the configuration's ``field``."""
+        value = self._nested.get(key, self._top.get(key))
+        if field is not None:
+            place = f"config.json: {'eagle_config.' if key in self._nested else ''}{key}"
+            self.sources[field] = f"absent from {place}" if value is None else place
+        return value
+
+    def flag(self, key: str, field: str | None = None) -> bool | None:
+        """True or false, or None where it is absent."""
+        value = self.find(key, field)
         return None if value is None else bool(convert(value, bool, f"config.json: {key}"))
 
     def integer(self, key: str, default: int) -> int:
-        """The number, or ``default`` where the field is absent."""
-        value = self._values.get(key)
+        """The number, or ``default`` where it is absent; the configuration's field has the same name."""
+        value = self.find(key, key)
         return default if value is None else int(convert(value, int, f"config.json: {key}"))
 
+    def derive(self, field: str, value: Any, how: str) -> Any:
+        """Return ``value``, which no single field of the file holds, and record ``how`` it was derived."""
+        self.sources[field] = f"derived from {how}"
+        return value
 
-def _version(values: Mapping[str, Any], form: HeadFormat, tensors: Collection[str]) -> Literal["eagle1", "eagle3"]:
-    if form == "speculators":
-        kind = values.get("speculators_model_type")
+
+def _version(said: _Said, tensors: Collection[str]) -> Literal["eagle1", "eagle3"]:
+    if said.form == "speculators":
+        kind = said.find("speculators_model_type", "version")
         if kind not in ("eagle", "eagle3"):
             raise ConfigError(
                 f'config.json: speculators_model_type is {shorten(kind)}, which is not supported; expected "eagle" or "eagle3"'
             )
         return "eagle1" if kind == "eagle" else "eagle3"
+    said.derive("version", None, "the names of the tensors")
     return "eagle3" if any(key in ("d2t", "t2d") or key.startswith("midlayer.") for key in tensors) else "eagle1"
 
 
-def _decoder(layer: Mapping[str, Any], version: str, form: HeadFormat) -> ModelConfig:
+def _decoder(layer: Mapping[str, Any], version: str, said: _Said) -> ModelConfig:
     """Return the head's layers. An absent field has the default of transformers' configuration, as in the code that heads come from."""
     values = dict(layer)
     quantized = values.get("quantization_config") or {}
     if isinstance(quantized, Mapping) and quantized.get("quant_algo") is None and quantized.get("quant_method") in (None, "modelopt"):
         values.pop("quantization_config", None)  # ModelOpt writes one that says: not quantised
     values |= {"tie_word_embeddings": False}
-    if form == "llama4":
+    if said.form == "llama4":
         values |= {"architectures": ["Llama4ForCausalLM"], "model_type": "llama4_text"}
         config = config_from_hf({**values, "moe_layers": values.get("moe_layers", [])})
         if config.moe is not None and any(config.moe.moe_layers):
             raise ConfigError("config.json: moe_layers names layers with experts; expected a head of dense layers, moe_layers []")
-        return dataclasses.replace(config, moe=None)
-    values |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
-    config = config_from_hf({"num_hidden_layers": 1, **values})
+        config = dataclasses.replace(config, moe=None)
+    else:
+        values |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+        config = config_from_hf({"num_hidden_layers": 1, **values})
     if version == "eagle3" and config.num_layers != 1:
         raise ConfigError(f"config.json: num_hidden_layers is {config.num_layers}; expected 1, which EAGLE-3 heads have")
+    place = "config.json: transformer_layer_config." if said.form == "speculators" else "config.json: "
+    said.sources |= {f"decoder.{field}": source.replace("config.json: ", place) for field, source in config.sources}
+    for field in ("architecture", "tie_word_embeddings"):
+        said.derive(f"decoder.{field}", None, f"the head's format, {said.form}")
+    field, key, default = ("moe", "moe_layers", "none") if said.form == "llama4" else ("num_layers", "num_hidden_layers", "1")
+    if key not in layer:
+        said.sources[f"decoder.{field}"] = f"default of EAGLE heads: {default}"
     return config
 
 
-def _trained_length(layer: Mapping[str, Any], form: HeadFormat, context: int, read: int, answer: int | None) -> int:
+def _trained_length(layer: Mapping[str, Any], said: _Said, context: int, read: int, answer: int | None) -> int:
     """Return the stated length, unless it is the target's: many writers copy that, and a drafter trained at 2048 fails at 16,000."""
     if answer is not None:
+        said.sources["decoder.max_position_embeddings"] = "--trained-length"
         return answer
     stated = layer.get("max_position_embeddings")
-    if (stated is None and form == "llama4") or (stated is not None and read >= context):
+    if (stated is None and said.form == "llama4") or (stated is not None and read >= context):
         says = (
             "has no max_position_embeddings" if stated is None else f"says max_position_embeddings {stated}, which is the model's context"
         )
@@ -204,24 +235,27 @@ def _aux_layers(said: _Said, layers: int, answer: tuple[int, ...] | None) -> tup
     """
     usual = usual_aux_layers(layers)
     if answer is not None:
+        said.sources["aux_layers"] = "--aux-layers"
         return answer
-    ids = said.top_ids if said.nested_ids is None else said.nested_ids
+    ids = said.find(_IDS, "aux_layers")
     if ids is None:
+        said.sources["aux_layers"] = "default of EAGLE-3 heads: an early layer, the middle one and a late one"
         return usual
     for given in (ids, said.top_ids or []):
         if not isinstance(given, list) or not all(type(i) is int for i in given):
             raise ConfigError(f"config.json: {_IDS} is {shorten(given)}; expected a list of layers")
     outputs_plus_one = tuple(i + 1 for i in ids)
+    by_outputs = f"{said.sources['aux_layers']}, which numbers outputs"
     if said.nested_ids is not None:
         if said.top_ids not in (None, ids, list(outputs_plus_one)):
             raise ConfigError(
                 f"config.json: {_IDS} is {ids} in eagle_config and {said.top_ids} outside; give the layers whose input is read, "
                 "--aux-layers I,J,K"
             )
-        return outputs_plus_one
+        return tuple(said.derive("aux_layers", outputs_plus_one, by_outputs))
     numbers_outputs = outputs_plus_one == usual
     if numbers_outputs and said.form != "speculators":
-        return outputs_plus_one
+        return tuple(said.derive("aux_layers", outputs_plus_one, by_outputs))
     if tuple(ids) == usual or (said.form == "speculators" and not numbers_outputs):
         return tuple(ids)
     raise ConfigError(
@@ -231,8 +265,9 @@ def _aux_layers(said: _Said, layers: int, answer: tuple[int, ...] | None) -> tup
 
 
 def _norm_before_residual(said: _Said, answer: bool | None) -> bool:
-    stated = said.flag("norm_before_residual")
+    stated = said.flag("norm_before_residual", "norm_before_residual")
     if answer is not None:
+        said.sources["norm_before_residual"] = "--norm-before-residual"
         return answer
     if stated is None and said.form == "speculators":
         raise ConfigError(
@@ -243,8 +278,9 @@ def _norm_before_residual(said: _Said, answer: bool | None) -> bool:
 
 
 def _norm_fed_back(said: _Said, answer: bool | None) -> bool:
-    stated = said.flag("norm_output")
+    stated = said.flag("norm_output", "norm_fed_back")
     if answer is not None:
+        said.sources["norm_fed_back"] = "--norm-fed-back"
         return answer
     if stated and said.form != "speculators":
         raise ConfigError(

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from l4jax.config import ConfigError
+from sharding.words import counted
 
 _ARTICLES = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
 
@@ -59,7 +60,9 @@ def head_dim(section: Section, given: int | None, hidden: int, heads: int) -> in
     if given is not None:
         return given
     if hidden <= 0 or heads <= 0 or hidden % heads:
-        raise ConfigError(f"{section.place}width {hidden} is not a multiple of {heads} heads, and no head dimension is given; add it")
+        raise ConfigError(
+            f"{section.place}width {hidden} is not a multiple of {counted(heads, 'head')}, and no head dimension is given; add it"
+        )
     return int(section.derive("head_dim", hidden // heads, "width / heads"))
 
 

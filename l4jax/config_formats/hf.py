@@ -7,6 +7,7 @@ from typing import Any
 
 from l4jax.config import ConfigError, ModelConfig, MoEConfig, RopeScaling, VisionConfig
 from l4jax.config_formats.fields import Section, convert, head_dim, plain_attention, shorten
+from sharding.words import counted
 
 _HF_MODEL_TYPES = {"LlamaForCausalLM": "llama", "Llama4ForCausalLM": "llama4_text", "Llama4ForConditionalGeneration": "llama4"}
 
@@ -286,7 +287,7 @@ def _chunk_size(text: Section, rope_layers: tuple[bool, ...]) -> int | None:
         return chunk
     place = f"{text.place}layer_types"
     if not isinstance(layer_types, list | tuple) or len(layer_types) < len(rope_layers):
-        raise ConfigError(f"{place} is {shorten(layer_types)}; expected a list of {len(rope_layers)} names")
+        raise ConfigError(f"{place} is {shorten(layer_types)}; expected a list of {counted(len(rope_layers), 'name')}")
     if tuple(layer_types[: len(rope_layers)]) == chunked:
         if chunk is None and any(rope_layers):
             raise ConfigError(f"{text.place}attention_chunk_size is null, but the layers are chunked_attention; give the size of a chunk")

@@ -10,6 +10,7 @@ from pathlib import Path
 from l4jax.config import ModelConfig
 from l4jax.data import configs_path
 from l4jax.decoding.tree import DynamicTree, StaticTree
+from sharding.words import counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +104,8 @@ class SpeculationTable:
             if speculation is not None and speculation.tree.depth > most:
                 depth, size = speculation.tree.depth, speculation.tree.size
                 raise ValueError(
-                    f"a draft tree of {size} nodes is {depth} levels deep, too large for the cache; expected at most {most} levels, "
+                    f"a draft tree of {counted(size, 'node')} is {counted(depth, 'level')} deep, too large for the cache; "
+                    f"expected at most {counted(most, 'level')}, "
                     "one less than the model's context and attention chunk"
                 )
             if speculation is not None and speculation.tree.most_children > draft_vocab_size:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from l4jax.decoding.params import SamplingParams
-from l4jax.files import parse_json
+from l4jax.files import parse_json, reading
 from l4jax.llm import LLM
 from l4jax.text.chat import ChatOptions
 from l4jax.training.folder import reading_own
@@ -66,14 +66,14 @@ def read_data(path: Path, llm: LLM, temperature: float) -> Data:
     A line has ``messages`` (a conversation; a last answer in it is dropped, because the target gives its own), ``prompt`` (text or token
     ids), or ``prompt_token_ids`` and ``token_ids``, an answer given before. Beside messages it may have ``tools``, ``documents`` and
     ``chat_template_kwargs`` for the chat template. It may have a ``temperature`` to answer at, in place of ``temperature``, the run's.
-    Every given answer is kept; a prompt without one is kept once for each temperature. Raises ValueError, naming the line, for anything
-    else.
+    Every given answer is kept; a prompt without one is kept once for each temperature. Raises ValueError for a file that cannot be
+    read and, naming the line, for anything else.
     """
     digest = hashlib.sha256()
     examples: list[Example] = []
     asked: set[Asked] = set()
     repeated = 0
-    with path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             digest.update(raw)
             if not raw.strip():
@@ -210,7 +210,8 @@ def _read_answers(file: Path) -> dict[Asked, tuple[int, ...]]:
     """The answers of an earlier start of this run. What a killed run left of a last line is cut off."""
     if not file.exists():
         return {}
-    whole = file.read_bytes()
+    with reading_own(file):
+        whole = file.read_bytes()
     complete = whole[: whole.rfind(b"\n") + 1]
     if len(complete) < len(whole):
         with file.open("r+b") as out:

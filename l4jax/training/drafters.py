@@ -11,12 +11,26 @@ import numpy as np
 from jaxtyping import Array
 
 from l4jax.arrays import to_host
-from l4jax.config import DrafterConfig, ModelConfig, usual_aux_layers
+from l4jax.config import DrafterConfig, ModelConfig, flat_fields, usual_aux_layers
 from l4jax.model.drafter import build_drafter
 from l4jax.model.weights import random_weights
 from l4jax.training.seeds import key_of
 
 Version = Literal["eagle1", "eagle3"]
+
+_LONGEST = "training: the longest text"
+_GIVEN = {
+    "version": "training: version",
+    "decoder.num_layers": "training: layers",
+    "decoder.max_position_embeddings": _LONGEST,
+    "draft_vocab_size": "training: draft_vocab",
+    "target_head": "training: target_head",
+}
+_OF_TARGET = {
+    *("target_layers", "target_hidden_size", "target_tokenizer", "aux_layers"),
+    *("decoder.architecture", "decoder.intermediate_size", "first_layer_normed", "final_normed"),
+}
+"""Fields that follow from the target, beside those of its decoder that are copied."""
 
 
 def new_drafter(
@@ -39,25 +53,24 @@ def new_drafter(
     an early layer, the middle one and a late one.
     """
     normed = version == "eagle1" and target.architecture == "llama4"
-    decoder = dataclasses.replace(
-        target,
-        architecture="llama4" if normed else "llama",  # in published formats the architecture decides which norms a head has
-        num_layers=layers,
-        intermediate_size=intermediate_size or target.intermediate_size,
-        rope_layers=(True,) * layers,
-        rope_scaling=None,
-        attention_chunk_size=None,
-        use_qk_norm=False,
-        attn_temperature_tuning=False,
-        tie_word_embeddings=False,
-        moe=None,
-        vision=None,
-        max_position_embeddings=length,
-        sources=(),
-    )
+    changes: dict[str, Any] = {
+        "architecture": "llama4" if normed else "llama",  # in published formats the architecture decides which norms a head has
+        "num_layers": layers,
+        "intermediate_size": intermediate_size or target.intermediate_size,
+        "rope_layers": (True,) * layers,
+        "rope_scaling": None,
+        "attention_chunk_size": None,
+        "use_qk_norm": False,
+        "attn_temperature_tuning": False,
+        "tie_word_embeddings": False,
+        "moe": None,
+        "vision": None,
+        "max_position_embeddings": length,
+    }
+    decoder = dataclasses.replace(target, **changes, sources=())
     count = target.num_layers
     taps = usual_aux_layers(count) if count >= 8 else (count // 3, 2 * count // 3, count)
-    return DrafterConfig(
+    config = DrafterConfig(
         version=version,
         decoder=decoder,
         draft_vocab_size=draft_vocab,
@@ -75,12 +88,20 @@ def new_drafter(
         norm_fed_back=False,
         target_head=target_head,
     )
+    of_target = {f"decoder.{field}" for field in vars(decoder) if field not in changes} | _OF_TARGET
+    sources = {field: "derived from the target" if field in of_target else "the same in every new drafter" for field in flat_fields(config)}
+    given = {**_GIVEN, **({"decoder.intermediate_size": "training: intermediate_size"} if intermediate_size else {})}
+    return dataclasses.replace(config, sources=tuple((sources | given).items()))
 
 
 def trained_at(config: DrafterConfig, length: int) -> DrafterConfig:
     """The drafter's configuration after training at this length too."""
-    longest = max(config.decoder.max_position_embeddings, length)
-    return dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, max_position_embeddings=longest))
+    if length <= config.decoder.max_position_embeddings:
+        return config
+    sources = {**dict(config.sources), "decoder.max_position_embeddings": _LONGEST}
+    return dataclasses.replace(
+        config, decoder=dataclasses.replace(config.decoder, max_position_embeddings=length), sources=tuple(sources.items())
+    )
 
 
 def weights_from_target(

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from l4jax.checkpoints.partial import write_atomically
+from l4jax.checkpoints.partial import cannot_write, write_atomically
 from l4jax.checkpoints.store import load_group, save_group
 from l4jax.files import FileError
 
@@ -58,8 +58,8 @@ class RunFolder:
             arrays = load_group(directory, names)
         except FileError as error:
             raise ValueError(f"the state in {directory} cannot be read; remove it, and the run continues from the one before") from error
-        lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
         with reading_own(self.metrics):
+            lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= saved[-1]]
         write_atomically(self.metrics, "".join(kept))
         return saved[-1], arrays
@@ -80,6 +80,8 @@ def reading_own(file: Path) -> Iterator[None]:
     """Turn what reading a damaged file of a run's folder raises into a ValueError that names the file."""
     try:
         yield
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read ({error.strerror}); restore it, or give another folder for the run") from error
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise ValueError(f"{file} is damaged ({error}); restore it, or give another folder for the run") from error
 
@@ -88,27 +90,35 @@ def reading_own(file: Path) -> Iterator[None]:
 def claim(path: Path, settings: Mapping[str, Any]) -> Iterator[RunFolder]:
     """Create or reopen a run's folder, for this process alone while the context lasts.
 
-    Raises ValueError if it is in use, belongs to another run, or is not a run's folder.
+    Raises ValueError if it is in use, belongs to another run, is not a run's folder or cannot be written, and for a full disk.
     """
     if path.exists() and not (path.is_dir() and ((path / "lock").is_file() or not any(path.iterdir()))):
         raise ValueError(f"{path} is not the folder of a training run; choose another, or remove it")
-    path.mkdir(parents=True, exist_ok=True)
-    with (path / "lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{path} is being written by another process; wait for it to end") from None
-        run = path / "run.json"
-        with reading_own(run):
-            earlier = dict(json.loads(run.read_text(encoding="utf-8"))) if run.exists() else settings
-        started = (path / "states").is_dir()
-        for name in sorted(earlier.keys() | settings.keys()):
-            if earlier.get(name) != settings.get(name) and (started or name in ANSWERS_DEPEND_ON):
-                raise ValueError(
-                    f"{path} belongs to another run: its {name} is {earlier.get(name)!r}, and this one's is {settings.get(name)!r}; "
-                    "give the same settings to continue it, or another folder"
-                )
-        write_atomically(run, json.dumps(dict(settings), indent=1) + "\n")
-        for unfinished in (path / "states").glob("*tmp*"):
-            shutil.rmtree(unfinished)
-        yield RunFolder(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with (path / "lock").open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{path} is being written by another process; wait for it to end") from None
+            _check_settings(path, settings)
+            write_atomically(path / "run.json", json.dumps(dict(settings), indent=1) + "\n")
+            for unfinished in (path / "states").glob("*tmp*"):
+                shutil.rmtree(unfinished)
+            yield RunFolder(path)
+    except OSError as error:
+        raise cannot_write(error, path, "training", kept=path) from error
+
+
+def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Raise ValueError if the folder is of a run with other settings that have decided what is in it."""
+    run = path / "run.json"
+    with reading_own(run):
+        earlier = dict(json.loads(run.read_text(encoding="utf-8"))) if run.exists() else settings
+    started = (path / "states").is_dir()
+    for name in sorted(earlier.keys() | settings.keys()):
+        if earlier.get(name) != settings.get(name) and (started or name in ANSWERS_DEPEND_ON):
+            raise ValueError(
+                f"{path} belongs to another run: its {name} is {earlier.get(name)!r}, and this one's is {settings.get(name)!r}; "
+                "give the same settings to continue it, or another folder"
+            )

@@ -30,6 +30,7 @@ from l4jax.training.kept import KeptStates
 from l4jax.training.losses import Measured, TargetStates
 from l4jax.training.output import save_drafter
 from l4jax.training.trainer import Trainer, TrainState
+from sharding.words import counted
 
 Log = Callable[[str], None]
 
@@ -139,10 +140,12 @@ def train_drafter(
     read = read_data(data, llm, settings.temperature)
     how = Generation(settings.max_tokens, settings.length, settings.seed)
     fitting = [example for example in read.examples if how.leaves_room_for(example)]
+    too_long = len(read.examples) - len(fitting)
     if all(example.is_held_out(settings.held_out) for example in fitting):
         raise ValueError(
-            f"none of {len(read.examples)} prompts can be trained on: {len(read.examples) - len(fitting)} leave no room for an answer in "
-            f"{settings.length} tokens, and {len(fitting)} are held out; give more prompts, a greater length or a smaller share to hold out"
+            f"none of {counted(len(read.examples), 'prompt')} can be trained on: {counted(too_long, 'leaves', 'leave')} no room for an "
+            f"answer in {settings.length} tokens, and {counted(len(fitting), 'is', 'are')} held out; give more prompts, a greater length "
+            "or a smaller share to hold out"
         )
     whose = {
         "target": target_digest,
@@ -156,7 +159,8 @@ def train_drafter(
             log(f"{folder.drafter} is complete")
             return folder.drafter
         if read.repeated:
-            log(f"{read.repeated} lines repeat a prompt, whose answer would be the same, and are left out")
+            lines = counted(read.repeated, "line that repeats", "lines that repeat")
+            log(f"left out: {lines} a prompt, whose answer would be the same")
 
         def report(done: int, total: int) -> None:
             check_interrupts()
@@ -164,9 +168,10 @@ def train_drafter(
 
         examples = answer(llm, fitting, how, folder.answers, report)
         llm.runner.discard_cache()
+        single = sum(len(example.answer or ()) < 2 for example in examples)
         log(
-            f"{len(examples)} answers; {len(read.examples) - len(fitting)} prompts left no room for one in {settings.length} tokens; "
-            f"{sum(len(example.answer or ()) < 2 for example in examples)} answers of a single token are not trained on"
+            f"{counted(len(examples), 'answer')}; {counted(too_long, 'prompt')} left no room for one in {settings.length} tokens; "
+            f"{counted(single, 'answer of a single token is', 'answers of a single token are')} not trained on"
         )
         speculation = UNMEASURED if start is None else start.speculation
         licences = [*([start.directory] if start is not None else []), *([target_directory] if target_directory else [])]
@@ -208,7 +213,8 @@ class _Run:
         held_out = [example for example in usable if example.is_held_out(settings.held_out)]
         if not train:
             raise ValueError(
-                f"of {len(examples)} answers none that is trained on has 2 tokens or more ({len(held_out)} are held out); give more prompts"
+                f"of {counted(len(examples), 'answer')} none that is trained on has 2 tokens or more "
+                f"({counted(len(held_out), 'is', 'are')} held out); give more prompts"
             )
         if settings.version == "eagle1":
             token_ids = np.arange(llm.config.vocab_size, dtype=np.int32)
@@ -261,7 +267,8 @@ class _Run:
             self._start, self._state = 0, self._trainer.first_state(first_weights(config, given, feature_Mf, settings.seed))
         answer_tokens = sum(len(example.answer or ()) for example in train)
         log(
-            f"{len(train)} sequences with {answer_tokens} answer tokens in {len(self._rows.number_B)} rows; {len(held_out)} held out; "
+            f"{counted(len(train), 'sequence')} with {counted(answer_tokens, 'answer token')} in "
+            f"{counted(len(self._rows.number_B), 'row')}; {len(held_out)} held out; "
             f"step {self._start} of {self._steps}"
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import struct
@@ -223,11 +224,36 @@ def test_a_killed_conversion_is_resumed_to_the_same_result(group, state, source,
     assert sorted(file.name for file in (tmp_path / "ours").iterdir()) == sorted(file.name for file in (tmp_path / "whole").iterdir())
 
 
-def test_a_changed_source_is_converted_anew(source, tmp_path):
-    subprocess.run([sys.executable, "-c", KILLER, str(source), str(tmp_path / "ours"), "6", "clean"], check=False)
+def doubled(source: Path, partial: Path) -> None:
     rewrite(source, lambda tensors: tensors.update({key: array * 2 for key, array in tensors.items()}))
-    convert(source, tmp_path / "ours")
-    convert(source, tmp_path / "whole")
+
+
+def damaged(source: Path, partial: Path) -> None:
+    (partial / "progress.json").write_text("{")
+
+
+ANEW = ": its weights are removed, and all are converted anew"
+
+
+@pytest.mark.parametrize(
+    ("change", "dtype", "said"),
+    [
+        (doubled, None, f"is of a conversion of a source that differs or has changed, or with other options{ANEW}"),
+        (lambda *_: None, "bfloat16", f"is of a conversion to another dtype{ANEW}"),
+        (damaged, None, f"cannot be continued, because its progress.json is damaged{ANEW}"),
+        (lambda *_: None, None, r"is continued: \d+ of \d+ weights were converted before"),
+    ],
+    ids=["another source", "another dtype", "damaged", "the same"],
+)
+def test_what_becomes_of_an_interrupted_conversion_is_said(change, dtype, said, source, tmp_path):
+    subprocess.run([sys.executable, "-c", KILLER, str(source), str(tmp_path / "ours"), "6", "clean"], check=False)
+    change(source, tmp_path / "ours.partial")
+    notes = []
+    convert(source, tmp_path / "ours", dtype=dtype, note=notes.append)
+    (note,) = notes
+    assert re.fullmatch(f"{tmp_path}/ours.partial {said}", note), note
+    convert(source, tmp_path / "whole", dtype=dtype, note=notes.append)
+    assert notes == [note]
     assert open_checkpoint(tmp_path / "ours").weights == open_checkpoint(tmp_path / "whole").weights
 
 
@@ -283,9 +309,8 @@ sys.exit(main(["convert", sys.argv[1], sys.argv[2]]))
 def test_a_write_that_fails_says_so_in_one_line(source, tmp_path):
     done = subprocess.run([sys.executable, "-c", LIMITED, str(source), str(tmp_path / "ours")], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    said = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("converting ")]
-    assert len(said) == 1, done.stderr
-    assert "File too large" in said[0]
+    (said,) = done.stderr.splitlines()
+    assert "File too large" in said
     assert not (tmp_path / "ours").exists()
 
 
@@ -313,6 +338,11 @@ def test_truncated_shard(source, tmp_path):
 def test_truncated_header(source, tmp_path):
     (source / "model.safetensors").write_bytes(struct.pack("<Q", 1000) + b"{")
     assert "header cannot be read" in refused(source, tmp_path)
+
+
+def test_empty_shard(source, tmp_path):
+    (source / "model.safetensors").write_bytes(b"")
+    assert "model.safetensors is empty (0 bytes); fetch it again" in refused(source, tmp_path)
 
 
 def test_missing_shard(tmp_path):
@@ -464,7 +494,9 @@ def test_what_is_not_ours_is_left_alone(source, tmp_path):
         (lambda path: None, "does not exist"),
         (lambda path: path.mkdir(), "has no config.json and no consolidated"),
         (lambda path: path.write_bytes(b"hello"), "is a file, and not a GGUF file"),
-        (lambda path: path.write_bytes(b"GGUF\x03\0\0\0"), "truncated or not a GGUF file"),
+        (lambda path: path.write_bytes(b"GGUF\x03\0\0\0"), "is cut off: it has 8 bytes, and needs at least 24; fetch it again"),
+        (lambda path: path.write_bytes(b"GGUF\x07" + bytes(19)), "is not a GGUF file, or is damaged (Sorry, file appears to be version 7"),
+        (lambda path: path.touch(), "source is empty (0 bytes); fetch it again"),
     ],
 )
 def test_what_is_no_checkpoint(make, message, tmp_path):
@@ -490,7 +522,7 @@ def gguf_with_type(gguf: Path, number: int, path: Path) -> None:
 def test_truncated_gguf(smollm2_gguf, tmp_path):
     data = smollm2_gguf.read_bytes()
     (tmp_path / "cut.gguf").write_bytes(data[: len(data) // 2])
-    assert "truncated" in refused(tmp_path / "cut.gguf", tmp_path)
+    assert f"is cut off: it has {len(data) // 2:,} bytes, and needs at least " in refused(tmp_path / "cut.gguf", tmp_path)
 
 
 def test_unknown_gguf_quantisation(smollm2_gguf, tmp_path):
@@ -559,6 +591,20 @@ def test_dry_run_prints_the_mapping_and_writes_nothing(source, tmp_path, capsys)
     printed = capsys.readouterr().out
     assert all(key in printed for key in open_source(source).tensors)
     assert list(tmp_path.iterdir()) == [source]
+    assert main(["convert", str(source), str(source), "--dry-run"]) == 2
+    assert capsys.readouterr().err.endswith("exists already; choose another destination, or remove it first\n")
+
+
+def test_a_bar_is_printed_only_of_work_that_was_done(source, tmp_path, capsys, monkeypatch):
+    assert main(["convert", str(source), str(source), "--dtype", "float16"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    rewrite(source, lambda tensors: tensors["model.norm.weight"].fill(np.nan))
+    assert main(["convert", str(source), str(tmp_path / "ours")]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "has values that are not finite" in said
+    rewrite(source, lambda tensors: tensors["model.norm.weight"].fill(1))
+    assert main(["convert", str(source), str(tmp_path / "ours")]) == 0
+    assert capsys.readouterr().err.startswith("verifying ")
 
 
 def test_command_line_there_and_back(source, tmp_path, capsys):

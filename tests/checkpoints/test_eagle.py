@@ -21,7 +21,8 @@ from l4jax.checkpoints.convert import convert
 from l4jax.checkpoints.export import export
 from l4jax.checkpoints.source import CheckpointError
 from l4jax.checkpoints.store import StoredWeight, checksum, load_verified, open_drafter, save_group, write_manifest
-from l4jax.config import ModelConfig
+from l4jax.config import ModelConfig, flat_fields
+from l4jax.config_formats.eagle import NO_ANSWERS, drafter_config_from_eagle
 from l4jax.decoding.plan import UNMEASURED
 from l4jax.files import FileError
 from l4jax.model.drafter import build_drafter
@@ -33,6 +34,8 @@ from l4jax.training.losses import unroll
 from l4jax.training.output import save_drafter
 from tests import tiny
 from tests.checkpoints import heads
+from tests.checkpoints.folders import GOLDEN, config_of, tensors_of
+from tests.checkpoints.gguf_file import write_gguf
 from tests.checkpoints.heads import BASE, TARGET_LAYERS, D, F, H, K, Reading, Reference, V, h
 from tests.checkpoints.meta_folder import write_torch_file
 
@@ -212,6 +215,7 @@ def test_computes_what_the_equations_say_and_goes_back(name: str, target: Path, 
     opened = open_drafter(tmp_path / "drafter")
     assert opened.config.aux_layers == head.aux_layers
     assert opened.config.target_tokenizer is not None and opened.config.decoder.max_position_embeddings == 64
+    assert dict(opened.config.sources).keys() == flat_fields(opened.config).keys()
     misread = [dataclasses.replace(head.reading, **wrong) for wrong in TRAPS[name]]
     right, *wrong = compared(head, tmp_path / "drafter", config, head.reading, *misread)
     assert right < 1e-5
@@ -414,7 +418,7 @@ def test_refuses_in_one_line_and_writes_nothing(name: str, target: Path, tmp_pat
     head, message = REFUSED[name]
     heads.write(tmp_path / "head", head.config, head.tensors)
     assert cli.main(["convert", str(tmp_path / "head"), str(tmp_path / "drafter"), "--target", str(target)]) != 0
-    (said,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("converting")]  # the bar
+    (said,) = capsys.readouterr().err.splitlines()  # no bar
     assert re.search(message, said), said
     assert not (tmp_path / "drafter").exists()
 
@@ -432,7 +436,47 @@ def test_what_a_head_leaves_open_can_be_said(target: Path, tmp_path: Path, capsy
     assert (config.aux_layers, config.norm_fed_back, config.decoder.max_position_embeddings) == ((2, 5, 8), False, 48)
     assert cli.main(["show", str(tmp_path / "drafter"), "--verify"]) == 0
     shown = capsys.readouterr().out
-    assert re.search(r"aux_layers +2, 5, 8", shown) and "a model of 12 layers, width 32, 40 tokens" in shown
+    assert re.search(r"aux_layers +2, 5, 8 +--aux-layers\n", shown) and "a model of 12 layers, width 32, 40 tokens" in shown
+    for row in (
+        r"version +eagle3 +derived from the names of the tensors",
+        r"decoder\.vocab_size +40 +config\.json: vocab_size",
+        r"decoder\.max_position_embeddings +48 +--trained-length",
+        r"norm_fed_back +false +--norm-fed-back",
+        r"norm_before_fuse +false +absent from config\.json: norm_before_fc",
+        r"target_layers +12 +derived from the target",
+    ):
+        assert re.search(rf"^{row}$", shown, re.MULTILINE), row
+
+
+def test_where_a_head_s_values_are_from() -> None:
+    def sources(head: Head) -> dict[str, str]:
+        config = drafter_config_from_eagle(
+            head.config, {key.removeprefix("model.") for key in head.tensors}, target_config(), None, NO_ANSWERS
+        )
+        return dict(config.sources)
+
+    nvidia, speculators, llama4 = sources(nvidia_head()), sources(speculators_head(norms="one")), sources(llama4_head())
+    ids = "eagle_aux_hidden_state_layer_ids"
+    assert nvidia["aux_layers"] == f"derived from config.json: eagle_config.{ids}, which numbers outputs"
+    assert nvidia["norm_before_residual"] == "config.json: norm_before_residual"
+    assert speculators["version"] == "config.json: speculators_model_type"
+    assert speculators["aux_layers"] == f"config.json: {ids}"
+    assert speculators["decoder.rms_norm_eps"] == "config.json: transformer_layer_config.rms_norm_eps"
+    assert speculators["own_embedding"] == "derived from the presence of embed_tokens.weight"
+    assert llama4["decoder.architecture"] == "derived from the head's format, llama4"
+    assert llama4["decoder.moe"] == "config.json: moe_layers"
+    assert sources(eagle3_head())["aux_layers"] == "default of EAGLE-3 heads: an early layer, the middle one and a late one"
+
+
+def test_a_drafter_without_sources_is_shown_without_their_column(target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As earlier versions wrote drafters."""
+    convert(heads.write(tmp_path / "head", eagle3_head().config, eagle3_head().tensors), tmp_path / "drafter", target=target)
+    manifest = json.loads((tmp_path / "drafter" / "checkpoint.json").read_text())
+    manifest["drafter"]["sources"] = manifest["drafter"]["decoder"]["sources"]
+    (tmp_path / "drafter" / "checkpoint.json").write_text(json.dumps(manifest))
+    assert cli.main(["show", str(tmp_path / "drafter")]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^field +value$", shown, re.MULTILINE) and re.search(r"^decoder\.vocab_size +40$", shown, re.MULTILINE)
 
 
 def test_a_head_says_its_target_s_architecture(target: Path, tmp_path: Path) -> None:
@@ -461,6 +505,11 @@ def test_what_is_trained_for_llama_4_is_exported(version: Version, tmp_path: Pat
     if version == "eagle3":
         weights["token_ids"] = jnp.arange(0, 2 * heads.DRAFT, 2, dtype=jnp.int32)
     arrays = {name: np.asarray(weight) for name, weight in weights.items()}
+    assert dict(made.sources).keys() == flat_fields(made).keys()
+    assert (
+        dict(made.sources)["decoder.vocab_size"] == "derived from the target"
+        and dict(made.sources)["draft_vocab_size"] == "training: draft_vocab"
+    )
     save_drafter(tmp_path / "drafter", made, arrays, speculation=UNMEASURED, licences=[])
     export(tmp_path / "drafter", tmp_path / "head", to="eagle")
     convert(tmp_path / "head", tmp_path / "again", target=target)
@@ -553,6 +602,35 @@ def test_what_is_not_a_head(make: Any, message: str, target: Path, tmp_path: Pat
     make(tmp_path / "head")
     with pytest.raises(CheckpointError, match=message):
         convert(tmp_path / "head", tmp_path / "drafter", target=target)
+
+
+@pytest.mark.parametrize("torch", [False, True], ids=["safetensors", "torch"])
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_without_its_target_is_named(name: str, torch: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    head = HEADS[name]()
+    folder = heads.write(tmp_path / "head", head.config, head.tensors)
+    if torch:
+        (folder / "model.safetensors").unlink()
+        write_torch_file(folder / "pytorch_model.bin", head.tensors)
+    said = f"l4jax: error: {folder} is an EAGLE head, not a whole model; give its model to `l4jax convert` with --target\n"
+    for command in (["convert", str(folder), str(tmp_path / "drafter")], ["show", str(folder)]):
+        assert cli.main(command) == 2
+        assert capsys.readouterr() == ("", said)
+
+
+def test_a_model_is_not_a_head(target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_gguf(tmp_path / "m.gguf", config_of(GOLDEN / "llama3"), tensors_of(GOLDEN / "llama3"))
+    for model in (GOLDEN / "llama3", GOLDEN / "llama3_tied", GOLDEN / "scout", GOLDEN / "multimodal", file):
+        assert cli.main(["convert", str(model), str(tmp_path / "drafter"), "--target", str(target)]) == 2
+        said = f"l4jax: error: {model} is a whole model, not an EAGLE head; leave --target out, or give the head\n"
+        assert capsys.readouterr() == ("", said)
+
+
+def test_a_head_has_no_tokenizer_to_leave_out(target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = heads.write(tmp_path / "head", eagle3_head().config, eagle3_head().tensors)
+    for dry in ([], ["--dry-run"]):
+        assert cli.main(["convert", str(folder), str(tmp_path / "d"), "--target", str(target), "--without-tokenizer", *dry]) == 2
+        assert "has no tokenizer to convert it without; leave --without-tokenizer out" in capsys.readouterr().err
 
 
 def test_a_converted_drafter_is_not_a_head(target: Path, tmp_path: Path) -> None:

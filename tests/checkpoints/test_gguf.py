@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType, GGUFEndian, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFEndian, GGUFReader, GGUFWriter
 
 from l4jax.checkpoints.convert import convert
 from l4jax.checkpoints.open import open_source
@@ -174,6 +176,25 @@ def test_parts_that_do_not_fit_are_named(damage, message, tmp_path):
     assert message in refused(given, tmp_path)
     if "not beside" in message or "1 of 0" in message:
         assert message in refused(tmp_path / "parts", tmp_path)
+
+
+@pytest.mark.parametrize("kept", [1, 4, 7, 20, 100, "half", "all but one"])
+def test_a_file_that_is_cut_off_says_so(kept, tmp_path):
+    """Within the magic number, the counts, the metadata and the tensors' values."""
+    path = write_gguf(tmp_path / "m.gguf", CONFIG, TENSORS)
+    end = max(tensor.data_offset + tensor.n_bytes for tensor in GGUFReader(path).tensors)  # padding comes after it
+    size = {"half": end // 2, "all but one": end - 1}.get(kept, kept)
+    os.truncate(path, size)
+    said = re.fullmatch(rf"{path} is cut off: it has {size:,} bytes?, and needs at least ([\d,]+); fetch it again", refused(path, tmp_path))
+    needed = int(said[1].replace(",", ""))
+    assert size < needed <= end
+    assert needed == end or kept != "all but one"
+
+
+def test_a_part_that_is_empty_is_named(tmp_path):
+    names = write_split(tmp_path / "parts")
+    names[1].write_bytes(b"")
+    assert refused(names[0], tmp_path) == f"{names[1]} is empty (0 bytes); fetch it again"
 
 
 def test_metadata_that_is_not_utf8_is_named(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 
 from l4jax import smollm2
 from l4jax.checkpoints.source import CheckpointError
+from l4jax.cli import demo
 from l4jax.data import configs_path
 
 
@@ -21,12 +22,18 @@ def test_answers_and_says_how_fast(smollm2_checkpoint: Path) -> None:
     question, _, answer, *_, tokens, first, memory = done.stdout.splitlines()
     assert question == "> What is the capital of France, and why is it famous?"
     assert answer.startswith("The capital of France is Paris.")
-    speeds = r"24 tokens, \d+\.\d tokens/s with speculation, acceptance length (\d\.\d\d); \d+\.\d tokens/s without, the same .*tokens"
+    speeds = r"24 tokens, \d+\.\d tokens/s with speculation, acceptance length (\d\.\d\d); \d+\.\d tokens/s without, "
+    speeds += r"(?:the same tokens|the same first \d+ tokens? \(then bfloat16's rounding .*: docs/speculation\.md\))"
     found = re.fullmatch(speeds, tokens)
     assert found is not None, tokens
     assert float(found[1]) > 1
     assert re.match(r"first text \d+\.\d s after the command started, ", first)
     assert re.fullmatch(r"peak memory \d\.\d\d GB", memory)
+
+
+def test_why_only_the_beginning_is_the_same_is_said() -> None:
+    why = "(then bfloat16's rounding decides between two likely tokens: docs/speculation.md)"
+    assert [demo._same_at_first(n) for n in (1, 31)] == [f"the same first 1 token {why}", f"the same first 31 tokens {why}"]
 
 
 @pytest.fixture

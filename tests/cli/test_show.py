@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -100,6 +101,27 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, capsys: pyte
         output(capsys, tmp_path / "config.json")
 
 
-def test_nothing_there(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ValueError, match="no-such-thing does not exist"):
-        output(capsys, "no-such-thing")
+@pytest.mark.parametrize(
+    ("name", "choice"),
+    [
+        ("llama-3.1-8", r"\(did you mean llama-3\.1-8b or .*\?\)$"),
+        ("nosuch", r"\(llama-3\.1-405b, .*, smollm2-135m-instruct\)$"),
+        ("meta-llama/Llama-3.1-8B", r"\(did you mean llama-3\.1-8b or .*\?\)\. If it is a model on the Hugging Face hub, fetch it first"),
+    ],
+)
+def test_nothing_there(name: str, choice: str, capsys: pytest.CaptureFixture[str]) -> None:
+    expected = r"expected the folder of a converted checkpoint, what l4jax convert reads, a config\.json, or the name of a shipped "
+    with pytest.raises(ValueError, match=rf"^{re.escape(name)} does not exist.*; {expected}configuration .*{choice}"):
+        output(capsys, name)
+
+
+def test_one_tensor_is_not_called_tensors() -> None:
+    assert show._counts(["float32", "bfloat16", "bfloat16"]) == "bfloat16 (2 tensors), float32 (1 tensor)"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"a": "\xff"}'])
+def test_a_damaged_manifest_says_to_convert_again(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    convert(GOLDEN / "scout", tmp_path / "scout")
+    (tmp_path / "scout" / "checkpoint.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"checkpoint\.json .*; check the file, or convert the model again$"):
+        output(capsys, tmp_path / "scout")

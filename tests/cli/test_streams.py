@@ -6,6 +6,7 @@ import io
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,10 +25,10 @@ sys.exit(l4jax.cli.main(["demo"]))
 """
 
 
-def shell(run: str, redirection: str) -> subprocess.CompletedProcess[str]:
+def shell(run: str, redirection: str, *, unbuffered: bool = False) -> subprocess.CompletedProcess[str]:
     command = ["sh", "-c", f'exec "$0" "$@" {redirection}', sys.executable, "-c", COMMAND.format(run=run)]
-    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    return subprocess.run(command, cwd=ROOT, env=buffered, check=False, capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1" if unbuffered else ""}  # an empty one counts as absent
+    return subprocess.run(command, cwd=ROOT, env=environment, check=False, capture_output=True, text=True)
 
 
 def test_a_closed_output_is_refused_before_anything_is_done(tmp_path: Path) -> None:
@@ -36,9 +37,61 @@ def test_a_closed_output_is_refused_before_anything_is_done(tmp_path: Path) -> N
     assert done.stderr == ("l4jax: error: standard output is closed; redirect it to a file, or to /dev/null if its text is not wanted\n")
 
 
-def test_a_full_disk_is_one_line() -> None:
-    done = shell("print('the answer')", "> /dev/full")
-    assert (done.returncode, done.stderr) == (2, "l4jax: error: [Errno 28] No space left on device\n")
+@pytest.mark.parametrize("unbuffered", [False, True])
+@pytest.mark.parametrize("run", ["print('the answer')", "print('the answer', flush=True)"])
+def test_a_full_disk_is_one_line(run: str, unbuffered: bool) -> None:
+    done = shell(run, "> /dev/full", unbuffered=unbuffered)
+    said = "standard output or another stream cannot be used (No space left on device); free some space, or redirect it to another file"
+    assert (done.returncode, done.stderr) == (2, f"l4jax: error: {said}\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        ("PermissionError(13, 'Permission denied', '/a/b')", "/a/b cannot be read or written (Permission denied); check that path, "),
+        ("OSError('the process that watches this one did not start')", "the process that watches this one did not start\n"),
+    ],
+)
+def test_an_error_of_the_system_is_put_into_words(error: str, said: str) -> None:
+    done = shell(f"raise {error}", "")
+    assert done.returncode == 2 and done.stderr.startswith(f"l4jax: error: {said}")
+    assert done.stderr.count("\n") == 1 and "Errno" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ([], "the following arguments are required: COMMAND; see `l4jax --help`"),
+        (["generat"], "argument COMMAND: invalid choice: 'generat' (choose from "),
+        (["generate", "folder"], "the following arguments are required: -p/--prompt; see `l4jax generate --help`"),
+        (["convert", "a", "b", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8' (choose from "),
+        (["convert", "a", "b", "--aux-layers", "x"], "argument --aux-layers: 'x' is not a list of layers; expected numbers, as in 2,16,29"),
+        (["show", "a", "--verfy"], "unrecognized arguments: --verfy; see `l4jax show --help`"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_one_line(command: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(command) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert err.startswith(f"l4jax: error: {said}") and " --help`" in err
+
+
+def interrupted(*pieces: str) -> Iterator[str]:
+    yield from pieces
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("pieces", "printed"),
+    [(("half an", " answer"), "half an answer\n"), (("a line\n", ""), "a line\n"), ((), "")],
+    ids=["within a line", "after a line", "before the text"],
+)
+def test_what_is_said_after_half_an_answer_begins_a_line(
+    pieces: tuple[str, ...], printed: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("l4jax.cli.demo.run", lambda arguments: cli.print_pieces(interrupted(*pieces)))
+    assert cli.main(["demo"]) == 130
+    assert capsys.readouterr() == (printed, "l4jax: interrupted\n")
 
 
 def test_closed_input_is_empty_and_what_a_closed_standard_error_would_show_is_dropped() -> None:

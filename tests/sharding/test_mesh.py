@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from sharding.mesh import AXES, MeshSpec
+from sharding.words import counted
 
 
 @pytest.mark.parametrize(
@@ -77,6 +78,13 @@ def test_too_few_devices():
         ValueError, match=r"mesh sequence=4,tensor=8 has 32 devices, and 8 cpu devices are present; .* JAX_NUM_CPU_DEVICES=32"
     ):
         MeshSpec(sequence=4, tensor=8).build()
+
+
+def test_one_device_is_not_called_devices():
+    with pytest.raises(ValueError, match=r"^mesh tensor=2 has 2 devices, and 1 cpu device is present; on a CPU, "):
+        MeshSpec(tensor=2).build(jax.devices()[:1])
+    assert [counted(n, "device") for n in (0, 1, 2048)] == ["0 devices", "1 device", "2,048 devices"]
+    assert [counted(n, "process is", "processes are") for n in (1, 2)] == ["1 process is", "2 processes are"]
 
 
 def test_several_processes_must_all_take_part():

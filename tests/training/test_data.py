@@ -104,6 +104,12 @@ def test_every_given_answer_is_kept_and_the_same_question_at_another_temperature
     assert len(file.read_text().splitlines()) == 3
 
 
+def test_data_that_cannot_be_read_is_named(tmp_path: Path, llm: LLM) -> None:
+    for path, why in ((tmp_path / "missing.jsonl", "No such file or directory"), (tmp_path, "Is a directory")):
+        with pytest.raises(ValueError, match=rf"^{path} cannot be read \({why}\); check the file, or fetch it again$"):
+            read_data(path, llm, 0.8)
+
+
 def test_data_may_be_a_pipe(tmp_path: Path, llm: LLM) -> None:
     content = b'{"prompt": [1]}\n\n{"prompt": [2]}'
     path = tmp_path / "fifo"

@@ -191,6 +191,11 @@ def test_another_runs_folder_is_refused(llm: LLM, data: Path, whole: Path, tmp_p
         with pytest.raises(ValueError, match=rf"{name} is damaged \(.*\); restore it, or give another folder for the run$"):
             train(llm, data, tmp_path / "damaged")
         (tmp_path / "damaged" / name).write_text(before)
+    (tmp_path / "damaged" / "metrics.jsonl").unlink()
+    with pytest.raises(
+        ValueError, match=r"metrics\.jsonl cannot be read \(No such file or directory\); restore it, or give another folder"
+    ):
+        train(llm, data, tmp_path / "damaged")
 
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
@@ -252,7 +257,7 @@ def test_the_target_s_output_head_stays_as_it_is(tied: bool, data: Path, tmp_pat
     np.testing.assert_array_equal(outcome(tmp_path / "more")[2]["head"], np.asarray(other.weights[table])[weights["token_ids"]])
 
 
-def test_the_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     target = tiny.save(tmp_path / "target", small.config())
     changed = {field.name: getattr(SETTINGS, field.name) for field in dataclasses.fields(Settings)}
     changed = {name: value for name, value in changed.items() if value != getattr(Settings, name)}
@@ -270,9 +275,26 @@ def test_the_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         "l4jax: error: --draft-vocab is given together with --start, whose drafter already has its shape; leave out --draft-vocab\n"
     )
     assert cli.main([*command, "--seed", "1"]) == 2
-    assert (
-        f"out belongs to another run: its seed is {SETTINGS.seed}, and this one's is 1; give the same settings" in capsys.readouterr().err
+    (said,) = capsys.readouterr().err.splitlines()  # no bar
+    assert f"out belongs to another run: its seed is {SETTINGS.seed}, and this one's is 1; give the same settings" in said
+    monkeypatch.setattr("l4jax.load", lambda *_, **__: pytest.fail("the target is loaded before its data is looked for"))
+    assert cli.main([*command[:3], str(tmp_path / "missing.jsonl"), *command[4:]]) == 2
+    said = f"{tmp_path / 'missing.jsonl'} cannot be read (No such file or directory); check the file, or fetch it again"
+    assert capsys.readouterr() == ("", f"l4jax: error: {said}\n")
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(ValueError, match=r"cannot be written \(Not a directory\); choose another destination$"),
+        claim(tmp_path / "file" / "run", {}),
+    ):
+        pass
+    full = (
+        rf"^the disk of {tmp_path}/run is full; free some space and run the same training again: what is written is kept in {tmp_path}/run$"
     )
+    with pytest.raises(ValueError, match=full), claim(tmp_path / "run", {}):
+        raise OSError(28, "No space left on device")
 
 
 def test_kept_states_change_nothing(llm: LLM, data: Path, whole: Path, tmp_path: Path) -> None:

@@ -298,6 +298,9 @@ def test_logprobs_are_of_the_model_before_any_processor():
         ("stop", 3),
         ("stop_token_ids", 3),
         ("stop_token_ids", ["a"]),
+        ("stop_token_ids", {3: "a"}),
+        ("stop", {"a": 1}),
+        ("ignore_eos", "false"),
     ],
 )
 def test_a_bad_value_is_named_in_one_line(field, value):

@@ -31,8 +31,8 @@ from tests.decoding.limits import assert_frequencies
 from tests.decoding.noise import token_noise
 
 compiled_truncate = jax.jit(truncate)
-compiled_draw = jax.jit(draw, static_argnames=("purpose", "vocab"))
-compiled_sample = jax.jit(sample, static_argnames=("features", "vocab"))
+compiled_draw = jax.jit(draw, static_argnames=("purpose", "vocab_ranks"))
+compiled_sample = jax.jit(sample, static_argnames=("features", "vocab_ranks"))
 
 
 def rows_of(*params, vocab=50, seeds=None):

@@ -6,21 +6,42 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from l4jax.config import ModelConfig
+    from l4jax.checkpoints.source import CheckpointError
+    from l4jax.config import ConfigError, ModelConfig
     from l4jax.decoding.params import SamplingParams
+    from l4jax.files import FileError
     from l4jax.llm import LLM, Completion, load
+    from l4jax.text.template import ChatError, TemplateRefusal
     from sharding.hosts import join
     from sharding.mesh import MeshSpec
 
-__all__ = ["LLM", "Completion", "MeshSpec", "ModelConfig", "SamplingParams", "join", "load"]
+__all__ = [
+    "LLM",
+    "ChatError",
+    "CheckpointError",
+    "Completion",
+    "ConfigError",
+    "FileError",
+    "MeshSpec",
+    "ModelConfig",
+    "SamplingParams",
+    "TemplateRefusal",
+    "join",
+    "load",
+]
 
 # Imported on first use, so that the command line answers --help without loading JAX.
 _HOMES = {
     "LLM": "l4jax.llm",
+    "ChatError": "l4jax.text.template",
+    "CheckpointError": "l4jax.checkpoints.source",
     "Completion": "l4jax.llm",
+    "ConfigError": "l4jax.config",
+    "FileError": "l4jax.files",
     "MeshSpec": "sharding.mesh",
     "ModelConfig": "l4jax.config",
     "SamplingParams": "l4jax.decoding.params",
+    "TemplateRefusal": "l4jax.text.template",
     "join": "sharding.hosts",
     "load": "l4jax.llm",
 }
@@ -30,3 +51,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import types
 import typing
 from collections.abc import Mapping
@@ -24,7 +25,8 @@ def _check(condition: bool, message: str) -> None:
 def _check_positive(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        _check(value > 0 and math.isfinite(value), f"{name} is {value!r}; expected a number above 0")
+        number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        _check(number and value > 0 and math.isfinite(value), f"{name} is {value!r}; expected a number above 0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,21 +7,20 @@ import hashlib
 import importlib.metadata
 import json
 import math
-import numbers
-import operator
 import os
-import reprlib
 import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal, Unpack, cast
+from typing import Literal, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from l4jax import arguments
+from l4jax.arguments import Prompt
 from l4jax.batch import NO_ROUNDS, Batch, NewTokens, Request, TokenLogprob
 from l4jax.checkpoints.store import open_checkpoint
 from l4jax.compiled import keep_compiled_programs
@@ -43,7 +42,6 @@ from sharding import hosts
 from sharding.mesh import ONE_DEVICE, MeshSpec
 from sharding.select import RingHardware
 
-Prompt = str | Sequence[int]
 Message = Mapping[str, object]
 FinishReason = Literal["stop", "length"]
 DType = Literal["float32", "bfloat16", "float16"]
@@ -54,8 +52,9 @@ class Stats:
     """Token counts of a completion, and wall-clock times of the batch that it was part of.
 
     ``first_token_seconds``: from the start until the first token was there; ``decode_seconds``: from then until the last was.
-    ``decode_tokens_per_second``: the rate after the first burst of tokens, during which a program may have been compiled; of
-    all tokens after the first if there was but one burst, and 0 if there was none.
+    Both include the compilation of programs that the call is the first to need; :meth:`LLM.warmup` compiles them before.
+    ``decode_tokens_per_second``: the rate after the first burst (up to 32 tokens, a stream's up to 4), during which a program may
+    have been compiled; of all tokens after the first, compilation included, if there was but one burst, and 0 if there was none.
     ``rounds``: of speculation, in which ``drafted`` tokens were drafted; ``accepted[i]``: rounds in which the one at depth i + 1 stood.
     They count what was computed: a stop string is found once a burst of tokens is there, and the rounds behind it count too.
     """
@@ -139,16 +138,16 @@ class LLM:
 
         ``no_tokenizer``, ``no_chat``: why there is none, for the errors of calls that need one.
         """
+        arguments.check_kind("the configuration", config, ModelConfig, "an l4jax.ModelConfig")
+        arguments.check_kind("what is given for weights", weights, Mapping, "a mapping from names to arrays")
+        arguments.check_kind("the drafter", drafter, LoadedDrafter | None, "an l4jax.speculator.LoadedDrafter, or load with drafter=PATH")
+        arguments.check_sizes(max_batch, prefill_lengths, ring_hardware)
         self.placement = placement = Placement.on(config, mesh)
-        max_batch = 8 * placement.spec.data if max_batch is None else max_batch
-        _check_max_batch(max_batch)
-        if prefill_lengths is not None and min(prefill_lengths, default=0) < 1:
-            raise ValueError(f"prefill_lengths is {prefill_lengths!r}; expected at least one length, of 1 or more")
         self.config = config
         self.tokenizer = tokenizer
         self.chat_format = chat_format
         self._no_tokenizer, self._no_chat = no_tokenizer, no_chat
-        self.max_batch = max_batch
+        self.max_batch = 8 * placement.spec.data if max_batch is None else max_batch
         self._in_use = threading.Lock()
         speculator = speculator_for(config, placement, drafter, speculation, beyond_training)
         self.runner = Runner(placement, weights, speculator=speculator, prefill_lengths=prefill_lengths, ring_hardware=ring_hardware)
@@ -172,7 +171,7 @@ class LLM:
     def logits(self, prompts: Prompt | Sequence[Prompt]) -> list[np.ndarray]:
         """Next-token logits at every position of each prompt: float32 [T, vocab_size] each."""
         with self._alone() as check_interrupts:
-            encoded = [self._encode(p) for p in _as_list(prompts)]
+            encoded = [self._encode(p) for p in arguments.several(prompts)]
             _check_agreed(encoded)
             logits_of_each = []
             for group in _groups(encoded, self.max_batch):
@@ -184,10 +183,8 @@ class LLM:
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Iterable[SamplingParams] | None = None
     ) -> list[Completion]:
         """Continue each prompt (text or token ids). One ``params`` serves all prompts, or there is one for each."""
-        each = _as_list(prompts)
-        params_of_each = list(params) if isinstance(params, Iterable) else [SamplingParams() if params is None else params] * len(each)
-        if len(params_of_each) != len(each):
-            raise ValueError(f"{len(each)} prompts but {len(params_of_each)} sampling params; give one for all, or one for each")
+        each = arguments.several(prompts)
+        params_of_each = arguments.sampling_params_of_each(params, len(each))
         with self._alone() as check_interrupts:
             requests = _agreed([self._request(self._encode(prompt), p) for prompt, p in zip(each, params_of_each, strict=True)])
             completions = []
@@ -200,15 +197,15 @@ class LLM:
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
         """Continue one prompt, giving out text as it comes."""
-        return self._stream(self._encode(prompt), params)
+        return self._stream(self._encode(prompt), arguments.one_sampling_params(params))
 
     def chat(self, messages: Sequence[Message], params: SamplingParams | None = None, **options: Unpack[ChatOptions]) -> Completion:
         """Answer a conversation: a list of ``{"role": ..., "content": ...}``, put in the model's chat format with :class:`ChatOptions`."""
-        return self.generate([self._encode_chat(messages, options)], params)[0]
+        return self.generate([self._encode_chat(messages, options)], arguments.one_sampling_params(params))[0]
 
     def stream_chat(self, messages: Sequence[Message], params: SamplingParams | None = None, **options: Unpack[ChatOptions]) -> Stream:
         """Answer a conversation as :meth:`chat` does, returning text as it comes."""
-        return self._stream(self._encode_chat(messages, options), params)
+        return self._stream(self._encode_chat(messages, options), arguments.one_sampling_params(params))
 
     def warmup(self, *, max_length: int, max_batch: int | None = None) -> None:
         """Compile everything that requests of up to ``max_length`` tokens (prompt and output) and this batch size need.
@@ -217,10 +214,9 @@ class LLM:
         ranks it prefills prompts of up to ``max_length`` tokens, for programs depend on how much is cached.
         """
         max_batch = self.max_batch if max_batch is None else max_batch
-        _check_max_batch(max_batch)
+        arguments.check_max_batch(max_batch)
         context = self.config.max_position_embeddings
-        if not 2 <= max_length <= context:
-            raise ValueError(f"max_length is {max_length}; expected 2 (a prompt and a token) to {context}, the model's context")
+        arguments.check_whole("max_length", max_length, f"2 (a prompt and a token) to {context}, the model's context", 2, context)
         with self._alone() as check_interrupts:
             self._warmup(max_length, max_batch, check_interrupts)
 
@@ -265,11 +261,11 @@ class LLM:
         finally:
             self._in_use.release()
 
-    def _stream(self, token_ids: list[int], params: SamplingParams | None) -> Stream:
+    def _stream(self, token_ids: list[int], params: SamplingParams) -> Stream:
         if self.tokenizer is None:
             raise ValueError(f"a stream is of text, but {self._no_tokenizer}; use generate, which returns token ids")
         with self._alone():
-            return Stream(_Run(self, _agreed([self._request(token_ids, params or SamplingParams())])))
+            return Stream(_Run(self, _agreed([self._request(token_ids, params)])))
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -278,13 +274,7 @@ class LLM:
             if not prompt:
                 raise ValueError("the prompt is empty; expected at least one character")
             return self._checked(self.tokenizer.encode(prompt))
-        try:
-            # Bytes and truth values are whole numbers to Python, and never meant as token ids.
-            if isinstance(prompt, bytes | bytearray | memoryview) or any(isinstance(token, bool | np.bool_) for token in prompt):
-                raise TypeError
-            return self._checked([operator.index(token) for token in prompt])
-        except TypeError as error:
-            raise ValueError(f"a prompt is {reprlib.repr(prompt)}; expected text or a list of token ids") from error
+        return self._checked(arguments.token_ids(prompt))
 
     def _checked(self, token_ids: list[int]) -> list[int]:
         context = self.config.max_position_embeddings
@@ -309,8 +299,6 @@ class LLM:
         return self._checked(self.chat_format.encode(messages, **options))
 
     def _request(self, token_ids: list[int], params: SamplingParams) -> Request:
-        if not isinstance(params, SamplingParams):
-            raise ValueError(f"the sampling params are {reprlib.repr(params)}; expected l4jax.SamplingParams")
         room = self.config.max_position_embeddings - len(token_ids)
         if room < 1:
             raise ValueError(f"the prompt fills the model's context of {len(token_ids)} tokens; shorten it to leave room for an answer")
@@ -451,13 +439,14 @@ def load(
     """
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype is {dtype!r}; expected float32, bfloat16, float16 or None (as stored)")
-    if max_batch is not None:
-        _check_max_batch(max_batch)
+    arguments.check_kind("the checkpoint", path, str | os.PathLike, "the path of a folder that l4jax convert made")
+    arguments.check_kind("the drafter", drafter, str | os.PathLike | None, "the path of a drafter's folder")
+    arguments.check_sizes(max_batch, prefill_lengths, ring_hardware)
     keep_compiled_programs()
     checkpoint = open_checkpoint(path)
     placement = Placement.on(checkpoint.config, mesh)
     held_in = jnp.dtype(dtype or checkpoint.dtype)
-    opened = None if speculation == "off" else open_fitting_drafter(drafter or checkpoint.drafter, checkpoint)
+    opened = None if speculation == "off" else open_fitting_drafter(checkpoint.drafter if drafter is None else drafter, checkpoint)
     # Before anything is read: how to speculate, and whether these can.
     own = None if opened is None else SpeculationTable.from_json(opened.speculation, held_in.name)
     table = speculation_table(checkpoint.config, None if opened is None else opened.config, own, speculation, beyond_training)
@@ -505,20 +494,6 @@ def _agreed(requests: Sequence[Request]) -> Sequence[Request]:
     _check_agreed([r.token_ids for r in requests], [r.params for r in requests])
     seeds: list[int] = json.loads(hosts.share(json.dumps([r.seed for r in requests]))[0])
     return [dataclasses.replace(request, seed=seed) for request, seed in zip(requests, seeds, strict=True)]
-
-
-def _check_max_batch(max_batch: int) -> None:
-    if max_batch < 1:
-        raise ValueError(f"max_batch is {max_batch}; expected at least 1")
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
-    """One prompt, given without a list around it, as a list of one."""
-    if not isinstance(prompts, Sequence | np.ndarray) or (isinstance(prompts, np.ndarray) and prompts.ndim == 0):
-        raise ValueError(f"the prompts are {reprlib.repr(prompts)}; expected text, a list of token ids, or a list of these")
-    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], numbers.Integral | np.bool_)):
-        return [cast(Prompt, prompts)]
-    return cast(Sequence[Prompt], prompts)
 
 
 def _groups[Item](items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:

@@ -97,7 +97,10 @@ class Placement:
         return jax.make_array_from_single_device_arrays(target, self.weight_sharding(name), shards)
 
     def place_all(self, weights: Mapping[str, Array]) -> dict[str, Array]:
-        """Put every weight of the decoder on the mesh."""
+        """Put every weight of the decoder on the mesh. Raises ValueError if one is missing."""
+        missing = [name for name in self._specs if name not in weights]
+        if missing:
+            raise ValueError(f"{len(missing)} of {len(self._specs)} weights are missing, {missing[0]} among them; give all of the model's")
         return {name: self.place(name, weights[name]) for name in self._specs}
 
     def abstract_weights(self, dtype: jnp.dtype) -> dict[str, jax.ShapeDtypeStruct]:

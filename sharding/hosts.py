@@ -35,6 +35,7 @@ from sharding.words import counted
 _EXCHANGE_SECONDS = 3600
 # When JAX's own timeout expires it aborts the process; ours raises an exception, and expires first.
 _NEVER_SECONDS = 10**6
+_COORDINATOR = "HOST:PORT of process 0, as in gpu-01:8476, or auto"
 
 _exchanges = itertools.count()
 
@@ -147,19 +148,27 @@ def end_with_error(status: int) -> None:
         _tell_monitor(monitor.FAILED)
         if process_id() == 0:  # JAX aborts the others when process 0 ends, so they are given time to end first
             with contextlib.suppress(OSError):
-                _of_monitor()
+                _read_monitor()
     os._exit(status)  # JAX would wait for the others
 
 
 def _join_arguments(coordinator: str, processes: int | None, process_id: int | None, timeout_seconds: float) -> dict[str, Any]:
     """The arguments of ``jax.distributed.initialize``, which needs none if the coordinator is "auto"."""
+    if not isinstance(coordinator, str):
+        raise ValueError(f"the coordinator is {coordinator!r}; expected {_COORDINATOR}")
+    for what, number in (("number of processes", processes), ("process id", process_id)):
+        # What a launcher sets in the environment is text.
+        if number is not None and (not isinstance(number, int) or isinstance(number, bool)):
+            raise ValueError(f"the {what} is {number!r}; expected a whole number")
+    if not isinstance(timeout_seconds, int | float) or not 0 < timeout_seconds <= threading.TIMEOUT_MAX:
+        raise ValueError(f"timeout_seconds is {timeout_seconds!r}; expected a number above 0, at most {threading.TIMEOUT_MAX:g}")
     if coordinator == "auto":
         if processes is not None or process_id is not None:
             raise ValueError("the coordinator is auto, which finds the number of processes and the process id too; leave both out")
         return {}
     host, _, port = coordinator.rpartition(":")
     if not host or not (port.isascii() and port.isdigit()) or not 1 <= int(port) <= 65535:
-        raise ValueError(f"the coordinator is {coordinator!r}; expected HOST:PORT of process 0, as in gpu-01:8476, or auto")
+        raise ValueError(f"the coordinator is {coordinator!r}; expected {_COORDINATOR}")
     if processes is None or process_id is None:
         missing = "number of processes" if processes is None else "process id"
         raise ValueError(
@@ -231,7 +240,7 @@ def _start_monitor() -> None:
     first = process_id() == 0
     command = [sys.executable, "-I", str(Path(monitor.__file__)), *(["--listen"] if first else [])]
     _group.monitor = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    listening = _of_monitor() if first else ""
+    listening = _read_monitor() if first else ""
     port, token = share(f"{listening} {secrets.token_hex()}" if first else "")[0].split()
     assert global_state.coordinator_address is not None
     settings = monitor.Settings(
@@ -243,14 +252,14 @@ def _start_monitor() -> None:
         port=int(port),
     )
     _tell_monitor(json.dumps(vars(settings)))
-    answer = _of_monitor()
+    answer = _read_monitor()
     if answer != monitor.READY:
         raise OSError(f"{answer}; open the ports between the hosts")
     atexit.register(_say_farewell)
     _hold_errors()
 
 
-def _of_monitor() -> str:
+def _read_monitor() -> str:
     """The next line from this process's monitor."""
     assert _group.monitor is not None and _group.monitor.stdout is not None
     line = _group.monitor.stdout.readline().strip()

@@ -52,7 +52,7 @@ ONE = Ranks()
 """A single device."""
 
 
-def local_index(token: Int32[Array, "*B"], size: int, vocab: Ranks) -> Int32[Array, "*B"]:
-    """Index of each token among this rank's ``size`` tokens of a vocabulary sharded over ``vocab``; ``size`` for other ranks' tokens."""
-    index = token - vocab.index() * size
+def local_index(token: Int32[Array, "*B"], size: int, vocab_ranks: Ranks) -> Int32[Array, "*B"]:
+    """Index of each token among this rank's ``size`` tokens of a vocabulary that is sharded; ``size`` for other ranks' tokens."""
+    index = token - vocab_ranks.index() * size
     return jnp.where((index >= 0) & (index < size), index, size)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import numbers
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -29,7 +30,8 @@ class RingHardware:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if not 0 < value < math.inf:
+            number = isinstance(value, numbers.Real)
+            if not number or not 0 < value < math.inf:
                 raise ValueError(f"{field.name} is {value!r}; expected a positive number")
 
     @property

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from l4jax import LLM, SamplingParams
+from l4jax import LLM, SamplingParams, load
 from l4jax.batch import Batch, Request
 from l4jax.cache import CacheShape
 from l4jax.decoding.generate import BURST
@@ -289,6 +289,39 @@ def test_half_precision_stays_close_to_float32(dtype):
         ),
         (lambda llm: LLM(llm.config, {}, max_batch=0), "max_batch is 0"),
         (lambda llm: LLM(llm.config, {}, prefill_lengths=()), "prefill_lengths is (); expected at least one length"),
+        # A mapping, a text and an iterator can be iterated over too.
+        (lambda llm: llm.generate([[1]], {"max_tokens": 3}), "the sampling params are {'max_tokens': 3}; expected l4jax.SamplingParams"),
+        (lambda llm: llm.generate([[1]], {}), "the sampling params are {}; expected l4jax.SamplingParams"),
+        (lambda llm: llm.generate([], {}), "the sampling params are {}; expected l4jax.SamplingParams"),
+        (lambda llm: llm.generate([[1]], "greedy"), "the sampling params are 'greedy'; expected l4jax.SamplingParams"),
+        (lambda llm: llm.stream([1], {}), "the sampling params are {}; expected l4jax.SamplingParams"),
+        (lambda llm: llm.stream([1], [SamplingParams()]), "the sampling params are [SamplingParams("),
+        (lambda llm: llm.generate([{"prompt": 3}]), "a prompt is {'prompt': 3}; expected text or a list of token ids"),
+        (lambda llm: llm.generate([{3: "prompt"}]), "a prompt is {3: 'prompt'}; expected text or a list of token ids"),
+        (lambda llm: llm.stream({1, 2}), "a prompt is {1, 2}; expected text or a list of token ids"),
+        (lambda llm: llm.logits([iter([1, 2])]), "a prompt is <list_iterator"),
+        (lambda llm: llm.generate(b""), "a prompt is b''; expected text or a list of token ids"),
+        (lambda llm: llm.generate([np.zeros((3, 1))]), "expected text or a list of token ids"),
+        (lambda llm: llm.warmup(max_length="10"), "max_length is '10'; expected 2 (a prompt and a token) to 256"),
+        (lambda llm: llm.warmup(max_length=2.5), "max_length is 2.5; expected 2"),
+        (lambda llm: llm.warmup(max_length=10, max_batch="8"), "max_batch is '8'; expected a whole number of at least 1"),
+        (lambda llm: LLM(3, {}), "the configuration is 3; expected an l4jax.ModelConfig"),
+        (lambda llm: LLM(llm.config, 3), "what is given for weights is 3; expected a mapping from names to arrays"),
+        (lambda llm: LLM(llm.config, {}), "21 of 21 weights are missing, embed among them; give all of the model's"),
+        (lambda llm: LLM(llm.config, {}, drafter="folder"), "the drafter is 'folder'; expected an l4jax.speculator.LoadedDrafter"),
+        (lambda llm: LLM(llm.config, {}, mesh=3), "the mesh is 3; expected a description"),
+        (lambda llm: LLM(llm.config, {}, speculation=None), 'speculation is None; expected "auto", "off"'),
+        (lambda llm: LLM(llm.config, {}, beyond_training=None), 'beyond_training is None; expected "window" or "stop"'),
+        (lambda llm: load(3), "the checkpoint is 3; expected the path of a folder that l4jax convert made"),
+        (lambda llm: load(None), "the checkpoint is None; expected the path"),
+        (lambda llm: load("folder", drafter=3), "the drafter is 3; expected the path of a drafter's folder"),
+        (lambda llm: load("folder", dtype=32), "dtype is 32; expected float32, bfloat16, float16 or None"),
+        (lambda llm: load("folder", max_batch=2.5), "max_batch is 2.5; expected a whole number of at least 1"),
+        (lambda llm: load("folder", max_batch="8"), "max_batch is '8'; expected a whole number of at least 1"),
+        (lambda llm: load("folder", prefill_lengths=128), "prefill_lengths is 128; expected at least one length, in a list"),
+        (lambda llm: load("folder", prefill_lengths="128"), "prefill_lengths is '128'; expected at least one length, in a list"),
+        (lambda llm: load("folder", prefill_lengths=(32, 2.5)), "prefill_lengths is (32, 2.5); expected at least one length, in a list"),
+        (lambda llm: load("folder", ring_hardware=3), "ring_hardware is 3; expected a sharding.select.RingHardware"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(scout, call, message):

@@ -299,6 +299,27 @@ def test_number_1_of_a_container_is_refused(monkeypatch):
         l4jax.join("127.0.0.1:8476", 2, 0)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((8476, 2, 0), "the coordinator is 8476; expected HOST:PORT of process 0, as in gpu-01:8476, or auto"),
+        (("gpu-01", 2, 0), "the coordinator is 'gpu-01'; expected HOST:PORT"),
+        (("gpu-01:8476", "2", 0), "the number of processes is '2'; expected a whole number"),
+        (("gpu-01:8476", 2, "0"), "the process id is '0'; expected a whole number"),
+        (("gpu-01:8476", 2, 2), "process id 2 of 2 processes; expected an id from 0"),
+    ],
+)
+def test_what_cannot_be_joined_is_refused_in_one_line(arguments, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}[^\n]*$"):
+        l4jax.join(*arguments)
+
+
+@pytest.mark.parametrize("seconds", ["300", 0, float("nan"), float("inf")])
+def test_a_time_that_nobody_can_wait_is_refused(seconds):
+    with pytest.raises(ValueError, match=f"^timeout_seconds is {seconds!r}; expected a number above 0"):
+        l4jax.join("gpu-01:8476", 2, 0, timeout_seconds=seconds)
+
+
 def test_where_the_others_are_cannot_be_found(checkpoint, monkeypatch):
     """Open MPI 5, without the package that JAX asks it with."""
     for name, value in {"RANK": "0", "SIZE": "2", "LOCAL_RANK": "0"}.items():

@@ -17,6 +17,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import l4jax
 import l4jax.cli
 from l4jax.data import configs_path
 from l4jax.paths import cache_root
@@ -116,6 +117,23 @@ def test_help_names_every_command_and_does_not_wait_for_jax() -> None:
     assert done.stdout.splitlines()[-1] == "False False"
     for command in l4jax.cli.COMMANDS:
         assert re.search(rf"^    {command}\s+\S", done.stdout, re.MULTILINE), command
+
+
+def test_the_interactive_interpreter_completes_all_names_without_loading_jax() -> None:
+    code = "import sys, l4jax; print(*sorted(set(l4jax.__all__) - set(dir(l4jax))), '__path__' in dir(l4jax), 'jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "True False\n"
+
+
+def test_every_public_name_is_found_and_every_error_documented() -> None:
+    found = {name: getattr(l4jax, name) for name in l4jax.__all__}
+    assert found.keys() == l4jax._HOMES.keys()
+    errors = {name: value for name, value in found.items() if isinstance(value, type) and issubclass(value, Exception)}
+    assert {"ChatError", "CheckpointError"} <= errors.keys()
+    _, _, section = (ROOT / "docs" / "python_api.md").read_text().partition("\n## Errors\n")
+    for name, error in errors.items():
+        assert issubclass(error, ValueError)
+        assert re.search(rf"^\| `{name}`", section, re.MULTILINE), name
 
 
 def fail_with(error: BaseException) -> object:

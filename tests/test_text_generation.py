@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from l4jax import LLM, SamplingParams
+from l4jax import LLM, ChatError, SamplingParams
 from l4jax.batch import Batch
 from l4jax.text.chat import ChatFormat
 from l4jax.text.hf_tokenizer import HfTokenizer
@@ -151,8 +151,20 @@ def test_chat_continues_its_last_message_and_takes_options(llm):
     assert completion.prompt_token_ids == prompt
     assert completion.token_ids == llm.generate([prompt], params)[0].token_ids
     assert "".join(llm.stream_chat(messages, params, continue_final_message=True)) == completion.text
-    with pytest.raises(ValueError, match="the chat template does not use tools"):
+    with pytest.raises(ChatError, match="the chat template does not use tools"):
         llm.chat(messages, params, tools=[{"name": "f"}])
+
+
+def test_what_are_no_sampling_params_is_refused_by_chats(llm):
+    for call in (llm.chat, llm.stream_chat):
+        for params in ({}, {"temperature": 0.0}, [SamplingParams()], 0):
+            with pytest.raises(ValueError, match=r"^the sampling params are [^\n]*; expected l4jax.SamplingParams$"):
+                call([{"role": "user", "content": "hi"}], params)
+
+
+def test_text_that_is_none_is_refused(llm):
+    with pytest.raises(ValueError, match="the text is a int; expected a string"):
+        llm.tokenizer.encode(3)
 
 
 def test_an_end_token_that_the_files_label_as_text_ends_an_answer():

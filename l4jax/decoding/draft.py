@@ -86,7 +86,7 @@ def draft_static(
     likeliest), with noise keyed by (seed, output position, node, token); the distributions are returned too. ``position_B`` is the
     output position of the token after the root.
     """
-    B, vocab = len(root_B), drafting.drafter.vocab
+    B, vocab_ranks = len(root_B), drafting.drafter.vocab_ranks
     inner = [node for node in range(tree.size) if tree.children(node)]
     tokens = [root_B[:, None]]
     distributions = []
@@ -109,7 +109,7 @@ def draft_static(
             log_q_BnV, logits_BnV = _perturbed(logits_BnV, rows, position_B + depth, parents, drafting)
             distributions.append(log_q_BnV)
         most = max(len(tree.children(node)) for node in parents)
-        _, top_id = highest_tokens(logits_BnV.reshape(-1, logits_BnV.shape[-1]), most, vocab)
+        _, top_id = highest_tokens(logits_BnV.reshape(-1, logits_BnV.shape[-1]), most, vocab_ranks)
         children = [(parents.index(parent), tree.children(parent).index(child)) for parent in parents for child in tree.children(parent)]
         parent_index, rank_index = (np.array(index) for index in zip(*children, strict=True))
         tokens.append(drafting.drafter.target_tokens(top_id.reshape(B, len(parents), most)[:, parent_index, rank_index]))
@@ -125,16 +125,16 @@ def _is_above(tree: StaticTree, other: int, node: int) -> bool:
 
 def _perturbed(logits_BnV: Array, rows: SamplingRows, position_B: Array, nodes: list[int], drafting: Drafting) -> tuple[Array, Array]:
     """Log-probabilities, and their sums with Gumbel noise: the highest sums, in order, are draws without replacement (Gumbel-top-k)."""
-    vocab = drafting.drafter.vocab
+    vocab_ranks = drafting.drafter.vocab_ranks
     V = logits_BnV.shape[-1]
     temperature_B = jnp.where(rows.temperature_B > 0, rows.temperature_B, 1.0)
     scaled_BnV = logits_BnV / temperature_B[:, None, None]
-    log_BnV = log_probabilities(scaled_BnV.reshape(-1, V), vocab).reshape(scaled_BnV.shape)
+    log_BnV = log_probabilities(scaled_BnV.reshape(-1, V), vocab_ranks).reshape(scaled_BnV.shape)
 
     def noise(node: Array) -> Array:
         return gumbel(stream_keys(rows.seed_B2, position_B, Purpose.DRAFT, node), token_V)
 
-    token_V = vocab.index() * V + jnp.arange(V, dtype=jnp.int32)
+    token_V = vocab_ranks.index() * V + jnp.arange(V, dtype=jnp.int32)
     noise_BnV = jax.vmap(noise, out_axes=1)(jnp.asarray(nodes, jnp.int32))
     # At temperature 0 the likeliest tokens are the best guesses, and their acceptance does not depend on how they were drawn.
     return log_BnV, log_BnV + jnp.where(rows.temperature_B[:, None, None] > 0, noise_BnV, 0.0)
@@ -150,14 +150,14 @@ def target_distribution(
     inner = [node for node in range(tree.size) if tree.children(node)]
     index_of = np.full(tree.size, len(inner), np.int32)
     index_of[inner] = np.arange(len(inner))
-    vocab, row_B = drafting.drafter.vocab, jnp.arange(len(node_B), dtype=jnp.int32)
+    vocab_ranks, row_B = drafting.drafter.vocab_ranks, jnp.arange(len(node_B), dtype=jnp.int32)
     log_q_BV = drawn_from.log_q_BIV.at[row_B, jnp.asarray(index_of)[node_B]].get(mode="fill", fill_value=-jnp.inf)
     if not drafting.drafter.reduced_vocabulary:
         return log_q_BV
-    log_q_BV = vocab.concatenate(log_q_BV, axis=1)
+    log_q_BV = vocab_ranks.concatenate(log_q_BV, axis=1)
     token_V = drafting.drafter.target_tokens(jnp.arange(log_q_BV.shape[1], dtype=jnp.int32))
     nothing_BV = jnp.full((len(node_B), V), -jnp.inf, jnp.float32)
-    return nothing_BV.at[:, local_index(token_V, V, vocab)].set(log_q_BV, mode="drop")
+    return nothing_BV.at[:, local_index(token_V, V, vocab_ranks)].set(log_q_BV, mode="drop")
 
 
 def draft_dynamic(drafting: Drafting, tree: DynamicTree, root_B: Int32[Array, "B"]) -> tuple[Int32[Array, "B N"], Int32[Array, "B N"]]:
@@ -167,8 +167,8 @@ def draft_dynamic(drafting: Drafting, tree: DynamicTree, root_B: Int32[Array, "B
     kept without its parent.
     """
     B, k = len(root_B), tree.topk
-    log_BV = log_probabilities(drafting.logits(drafting.state.hidden_BD), drafting.drafter.vocab)
-    score_Bk, id_Bk = highest_tokens(log_BV, k, drafting.drafter.vocab)
+    log_BV = log_probabilities(drafting.logits(drafting.state.hidden_BD), drafting.drafter.vocab_ranks)
+    score_Bk, id_Bk = highest_tokens(log_BV, k, drafting.drafter.vocab_ranks)
     token_Bk = drafting.drafter.target_tokens(id_Bk)
     pool_token, pool_score, pool_parent = [token_Bk], [score_Bk], [jnp.full((B, k), NONE, jnp.int32)]
     # The frontier is the nodes to expand next. For each we keep its index in the pool, and which earlier nodes it attends to.
@@ -181,8 +181,8 @@ def draft_dynamic(drafting: Drafting, tree: DynamicTree, root_B: Int32[Array, "B
     for depth in range(1, tree.steps):
         sees_BkS = jnp.concatenate([above_BkS, itself_BkS], axis=2)
         hidden_BkD, cache = drafting.run(token_Bk, hidden_BkD, depth, sees_BkS, cache)
-        log_MV = log_probabilities(drafting.logits(hidden_BkD).reshape(B * k, -1), drafting.drafter.vocab)
-        log_Mk, id_Mk = highest_tokens(log_MV, k, drafting.drafter.vocab)
+        log_MV = log_probabilities(drafting.logits(hidden_BkD).reshape(B * k, -1), drafting.drafter.vocab_ranks)
+        log_Mk, id_Mk = highest_tokens(log_MV, k, drafting.drafter.vocab_ranks)
         child_score_Bc = (score_Bk[:, :, None] + log_Mk.reshape(B, k, k)).reshape(B, k * k)
         child_token_Bc = drafting.drafter.target_tokens(id_Mk).reshape(B, k * k)
         pool_token.append(child_token_Bc)

@@ -49,10 +49,10 @@ def is_final(token_B: Int32[Array, "B"], produced_B: Int32[Array, "B"], rows: Sa
     return (token_B == NOT_FINITE) | jnp.any(token_B[:, None] == rows.stop_Bj, axis=-1) | (produced_B >= rows.max_tokens_B)
 
 
-def count_token(counts: TokenCounts, token_B: Int32[Array, "B"], active_B: Bool[Array, "B"], vocab: Ranks) -> TokenCounts:
+def count_token(counts: TokenCounts, token_B: Int32[Array, "B"], active_B: Bool[Array, "B"], vocab_ranks: Ranks) -> TokenCounts:
     """The counts with one more output token in the active rows."""
     row_B = jnp.arange(token_B.shape[0], dtype=jnp.int32)
-    index_B = local_index(token_B, counts.output_BV.shape[1], vocab)
+    index_B = local_index(token_B, counts.output_BV.shape[1], vocab_ranks)
     return dataclasses.replace(counts, output_BV=counts.output_BV.at[row_B, index_B].add(active_B.astype(jnp.int32), mode="drop"))
 
 
@@ -63,7 +63,7 @@ def decode_tokens(
 
     On a mesh each rank along ``data`` has its own rows; all ranks take as many steps as the longest row needs.
     """
-    data, vocab = model.mesh.along("data"), model.mesh.along("tensor")
+    data, vocab_ranks = model.mesh.along("data"), model.mesh.along("tensor")
 
     def unfinished(carry: tuple[DecodeState, DecodeTokens]) -> Array:
         state, out = carry
@@ -74,7 +74,7 @@ def decode_tokens(
         active_B = ~state.done_B
         new_B = active_B.astype(jnp.int32)
         x_BTD, _, cache = model(state.token_B[:, None], state.length_B, new_B, state.cache, tables)
-        token_B, logprobs = sample(model.logits(x_BTD[:, 0]), rows, state.counts, state.produced_B, features, vocab)
+        token_B, logprobs = sample(model.logits(x_BTD[:, 0]), rows, state.counts, state.produced_B, features, vocab_ranks)
         # Ranks that do the same work may round differently, and each would choose its own token.
         token_B = model.ranks.from_first(token_B)
         token_B = jnp.where(active_B, token_B, state.token_B)
@@ -89,7 +89,7 @@ def decode_tokens(
             steps=out.steps + 1,
             done_B=state.done_B | is_final(token_B, produced_B, rows),
         )
-        counts = None if state.counts is None else count_token(state.counts, token_B, active_B, vocab)
+        counts = None if state.counts is None else count_token(state.counts, token_B, active_B, vocab_ranks)
         return DecodeState(cache, token_B, state.length_B + new_B, produced_B, out.done_B, counts), out
 
     return jax.lax.while_loop(unfinished, step, (state, _no_tokens(state, model.config.vocab_size, features)))

@@ -51,8 +51,10 @@ class SamplingParams:
             object.__setattr__(self, "stop", (self.stop,))
         # Copied, because the caller may change them later, or they may be iterators that can be read only once.
         for name in ("stop", "stop_token_ids"):
-            with contextlib.suppress(TypeError):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+            # A mapping would be read as the list of its keys.
+            if not isinstance(getattr(self, name), Mapping):
+                with contextlib.suppress(TypeError):
+                    object.__setattr__(self, name, tuple(getattr(self, name)))
         if isinstance(self.logit_bias, Mapping):
             object.__setattr__(self, "logit_bias", dict(self.logit_bias))
 
@@ -65,9 +67,9 @@ class SamplingParams:
             if not good:
                 raise ValueError(f"{name} is {value!r}; expected {expected}")
 
-        check("max_tokens", lambda n: _is_int(n) and n >= 1, "an integer of at least 1")
+        check("max_tokens", lambda n: is_whole(n) and n >= 1, "an integer of at least 1")
         check("temperature", lambda x: 0 <= x <= _LARGEST, "0 (greedy) or a positive number")
-        check("top_k", lambda n: _is_int(n) and 0 <= n < 2**31, "0 (off) or a positive integer")
+        check("top_k", lambda n: is_whole(n) and 0 <= n < 2**31, "0 (off) or a positive integer")
         check("top_p", lambda x: 0 < x <= 1, "a number above 0, at most 1 (off)")
         check("min_p", lambda x: 0 <= x < 1, "a number from 0 (off) to below 1")
         check("repetition_penalty", lambda x: 1 / _LARGEST <= x <= _LARGEST, "a positive number (1: off)")
@@ -75,13 +77,14 @@ class SamplingParams:
         check("frequency_penalty", lambda x: abs(x) <= _LARGEST, "a finite number")
         check(
             "logit_bias",
-            lambda bias: all(_is_int(token) and (x == -math.inf or abs(x) <= _LARGEST) for token, x in bias.items()),
+            lambda bias: all(is_whole(token) and (x == -math.inf or abs(x) <= _LARGEST) for token, x in bias.items()),
             "token ids with numbers, or -inf to forbid a token",
         )
-        check("stop", lambda texts: all(isinstance(s, str) and s for s in texts), "non-empty strings")
-        check("stop_token_ids", lambda ids: all(map(_is_int, ids)), "token ids")
-        check("seed", lambda n: n is None or (_is_int(n) and 0 <= n < 2**64), "an integer from 0 to 2**64 - 1, or None")
-        check("logprobs", lambda n: n is None or (_is_int(n) and 0 <= n <= MAX_LOGPROBS), f"None or an integer from 0 to {MAX_LOGPROBS}")
+        check("stop", lambda texts: isinstance(texts, tuple) and all(isinstance(s, str) and s for s in texts), "non-empty strings")
+        check("stop_token_ids", lambda ids: isinstance(ids, tuple) and all(map(is_whole, ids)), "token ids")
+        check("ignore_eos", lambda ignored: isinstance(ignored, bool), "True or False")
+        check("seed", lambda n: n is None or (is_whole(n) and 0 <= n < 2**64), "an integer from 0 to 2**64 - 1, or None")
+        check("logprobs", lambda n: n is None or (is_whole(n) and 0 <= n <= MAX_LOGPROBS), f"None or an integer from 0 to {MAX_LOGPROBS}")
 
     @property
     def adjusts_logits(self) -> bool:
@@ -89,5 +92,6 @@ class SamplingParams:
         return bool(self.logit_bias) or self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
-def _is_int(value: object) -> bool:
+def is_whole(value: object) -> bool:
+    """Whether a value is a whole number; truth values are none."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)

@@ -33,7 +33,7 @@ class Speculation:
 
         A chain or tree may end in ",sampled".
         """
-        kind, _, rest = text.partition(":")
+        kind, _, rest = text.partition(":") if isinstance(text, str) else ("", "", "")
         sampled = rest.endswith(",sampled")
         rest = rest.removesuffix(",sampled")
         if text == "off":

@@ -3,7 +3,7 @@
 Nothing here sorts the vocabulary: cuts are thresholds found by bisection, and the draw is one maximum over perturbed logits, with Gumbel
 noise keyed by (request seed, output position, token).
 
-On a mesh each rank of ``vocab`` has a part of the vocabulary, in order, and the logits are never gathered: ranks exchange maxima,
+On a mesh each of ``vocab_ranks`` has a part of the vocabulary, in order, and the logits are never gathered: ranks exchange maxima,
 sums and candidates, a few numbers a row.
 """
 
@@ -125,49 +125,49 @@ def sample(
     counts: TokenCounts | None,
     position_B: Int32[Array, "B"],
     features: SamplingFeatures,
-    vocab: Ranks = ONE,
+    vocab_ranks: Ranks = ONE,
 ) -> tuple[Int32[Array, "B"], Logprobs | None]:
     """The next token of each row, ``position_B[b]`` tokens into its output; ``counts`` is needed if ``adjusted``.
 
-    A row whose logits are not finite gets :data:`NOT_FINITE`. The result is the same on every rank of ``vocab``.
+    A row whose logits are not finite gets :data:`NOT_FINITE`. The result is the same on all ``vocab_ranks``.
     """
     with jax.named_scope("sample"):
-        adjusted_BV = _adjusted(logits_BV, rows, counts, features, vocab)
+        adjusted_BV = _adjusted(logits_BV, rows, counts, features, vocab_ranks)
         if features.random:
-            highest_B = _highest(adjusted_BV, vocab)
-            log_weights_BV, kept_BV = truncate(adjusted_BV, rows, highest_B, vocab)
-            token_B = draw(jnp.where(kept_BV, log_weights_BV, -jnp.inf), rows, position_B, Purpose.TOKEN, vocab)
+            highest_B = _highest(adjusted_BV, vocab_ranks)
+            log_weights_BV, kept_BV = truncate(adjusted_BV, rows, highest_B, vocab_ranks)
+            token_B = draw(jnp.where(kept_BV, log_weights_BV, -jnp.inf), rows, position_B, Purpose.TOKEN, vocab_ranks)
         else:
-            highest_B, token_B = highest_token(adjusted_BV, vocab)
+            highest_B, token_B = highest_token(adjusted_BV, vocab_ranks)
         token_B = jnp.where(jnp.isfinite(highest_B), token_B, NOT_FINITE)
-        return token_B, token_logprobs(logits_BV, token_B, vocab) if features.logprobs else None
+        return token_B, token_logprobs(logits_BV, token_B, vocab_ranks) if features.logprobs else None
 
 
 def probabilities(
-    logits_BV: Float32[Array, "B V"], rows: SamplingRows, counts: TokenCounts | None, features: SamplingFeatures, vocab: Ranks = ONE
+    logits_BV: Float32[Array, "B V"], rows: SamplingRows, counts: TokenCounts | None, features: SamplingFeatures, vocab_ranks: Ranks = ONE
 ) -> tuple[Float32[Array, "B V"], Bool[Array, "B"]]:
     """The distribution that :func:`sample` draws from (at temperature 0 one token has it all), and whether each row's logits are finite."""
     V = logits_BV.shape[1]
-    adjusted_BV = _adjusted(logits_BV, rows, counts, features, vocab)
-    highest_B, token_B = highest_token(adjusted_BV, vocab)
-    weights_BV = jax.nn.one_hot(local_index(token_B, V, vocab), V, dtype=jnp.float32)
+    adjusted_BV = _adjusted(logits_BV, rows, counts, features, vocab_ranks)
+    highest_B, token_B = highest_token(adjusted_BV, vocab_ranks)
+    weights_BV = jax.nn.one_hot(local_index(token_B, V, vocab_ranks), V, dtype=jnp.float32)
     if features.random:
-        log_weights_BV, kept_BV = truncate(adjusted_BV, rows, highest_B, vocab)
+        log_weights_BV, kept_BV = truncate(adjusted_BV, rows, highest_B, vocab_ranks)
         drawn_BV = jnp.where(kept_BV, jnp.exp(log_weights_BV), 0.0)
         weights_BV = jnp.where(rows.temperature_B[:, None] > 0, drawn_BV, weights_BV)
-    return weights_BV / vocab.sum(jnp.sum(weights_BV, axis=-1))[:, None], jnp.isfinite(highest_B)
+    return weights_BV / vocab_ranks.sum(jnp.sum(weights_BV, axis=-1))[:, None], jnp.isfinite(highest_B)
 
 
-def _adjusted(logits_BV: Array, rows: SamplingRows, counts: TokenCounts | None, features: SamplingFeatures, vocab: Ranks) -> Array:
+def _adjusted(logits_BV: Array, rows: SamplingRows, counts: TokenCounts | None, features: SamplingFeatures, vocab_ranks: Ranks) -> Array:
     if not features.adjusted:
         return logits_BV
     assert counts is not None
-    return adjust_logits(logits_BV, rows, counts, vocab)
+    return adjust_logits(logits_BV, rows, counts, vocab_ranks)
 
 
-def _highest(logits_BV: Array, vocab: Ranks) -> Array:
+def _highest(logits_BV: Array, vocab_ranks: Ranks) -> Array:
     """The highest logit of each row; infinity for a row with a NaN."""
-    return vocab.max(jnp.max(_nan_to_infinity(logits_BV), axis=-1))
+    return vocab_ranks.max(jnp.max(_nan_to_infinity(logits_BV), axis=-1))
 
 
 def _nan_to_infinity(values_BV: Array) -> Array:
@@ -175,7 +175,7 @@ def _nan_to_infinity(values_BV: Array) -> Array:
     return jnp.where(jnp.isnan(values_BV), jnp.inf, values_BV)
 
 
-def highest_token(values_BV: Float32[Array, "B V"], vocab: Ranks = ONE) -> tuple[Float32[Array, "B"], Int32[Array, "B"]]:
+def highest_token(values_BV: Float32[Array, "B V"], vocab_ranks: Ranks = ONE) -> tuple[Float32[Array, "B"], Int32[Array, "B"]]:
     """The highest value of each row, infinity where there is a NaN, and its token; of equal values the lowest token.
 
     One pass over the vocabulary takes the maximum of each block, and then only the best block is searched. XLA's argmax takes several times
@@ -188,16 +188,18 @@ def highest_token(values_BV: Float32[Array, "B V"], vocab: Ranks = ONE) -> tuple
     block_B = jnp.argmax(highest_Bb, axis=-1).astype(jnp.int32)
     own_B = _pick(highest_Bb, block_B)
     place_B = jnp.argmax(jnp.take_along_axis(blocks_Bbv, block_B[:, None, None], axis=1)[:, 0], axis=-1).astype(jnp.int32)
-    highest_B = vocab.max(own_B)
+    highest_B = vocab_ranks.max(own_B)
     # The lowest of the ranks' tokens, as the highest of their negatives.
-    token_B = jnp.where(own_B == highest_B, vocab.index() * V + block_B * _BLOCK + place_B, V * vocab.count - 1)
-    return highest_B, -vocab.max(-token_B)
+    token_B = jnp.where(own_B == highest_B, vocab_ranks.index() * V + block_B * _BLOCK + place_B, V * vocab_ranks.count - 1)
+    return highest_B, -vocab_ranks.max(-token_B)
 
 
-def adjust_logits(logits_BV: Float32[Array, "B V"], rows: SamplingRows, counts: TokenCounts, vocab: Ranks = ONE) -> Float32[Array, "B V"]:
+def adjust_logits(
+    logits_BV: Float32[Array, "B V"], rows: SamplingRows, counts: TokenCounts, vocab_ranks: Ranks = ONE
+) -> Float32[Array, "B V"]:
     """Bias, then repetition (CTRL, arXiv 1909.05858), presence and frequency penalties."""
     row_B1 = jnp.arange(logits_BV.shape[0], dtype=jnp.int32)[:, None]
-    bias_id_Bj = local_index(rows.bias_id_Bj, logits_BV.shape[1], vocab)
+    bias_id_Bj = local_index(rows.bias_id_Bj, logits_BV.shape[1], vocab_ranks)
     logits_BV = logits_BV.at[row_B1, bias_id_Bj].add(rows.bias_Bj, mode="drop")
     in_output_BV = counts.output_BV > 0
     repetition_BV = jnp.where(counts.in_prompt_BV | in_output_BV, rows.repetition_B[:, None], 1.0)
@@ -207,7 +209,7 @@ def adjust_logits(logits_BV: Float32[Array, "B V"], rows: SamplingRows, counts: 
 
 
 def truncate(
-    logits_BV: Float32[Array, "B V"], rows: SamplingRows, highest_B: Float32[Array, "B"], vocab: Ranks = ONE
+    logits_BV: Float32[Array, "B V"], rows: SamplingRows, highest_B: Float32[Array, "B"], vocab_ranks: Ranks = ONE
 ) -> tuple[Float32[Array, "B V"], Bool[Array, "B V"]]:
     """Logarithms of unnormalised probabilities at each row's temperature, and which tokens min-p, top-k and top-p keep.
 
@@ -220,14 +222,14 @@ def truncate(
 
     least_B = jnp.maximum(jax.lax.bitcast_convert_type(rows.min_p_B, jnp.int32), 1)  # a weight of zero is never kept
     wanted_B = rows.top_k_B.astype(jnp.float32)
-    least_B = _highest_threshold(least_B, weights_BV, lambda count_B, _: count_B >= wanted_B, rows.top_k_B <= 0, vocab)
-    mass_B = rows.top_p_B * vocab.sum(jnp.sum(jnp.where(bits_BV >= least_B[:, None], weights_BV, 0.0), axis=-1))
-    least_B = _highest_threshold(least_B, weights_BV, lambda _, sum_B: sum_B >= mass_B, rows.top_p_B >= 1, vocab)
+    least_B = _highest_threshold(least_B, weights_BV, lambda count_B, _: count_B >= wanted_B, rows.top_k_B <= 0, vocab_ranks)
+    mass_B = rows.top_p_B * vocab_ranks.sum(jnp.sum(jnp.where(bits_BV >= least_B[:, None], weights_BV, 0.0), axis=-1))
+    least_B = _highest_threshold(least_B, weights_BV, lambda _, sum_B: sum_B >= mass_B, rows.top_p_B >= 1, vocab_ranks)
     return log_weights_BV, bits_BV >= least_B[:, None]
 
 
 def _highest_threshold(
-    least_B: Array, weights_BV: Array, enough: Callable[[Array, Array], Array], unlimited_B: Array, vocab: Ranks
+    least_B: Array, weights_BV: Array, enough: Callable[[Array, Array], Array], unlimited_B: Array, vocab_ranks: Ranks
 ) -> Array:
     """Raise the lowest kept weight as far as ``enough(count, sum)`` of the weights kept still holds.
 
@@ -245,7 +247,7 @@ def _highest_threshold(
         middle_B = low_B + (high_B - low_B) // 2
         kept_BV = bits_BV >= middle_B[:, None]
         kept_B2 = [jnp.sum(kept_BV, axis=-1, dtype=jnp.float32), jnp.sum(jnp.where(kept_BV, weights_BV, 0.0), axis=-1)]
-        count_B, sum_B = vocab.sum(jnp.stack(kept_B2))
+        count_B, sum_B = vocab_ranks.sum(jnp.stack(kept_B2))
         ok_B = enough(count_B, sum_B)
         return (
             jnp.where(ok_B, middle_B, low_B),
@@ -255,13 +257,13 @@ def _highest_threshold(
         )
 
     shape = weights_BV.shape[:1]
-    everything = jnp.full(shape, weights_BV.shape[1] * vocab.count, jnp.float32)
+    everything = jnp.full(shape, weights_BV.shape[1] * vocab_ranks.count, jnp.float32)
     start = (least_B, jnp.full(shape, _ONE_BITS + 1, jnp.int32), everything, jnp.zeros(shape, jnp.float32))
     return jnp.where(unlimited_B, least_B, jax.lax.while_loop(unsettled, halve, start)[0])
 
 
 def draw(
-    log_weights_BV: Float32[Array, "B V"], rows: SamplingRows, position_B: Int32[Array, "B"], purpose: Purpose, vocab: Ranks = ONE
+    log_weights_BV: Float32[Array, "B V"], rows: SamplingRows, position_B: Int32[Array, "B"], purpose: Purpose, vocab_ranks: Ranks = ONE
 ) -> Int32[Array, "B"]:
     """Draw a token with a probability proportional to its weight; weights of -inf are never drawn.
 
@@ -270,9 +272,9 @@ def draw(
     temperature 0 there is no noise, and the highest weight wins.
     """
     V = log_weights_BV.shape[1]
-    token_V = vocab.index() * V + jnp.arange(V, dtype=jnp.int32)
+    token_V = vocab_ranks.index() * V + jnp.arange(V, dtype=jnp.int32)
     noise_BV = gumbel(stream_keys(rows.seed_B2, position_B, purpose), token_V)
-    return highest_token(log_weights_BV + jnp.where(rows.temperature_B[:, None] > 0, noise_BV, 0.0), vocab)[1]
+    return highest_token(log_weights_BV + jnp.where(rows.temperature_B[:, None] > 0, noise_BV, 0.0), vocab_ranks)[1]
 
 
 def _pick(values_BV: Array, index_B: Array) -> Array:
@@ -285,29 +287,31 @@ def empty_logprobs(leading: tuple[int, ...], vocab_size: int) -> Logprobs:
     return Logprobs(jnp.zeros(leading, jnp.float32), jnp.zeros(top, jnp.float32), jnp.zeros(top, jnp.int32))
 
 
-def token_logprobs(logits_BV: Float32[Array, "B V"], token_B: Int32[Array, "B"], vocab: Ranks = ONE) -> Logprobs:
+def token_logprobs(logits_BV: Float32[Array, "B V"], token_B: Int32[Array, "B"], vocab_ranks: Ranks = ONE) -> Logprobs:
     """Log-probabilities of these tokens and of the likeliest ones."""
     V = logits_BV.shape[1]
-    logprobs_BV = log_probabilities(logits_BV, vocab)
-    index_B = local_index(token_B, V, vocab)
-    chosen_B = vocab.sum(jnp.where(index_B < V, _pick(logprobs_BV, jnp.minimum(index_B, V - 1)), 0.0))
-    return Logprobs(chosen_B, *highest_tokens(logprobs_BV, min(MAX_LOGPROBS, V * vocab.count), vocab))
+    logprobs_BV = log_probabilities(logits_BV, vocab_ranks)
+    index_B = local_index(token_B, V, vocab_ranks)
+    chosen_B = vocab_ranks.sum(jnp.where(index_B < V, _pick(logprobs_BV, jnp.minimum(index_B, V - 1)), 0.0))
+    return Logprobs(chosen_B, *highest_tokens(logprobs_BV, min(MAX_LOGPROBS, V * vocab_ranks.count), vocab_ranks))
 
 
-def log_probabilities(logits_BV: Float32[Array, "B V"], vocab: Ranks = ONE) -> Float32[Array, "B V"]:
+def log_probabilities(logits_BV: Float32[Array, "B V"], vocab_ranks: Ranks = ONE) -> Float32[Array, "B V"]:
     """The log-softmax."""
-    shifted_BV = logits_BV - _highest(logits_BV, vocab)[:, None]
-    return shifted_BV - jnp.log(vocab.sum(jnp.sum(jnp.exp(shifted_BV), axis=-1, keepdims=True)))
+    shifted_BV = logits_BV - _highest(logits_BV, vocab_ranks)[:, None]
+    return shifted_BV - jnp.log(vocab_ranks.sum(jnp.sum(jnp.exp(shifted_BV), axis=-1, keepdims=True)))
 
 
-def highest_tokens(values_BV: Float32[Array, "B V"], count: int, vocab: Ranks = ONE) -> tuple[Float32[Array, "B j"], Int32[Array, "B j"]]:
+def highest_tokens(
+    values_BV: Float32[Array, "B V"], count: int, vocab_ranks: Ranks = ONE
+) -> tuple[Float32[Array, "B j"], Int32[Array, "B j"]]:
     """The ``count`` highest values of each row and their tokens, highest first; of equal ones the lower token comes first."""
     V = values_BV.shape[1]
     # The highest values of all are among each rank's highest.
     top_Bj, top_id_Bj = jax.lax.top_k(values_BV, min(count, V))
-    if vocab.count == 1:
+    if vocab_ranks.count == 1:
         return top_Bj, top_id_Bj.astype(jnp.int32)
-    top_Bj = vocab.concatenate(top_Bj, axis=1)
-    top_id_Bj = vocab.concatenate(top_id_Bj.astype(jnp.int32) + vocab.index() * V, axis=1)
+    top_Bj = vocab_ranks.concatenate(top_Bj, axis=1)
+    top_id_Bj = vocab_ranks.concatenate(top_id_Bj.astype(jnp.int32) + vocab_ranks.index() * V, axis=1)
     top_Bj, place_Bj = jax.lax.top_k(top_Bj, count)
     return top_Bj, jnp.take_along_axis(top_id_Bj, place_Bj, axis=1)

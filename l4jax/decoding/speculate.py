@@ -86,7 +86,7 @@ def speculate_tokens(
 
     The tokens have the layout of :func:`decode_tokens`: each row's are contiguous from step 0. A row with fewer tokens has -1 after them.
     """
-    data, vocab = model.mesh.along("data"), model.mesh.along("tensor")
+    data, vocab_ranks = model.mesh.along("data"), model.mesh.along("tensor")
     B, L = len(state.decode.token_B), plan.tree.depth + 1
     row_B1 = jnp.arange(B, dtype=jnp.int32)[:, None]
     width = BURST - 1 + L
@@ -110,11 +110,11 @@ def speculate_tokens(
                 draft.token_BN, now.length_B, draft.tree.depth_BN, draft.valid_BN, draft.tree.sees_BNN, now.cache, tables
             )
             logits_BNV = model.logits(x_BND)
-            rule = point_mass(rows, features, vocab)
+            rule = point_mass(rows, features, vocab_ranks)
             if drawn_from is not None:
                 assert isinstance(plan.tree, StaticTree)
                 tree, V = plan.tree, logits_BNV.shape[2]
-                rule = rejection(rows, features, lambda node_B: target_distribution(drafting, drawn_from, tree, node_B, V), vocab)
+                rule = rejection(rows, features, lambda node_B: target_distribution(drafting, drawn_from, tree, node_B, V), vocab_ranks)
             verified = verify(
                 logits_BNV,
                 draft,
@@ -124,7 +124,7 @@ def speculate_tokens(
                 now.produced_B,
                 active_B,
                 logprobs=features.logprobs,
-                vocab=vocab,
+                vocab_ranks=vocab_ranks,
                 repeating=model.ranks,
             )
         kept_B, done_B = _until_final(verified, now.produced_B, rows, active_B)

@@ -90,7 +90,7 @@ def verify(
     active_B: Bool[Array, "B"],
     *,
     logprobs: bool,
-    vocab: Ranks = ONE,
+    vocab_ranks: Ranks = ONE,
     repeating: Ranks = ONE,
 ) -> Verified:
     """Walk down each row's tree, of at most this depth, given the model's logits at its nodes.
@@ -113,12 +113,12 @@ def verify(
         logits_BV = jnp.take_along_axis(logits_BNV, node_B[:, None, None], axis=1)[:, 0]
         token_B, child_B = repeating.from_first(jnp.stack(rule(NodeState(node_B, logits_BV, out.counts, position_B + level), draft)))
         accepts_B = alive_B & (child_B != NONE)
-        of_token = token_logprobs(logits_BV, token_B, vocab) if logprobs else None
+        of_token = token_logprobs(logits_BV, token_B, vocab_ranks) if logprobs else None
         out = Verified(
             token_BL=put(out.token_BL, jnp.where(alive_B, token_B, NONE), level),
             node_BL=put(out.node_BL, jnp.where(alive_B, node_B, 0), level),
             accepted_B=out.accepted_B + accepts_B.astype(jnp.int32),
-            counts=None if out.counts is None else count_token(out.counts, token_B, alive_B, vocab),
+            counts=None if out.counts is None else count_token(out.counts, token_B, alive_B, vocab_ranks),
             logprobs=jax.tree.map(lambda buffer, value: put(buffer, value, level), out.logprobs, of_token),
         )
         return level + 1, jnp.where(accepts_B, child_B, node_B), accepts_B, out
@@ -128,7 +128,7 @@ def verify(
         node_BL=jnp.zeros((L, B), jnp.int32),
         accepted_B=jnp.zeros(B, jnp.int32),
         counts=counts,
-        logprobs=empty_logprobs((L, B), V * vocab.count) if logprobs else None,
+        logprobs=empty_logprobs((L, B), V * vocab_ranks.count) if logprobs else None,
     )
     start = (jnp.int32(0), jnp.zeros(B, jnp.int32), active_B, nothing)
     out = jax.lax.while_loop(descending, descend, start)[3]
@@ -136,12 +136,12 @@ def verify(
     return Verified(by_row[0], by_row[1], out.accepted_B, out.counts, by_row[2])
 
 
-def point_mass(rows: SamplingRows, features: SamplingFeatures, vocab: Ranks = ONE) -> Rule:
+def point_mass(rows: SamplingRows, features: SamplingFeatures, vocab_ranks: Ranks = ONE) -> Rule:
     """Accept the child that is the token decoding without speculation would draw; for trees drafted in any way."""
     features = dataclasses.replace(features, logprobs=False)
 
     def rule(at: NodeState, draft: Draft) -> tuple[Array, Array]:
-        token_B, _ = sample(at.logits_BV, rows, at.counts, at.position_B, features, vocab)
+        token_B, _ = sample(at.logits_BV, rows, at.counts, at.position_B, features, vocab_ranks)
         is_it_BN = (draft.tree.parent_BN == at.node_B[:, None]) & (draft.token_BN == token_B[:, None]) & draft.valid_BN
         child_B = jnp.argmax(is_it_BN, axis=1).astype(jnp.int32)
         return token_B, jnp.where(jnp.any(is_it_BN, axis=1), child_B, NONE)
@@ -153,7 +153,7 @@ DraftDistribution = Callable[[Int32[Array, "B"]], Float32[Array, "B V"]]
 """Returns the log-probabilities, over this rank's part of the target's vocabulary, that a node's children were drawn from."""
 
 
-def rejection(rows: SamplingRows, features: SamplingFeatures, drafted: DraftDistribution, vocab: Ranks = ONE) -> Rule:
+def rejection(rows: SamplingRows, features: SamplingFeatures, drafted: DraftDistribution, vocab_ranks: Ranks = ONE) -> Rule:
     """Multi-round rejection; a node's children must have been drawn from ``drafted`` without replacement, in the tree's order.
 
     The first child x is accepted with probability min(1, p(x) / q(x)). Otherwise p becomes the normalised residual max(p - q, 0), x is
@@ -163,13 +163,13 @@ def rejection(rows: SamplingRows, features: SamplingFeatures, drafted: DraftDist
     """
 
     def rule(at: NodeState, draft: Draft) -> tuple[Array, Array]:
-        p_BV, finite_B = probabilities(at.logits_BV, rows, at.counts, features, vocab)
+        p_BV, finite_B = probabilities(at.logits_BV, rows, at.counts, features, vocab_ranks)
         V = p_BV.shape[1]
 
         def of_token(values_BV: Array, token_B: Array) -> Array:
-            index_B = local_index(token_B, V, vocab)
+            index_B = local_index(token_B, V, vocab_ranks)
             value_B = jnp.take_along_axis(values_BV, jnp.minimum(index_B, V - 1)[:, None], axis=1)[:, 0]
-            return vocab.sum(jnp.where(index_B < V, value_B, 0.0))
+            return vocab_ranks.sum(jnp.where(index_B < V, value_B, 0.0))
 
         def existing(child_B: Array) -> Array:
             valid_B = jnp.take_along_axis(draft.valid_BN, jnp.maximum(child_B, 0)[:, None], axis=1)[:, 0]
@@ -187,37 +187,37 @@ def rejection(rows: SamplingRows, features: SamplingFeatures, drafted: DraftDist
             q_BV = jnp.exp(log_q_BV)
             accepts_B = open_B & (chance_B * of_token(q_BV, token_B) < of_token(p_BV, token_B))
             rejected_B = open_B & ~accepts_B
-            left_BV = _normalized(jnp.maximum(p_BV - q_BV, 0.0), p_BV, vocab)
+            left_BV = _normalized(jnp.maximum(p_BV - q_BV, 0.0), p_BV, vocab_ranks)
             following_B = jnp.take_along_axis(draft.tree.next_sibling_BN, jnp.maximum(child_B, 0)[:, None], axis=1)[:, 0]
             return (
                 jnp.where(rejected_B, existing(following_B), child_B),
                 jnp.where(accepts_B, child_B, accepted_B),
                 tried + 1,
                 jnp.where(rejected_B[:, None], left_BV, p_BV),
-                jnp.where(rejected_B[:, None], without(log_q_BV, token_B, vocab), log_q_BV),
+                jnp.where(rejected_B[:, None], without(log_q_BV, token_B, vocab_ranks), log_q_BV),
             )
 
         first_B = existing(jnp.take_along_axis(draft.tree.first_child_BN, at.node_B[:, None], axis=1)[:, 0])
         start = (first_B, jnp.full_like(first_B, NONE), jnp.int32(0), p_BV, drafted(at.node_B))
         _, accepted_B, _, p_BV, _ = jax.lax.while_loop(trying, attempt, start)
         token_B = jnp.take_along_axis(draft.token_BN, jnp.maximum(accepted_B, 0)[:, None], axis=1)[:, 0]
-        token_B = jnp.where(accepted_B != NONE, token_B, draw(jnp.log(p_BV), rows, at.position_B, Purpose.RESIDUAL, vocab))
+        token_B = jnp.where(accepted_B != NONE, token_B, draw(jnp.log(p_BV), rows, at.position_B, Purpose.RESIDUAL, vocab_ranks))
         return jnp.where(finite_B, token_B, NOT_FINITE), jnp.where(finite_B, accepted_B, NONE)
 
     return rule
 
 
-def without(log_q_BV: Float32[Array, "B V"], token_B: Int32[Array, "B"], vocab: Ranks = ONE) -> Float32[Array, "B V"]:
+def without(log_q_BV: Float32[Array, "B V"], token_B: Int32[Array, "B"], vocab_ranks: Ranks = ONE) -> Float32[Array, "B V"]:
     """Log-probabilities of the next draw once these tokens are drawn without replacement; all -inf where no token remains."""
     row_B = jnp.arange(len(token_B), dtype=jnp.int32)
-    left_BV = log_q_BV.at[row_B, local_index(token_B, log_q_BV.shape[1], vocab)].set(-jnp.inf, mode="drop")
-    highest_B1 = vocab.max(jnp.max(left_BV, axis=-1))[:, None]
+    left_BV = log_q_BV.at[row_B, local_index(token_B, log_q_BV.shape[1], vocab_ranks)].set(-jnp.inf, mode="drop")
+    highest_B1 = vocab_ranks.max(jnp.max(left_BV, axis=-1))[:, None]
     highest_B1 = jnp.where(jnp.isneginf(highest_B1), 0.0, highest_B1)
-    total_B1 = vocab.sum(jnp.sum(jnp.exp(left_BV - highest_B1), axis=-1))[:, None]
+    total_B1 = vocab_ranks.sum(jnp.sum(jnp.exp(left_BV - highest_B1), axis=-1))[:, None]
     return left_BV - highest_B1 - jnp.where(total_B1 > 0, jnp.log(total_B1), 0.0)
 
 
-def _normalized(weights_BV: Array, otherwise_BV: Array, vocab: Ranks) -> Array:
+def _normalized(weights_BV: Array, otherwise_BV: Array, vocab_ranks: Ranks) -> Array:
     """Weights as probabilities; ``otherwise_BV`` where rounding left no weight."""
-    total_B1 = vocab.sum(jnp.sum(weights_BV, axis=-1))[:, None]
+    total_B1 = vocab_ranks.sum(jnp.sum(weights_BV, axis=-1))[:, None]
     return jnp.where(total_B1 > 0, weights_BV / jnp.where(total_B1 > 0, total_B1, 1.0), otherwise_BV)

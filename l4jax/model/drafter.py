@@ -37,7 +37,7 @@ class Drafter(nnx.Module):
 
     def __init__(self, config: DrafterConfig, mesh: MeshSpec) -> None:
         self.config = config
-        self.vocab, self.ranks = mesh.along("tensor"), mesh.token_ranks
+        self.vocab_ranks, self.ranks = mesh.along("tensor"), mesh.token_ranks
         self.fuse: Weight
         self.reduced_vocabulary = False
         if config.own_embedding:
@@ -69,7 +69,7 @@ class Drafter(nnx.Module):
 
     def _embedding(self, target: Llama, token_BT: Array) -> Array:
         with jax.named_scope("embed"):
-            x_BTD = embed(self.embed[...], token_BT, self.vocab) if self.config.own_embedding else target.embedding(token_BT)
+            x_BTD = embed(self.embed[...], token_BT, self.vocab_ranks) if self.config.own_embedding else target.embedding(token_BT)
             return x_BTD.astype(self.fuse.dtype)  # in training the drafter is float32, whatever the target's dtype is
 
 

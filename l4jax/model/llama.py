@@ -89,7 +89,7 @@ class Llama(nnx.Module):
         self.config = config
         self.taps = tuple(taps)
         self.mesh = mesh
-        self.vocab, self.ranks = mesh.along("tensor"), mesh.token_ranks
+        self.vocab_ranks, self.ranks = mesh.along("tensor"), mesh.token_ranks
         self.embed = declare(WeightSpec((V, D), ("vocab", "embed")))
         self.layers = nnx.List([DecoderLayer(config, i, mesh) for i in range(config.num_layers)])
         self.norm = RMSNorm(D, config.rms_norm_eps)
@@ -175,7 +175,7 @@ class Llama(nnx.Module):
     def embedding(self, token_BT: Int32[Array, "B T"]) -> Float[Array, "B T D"]:
         """Look up the tokens' embeddings."""
         with jax.named_scope("embed"):
-            return embed(self.embed[...], token_BT, self.vocab)
+            return embed(self.embed[...], token_BT, self.vocab_ranks)
 
     def logits(self, x_BTD: Float[Array, "*B D"]) -> Float32[Array, "*B V"]:
         """Next-token logits of final hidden states, in float32; on a mesh, over this rank's part of the vocabulary."""
@@ -188,11 +188,11 @@ class Llama(nnx.Module):
         return getattr(self, self.config.output_weight)[...]
 
 
-def embed(table_VD: Float[Array, "V D"], token_BT: Int32[Array, "B T"], vocab: Ranks) -> Float[Array, "B T D"]:
-    """Look up the tokens' rows in a table that is sharded over the ranks of ``vocab``."""
-    if vocab.count == 1:
+def embed(table_VD: Float[Array, "V D"], token_BT: Int32[Array, "B T"], vocab_ranks: Ranks) -> Float[Array, "B T D"]:
+    """Look up the tokens' rows in a table that is sharded over ``vocab_ranks``."""
+    if vocab_ranks.count == 1:
         return table_VD[token_BT]
     # Each rank looks up its own tokens: indexing the sharded table would gather all of it.
-    index_BT = local_index(token_BT, table_VD.shape[0], vocab)
+    index_BT = local_index(token_BT, table_VD.shape[0], vocab_ranks)
     x_BTD = table_VD.at[index_BT].get(mode="fill", fill_value=0)
-    return vocab.sum(x_BTD)
+    return vocab_ranks.sum(x_BTD)

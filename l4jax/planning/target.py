@@ -7,6 +7,9 @@ import os
 import re
 
 import jax
+
+# JAX has no public way to keep the programs of one kind of device out of its cache.
+from jax._src import compilation_cache
 from jax.experimental import topologies
 
 from l4jax.data import configs_path
@@ -35,4 +38,9 @@ def h100_devices(count: int, *, memory_bytes: int | None = None) -> list[jax.Dev
     target = (configs_path() / "hardware" / "h100-sxm.textproto").read_text(encoding="utf-8")
     if memory_bytes is not None:
         target = re.sub(r"device_memory_size: \d+", f"device_memory_size: {memory_bytes}", target)
-    return list(topologies.get_topology_desc(platform="cuda", target_config=target, topology=f"{hosts}x1x{gpus}").devices)
+    devices: list[jax.Device] = list(
+        topologies.get_topology_desc(platform="cuda", target_config=target, topology=f"{hosts}x1x{gpus}").devices
+    )
+    # A program for absent devices can be written to JAX's cache, but not read from it: every later process would warn of it.
+    compilation_cache._UNSUPPORTED_RUNTIMES.update(device.client.runtime_type for device in devices)
+    return devices

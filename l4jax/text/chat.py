@@ -154,7 +154,9 @@ class _Conversation:
             if given is not None and not (_is_list(given) and all(isinstance(item, Mapping) for item in given)):
                 raise ChatError(f"{name} is a {type(given).__name__}; expected a list of JSON objects")
             objects[name] = given
-        variables: Any = options.get("chat_template_kwargs") or {}
+        variables: Any = options.get("chat_template_kwargs")
+        if variables is None:
+            variables = {}
         if not isinstance(variables, Mapping):
             raise ChatError(f"chat_template_kwargs is a {type(variables).__name__}; expected the template's variables by name")
         continues = options.get("continue_final_message", False)

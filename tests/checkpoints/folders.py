@@ -15,6 +15,8 @@ from safetensors.numpy import load_file, save_file
 from l4jax.checkpoints.convert import convert
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "data"
+SMALL_GROUP = 1 << 16
+"""Bytes of a group of weights, so few that the small models have several groups."""
 
 
 def golden(model: str, folder: Path) -> Path:

@@ -31,8 +31,8 @@ from tests.decoding.limits import assert_frequencies
 from tests.decoding.noise import token_noise
 
 compiled_truncate = jax.jit(truncate)
-compiled_draw = jax.jit(draw, static_argnames=("purpose", "vocab"))
-compiled_sample = jax.jit(sample, static_argnames=("features", "vocab"))
+compiled_draw = jax.jit(draw, static_argnames=("purpose", "vocab_ranks"))
+compiled_sample = jax.jit(sample, static_argnames=("features", "vocab_ranks"))
 
 
 def rows_of(*params, vocab=50, seeds=None):
@@ -298,6 +298,9 @@ def test_logprobs_are_of_the_model_before_any_processor():
         ("stop", 3),
         ("stop_token_ids", 3),
         ("stop_token_ids", ["a"]),
+        ("stop_token_ids", {3: "a"}),
+        ("stop", {"a": 1}),
+        ("ignore_eos", "false"),
     ],
 )
 def test_a_bad_value_is_named_in_one_line(field, value):

@@ -111,7 +111,7 @@ def test_ranks_that_round_differently_draft_the_same_tree(mesh):
 
 
 @pytest.mark.parametrize("row", [pytest.param(i, marks=() if i == 2 else pytest.mark.more_meshes) for i in range(len(PARAMS))])
-def test_a_row_alone_gets_the_same(row):
+def test_a_row_alone_gets_the_tokens_of_decoding(row):
     config = few_tokens(scout_like)
     found = model(config, PLANS[1]).generate([prompts(config, LENGTHS)[row]], PARAMS[row])
     assert_same(found, generate(config, "off")[row : row + 1])
@@ -126,7 +126,7 @@ def test_a_row_alone_gets_the_same(row):
         ("data=2,sequence=2", PLANS[1]),
     ],
 )
-def test_and_on_a_mesh(mesh, plan):
+def test_speculation_on_a_mesh_gives_the_tokens_of_decoding(mesh, plan):
     """The drafts are the same too, which shows that the drafter's cache, which prefill spreads over the ranks, is right."""
     config = few_tokens(scout_like)
     found = generate(config, plan, mesh=mesh)

@@ -86,7 +86,7 @@ class Node:
             found = verify.verify(jnp.asarray(logits, jnp.float32), draft, rule, tree.depth, counts, first, every, logprobs=False)
             return found.token_BL[:, lower], found.accepted_B > lower
 
-        def draw(log_weights_BV, rows, position_B, purpose, vocab=ONE):
+        def draw(log_weights_BV, rows, position_B, purpose, vocab_ranks=ONE):
             """Return the probability of the token ``final`` instead of a token; at the root above the node only one token is possible."""
             probability_B = jax.nn.softmax(log_weights_BV)[:, chances[1]]
             encoded_B = (probability_B * SCALE).astype(jnp.int32)

@@ -58,7 +58,7 @@ def test_float64_is_kept():
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_is_not_finite_stays_in_its_output(value, dtype):
+def test_a_number_that_is_not_finite_stays_in_its_output(value, dtype):
     """And infinity keeps its sign: no implementation multiplies it with a padding's zero."""
     x, w = problem((1,), (32, 576), jnp.dtype(dtype))
     w[5, 570], x[0, 570] = value, 1

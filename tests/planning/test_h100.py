@@ -14,6 +14,9 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from jax._src import compilation_cache
+from jax._src import config as jax_config
+from jax._src.lru_cache import LRUCache
 
 from l4jax import SamplingParams
 from l4jax.config import DrafterConfig
@@ -194,6 +197,17 @@ def test_routed_experts_do_the_work_of_the_chosen_ones_only(program, tokens, mes
     one_expert = config.hidden_size * gate_up
     largest = largest_computed(program(SCOUT, mesh, layers).text, "routed_experts")
     assert largest <= max(2 * tokens * max(config.hidden_size, gate_up), one_expert)
+
+
+def test_programs_for_absent_devices_are_not_kept(tmp_path, monkeypatch):
+    """JAX could write them to its cache, and would warn whenever it fails to read them."""
+    monkeypatch.setattr(compilation_cache, "_cache", LRUCache(str(tmp_path), max_size=-1))
+    h100 = jax.sharding.SingleDeviceSharding(h100_devices(1)[0])
+    with jax_config.persistent_cache_min_compile_time_secs(0.0):
+        for _ in range(2):
+            lowered = jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((8,), jnp.float32, sharding=h100))
+            lowered.compile()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_scout_caches_a_million_tokens_on_eight_ranks():

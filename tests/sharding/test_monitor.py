@@ -121,7 +121,7 @@ def test_a_death_is_told_to_all_others(died, capfd, killed):
     assert set(killed) == {(100 + i, signal.SIGKILL) for i in others}
 
 
-def test_also_when_others_are_done(capfd, killed):
+def test_a_death_is_told_when_others_are_done(capfd, killed):
     async def scenario(group):
         group.say(2, DONE)
         await asyncio.sleep(0.05)

@@ -102,6 +102,7 @@ def test_a_step_switches_at_one_ratio(new, cached, ranks, heads, output_bytes):
     ("make", "message"),
     [
         (lambda: RingHardware(0, 1), "attention_flops is 0; expected a positive number"),
+        (lambda: RingHardware(1, "25e9"), "ring_bandwidth is '25e9'; expected a positive number"),
         (lambda: step(0, 5), "new_tokens is 0; expected at least 1"),
         (lambda: step(1, -1), "cached_tokens is -1; expected at least 0"),
         (lambda: step(1, 1, num_heads=9), "num_heads is 9; expected a multiple of num_kv_heads, 8"),

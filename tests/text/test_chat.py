@@ -383,6 +383,7 @@ def test_the_template_for_tools_is_used_with_tools() -> None:
         ({"tools": [{"name": b"f"}]}, "tools has a value of type bytes; expected JSON values"),
         ({"tools": [{5: "f"}]}, "tools has a value of type dict; expected JSON values"),
         ({"chat_template_kwargs": ["x"]}, "chat_template_kwargs is a list; expected the template's variables by name"),
+        ({"chat_template_kwargs": []}, "chat_template_kwargs is a list; expected the template's variables by name"),
         (
             {"chat_template_kwargs": {"enable_thinkng": False}},
             "the chat template does not use enable_thinkng; leave it out (its own variables: ",

@@ -257,7 +257,9 @@ def test_the_target_s_output_head_stays_as_it_is(tied: bool, data: Path, tmp_pat
     np.testing.assert_array_equal(outcome(tmp_path / "more")[2]["head"], np.asarray(other.weights[table])[weights["token_ids"]])
 
 
-def test_the_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_trains_reports_and_refuses(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     target = tiny.save(tmp_path / "target", small.config())
     changed = {field.name: getattr(SETTINGS, field.name) for field in dataclasses.fields(Settings)}
     changed = {name: value for name, value in changed.items() if value != getattr(Settings, name)}

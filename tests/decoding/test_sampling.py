@@ -110,7 +110,8 @@ def test_top_p_keeps_no_more_than_it_must_and_at_1_everything():
 def test_top_k_of_one_is_greedy_whatever_the_noise():
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(64, 50)), jnp.float32)
     params = [SamplingParams(temperature=5.0, top_k=1)] * 64
-    token, _ = sample(logits, rows_of(*params, seeds=list(range(64))), None, jnp.zeros(64, jnp.int32), batch_features(params))
+    rows = rows_of(*params, seeds=list(range(64)))
+    token, _ = compiled_sample(logits, rows, None, jnp.zeros(64, jnp.int32), features=batch_features(params))
     np.testing.assert_array_equal(token, np.argmax(logits, axis=-1))
 
 
@@ -258,7 +259,7 @@ def test_logprobs_are_of_the_model_before_any_processor():
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(1, 50)), jnp.float32)
     params = [SamplingParams(temperature=0.5, top_k=1, logit_bias={3: 50.0}, logprobs=4)]
     counts = TokenCounts(jnp.zeros((1, 50), bool), jnp.zeros((1, 50), jnp.int32))
-    token, logprobs = sample(logits, rows_of(*params), counts, jnp.zeros(1, jnp.int32), batch_features(params))
+    token, logprobs = compiled_sample(logits, rows_of(*params), counts, jnp.zeros(1, jnp.int32), features=batch_features(params))
     expected = np.asarray(jax.nn.log_softmax(logits))[0]
     assert int(token[0]) == 3 and logprobs is not None
     np.testing.assert_allclose(logprobs.chosen_B[0], expected[3], rtol=1e-6)

@@ -6,7 +6,7 @@ import json
 
 import hypothesis
 import hypothesis.strategies as st
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 
@@ -15,8 +15,11 @@ from l4jax.decoding.plan import Speculation, SpeculationTable
 from l4jax.decoding.tree import NONE, DynamicTree, StaticTree, tree_tables
 
 
+compiled_tables = jax.jit(tree_tables, static_argnums=1)
+
+
 def tables(parents, depth):
-    return tree_tables(jnp.asarray([parents], jnp.int32), depth)
+    return jax.tree.map(np.asarray, compiled_tables(np.asarray([parents], np.int32), depth))
 
 
 def test_the_tables_of_a_small_tree():
@@ -36,7 +39,7 @@ def test_the_tables_of_a_small_tree():
     ]
 
 
-@hypothesis.given(st.integers(1, 12).flatmap(lambda n: st.tuples(*(st.integers(0, i) for i in range(n)))))
+@hypothesis.given(st.sampled_from([1, 2, 5, 12]).flatmap(lambda n: st.tuples(*(st.integers(0, i) for i in range(n)))))
 def test_tables_of_any_tree(parents):
     """``parents`` of the nodes but the root, each lower than its child."""
     parents = (NONE, *parents)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels.merge import merge_attention, reference
 
-IMPLEMENTATIONS = {"reference": reference.merge_attention, "xla": merge_attention}
+IMPLEMENTATIONS = {"reference": jax.jit(reference.merge_attention), "xla": jax.jit(merge_attention)}
 
 
 def softmax_attention(scores, values):

@@ -81,7 +81,7 @@ def check(variant, ranks, lengths, chunk, block, dtype, tolerance, seed):
         np.stack([spread(a[which], layout[:, row]) for row, a in enumerate(arrays)], axis=1).astype(dtype)
         for which, layout in ((0, queries), (1, keys), (2, keys))
     ]
-    out, lse = ring(variant, ranks, chunk is not None)(*stacked, queries, keys, np.int32(chunk or 1))
+    out, lse = map(np.asarray, ring(variant, ranks, chunk is not None)(*stacked, queries, keys, np.int32(chunk or 1)))
     for row, (q, k, v) in enumerate(arrays):
         for rank in range(ranks):
             slots = np.flatnonzero(queries[rank, row] != EMPTY)

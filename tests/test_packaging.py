@@ -147,7 +147,11 @@ def fail_with(error: BaseException) -> object:
     ("error", "status", "line"),
     [
         (ValueError("two\nlines"), 2, "l4jax: error: two lines\n"),
-        (FileNotFoundError(2, "No such file or directory", "x"), 2, "l4jax: error: [Errno 2] No such file or directory: 'x'\n"),
+        (
+            FileNotFoundError(2, "No such file or directory", "x"),
+            2,
+            "l4jax: error: x cannot be read or written (No such file or directory); check that path, its permissions and its disk\n",
+        ),
         (KeyboardInterrupt(), 130, "l4jax: interrupted\n"),
     ],
 )

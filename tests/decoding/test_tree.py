@@ -14,7 +14,6 @@ from l4jax.data import configs_path
 from l4jax.decoding.plan import Speculation, SpeculationTable
 from l4jax.decoding.tree import NONE, DynamicTree, StaticTree, tree_tables
 
-
 compiled_tables = jax.jit(tree_tables, static_argnums=1)
 
 

@@ -183,6 +183,7 @@ def test_a_conversation_may_have_what_its_template_takes(tmp_path: Path) -> None
             read_data(path, llm, 0.8)
 
 
+@pytest.mark.many_prompts
 def test_a_chat_model_writes_prompts_itself(smollm2_checkpoint: Path, tmp_path: Path) -> None:
     script = Path(__file__).parents[2] / "benchmarks" / "own_prompts.py"
     command = [sys.executable, str(script), str(smollm2_checkpoint), "8", "--batch", "8", "--dtype", "float32"]

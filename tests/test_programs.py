@@ -137,7 +137,7 @@ def test_nothing_compiles_after_warm_up():
     with count_compilations() as compiled:
         # Committed to their device, as a checkpoint's weights are: programs tell such arrays from others.
         committed = jax.device_put(weights(config), jax.local_devices()[0])
-        llm = LLM(config, committed, max_batch=2, prefill_lengths=(8, 32))
+        llm = LLM(config, committed, max_batch=4, prefill_lengths=(8, 32))
         llm.warmup(max_length=config.max_position_embeddings)
         assert compiled  # the counter counts
         compiled.clear()
@@ -146,7 +146,7 @@ def test_nothing_compiles_after_warm_up():
         rng = np.random.default_rng(0)
         served = 0
         while served < 100:
-            size = int(rng.integers(1, 5))
+            size = int(rng.integers(1, 7))
             params = [
                 SamplingParams(
                     max_tokens=int(rng.integers(1, 9)), temperature=float(rng.choice([0.0, 0.8])), top_k=int(rng.integers(0, 5)), seed=1

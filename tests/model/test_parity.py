@@ -141,10 +141,10 @@ def test_smollm2_text_becomes_the_same_tokens(smollm2: l4jax.LLM, smollm2_golden
 
 def test_smollm2_greedy_tokens_equal_transformers(smollm2: l4jax.LLM, smollm2_golden: dict) -> None:
     conversations = smollm2_golden["conversations"]
-    params = l4jax.SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
+    params = l4jax.SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
     completions = smollm2.generate([c["token_ids"] for c in conversations], params)
     # The golden holds no near tie: each of its tokens leads by more than rounding can make up.
-    assert [c.token_ids for c in completions] == [c["greedy"][:40] for c in conversations]
+    assert [c.token_ids for c in completions] == [c["greedy"] for c in conversations]
 
 
 def test_smollm2_perplexity_equals_transformers(smollm2: l4jax.LLM, smollm2_golden: dict) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import operator
-import reprlib
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
@@ -12,17 +12,16 @@ from typing import cast
 import jax
 import numpy as np
 
-from l4jax.decoding.params import SamplingParams, is_whole
-from sharding.select import RingHardware
+from l4jax.config import ModelConfig
+from l4jax.decoding.params import SamplingParams
+from l4jax.speculator import LoadedDrafter
+from l4jax.text.chat import ChatFormat
+from l4jax.text.tokenizer import Tokenizer
+from sharding.kinds import is_whole, shown
 
 Prompt = str | Sequence[int]
 _TEXT_OR_BYTES = str | bytes | bytearray | memoryview
-_repr = reprlib.Repr(maxstring=60, maxother=60)
-
-
-def shown(value: object) -> str:
-    """A value as error messages show it: on one line, cut short."""
-    return " ".join(_repr.repr(value).split())
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def check_kind(what: str, value: object, kind: type | types.UnionType, expected: str) -> None:
@@ -31,60 +30,77 @@ def check_kind(what: str, value: object, kind: type | types.UnionType, expected:
         raise ValueError(f"{what} is {shown(value)}; expected {expected}")
 
 
-def check_whole(name: str, value: object, expected: str, least: int, most: float = float("inf")) -> None:
-    """Raise ValueError unless the argument of this name is a whole number in its range."""
+def check_parts(config: object, weights: object, drafter: object, tokenizer: object, chat_format: object) -> None:
+    """Raise ValueError unless what an LLM is made of is of the right kind."""
+    check_kind("the configuration", config, ModelConfig, "an l4jax.ModelConfig")
+    check_kind("the value of weights", weights, Mapping, "a mapping from names to arrays")
+    check_kind("the drafter", drafter, LoadedDrafter | None, "an l4jax.speculator.LoadedDrafter, or load with drafter=PATH")
+    check_kind("the tokenizer", tokenizer, Tokenizer | None, "an l4jax.text.tokenizer.Tokenizer")
+    check_kind("the chat format", chat_format, ChatFormat | None, "an l4jax.text.chat.ChatFormat")
+
+
+def check_words(dtype: object, speculation: object) -> None:
+    """Raise ValueError for a dtype that a model cannot be held in, and unless ``speculation`` is text."""
+    # The kinds first: an array is compared item by item.
+    check_kind("speculation", speculation, str, '"auto", "off", or a description such as "chain:5"')
+    if dtype is not None and not (isinstance(dtype, str | np.dtype) and str(dtype) in _DTYPES):
+        raise ValueError(f"dtype is {shown(dtype)}; expected float32, bfloat16, float16 or None (as stored)")
+
+
+def whole(name: str, value: object, expected: str, least: int, most: float = math.inf) -> int:
+    """Return the argument of this name as Python's own integer. Raises ValueError unless it is a whole number in its range."""
     if not (is_whole(value) and least <= cast(int, value) <= most):
         raise ValueError(f"{name} is {shown(value)}; expected {expected}")
+    return operator.index(cast(int, value))
 
 
-def check_sizes(max_batch: int | None, prefill_lengths: Sequence[int] | None, ring_hardware: RingHardware) -> None:
-    """Raise ValueError for what a model cannot be loaded with, whatever the model is."""
-    if max_batch is not None:
-        check_max_batch(max_batch)
-    if prefill_lengths is not None:
-        listed = isinstance(prefill_lengths, Sequence | np.ndarray) and not isinstance(prefill_lengths, _TEXT_OR_BYTES)
-        if not (listed and np.ndim(prefill_lengths) == 1 and len(prefill_lengths) and all(is_whole(n) and n >= 1 for n in prefill_lengths)):
-            raise ValueError(
-                f"prefill_lengths is {shown(prefill_lengths)}; expected at least one length, in a list of whole numbers of 1 or more"
-            )
-    check_kind("ring_hardware", ring_hardware, RingHardware, "a sharding.select.RingHardware")
+def batch_size(max_batch: object) -> int:
+    """Return how many prompts are decoded together. Raises ValueError unless it is a whole number of at least 1."""
+    return whole("max_batch", max_batch, "a whole number of at least 1", 1)
 
 
-def check_max_batch(max_batch: int) -> None:
-    """Raise ValueError unless this many prompts can be decoded together."""
-    check_whole("max_batch", max_batch, "a whole number of at least 1", 1)
+def piece_lengths(lengths: object) -> tuple[int, ...]:
+    """Return the lengths that pieces of prompts are padded to. Raises ValueError unless there is one, and all are 1 or more."""
+    items = _items(lengths)
+    if not items or not all(is_whole(n) and cast(int, n) >= 1 for n in items):
+        raise ValueError(f"prefill_lengths is {shown(lengths)}; expected at least one length, in a list of whole numbers of 1 or more")
+    return tuple(operator.index(cast(int, n)) for n in items)
 
 
 def several(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
     """Return the prompts as a list. One may be given without a list around it."""
-    if not isinstance(prompts, Sequence | np.ndarray) or (isinstance(prompts, np.ndarray) and prompts.ndim == 0):
-        raise ValueError(f"the prompts are {shown(prompts)}; expected text, a list of token ids, or a list of these")
-    if isinstance(prompts, _TEXT_OR_BYTES) or (len(prompts) > 0 and isinstance(prompts[0], numbers.Integral | np.bool_)):
+    if isinstance(prompts, _TEXT_OR_BYTES):
         return [cast(Prompt, prompts)]
-    return cast(Sequence[Prompt], prompts)
+    items = _items(prompts)
+    if items is None:
+        raise ValueError(f"the prompts are {shown(prompts)}; expected text, a list of token ids, or a list of these")
+    if items and isinstance(items[0], numbers.Integral | np.bool_):
+        return [cast(Prompt, prompts)]
+    return cast(list[Prompt], items)
 
 
 def token_ids(prompt: Sequence[int]) -> list[int]:
     """Return a prompt's token ids as Python's own integers. Raises ValueError for anything but a list of whole numbers."""
+    items = _items(prompt)
     try:
-        # Bytes and truth values are whole numbers to Python, and never meant as token ids. What is not a list may be a mapping, or can be
-        # read only once.
-        if isinstance(prompt, _TEXT_OR_BYTES) or not isinstance(prompt, Sequence | np.ndarray | jax.Array):
+        # Truth values are whole numbers to Python, and never meant as token ids.
+        if items is None or any(isinstance(token, bool | np.bool_) for token in items):
             raise TypeError
-        if any(isinstance(token, bool | np.bool_) for token in prompt):
-            raise TypeError
-        return [operator.index(token) for token in prompt]
+        return [operator.index(cast(int, token)) for token in items]
     except TypeError as error:
         raise ValueError(f"a prompt is {shown(prompt)}; expected text or a list of token ids") from error
 
 
-def one_sampling_params(params: object) -> SamplingParams:
-    """Return the sampling params of one prompt, the default ones if none are given."""
-    if params is None:
-        return SamplingParams()
+def sampling_params(params: object) -> SamplingParams:
+    """Return the sampling params that are given. Raises ValueError for anything else."""
     if not isinstance(params, SamplingParams):
         raise ValueError(f"the sampling params are {shown(params)}; expected l4jax.SamplingParams")
     return params
+
+
+def one_sampling_params(params: object) -> SamplingParams:
+    """Return the sampling params of one prompt, the default ones if none are given."""
+    return SamplingParams() if params is None else sampling_params(params)
 
 
 def sampling_params_of_each(params: SamplingParams | Iterable[SamplingParams] | None, prompts: int) -> list[SamplingParams]:
@@ -92,7 +108,20 @@ def sampling_params_of_each(params: SamplingParams | Iterable[SamplingParams] | 
     # A mapping or a text can be iterated over too, and is not a list of anything that a request needs.
     if isinstance(params, Mapping | _TEXT_OR_BYTES) or not isinstance(params, Iterable):
         return [one_sampling_params(params)] * prompts
-    each = [one_sampling_params(one) for one in params]
+    each = [sampling_params(one) for one in params]
     if len(each) != prompts:
         raise ValueError(f"{prompts} prompts but {len(each)} sampling params; give one for all, or one for each")
     return each
+
+
+def _items(value: object) -> list[object] | None:
+    """Return what is in a list or an array, numbers of an array as numpy's; None for anything that is neither.
+
+    A mapping, a text and bytes can be iterated over too, and are no lists of numbers; what is not a list can be read only once.
+    """
+    if isinstance(value, jax.Array):
+        value = np.asarray(value)
+    is_list = isinstance(value, Sequence) and not isinstance(value, _TEXT_OR_BYTES)
+    if not (is_list or (isinstance(value, np.ndarray) and value.ndim > 0)):
+        return None
+    return [np.asarray(item)[()] if isinstance(item, jax.Array) else item for item in cast(Sequence[object], value)]

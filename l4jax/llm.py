@@ -138,10 +138,10 @@ class LLM:
 
         ``no_tokenizer``, ``no_chat``: why there is none, for the errors of calls that need one.
         """
-        arguments.check_kind("the configuration", config, ModelConfig, "an l4jax.ModelConfig")
-        arguments.check_kind("what is given for weights", weights, Mapping, "a mapping from names to arrays")
-        arguments.check_kind("the drafter", drafter, LoadedDrafter | None, "an l4jax.speculator.LoadedDrafter, or load with drafter=PATH")
-        arguments.check_sizes(max_batch, prefill_lengths, ring_hardware)
+        arguments.check_parts(config, weights, drafter, tokenizer, chat_format)
+        arguments.check_kind("ring_hardware", ring_hardware, RingHardware, "a sharding.select.RingHardware")
+        prefill_lengths = None if prefill_lengths is None else arguments.piece_lengths(prefill_lengths)
+        max_batch = None if max_batch is None else arguments.batch_size(max_batch)
         self.placement = placement = Placement.on(config, mesh)
         self.config = config
         self.tokenizer = tokenizer
@@ -213,10 +213,9 @@ class LLM:
         Covers greedy and sampled requests; penalties, biases and logprobs compile on first use. Where tokens are spread over
         ranks it prefills prompts of up to ``max_length`` tokens, for programs depend on how much is cached.
         """
-        max_batch = self.max_batch if max_batch is None else max_batch
-        arguments.check_max_batch(max_batch)
+        max_batch = arguments.batch_size(self.max_batch if max_batch is None else max_batch)
         context = self.config.max_position_embeddings
-        arguments.check_whole("max_length", max_length, f"2 (a prompt and a token) to {context}, the model's context", 2, context)
+        max_length = arguments.whole("max_length", max_length, f"2 (a prompt and a token) to {context}, the model's context", 2, context)
         with self._alone() as check_interrupts:
             self._warmup(max_length, max_batch, check_interrupts)
 
@@ -312,7 +311,7 @@ class LLM:
         if not params.ignore_eos:
             ends |= self.stop_token_ids
         self.runner.check_speculates(len(token_ids))
-        seed = secrets.randbits(64) if params.seed is None else int(params.seed)
+        seed = secrets.randbits(64) if params.seed is None else params.seed
         return Request(token_ids, dataclasses.replace(params, max_tokens=min(params.max_tokens, room)), seed, sorted(ends))
 
 
@@ -437,11 +436,12 @@ def load(
     ``ring_hardware``: what decides which ring passes them (``sharding.select``). Compiled programs are kept on disk between processes,
     unless JAX's own setting says where or not.
     """
-    if dtype not in (None, "float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype is {dtype!r}; expected float32, bfloat16, float16 or None (as stored)")
+    arguments.check_words(dtype, speculation)
     arguments.check_kind("the checkpoint", path, str | os.PathLike, "the path of a folder that l4jax convert made")
     arguments.check_kind("the drafter", drafter, str | os.PathLike | None, "the path of a drafter's folder")
-    arguments.check_sizes(max_batch, prefill_lengths, ring_hardware)
+    arguments.check_kind("ring_hardware", ring_hardware, RingHardware, "a sharding.select.RingHardware")
+    prefill_lengths = None if prefill_lengths is None else arguments.piece_lengths(prefill_lengths)
+    max_batch = None if max_batch is None else arguments.batch_size(max_batch)
     keep_compiled_programs()
     checkpoint = open_checkpoint(path)
     placement = Placement.on(checkpoint.config, mesh)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
@@ -17,6 +18,7 @@ from l4jax.config import DrafterConfig, ModelConfig
 from l4jax.model.drafter import Drafter, build_drafter
 from l4jax.model.llama import Llama
 from l4jax.model.weights import weight_specs
+from sharding.kinds import shown
 from sharding.mesh import ONE_DEVICE, MeshSpec
 from sharding.rules import check_divides, sharding
 from sharding.words import counted
@@ -86,6 +88,8 @@ class Placement:
     def place(self, name: str, weight: Array) -> Array:
         """Put a weight on the mesh: one in its stored shape, or one that an earlier call returned."""
         target = self._specs[name].shape
+        if not isinstance(weight, np.ndarray | jax.Array):
+            raise ValueError(f"weight {name} is {shown(weight)}; expected an array of shape {self._stored[name].shape}")
         if weight.shape == target:
             return global_array(weight, self.weight_sharding(name))
         if weight.shape != self._stored[name].shape:

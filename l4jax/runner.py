@@ -99,7 +99,9 @@ class Runner:
         self._ranks = placement.spec.token_ranks.count
         self._spreader = Spreader(placement, self._dtype, ring_hardware)
         self._device = placement.mesh.local_devices[0]
-        self.prefill_lengths = tuple(sorted(prefill_lengths or (length * self._ranks for length in PREFILL_LENGTHS)))
+        self.prefill_lengths = tuple(
+            sorted((length * self._ranks for length in PREFILL_LENGTHS) if prefill_lengths is None else prefill_lengths)
+        )
         self._shape = CacheShape(rows=0, capacity=0)
         self._cache: tuple[LayerCache, ...] = ()
         self._draft_cache: tuple[LayerCache, ...] = ()

@@ -15,6 +15,7 @@ from l4jax.decoding.plan import Speculation, SpeculationTable
 from l4jax.decoding.speculate import BeyondTraining
 from l4jax.placement import DrafterPlacement, Placement
 from l4jax.runner import Speculator
+from sharding.kinds import shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +52,9 @@ def speculation_table(
     Raises ValueError if the drafter is another model's, if ``speculation`` needs a drafter and none is given, or if the drafter
     cannot draft the tree that ``speculation`` asks for.
     """
-    if beyond not in ("window", "stop"):
-        raise ValueError(f'beyond_training is {beyond!r}; expected "window" or "stop"')
-    plan = None if speculation == "auto" else Speculation.parse(speculation)
+    if not isinstance(beyond, str) or beyond not in ("window", "stop"):
+        raise ValueError(f'beyond_training is {shown(beyond)}; expected "window" or "stop"')
+    plan = None if isinstance(speculation, str) and speculation == "auto" else Speculation.parse(speculation)
     if speculation == "off" or (drafter is None and plan is None):
         return None
     if drafter is None or own is None:

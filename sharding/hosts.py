@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import operator
 import os
 import re
 import secrets
@@ -29,6 +30,7 @@ import jax
 from jax._src.distributed import global_state
 
 from sharding import monitor
+from sharding.kinds import is_number, is_whole
 from sharding.rendezvous import Arrival, Rendezvous, check_alone, check_in
 from sharding.words import counted
 
@@ -158,9 +160,9 @@ def _join_arguments(coordinator: str, processes: int | None, process_id: int | N
         raise ValueError(f"the coordinator is {coordinator!r}; expected {_COORDINATOR}")
     for what, number in (("number of processes", processes), ("process id", process_id)):
         # What a launcher sets in the environment is text.
-        if number is not None and (not isinstance(number, int) or isinstance(number, bool)):
+        if number is not None and not is_whole(number):
             raise ValueError(f"the {what} is {number!r}; expected a whole number")
-    if not isinstance(timeout_seconds, int | float) or not 0 < timeout_seconds <= threading.TIMEOUT_MAX:
+    if not is_number(timeout_seconds) or not 0 < timeout_seconds <= threading.TIMEOUT_MAX:
         raise ValueError(f"timeout_seconds is {timeout_seconds!r}; expected a number above 0, at most {threading.TIMEOUT_MAX:g}")
     if coordinator == "auto":
         if processes is not None or process_id is not None:
@@ -178,6 +180,7 @@ def _join_arguments(coordinator: str, processes: int | None, process_id: int | N
         raise ValueError(
             f"process id {process_id} of {counted(processes, 'process', 'processes')}; expected an id from 0 to one less than their number"
         )
+    processes, process_id = operator.index(processes), operator.index(process_id)  # as JSON and JAX take them
     own = Arrival(process_id, socket.gethostname(), processes)
     return {
         "coordinator_address": f"{host}:{_meet(own, host.strip('[]'), int(port), timeout_seconds)}",

@@ -11,12 +11,14 @@ import dataclasses
 import difflib
 import json
 import math
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 
+from sharding.kinds import is_whole
 from sharding.ranks import Ranks
 from sharding.words import counted
 
@@ -36,8 +38,9 @@ class MeshSpec:
     def __post_init__(self) -> None:
         for axis in AXES:
             size = getattr(self, axis)
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            if not is_whole(size) or size < 1:
                 raise ValueError(f"mesh axis {axis} is {size!r}; expected a whole number of at least 1")
+            object.__setattr__(self, axis, operator.index(size))
 
     @classmethod
     def parse(cls, text: str) -> MeshSpec:

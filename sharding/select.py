@@ -10,9 +10,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import numbers
 from collections.abc import Iterator, Sequence
 from typing import Literal
+
+from sharding.kinds import is_number, is_whole
 
 Variant = Literal["pass_kv", "pass_q"]
 
@@ -30,8 +31,7 @@ class RingHardware:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            number = isinstance(value, numbers.Real)
-            if not number or not 0 < value < math.inf:
+            if not is_number(value) or not 0 < value < math.inf:
                 raise ValueError(f"{field.name} is {value!r}; expected a positive number")
 
     @property
@@ -58,8 +58,8 @@ class RingStep:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value, lowest = getattr(self, field.name), 0 if field.name == "cached_tokens" else 1
-            if value < lowest:
-                raise ValueError(f"{field.name} is {value}; expected at least {lowest}")
+            if not is_whole(value) or value < lowest:
+                raise ValueError(f"{field.name} is {value!r}; expected a whole number of at least {lowest}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads is {self.num_heads}; expected a multiple of num_kv_heads, {self.num_kv_heads}")
 

@@ -37,6 +37,7 @@ VISION = VisionConfig(
     [
         ({"hidden_size": 0}, "hidden_size is 0; expected a number above 0"),
         ({"num_layers": -1}, "num_layers is -1"),
+        ({"num_layers": True}, "num_layers is True; expected a number above 0"),
         ({"num_layers": "4"}, "num_layers is '4'; expected a number above 0"),
         ({"rope_theta": None}, "rope_theta is None; expected a number above 0"),
         ({"rms_norm_eps": 0.0}, "rms_norm_eps is 0.0"),

@@ -306,7 +306,21 @@ def test_half_precision_stays_close_to_float32(dtype):
         (lambda llm: llm.warmup(max_length=2.5), "max_length is 2.5; expected 2"),
         (lambda llm: llm.warmup(max_length=10, max_batch="8"), "max_batch is '8'; expected a whole number of at least 1"),
         (lambda llm: LLM(3, {}), "the configuration is 3; expected an l4jax.ModelConfig"),
-        (lambda llm: LLM(llm.config, 3), "what is given for weights is 3; expected a mapping from names to arrays"),
+        (lambda llm: LLM(llm.config, {**llm.weights, "embed": 3}), "weight embed is 3; expected an array of shape (64, 32)"),
+        (lambda llm: LLM(llm.config, {}, tokenizer="folder"), "the tokenizer is 'folder'; expected an l4jax.text.tokenizer.Tokenizer"),
+        (lambda llm: LLM(llm.config, {}, chat_format="chatml"), "the chat format is 'chatml'; expected an l4jax.text.chat.ChatFormat"),
+        (lambda llm: LLM(llm.config, {}, speculation=np.array(["a", "b"])), "speculation is array(['a', 'b']"),
+        (lambda llm: LLM(llm.config, {}, beyond_training=np.array(["a", "b"])), "beyond_training is array(['a', 'b']"),
+        (lambda llm: LLM(llm.config, {}, prefill_lengths=[[1], [2, 3]]), "prefill_lengths is [[1], [2, 3]]; expected at least one length"),
+        (lambda llm: LLM(llm.config, {}, prefill_lengths=np.array(8)), "prefill_lengths is array(8); expected at least one length"),
+        (lambda llm: LLM(llm.config, {}, prefill_lengths=jnp.array([8, 0])), "prefill_lengths is Array([8, 0]"),
+        (lambda llm: LLM(llm.config, {}, prefill_lengths=[True]), "prefill_lengths is [True]; expected at least one length"),
+        (lambda llm: LLM(llm.config, {}, max_batch=True), "max_batch is True; expected a whole number of at least 1"),
+        (lambda llm: llm.generate([[1]], [None]), "the sampling params are None; expected l4jax.SamplingParams"),
+        (lambda llm: llm.generate(jnp.array([1.0, 2.0])), "expected text or a list of token ids"),
+        (lambda llm: llm.generate(jnp.array([True, False])), "expected text or a list of token ids"),
+        (lambda llm: llm.generate(jnp.array(5)), "the prompts are Array(5"),
+        (lambda llm: LLM(llm.config, 3), "the value of weights is 3; expected a mapping from names to arrays"),
         (lambda llm: LLM(llm.config, {}), "21 of 21 weights are missing, embed among them; give all of the model's"),
         (lambda llm: LLM(llm.config, {}, drafter="folder"), "the drafter is 'folder'; expected an l4jax.speculator.LoadedDrafter"),
         (lambda llm: LLM(llm.config, {}, mesh=3), "the mesh is 3; expected a description"),
@@ -316,6 +330,8 @@ def test_half_precision_stays_close_to_float32(dtype):
         (lambda llm: load(None), "the checkpoint is None; expected the path"),
         (lambda llm: load("folder", drafter=3), "the drafter is 3; expected the path of a drafter's folder"),
         (lambda llm: load("folder", dtype=32), "dtype is 32; expected float32, bfloat16, float16 or None"),
+        (lambda llm: load("folder", dtype=np.array([1, 2])), "dtype is array([1, 2]); expected float32, bfloat16, float16 or None"),
+        (lambda llm: load("folder", speculation=np.array(["a", "b"])), "speculation is array(['a', 'b']"),
         (lambda llm: load("folder", max_batch=2.5), "max_batch is 2.5; expected a whole number of at least 1"),
         (lambda llm: load("folder", max_batch="8"), "max_batch is '8'; expected a whole number of at least 1"),
         (lambda llm: load("folder", prefill_lengths=128), "prefill_lengths is 128; expected at least one length, in a list"),
@@ -328,6 +344,20 @@ def test_bad_input_is_refused_in_one_line(scout, call, message):
     with pytest.raises(ValueError, match=re.escape(message)) as refused:
         call(scout)
     assert "\n" not in str(refused.value)
+
+
+def test_numbers_and_lists_may_be_numpys_and_jaxs():
+    """Numpy's integers lack methods of Python's, and an array of several numbers is neither true nor false."""
+    config, w = CONFIGS["scout"], weights(CONFIGS["scout"])
+    llm = LLM(config, w, max_batch=np.int64(2), prefill_lengths=np.array([16, 8]))
+    assert llm.runner.prefill_lengths == LLM(config, w, prefill_lengths=jnp.array([8, 16])).runner.prefill_lengths == (8, 16)
+    llm.warmup(max_length=np.int64(10))
+    expected = llm.generate([[1, 2]], greedy(2))[0].token_ids
+    assert llm.generate([[1, 2]], greedy(np.int64(2)))[0].token_ids == expected
+    each = (np.array([1, 2]), jnp.array([1, 2]), list(np.array([1, 2])), list(jnp.array([1, 2])))
+    for prompts_of_one in (*each, *([prompt] for prompt in each), jnp.array([[1, 2]])):
+        (completion,) = llm.generate(prompts_of_one, greedy(2))
+        assert completion.prompt_token_ids == [1, 2] and completion.token_ids == expected
 
 
 class Paused:

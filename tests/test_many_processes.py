@@ -306,6 +306,9 @@ def test_number_1_of_a_container_is_refused(monkeypatch):
         (("gpu-01", 2, 0), "the coordinator is 'gpu-01'; expected HOST:PORT"),
         (("gpu-01:8476", "2", 0), "the number of processes is '2'; expected a whole number"),
         (("gpu-01:8476", 2, "0"), "the process id is '0'; expected a whole number"),
+        (("gpu-01:8476", True, 0), "the number of processes is True; expected a whole number"),
+        (("gpu-01:8476", 2, False), "the process id is False; expected a whole number"),
+        (("gpu-01:8476", np.int64(2), np.int64(2)), "process id 2 of 2 processes; expected an id from 0"),
         (("gpu-01:8476", 2, 2), "process id 2 of 2 processes; expected an id from 0"),
     ],
 )
@@ -314,7 +317,7 @@ def test_what_cannot_be_joined_is_refused_in_one_line(arguments, message):
         l4jax.join(*arguments)
 
 
-@pytest.mark.parametrize("seconds", ["300", 0, float("nan"), float("inf")])
+@pytest.mark.parametrize("seconds", ["300", 0, float("nan"), float("inf"), True])
 def test_a_time_that_nobody_can_wait_is_refused(seconds):
     with pytest.raises(ValueError, match=f"^timeout_seconds is {seconds!r}; expected a number above 0"):
         l4jax.join("gpu-01:8476", 2, 0, timeout_seconds=seconds)

@@ -163,7 +163,7 @@ def test_what_are_no_sampling_params_is_refused_by_chats(llm):
 
 
 def test_text_that_is_none_is_refused(llm):
-    with pytest.raises(ValueError, match="the text is a int; expected a string"):
+    with pytest.raises(ValueError, match="the text is of type int; expected a string"):
         llm.tokenizer.encode(3)
 
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import numbers
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
+
+from sharding.kinds import is_number, is_whole
 
 MAX_LOGPROBS = 20
 """The most alternatives that can be reported for each token."""
@@ -47,51 +51,59 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        """Keep Python's own numbers and tuples of what is given. Raises ValueError for a value that is out of range or no number."""
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         # Copied, because the caller may change them later, or they may be iterators that can be read only once.
         for name in ("stop", "stop_token_ids"):
-            # A mapping would be read as the list of its keys.
-            if not isinstance(getattr(self, name), Mapping):
+            # A mapping would be read as the list of its keys, and bytes as whole numbers.
+            if not isinstance(getattr(self, name), Mapping | bytes | bytearray | memoryview):
                 with contextlib.suppress(TypeError):
                     object.__setattr__(self, name, tuple(getattr(self, name)))
-        if isinstance(self.logit_bias, Mapping):
-            object.__setattr__(self, "logit_bias", dict(self.logit_bias))
 
-        def check(name: str, valid: Callable[[Any], bool], expected: str) -> None:
+        def keep(name: str, valid: Callable[[Any], bool], expected: str, of: Callable[[Any], object]) -> None:
             value = getattr(self, name)
-            try:
-                good = valid(value)
-            except (AttributeError, TypeError, ValueError):
-                good = False
-            if not good:
+            if not valid(value):
                 raise ValueError(f"{name} is {value!r}; expected {expected}")
+            object.__setattr__(self, name, of(value))
 
-        check("max_tokens", lambda n: is_whole(n) and n >= 1, "an integer of at least 1")
-        check("temperature", lambda x: 0 <= x <= _LARGEST, "0 (greedy) or a positive number")
-        check("top_k", lambda n: is_whole(n) and 0 <= n < 2**31, "0 (off) or a positive integer")
-        check("top_p", lambda x: 0 < x <= 1, "a number above 0, at most 1 (off)")
-        check("min_p", lambda x: 0 <= x < 1, "a number from 0 (off) to below 1")
-        check("repetition_penalty", lambda x: 1 / _LARGEST <= x <= _LARGEST, "a positive number (1: off)")
-        check("presence_penalty", lambda x: abs(x) <= _LARGEST, "a finite number")
-        check("frequency_penalty", lambda x: abs(x) <= _LARGEST, "a finite number")
-        check(
+        def whole(name: str, least: int, most: float, expected: str) -> None:
+            keep(name, lambda n: is_whole(n) and least <= n <= most, expected, operator.index)
+
+        def number(name: str, valid: Callable[[Any], bool], expected: str) -> None:
+            keep(name, lambda x: is_number(x) and valid(x), expected, float)
+
+        whole("max_tokens", 1, math.inf, "an integer of at least 1")
+        number("temperature", lambda x: 0 <= x <= _LARGEST, "0 (greedy) or a positive number")
+        whole("top_k", 0, 2**31 - 1, "0 (off) or a positive integer")
+        number("top_p", lambda x: 0 < x <= 1, "a number above 0, at most 1 (off)")
+        number("min_p", lambda x: 0 <= x < 1, "a number from 0 (off) to below 1")
+        number("repetition_penalty", lambda x: 1 / _LARGEST <= x <= _LARGEST, "a positive number (1: off)")
+        number("presence_penalty", lambda x: abs(x) <= _LARGEST, "a finite number")
+        number("frequency_penalty", lambda x: abs(x) <= _LARGEST, "a finite number")
+        keep(
             "logit_bias",
-            lambda bias: all(is_whole(token) and (x == -math.inf or abs(x) <= _LARGEST) for token, x in bias.items()),
+            lambda bias: (
+                isinstance(bias, Mapping)
+                and all(is_whole(token) and is_number(x) and (x == -math.inf or abs(x) <= _LARGEST) for token, x in bias.items())
+            ),
             "token ids with numbers, or -inf to forbid a token",
+            lambda bias: {operator.index(token): float(x) for token, x in bias.items()},
         )
-        check("stop", lambda texts: isinstance(texts, tuple) and all(isinstance(s, str) and s for s in texts), "non-empty strings")
-        check("stop_token_ids", lambda ids: isinstance(ids, tuple) and all(map(is_whole, ids)), "token ids")
-        check("ignore_eos", lambda ignored: isinstance(ignored, bool), "True or False")
-        check("seed", lambda n: n is None or (is_whole(n) and 0 <= n < 2**64), "an integer from 0 to 2**64 - 1, or None")
-        check("logprobs", lambda n: n is None or (is_whole(n) and 0 <= n <= MAX_LOGPROBS), f"None or an integer from 0 to {MAX_LOGPROBS}")
+        keep("stop", lambda texts: isinstance(texts, tuple) and all(isinstance(s, str) and s for s in texts), "non-empty strings", tuple)
+        keep(
+            "stop_token_ids",
+            lambda ids: isinstance(ids, tuple) and all(map(is_whole, ids)),
+            "token ids",
+            lambda ids: tuple(map(operator.index, ids)),
+        )
+        keep("ignore_eos", lambda ignored: isinstance(ignored, bool | np.bool_), "True or False", bool)
+        if self.seed is not None:
+            whole("seed", 0, 2**64 - 1, "an integer from 0 to 2**64 - 1, or None")
+        if self.logprobs is not None:
+            whole("logprobs", 0, MAX_LOGPROBS, f"None or an integer from 0 to {MAX_LOGPROBS}")
 
     @property
     def adjusts_logits(self) -> bool:
         """True if a bias or penalty changes the logits before the temperature."""
         return bool(self.logit_bias) or self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
-
-
-def is_whole(value: object) -> bool:
-    """Whether a value is a whole number; truth values are none."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

@@ -10,6 +10,7 @@ from pathlib import Path
 from l4jax.config import ModelConfig
 from l4jax.data import configs_path
 from l4jax.decoding.tree import DynamicTree, StaticTree
+from sharding.kinds import shown
 from sharding.words import counted
 
 
@@ -36,7 +37,7 @@ class Speculation:
         kind, _, rest = text.partition(":") if isinstance(text, str) else ("", "", "")
         sampled = rest.endswith(",sampled")
         rest = rest.removesuffix(",sampled")
-        if text == "off":
+        if isinstance(text, str) and text == "off":  # an array is compared item by item
             return None
         if kind == "chain" and re.fullmatch(r"[1-9][0-9]{0,2}", rest):
             return cls(StaticTree.chain(int(rest)), sampled)
@@ -48,7 +49,7 @@ class Speculation:
         if kind == "dynamic" and len(sizes) == len(by_name) == 3:
             return cls(DynamicTree(**by_name), sampled)
         raise ValueError(
-            f'speculation is {text!r}; expected "auto", "off", "chain:5", "tree:eagle26" (or a .json file of paths) or '
+            f'speculation is {shown(text)}; expected "auto", "off", "chain:5", "tree:eagle26" (or a .json file of paths) or '
             '"dynamic:steps=5,topk=4,nodes=16"; chains and trees may end in ",sampled"'
         )
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32
 
 from l4jax.files import parse_json
+from sharding.kinds import is_whole
 
 NONE = -1
 """Stands for a node that does not exist."""
@@ -48,7 +49,7 @@ class StaticTree:
         Raises ValueError if a path is empty, given twice or not made of ranks, or if its parent or its next better sibling is missing.
         """
         for path in paths:
-            if not path or any(not isinstance(rank, int) or isinstance(rank, bool) or rank < 0 for rank in path):
+            if not path or any(not is_whole(rank) or rank < 0 for rank in path):
                 raise ValueError(f"tree path {list(path)} is out of range; expected at least one rank, each a whole number of 0 or more")
         ordered = sorted(map(tuple, paths), key=lambda path: (len(path), path))
         number = {(): 0} | {path: n for n, path in enumerate(ordered, start=1)}

@@ -152,13 +152,13 @@ class _Conversation:
         for name in ("tools", "documents"):
             given: Any = options.get(name)
             if given is not None and not (_is_list(given) and all(isinstance(item, Mapping) for item in given)):
-                raise ChatError(f"{name} is a {type(given).__name__}; expected a list of JSON objects")
+                raise ChatError(f"{name} is of type {type(given).__name__}; expected a list of JSON objects")
             objects[name] = given
         variables: Any = options.get("chat_template_kwargs")
         if variables is None:
             variables = {}
         if not isinstance(variables, Mapping):
-            raise ChatError(f"chat_template_kwargs is a {type(variables).__name__}; expected the template's variables by name")
+            raise ChatError(f"chat_template_kwargs is of type {type(variables).__name__}; expected the template's variables by name")
         continues = options.get("continue_final_message", False)
         if not isinstance(continues, bool):
             raise ChatError(f"continue_final_message is {continues!r}; expected True or False")
@@ -254,12 +254,12 @@ def built_in_template(tokenizer: Tokenizer) -> dict[str, tuple[str, str]]:
 
 def _check_messages(messages: Any) -> None:
     if not _is_list(messages):
-        raise ChatError(f"the conversation is a {type(messages).__name__}; expected a list of messages, each with role and content")
+        raise ChatError(f"the conversation is of type {type(messages).__name__}; expected a list of messages, each with role and content")
     if not messages:
         raise ChatError("the conversation has no messages; expected at least one")
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, Mapping):
-            raise ChatError(f"message {number} is a {type(message).__name__}; expected an object with role and content")
+            raise ChatError(f"message {number} is of type {type(message).__name__}; expected an object with role and content")
         role = message.get("role")
         if role not in ROLES:
             raise ChatError(f"message {number} has role {role!r}; expected one of {', '.join(ROLES)}")

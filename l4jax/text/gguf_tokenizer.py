@@ -141,7 +141,7 @@ def _templates(metadata: Mapping[str, Any]) -> dict[str, str]:
         found["default"] = metadata[key]
     for name, text in found.items():
         if not isinstance(text, str):
-            raise TokenizerError(f"GGUF: the chat template {name!r} is a {type(text).__name__}; expected a text; the file is damaged")
+            raise TokenizerError(f"GGUF: the chat template {name!r} is of type {type(text).__name__}; expected a text; the file is damaged")
     return found
 
 

@@ -120,9 +120,9 @@ def is_punctuation(character: str) -> bool:
 
 
 def check_unicode(text: str) -> None:
-    """Raise ValueError for text with a lone surrogate, which is what Python makes of bytes that are not UTF-8, and for what is no text."""
+    """Raise ValueError for a value that is not text, or has a lone surrogate, which is what Python makes of bytes that are not UTF-8."""
     if not isinstance(text, str):
-        raise ValueError(f"the text is a {type(text).__name__}; expected a string")
+        raise ValueError(f"the text is of type {type(text).__name__}; expected a string")
     try:
         text.encode()
     except UnicodeEncodeError as error:

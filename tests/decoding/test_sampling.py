@@ -302,6 +302,15 @@ def test_logprobs_are_of_the_model_before_any_processor():
         ("stop_token_ids", {3: "a"}),
         ("stop", {"a": 1}),
         ("ignore_eos", "false"),
+        ("ignore_eos", 1),
+        ("stop_token_ids", b"\x01"),
+        ("stop_token_ids", bytearray(b"\x01")),
+        ("stop_token_ids", memoryview(b"\x01")),
+        ("stop_token_ids", [True]),
+        ("logit_bias", {1: True}),
+        ("logit_bias", {True: 1.0}),
+        *((name, True) for name in ("temperature", "top_p", "repetition_penalty", "presence_penalty", "frequency_penalty")),
+        *((name, np.False_) for name in ("temperature", "min_p", "top_k", "seed", "logprobs")),
     ],
 )
 def test_a_bad_value_is_named_in_one_line(field, value):
@@ -310,7 +319,26 @@ def test_a_bad_value_is_named_in_one_line(field, value):
 
 
 def test_numbers_may_be_numpys():
+    """They are kept as Python's own, which have the methods that numpy's lack, and read the same in every process."""
     params = SamplingParams(
-        max_tokens=np.int64(3), temperature=np.float32(0.5), top_k=np.int32(2), seed=np.uint64(2**63), stop_token_ids=np.array([1, 2])
+        max_tokens=np.int64(3),
+        temperature=np.float32(0.5),
+        top_k=np.int32(2),
+        logit_bias={np.int64(4): np.float32(1.5)},
+        stop_token_ids=np.array([1, 2]),
+        ignore_eos=np.True_,
+        seed=np.uint64(2**63),
+        logprobs=np.int8(2),
     )
-    assert params.max_tokens == 3
+    own = SamplingParams(
+        max_tokens=3,
+        temperature=0.5,
+        top_k=2,
+        logit_bias={4: 1.5},
+        stop_token_ids=(1, 2),
+        ignore_eos=True,
+        seed=2**63,
+        logprobs=2,
+    )
+    assert repr(params) == repr(own)
+    assert type(params.max_tokens) is int and type(params.temperature) is float and type(params.ignore_eos) is bool

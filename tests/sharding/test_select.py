@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -103,8 +104,12 @@ def test_a_step_switches_at_one_ratio(new, cached, ranks, heads, output_bytes):
     [
         (lambda: RingHardware(0, 1), "attention_flops is 0; expected a positive number"),
         (lambda: RingHardware(1, "25e9"), "ring_bandwidth is '25e9'; expected a positive number"),
-        (lambda: step(0, 5), "new_tokens is 0; expected at least 1"),
-        (lambda: step(1, -1), "cached_tokens is -1; expected at least 0"),
+        (lambda: RingHardware(True, 1), "attention_flops is True; expected a positive number"),
+        (lambda: RingHardware(1, np.True_), "ring_bandwidth is np.True_; expected a positive number"),
+        (lambda: step(True, 5), "new_tokens is True; expected a whole number of at least 1"),
+        (lambda: step("1", 5), "new_tokens is '1'; expected a whole number of at least 1"),
+        (lambda: step(0, 5), "new_tokens is 0; expected a whole number of at least 1"),
+        (lambda: step(1, -1), "cached_tokens is -1; expected a whole number of at least 0"),
         (lambda: step(1, 1, num_heads=9), "num_heads is 9; expected a multiple of num_kv_heads, 8"),
         (lambda: fit([]), "0 of 0 measurements are of several ranks"),
         (lambda: fit([RingMeasurement(step(5, 0), 1.0, 2.0)]), "passes keys and values on any machine"),

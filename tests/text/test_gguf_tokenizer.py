@@ -126,7 +126,7 @@ def test_several_templates(tmp_path: Path) -> None:
     assert chat is not None
     assert chat.render([{"role": "user", "content": "hi"}]) == "hi"
     assert chat.render([{"role": "user", "content": "hi"}], tools=[{"name": "f"}]) == 'T[{"name": "f"}]hi'
-    with pytest.raises(TokenizerError, match="the chat template 'default' is a int; expected a text"):
+    with pytest.raises(TokenizerError, match="the chat template 'default' is of type int; expected a text"):
         write_gguf_tokenizer(metadata() | {"tokenizer.chat_template": 5}, tmp_path)
 
 

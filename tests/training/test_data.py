@@ -177,7 +177,10 @@ def test_a_conversation_may_have_what_its_template_takes(tmp_path: Path) -> None
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert [tokenizer.decode(e.prompt) for e in read_data(path, llm, 0.8).examples] == ["hi", "hiTf", "hidm"]
-    for options, message in (({"tools": [5]}, "tools is a list; expected a list"), ({"chat_template_kwargs": {"x": 1}}, "does not use x")):
+    for options, message in (
+        ({"tools": [5]}, "tools is of type list; expected a list"),
+        ({"chat_template_kwargs": {"x": 1}}, "does not use x"),
+    ):
         path.write_text(json.dumps({"messages": messages, **options}))
         with pytest.raises(ValueError, match=f"line 1: .*{message}"):
             read_data(path, llm, 0.8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import re
 
@@ -17,6 +18,9 @@ from l4jax.data import configs_path
 H100_MEMORY_BYTES = 80_000_000_000
 """The part of an H100's memory that a program may use: 80 GB of 84.9 GB."""
 GPUS_PER_HOST = 8
+
+_kept_out: set[str] = set()
+"""Runtimes of absent devices, whose programs are not kept."""
 
 
 def h100_devices(count: int, *, memory_bytes: int | None = None) -> list[jax.Device]:
@@ -41,6 +45,14 @@ def h100_devices(count: int, *, memory_bytes: int | None = None) -> list[jax.Dev
     devices: list[jax.Device] = list(
         topologies.get_topology_desc(platform="cuda", target_config=target, topology=f"{hosts}x1x{gpus}").devices
     )
-    # A program for absent devices can be written to JAX's cache, but not read from it: every later process would warn of it.
-    compilation_cache._UNSUPPORTED_RUNTIMES.update(device.client.runtime_type for device in devices)
+    # A program for absent devices can be written to JAX's cache, but not read from it. JAX warns of an entry that it cannot read, and
+    # wherever it compiles for a runtime that it is told to keep no programs of.
+    runtimes = {device.client.runtime_type for device in devices}
+    compilation_cache._UNSUPPORTED_RUNTIMES.update(runtimes)
+    _kept_out.update(runtimes)
+    compilation_cache.logger.addFilter(_is_not_of_kept_out)
     return devices
+
+
+def _is_not_of_kept_out(record: logging.LogRecord) -> bool:
+    return not any(record.getMessage() == f"_get_cache: Unsupported runtime: {runtime}" for runtime in _kept_out)

@@ -19,18 +19,19 @@ from l4jax.training.seeds import key_of
 Version = Literal["eagle1", "eagle3"]
 
 _LONGEST = "training: the longest text"
-_GIVEN = {
-    "version": "training: version",
-    "decoder.num_layers": "training: layers",
-    "decoder.max_position_embeddings": _LONGEST,
-    "draft_vocab_size": "training: draft_vocab",
-    "target_head": "training: target_head",
+_GIVEN: dict[Version, dict[str, str]] = {
+    "eagle1": {"decoder.num_layers": "training: layers", "decoder.rope_layers": "training: layers"},
+    "eagle3": {"draft_vocab_size": "training: draft_vocab", "target_head": "training: target_head"},
 }
-_OF_TARGET = {
-    *("target_layers", "target_hidden_size", "target_tokenizer", "aux_layers"),
-    *("decoder.architecture", "decoder.intermediate_size", "first_layer_normed", "final_normed"),
+"""Fields that follow from one setting of the training, and its name."""
+_SAME: dict[Version, str] = {"eagle1": "the same in every new EAGLE-1 drafter", "eagle3": "the same in every new EAGLE-3 drafter"}
+_GIVEN_ALWAYS = {"version": "training: version", "decoder.max_position_embeddings": _LONGEST}
+_OF_TARGET: dict[Version, tuple[str, ...]] = {
+    "eagle1": ("decoder.architecture", "draft_vocab_size", "first_layer_normed", "final_normed"),
+    "eagle3": ("aux_layers",),
 }
 """Fields that follow from the target, beside those of its decoder that are copied."""
+_OF_TARGET_ALWAYS = ("decoder.intermediate_size", "target_layers", "target_hidden_size", "target_tokenizer")
 
 
 def new_drafter(
@@ -66,8 +67,9 @@ def new_drafter(
         "moe": None,
         "vision": None,
         "max_position_embeddings": length,
+        "sources": (),
     }
-    decoder = dataclasses.replace(target, **changes, sources=())
+    decoder = dataclasses.replace(target, **changes)
     count = target.num_layers
     taps = usual_aux_layers(count) if count >= 8 else (count // 3, 2 * count // 3, count)
     config = DrafterConfig(
@@ -88,10 +90,13 @@ def new_drafter(
         norm_fed_back=False,
         target_head=target_head,
     )
-    of_target = {f"decoder.{field}" for field in vars(decoder) if field not in changes} | _OF_TARGET
-    sources = {field: "derived from the target" if field in of_target else "the same in every new drafter" for field in flat_fields(config)}
-    given = {**_GIVEN, **({"decoder.intermediate_size": "training: intermediate_size"} if intermediate_size else {})}
-    return dataclasses.replace(config, sources=tuple((sources | given).items()))
+    copied = [f"decoder.{field}" for field in vars(decoder) if field not in changes]
+    sources = dict.fromkeys(flat_fields(config), _SAME[version])
+    sources |= dict.fromkeys((*copied, *_OF_TARGET_ALWAYS, *_OF_TARGET[version]), "derived from the target")
+    sources |= _GIVEN_ALWAYS | _GIVEN[version]
+    if intermediate_size:
+        sources["decoder.intermediate_size"] = "training: intermediate_size"
+    return dataclasses.replace(config, sources=tuple(sources.items()))
 
 
 def trained_at(config: DrafterConfig, length: int) -> DrafterConfig:

@@ -224,10 +224,6 @@ def test_what_is_trained_for_llama_4_is_exported(version: Version, tmp_path: Pat
         weights["token_ids"] = jnp.arange(0, 2 * heads.DRAFT, 2, dtype=jnp.int32)
     arrays = {name: np.asarray(weight) for name, weight in weights.items()}
     assert dict(made.sources).keys() == flat_fields(made).keys()
-    assert (
-        dict(made.sources)["decoder.vocab_size"] == "derived from the target"
-        and dict(made.sources)["draft_vocab_size"] == "training: draft_vocab"
-    )
     save_drafter(tmp_path / "drafter", made, arrays, speculation=UNMEASURED, licences=[])
     export(tmp_path / "drafter", tmp_path / "head", to="eagle")
     convert(tmp_path / "head", tmp_path / "again", target=target)

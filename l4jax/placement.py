@@ -90,6 +90,9 @@ class Placement:
         target = self._specs[name].shape
         if not isinstance(weight, np.ndarray | jax.Array):
             raise ValueError(f"weight {name} is {shown(weight)}; expected an array of shape {self._stored[name].shape}")
+        floating = jnp.issubdtype(self._specs[name].dtype(jnp.dtype(jnp.float32)), jnp.floating)
+        if jnp.issubdtype(weight.dtype, jnp.floating) != floating:
+            raise ValueError(f"weight {name} has dtype {weight.dtype}; expected {'one of floating-point numbers' if floating else 'int32'}")
         if weight.shape == target:
             return global_array(weight, self.weight_sharding(name))
         if weight.shape != self._stored[name].shape:

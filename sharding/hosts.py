@@ -60,8 +60,9 @@ def join(coordinator: str, processes: int | None = None, process_id: int | None 
     ``process_id`` (from 0); or ``"auto"``, to take all three from Slurm, Kubernetes or MPI as ``jax.distributed.initialize`` does.
 
     When a process dies, the others are ended with a message that names it and its host. Raises ValueError for arguments that do not fit
-    together and for a process that process 0 refuses, and TimeoutError if not all processes have come after ``timeout_seconds``, or do not
-    reach each other within as long again.
+    together and for a process that process 0 refuses, TimeoutError if not all processes have come after ``timeout_seconds``, or do not
+    reach each other within as long again, and OSError if the process that watches this one does not start or cannot reach the others'.
+    ``jax.errors.JaxRuntimeError`` is of JAX's own connections.
     """
     if global_state.client is not None:
         raise ValueError("this process has already joined the others; expected one call, before anything else uses JAX")
@@ -70,6 +71,7 @@ def join(coordinator: str, processes: int | None = None, process_id: int | None 
             "this process is number 1 of its container, which nothing inside can end when another process dies; start the container with "
             "an init process (docker run --init, or shareProcessNamespace: true in a pod)"
         )
+    timeout_seconds = _waiting_time(timeout_seconds)
     arguments = _join_arguments(coordinator, processes, process_id, timeout_seconds)
     # The service would catch SIGTERM, to save checkpoints during training.
     jax.config.update("jax_enable_preemption_service", False)
@@ -154,6 +156,12 @@ def end_with_error(status: int) -> None:
     os._exit(status)  # JAX would wait for the others
 
 
+def _waiting_time(timeout_seconds: float) -> float:
+    if not is_number(timeout_seconds) or not 0 < timeout_seconds <= threading.TIMEOUT_MAX:
+        raise ValueError(f"timeout_seconds is {timeout_seconds!r}; expected a number above 0, at most {threading.TIMEOUT_MAX:g}")
+    return float(timeout_seconds)
+
+
 def _join_arguments(coordinator: str, processes: int | None, process_id: int | None, timeout_seconds: float) -> dict[str, Any]:
     """The arguments of ``jax.distributed.initialize``, which needs none if the coordinator is "auto"."""
     if not isinstance(coordinator, str):
@@ -162,8 +170,6 @@ def _join_arguments(coordinator: str, processes: int | None, process_id: int | N
         # What a launcher sets in the environment is text.
         if number is not None and not is_whole(number):
             raise ValueError(f"the {what} is {number!r}; expected a whole number")
-    if not is_number(timeout_seconds) or not 0 < timeout_seconds <= threading.TIMEOUT_MAX:
-        raise ValueError(f"timeout_seconds is {timeout_seconds!r}; expected a number above 0, at most {threading.TIMEOUT_MAX:g}")
     if coordinator == "auto":
         if processes is not None or process_id is not None:
             raise ValueError("the coordinator is auto, which finds the number of processes and the process id too; leave both out")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from l4jax.checkpoints.source import CheckpointError
-from l4jax.files import FileError, is_there, read_json, read_json_if_there
+from l4jax.files import FETCH_AGAIN, FileError, is_there, read_json, read_json_if_there
 from l4jax.text.tokenizer import TokenizerError
 
 POINTER = b"version https://git-lfs.github.com/spec/v2\noid sha256:0\nsize 1\n"
@@ -30,7 +30,8 @@ def test_what_is_no_object_is_refused_in_one_line(tmp_path: Path, content: bytes
         with pytest.raises(FileError) as error:
             read(tmp_path / "f.json")
         assert f"{tmp_path}/{message}" in str(error.value)
-        assert "fetch" in str(error.value) and "\n" not in str(error.value)
+        assert str(error.value).endswith("or fetch the file" if content == POINTER else FETCH_AGAIN)
+        assert "\n" not in str(error.value)
 
 
 def test_a_file_that_may_be_absent(tmp_path: Path) -> None:

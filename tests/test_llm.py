@@ -307,6 +307,10 @@ def test_half_precision_stays_close_to_float32(dtype):
         (lambda llm: llm.warmup(max_length=10, max_batch="8"), "max_batch is '8'; expected a whole number of at least 1"),
         (lambda llm: LLM(3, {}), "the configuration is 3; expected an l4jax.ModelConfig"),
         (lambda llm: LLM(llm.config, {**llm.weights, "embed": 3}), "weight embed is 3; expected an array of shape (64, 32)"),
+        (
+            lambda llm: LLM(llm.config, {**llm.weights, "embed": np.zeros((64, 32), np.int32)}),
+            "weight embed has dtype int32; expected one of floating-point numbers",
+        ),
         (lambda llm: LLM(llm.config, {}, tokenizer="folder"), "the tokenizer is 'folder'; expected an l4jax.text.tokenizer.Tokenizer"),
         (lambda llm: LLM(llm.config, {}, chat_format="chatml"), "the chat format is 'chatml'; expected an l4jax.text.chat.ChatFormat"),
         (lambda llm: LLM(llm.config, {}, speculation=np.array(["a", "b"])), "speculation is array(['a', 'b']"),

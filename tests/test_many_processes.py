@@ -416,6 +416,15 @@ def test_waiting_for_the_others_takes_nothing_off_the_time_to_reach_them(port, m
     l4jax.join(f"127.0.0.1:{port}", 1, 0, timeout_seconds=0.3)
 
 
+def test_numbers_to_join_with_may_be_numpys(port, monkeypatch):
+    given = []
+    monkeypatch.setattr(hosts, "_initialize", given.append)
+    monkeypatch.setattr(hosts, "_start_monitor", lambda: None)
+    l4jax.join(f"127.0.0.1:{port}", np.int64(1), np.int32(0), timeout_seconds=np.float32(5))
+    (arguments,) = given
+    assert type(arguments["num_processes"]) is int and type(arguments["process_id"]) is int
+
+
 def test_a_port_in_use_is_refused():
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]

@@ -40,10 +40,8 @@ NO_ANSWERS = HeadAnswers()
 
 
 def says_head(values: Mapping[str, Any]) -> bool:
-    """Whether a ``config.json`` says that it is a head's. SafeAILab's have their target's architecture, and do not say it."""
-    architectures = values.get("architectures")
-    named = isinstance(architectures, list) and any("eagle" in str(name).lower() for name in architectures)
-    return named or any(key in values for key in ("speculators_config", "speculators_model_type", "eagle_config"))
+    """Whether a ``config.json`` has a field that only heads have. Many heads have none, and names of architectures say too little."""
+    return any(key in values for key in ("speculators_config", "speculators_model_type", "eagle_config"))
 
 
 def head_format(values: Mapping[str, Any]) -> HeadFormat:

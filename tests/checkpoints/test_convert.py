@@ -135,6 +135,19 @@ def test_norms_in_float32_beside_matrices_in_bfloat16_load_as_bfloat16(source, t
     }
 
 
+def test_parts_of_several_dtypes_keep_every_bit(source, tmp_path):
+    def narrow(tensors):
+        key = "model.layers.0.self_attn.q_proj.weight"
+        tensors[key] = tensors[key].astype(ml_dtypes.bfloat16)
+
+    rewrite(source, narrow)
+    convert(source, tmp_path / "ours")
+    assert open_checkpoint(tmp_path / "ours").weights["layers.0.attention.qkv"].dtype == "float32"
+    export(tmp_path / "ours", tmp_path / "back")
+    for key, array in tensors_of(source).items():
+        np.testing.assert_array_equal(tensors_of(tmp_path / "back")[key], array.astype(np.float32))
+
+
 def test_unfused_experts_give_the_same_weights(source, tmp_path):
     convert(source, tmp_path / "fused")
 

@@ -19,7 +19,7 @@ from l4jax.config_formats.eagle import NO_ANSWERS, drafter_config_from_eagle
 from l4jax.files import FileError
 from tests import tiny
 from tests.checkpoints import heads
-from tests.checkpoints.folders import GOLDEN, config_of, tensors_of
+from tests.checkpoints.folders import GOLDEN, config_of, golden, reconfigure, refused, tensors_of
 from tests.checkpoints.gguf_file import write_gguf
 from tests.checkpoints.heads import V
 from tests.checkpoints.meta_folder import write_torch_file
@@ -283,6 +283,22 @@ def test_a_model_is_not_a_head(target: Path, tmp_path: Path, capsys: pytest.Capt
         assert cli.main(["convert", str(model), str(tmp_path / "drafter"), "--target", str(target)]) == 2
         said = f"l4jax: error: {model} is a whole model, not an EAGLE head; leave --target out, or give the head\n"
         assert capsys.readouterr() == ("", said)
+
+
+def test_a_name_with_eagle_in_it_makes_no_head(tmp_path: Path) -> None:
+    """Eagle 2.5 is a model of images and text."""
+    folder = golden("llama3", tmp_path / "source")
+    reconfigure(folder, architectures=["Eagle2_5_VLForConditionalGeneration"])
+    said = refused(folder, tmp_path)
+    assert "Eagle2_5_VLForConditionalGeneration" in said and "EAGLE head" not in said
+
+
+def test_a_head_whose_weights_cannot_be_read_is_known_by_its_configuration(target: Path, tmp_path: Path) -> None:
+    head = HEADS["speculators"]()
+    folder = heads.write(tmp_path / "head", head.config, head.tensors)
+    (folder / "model.safetensors").write_bytes(b"{")
+    assert "is an EAGLE head, not a whole model" in refused(folder, tmp_path)
+    assert "model.safetensors is truncated" in refused(folder, tmp_path, target=target)
 
 
 def test_a_head_has_no_tokenizer_to_leave_out(target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

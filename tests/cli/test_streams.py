@@ -50,7 +50,10 @@ def test_a_full_disk_is_one_line(run: str, unbuffered: bool) -> None:
     [
         ("PermissionError(13, 'Permission denied', '/a/b')", "/a/b cannot be read or written (Permission denied); check that path, "),
         ("OSError(5, 'Input/output error')", "standard output or another stream cannot be used (Input/output error); "),
-        ("BlockingIOError(11, 'Resource temporarily unavailable')", "the system refused an operation (Resource temporarily unavailable); run"),
+        (
+            "BlockingIOError(11, 'Resource temporarily unavailable')",
+            "the system refused an operation (Resource temporarily unavailable)",
+        ),
         ("ConnectionRefusedError(111, 'Connection refused')", "the system refused an operation (Connection refused); run"),
         ("OSError('the process that watches this one did not start')", "the process that watches this one did not start\n"),
     ],

@@ -284,9 +284,9 @@ def test_the_command_trains_reports_and_refuses(
     (said,) = capsys.readouterr().err.splitlines()  # no bar
     assert f"out belongs to another run: its seed is {SETTINGS.seed}, and this one's is 1; give the same settings" in said
     monkeypatch.setattr("l4jax.load", lambda *_, **__: pytest.fail("the target is loaded before its data is looked for"))
-    assert cli.main([*command[:3], str(tmp_path / "missing.jsonl"), *command[4:]]) == 2
-    said = f"{tmp_path / 'missing.jsonl'} cannot be read (No such file or directory); check the file, or fetch it again"
-    assert capsys.readouterr() == ("", f"l4jax: error: {said}\n")
+    for path, why in ((tmp_path / "missing.jsonl", "No such file or directory"), (tmp_path, "Is a directory")):
+        assert cli.main([*command[:3], str(path), *command[4:]]) == 2
+        assert capsys.readouterr() == ("", f"l4jax: error: {path} cannot be read ({why}); check its name and its permissions\n")
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:

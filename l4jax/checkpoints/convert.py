@@ -146,13 +146,14 @@ def _resume(partial: Path, identity: Mapping[str, Any], groups: Mapping[str, Col
     whole = {group for group, names in groups.items() if set(names) == set(found.get(group, ())) and (directory / group).is_dir()}
     made = _Made(identity, {name: weight for name, weight in made.weights.items() if weight.group in whole})
     if directory.exists():
-        why = "to another dtype" if differing == ["dtype"] else "of a source that differs or has changed, or with other options"
+        other = "of a source that differs or has changed, with other options, or by another version of l4jax"
+        why = "to another dtype" if differing == ["dtype"] else other
         if is_damaged:
             said = f"cannot be continued, because its {_PROGRESS} is damaged: its weights are removed, and all are converted anew"
         elif differing:
             said = f"is of a conversion {why}: its weights are removed, and all are converted anew"
         elif not whole:
-            said = "has no weights that are complete: all are converted anew"
+            said = "has no weights that can be used: all are converted anew"
         else:
             said = f"is continued: {len(made.weights)} of {counted(sum(map(len, groups.values())), 'weight')} were converted before"
         note(f"{partial} {said}")

@@ -242,7 +242,11 @@ ANEW = ": its weights are removed, and all are converted anew"
 @pytest.mark.parametrize(
     ("change", "dtype", "said"),
     [
-        (doubled, None, f"is of a conversion of a source that differs or has changed, or with other options{ANEW}"),
+        (
+            doubled,
+            None,
+            f"is of a conversion of a source that differs or has changed, with other options, or by another version of l4jax{ANEW}",
+        ),
         (lambda *_: None, "bfloat16", f"is of a conversion to another dtype{ANEW}"),
         (damaged, None, f"cannot be continued, because its progress.json is damaged{ANEW}"),
         (half_an_entry, None, f"cannot be continued, because its progress.json is damaged{ANEW}"),
@@ -281,7 +285,7 @@ def test_an_interruption_before_any_weight_is_complete_is_no_damage(source, tmp_
     subprocess.run([sys.executable, "-c", KILLER, str(source), str(tmp_path / "ours"), "1", "half-written"], check=False)
     notes = []
     convert(source, tmp_path / "ours", note=notes.append)
-    assert notes == [f"{tmp_path}/ours.partial has no weights that are complete: all are converted anew"]
+    assert notes == [f"{tmp_path}/ours.partial has no weights that can be used: all are converted anew"]
 
 
 def test_weights_that_were_grouped_otherwise_are_converted_anew(source, tmp_path):
@@ -289,7 +293,7 @@ def test_weights_that_were_grouped_otherwise_are_converted_anew(source, tmp_path
     subprocess.run([sys.executable, "-c", KILLER, str(source), str(tmp_path / "ours"), "6", "clean"], check=False)
     notes = []
     convert(source, tmp_path / "ours", note=notes.append)
-    assert notes == [f"{tmp_path}/ours.partial has no weights that are complete: all are converted anew"]
+    assert notes == [f"{tmp_path}/ours.partial has no weights that can be used: all are converted anew"]
     assert [entry.name for entry in (tmp_path / "ours" / "weights").iterdir()] == ["00000"]
 
 

@@ -47,6 +47,8 @@ def test_values_and_sources() -> None:
     assert dict(config.sources).keys() == flat_fields(config).keys()
     assert dict(config.sources)["rope_theta"] == "GGUF: llama.rope.freq_base"
     assert not read(METADATA, tied=False).tie_word_embeddings
+    for tied, found in ((True, "absence"), (False, "presence")):
+        assert dict(read(METADATA, tied=tied).sources)["tie_word_embeddings"] == f"derived from the {found} of output.weight"
 
 
 def test_absent_fields() -> None:

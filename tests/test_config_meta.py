@@ -111,7 +111,10 @@ def test_every_value_has_a_source(params: dict[str, Any]) -> None:
 
 
 def test_tied_embeddings_are_the_callers_to_see() -> None:
-    assert config_from_meta(LLAMA_31_8B, vocab_size=128256, tie_word_embeddings=True).tie_word_embeddings
+    for tied, found in ((True, "absence"), (False, "presence")):
+        config = config_from_meta(LLAMA_31_8B, vocab_size=128256, tie_word_embeddings=tied)
+        assert config.tie_word_embeddings == tied
+        assert dict(config.sources)["tie_word_embeddings"] == f"derived from the {found} of output.weight"
 
 
 @pytest.mark.parametrize(

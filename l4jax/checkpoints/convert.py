@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +31,7 @@ from l4jax.checkpoints.store import (
     write_manifest,
 )
 from l4jax.checkpoints.text import check_text_of
-from l4jax.config import config_to_json, decoder_of
+from l4jax.config import decoder_of, flat_fields
 from l4jax.config_formats.eagle import NO_ANSWERS, HeadAnswers
 from l4jax.decoding.plan import UNMEASURED, TableJson
 from l4jax.files import FileError
@@ -74,13 +74,14 @@ def convert(
     for line in source.notes:
         note(line)
     with unfinished(result, "conversion") as partial, kept_interrupts() as check_interrupts:
-        state = _resume(partial, _identity(source, dtype), len(source.recipes), note)
+        groups = group_weights({name: _nbytes(source, recipe, dtype) for name, recipe in source.recipes.items()})
+        made = _resume(partial, _identity(source, dtype), groups, note)
         text_files = source.write_other_files(partial)
         if not without_tokenizer:
             text_files += source.write_tokenizer(partial)
         architecture = decoder_of(source.config).architecture
         text_files += write_notice(partial, text_files, architecture=architecture, source_format=source.format)
-        weights = _write_groups(source, partial, dtype, state, progress, check_interrupts)
+        weights = _write_groups(source, partial, dtype, groups, made, progress, check_interrupts)
         _verify(partial, weights, progress, check_interrupts)
         write_manifest(
             partial, source_format=source.format, config=source.config, weights=weights, text_files=text_files, speculation=speculation
@@ -122,53 +123,72 @@ _PROGRESS = "progress.json"
 _BLOCK = 1 << 24
 
 
-def _resume(partial: Path, identity: dict[str, Any], total: int, note: Callable[[str], None]) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class _Made:
+    """What ``progress.json`` holds: all that decides the result, and the weights of the groups that are whole."""
+
+    source: Mapping[str, Any]
+    weights: Mapping[str, StoredWeight]
+
+
+def _resume(partial: Path, identity: Mapping[str, Any], groups: Mapping[str, Collection[str]], note: Callable[[str], None]) -> _Made:
     """Return what an earlier conversion of the same source to the same dtype has done; remove everything else from the folder.
 
-    ``note`` is told what has become of an earlier conversion's weights; ``total``: the number of weights.
+    ``note`` is told what has become of an earlier conversion's weights; ``groups``: the names of the weights in each group.
     """
-    state = _read_progress(partial / _PROGRESS)
-    found = (partial / WEIGHTS).exists()
-    differing = [] if state is None else [name for name in identity if state["source"].get(name) != identity[name]]
-    if found and state is None:
-        note(f"{partial} cannot be continued, because its {_PROGRESS} is damaged: its weights are removed, and all are converted anew")
-    elif found and differing:
-        why = "to another dtype" if differing == ["dtype"] else "of a source that differs or has changed, or with other options"
-        note(f"{partial} is of a conversion {why}: its weights are removed, and all are converted anew")
-    elif found and state is not None:
-        note(f"{partial} is continued: {len(state['weights'])} of {counted(total, 'weight')} were converted before")
-    if state is None or differing:
-        state = {"source": identity, "weights": {}}
-    kept = {LOCK, _PROGRESS, WEIGHTS} if state["weights"] else {LOCK}
-    for entry in partial.iterdir():
+    file, directory = partial / _PROGRESS, partial / WEIGHTS
+    made, is_damaged = _read_made(file), False
+    if made is None:
+        made, is_damaged = _Made(identity, {}), file.exists()
+    differing = [name for name in identity if made.source.get(name) != identity[name]]
+    # A group that was not what had been written is removed, and other versions of l4jax may group weights otherwise.
+    found = groups_of({} if differing else made.weights)
+    whole = {group for group, names in groups.items() if set(names) == set(found.get(group, ())) and (directory / group).is_dir()}
+    made = _Made(identity, {name: weight for name, weight in made.weights.items() if weight.group in whole})
+    if directory.exists():
+        other = "of a source that differs or has changed, with other options, or by another version of l4jax"
+        why = "to another dtype" if differing == ["dtype"] else other
+        if is_damaged:
+            said = f"cannot be continued, because its {_PROGRESS} is damaged: its weights are removed, and all are converted anew"
+        elif differing:
+            said = f"is of a conversion {why}: its weights are removed, and all are converted anew"
+        elif not whole:
+            said = "has no weights that can be used: all are converted anew"
+        else:
+            said = f"is continued: {len(made.weights)} of {counted(sum(map(len, groups.values())), 'weight')} were converted before"
+        note(f"{partial} {said}")
+    _remove_all_but({LOCK, _PROGRESS, WEIGHTS} if whole else {LOCK}, partial)
+    if whole:
+        _remove_all_but(whole, directory)
+    return made
+
+
+def _remove_all_but(kept: Collection[str], folder: Path) -> None:
+    for entry in folder.iterdir():
         if entry.name not in kept:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    return state
 
 
 def _write_groups(
     source: Source,
     partial: Path,
     dtype: DType | None,
-    state: dict[str, Any],
+    groups: Mapping[str, Collection[str]],
+    made: _Made,
     progress: Progress | None,
     check_interrupts: Callable[[], None],
 ) -> dict[str, StoredWeight]:
     """Write the groups that are missing; return the entries of all weights."""
-    weights = {name: StoredWeight(**{**w, "shape": tuple(w["shape"])}) for name, w in state["weights"].items()}
+    weights = dict(made.weights)
     nbytes = {name: _nbytes(source, recipe, dtype) for name, recipe in source.recipes.items()}
     specs = weight_specs(module_of(source.config))
     tables = {name for name, spec in specs.items() if spec.init == "numbers"}
-    groups = group_weights(nbytes)
-    missing = [group for group, names in groups.items() if not (weights.keys() >= set(names) and (partial / WEIGHTS / group).is_dir())]
-    _check_space(partial, sum(nbytes[name] for group in missing for name in groups[group]))
+    _check_space(partial, sum(nbytes[name] for name in nbytes if name not in weights))
     done, total = 0, sum(nbytes.values())
     if progress is not None:
         progress("converting", done, total)
     for group, names in groups.items():
-        if group in missing:
-            for unfinished_group in (partial / WEIGHTS).glob(f"{group}*"):
-                shutil.rmtree(unfinished_group)
+        if not weights.keys() >= set(names):
             arrays = {}
             for name in names:
                 check_interrupts()
@@ -181,8 +201,8 @@ def _write_groups(
                 weights[name] = StoredWeight(group, array.shape, array.dtype.name, checksum(array))
             save_group(partial / WEIGHTS / group, arrays)
             del array, arrays
-            state["weights"] = {name: dataclasses.asdict(weight) for name, weight in weights.items()}
-            write_atomically(partial / _PROGRESS, json.dumps(state))
+            entries = {name: dataclasses.asdict(weight) for name, weight in weights.items()}
+            write_atomically(partial / _PROGRESS, json.dumps({"source": made.source, "weights": entries}))
         done += sum(nbytes[name] for name in names)
         if progress is not None:
             progress("converting", done, total)
@@ -252,17 +272,19 @@ def _verify(partial: Path, weights: Mapping[str, StoredWeight], progress: Progre
 def _identity(source: Source, dtype: DType | None) -> dict[str, Any]:
     """Everything that must be the same for a conversion to continue an interrupted one."""
     tensors = {key: [list(info.shape), info.dtype.name] for key, info in source.tensors.items()}
-    values: dict[str, Any] = {"format": source.format, "dtype": dtype, "config": config_to_json(source.config), "tensors": tensors}
+    # Not where the configuration's values were read: other versions of l4jax may word that otherwise.
+    values: dict[str, Any] = {"format": source.format, "dtype": dtype, "config": flat_fields(source.config), "tensors": tensors}
     return json.loads(json.dumps({**values, "files": source.fingerprint}))
 
 
-def _read_progress(path: Path) -> dict[str, Any] | None:
+def _read_made(file: Path) -> _Made | None:
+    """Read ``progress.json``; None if it is absent, as it is until a first group is whole, or damaged."""
     try:
-        state: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError, RecursionError):
+        state = json.loads(file.read_text(encoding="utf-8"))
+        weights = {name: StoredWeight(**{**entry, "shape": tuple(entry["shape"])}) for name, entry in state["weights"].items()}
+        return _Made(dict(state["source"]), weights)
+    except (FileNotFoundError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return None
-    whole = isinstance(state, dict) and isinstance(state.get("source"), dict) and isinstance(state.get("weights"), dict)
-    return state if whole else None
 
 
 def _nbytes(source: Source, recipe: Recipe, dtype: DType | None) -> int:

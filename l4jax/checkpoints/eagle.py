@@ -29,13 +29,14 @@ _FUSES = {f"{prefix}{name}.weight" for prefix in ("", "model.") for name in ("fc
 
 
 def is_head(directory: Path) -> bool:
-    """Whether a folder with a ``config.json`` holds an EAGLE head: its configuration says so, or it has the weight that only heads have."""
-    if says_head(read_json(directory / "config.json")):
-        return True
+    """Whether a folder with a ``config.json`` holds an EAGLE head: it has the weight that only heads have.
+
+    Where its weights cannot be read, its configuration decides, so that what opens the folder says what is wrong with them.
+    """
     try:
         files = SafetensorsFiles(directory) if _has_safetensors(directory) else _TorchFiles(directory)
     except FileError:
-        return False  # what opens the folder says what is wrong with its files
+        return says_head(read_json(directory / "config.json"))
     return not _FUSES.isdisjoint(files.tensors)
 
 

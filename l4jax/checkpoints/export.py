@@ -18,7 +18,7 @@ from l4jax.checkpoints.partial import LOCK, check_destination, unfinished
 from l4jax.checkpoints.recipes import halve
 from l4jax.checkpoints.source import CheckpointError
 from l4jax.checkpoints.store import (
-    CONVERT_AGAIN,
+    MAKE_AGAIN,
     SOURCE_CONFIG,
     Checkpoint,
     DrafterCheckpoint,
@@ -74,7 +74,7 @@ def export(
             del exports["lm_head.weight"]
     else:
         config, exports = _config(checkpoint), hf_exports(checkpoint)
-    texts = {name: read_bytes(checkpoint.directory / name, CONVERT_AGAIN) for name in checkpoint.text_files if name != SOURCE_CONFIG}
+    texts = {name: read_bytes(checkpoint.directory / name, MAKE_AGAIN) for name in checkpoint.text_files if name != SOURCE_CONFIG}
     texts["config.json"] = config
     with unfinished(target, "export") as partial, kept_interrupts() as check_interrupts:
         for entry in partial.iterdir():
@@ -94,7 +94,7 @@ def _config(checkpoint: Checkpoint) -> bytes:
     if SOURCE_CONFIG not in checkpoint.text_files:
         return json.dumps(config_to_hf(checkpoint.config, checkpoint.dtype), indent=2).encode() + b"\n"
     path = checkpoint.directory / SOURCE_CONFIG
-    values, as_written = read_json(path, CONVERT_AGAIN), read_json(path, CONVERT_AGAIN)
+    values, as_written = read_json(path, MAKE_AGAIN), read_json(path, MAKE_AGAIN)
     for section in (values, values.get("text_config"), values.get("vision_config")):
         if not isinstance(section, dict):
             continue
@@ -103,7 +103,7 @@ def _config(checkpoint: Checkpoint) -> bytes:
                 section[key] = checkpoint.dtype
         if "tie_word_embeddings" in section:
             section["tie_word_embeddings"] = checkpoint.config.tie_word_embeddings
-    return read_bytes(path, CONVERT_AGAIN) if values == as_written else json.dumps(values, indent=2).encode() + b"\n"
+    return read_bytes(path, MAKE_AGAIN) if values == as_written else json.dumps(values, indent=2).encode() + b"\n"
 
 
 def hf_exports(checkpoint: Checkpoint) -> dict[str, Export]:

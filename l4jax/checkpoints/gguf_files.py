@@ -29,7 +29,7 @@ _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 
 class _CutOffError(Exception):
-    """A file ends before byte ``needed``."""
+    """A file ends before byte ``needed``: it is cut off, or a length in it is damaged."""
 
     def __init__(self, needed: int) -> None:
         super().__init__(needed)
@@ -117,7 +117,7 @@ def _read(file: WeightFile) -> tuple[dict[str, Any], dict[str, _Tensor]]:
         reader = _Reader(path)
     except _CutOffError as error:
         raise CheckpointError(
-            f"{path} is cut off: it has {counted(file.size, 'byte')}, and needs at least {error.needed:,}; fetch it again"
+            f"{path} is cut off or damaged: it has {counted(file.size, 'byte')}, and needs at least {error.needed:,}; fetch it again"
         ) from error
     except (ValueError, IndexError, KeyError, OSError) as error:
         unknown = re.search(r"(\d+)\)? is not a valid GGMLQuantizationType", str(error))

@@ -42,7 +42,7 @@ def unfinished(target: Path, work: Work) -> Iterator[Path]:
     Raises :class:`CheckpointError` if it is in use, was not made by this work or cannot be written, and for a full disk.
     """
     partial = target.with_name(target.name + SUFFIX)
-    try:
+    with writing(target, work, folder=partial):
         if partial.exists() and not (partial / LOCK).is_file() and (not partial.is_dir() or any(partial.iterdir())):
             raise CheckpointError(f"{partial} is in the way: it is not an unfinished {work}; move it or choose another destination")
         ours = not partial.exists() or (partial / LOCK).is_file()
@@ -66,17 +66,32 @@ def unfinished(target: Path, work: Work) -> Iterator[Path]:
                 if ours and not (partial / WEIGHTS).exists():
                     shutil.rmtree(partial, ignore_errors=True)
                 raise
+
+
+@contextmanager
+def writing(destination: Path, work: str, *, folder: Path) -> Iterator[None]:
+    """Turn an OSError of writing ``folder``, in which the destination is made, into a :class:`CheckpointError`.
+
+    Every other OSError passes: that of another file, and of a stream or a connection, which name no file. Only a full disk, which names
+    none either, is taken for the destination's.
+    """
+    try:
+        yield
     except OSError as error:
-        # Files that cannot be read are reported by their readers, as another error.
-        raise cannot_write(error, target, work, kept=partial) from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) and (error.filename is None or _concerns(error.filename, folder)):
+            rest = f": what is written is kept in {folder}" if folder.exists() else ""
+            raise CheckpointError(f"the disk of {destination} is full; free some space and run the same {work} again{rest}") from error
+        if error.filename is None or not _concerns(error.filename, folder):
+            raise
+        raise CheckpointError(f"{error.filename} cannot be written ({error.strerror}); choose another destination") from error
 
 
-def cannot_write(error: OSError, destination: Path, work: str, *, kept: Path) -> CheckpointError:
-    """Return the error for a destination that cannot be written; ``kept``: the folder of what was written so far."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        rest = f": what is written is kept in {kept}" if kept.exists() else ""
-        return CheckpointError(f"the disk of {destination} is full; free some space and run the same {work} again{rest}")
-    return CheckpointError(f"{error.filename or kept} cannot be written ({error.strerror}); choose another destination")
+def _concerns(file: str | bytes | int, folder: Path) -> bool:
+    """Whether the file of an OSError is the folder, in it, or a folder that it is in."""
+    if isinstance(file, int):
+        return False
+    path, own = Path(os.path.abspath(os.fsdecode(file))), Path(os.path.abspath(folder))
+    return path.is_relative_to(own) or own.is_relative_to(path)
 
 
 def write_atomically(path: Path, text: str) -> None:

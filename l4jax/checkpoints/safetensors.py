@@ -121,7 +121,7 @@ def _read_header(file: WeightFile) -> dict[str, _Entry]:
         end = stop
     if 8 + length + end > file.size:
         raise CheckpointError(
-            f"{file.path} is truncated: it has {file.size} bytes and its tensors end at {8 + length + end}; fetch it again"
+            f"{file.path} is cut off or damaged: it has {file.size} bytes and its tensors end at {8 + length + end}; fetch it again"
         )
     if 8 + length + end < file.size:
         raise CheckpointError(f"{file.path} has {file.size} bytes and its tensors end at {8 + length + end}; fetch it again")

@@ -47,8 +47,8 @@ MANIFEST = "checkpoint.json"
 SOURCE_CONFIG = "source_config.json"
 """A Hugging Face source's ``config.json``, kept as it was for the export."""
 FORMAT_VERSION = 1
-CONVERT_AGAIN = "check the file, or convert the model again"
-"""What to do about a file of a checkpoint that is damaged or cannot be read: nobody but us has it."""
+MAKE_AGAIN = "check the file, or make the checkpoint again"
+"""What to do about a file of a checkpoint, converted or trained, that is damaged or cannot be read: nobody but us has it."""
 DTYPES: Mapping[str, np.dtype] = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -137,7 +137,7 @@ def load_group(directory: Path, names: Iterable[str], placement: Placement | Non
         if not isinstance(cause, ValueError | OSError | KeyError):
             raise cause from None
         reason = str(cause).split("\n", 1)[0][:200]
-        raise CheckpointError(f"{directory} cannot be read ({reason}); the checkpoint is damaged, convert it again") from error
+        raise CheckpointError(f"{directory} cannot be read ({reason}); the checkpoint is damaged, make it again") from error
     return restored
 
 
@@ -147,7 +147,7 @@ def load_verified(directory: Path, weights: Mapping[str, StoredWeight]) -> dict[
     for name, weight in weights.items():
         array = arrays[name]
         if (array.shape, array.dtype.name, checksum(array)) != (weight.shape, weight.dtype, weight.crc32):
-            raise CheckpointError(f"weight {name} in {directory} is not what was written; the checkpoint is damaged, convert it again")
+            raise CheckpointError(f"weight {name} in {directory} is not what was written; the checkpoint is damaged, make it again")
     return arrays
 
 
@@ -219,7 +219,7 @@ class Stored:
         """The SHA-256 of the manifest, which has a checksum of every weight, and of the text files."""
         digest = hashlib.sha256()
         for file in (MANIFEST, *self.text_files):
-            digest.update(read_bytes(self.directory / file, CONVERT_AGAIN))
+            digest.update(read_bytes(self.directory / file, MAKE_AGAIN))
         return digest.hexdigest()
 
     def groups(self, names: Iterable[str]) -> dict[str, list[str]]:
@@ -250,7 +250,7 @@ class Stored:
                     if arrays[name].shape != self.weights[name].shape:
                         raise CheckpointError(
                             f"weight {name} in {self.directory} has shape {arrays[name].shape}; "
-                            f"expected {self.weights[name].shape}; the checkpoint is damaged, convert it again"
+                            f"expected {self.weights[name].shape}; the checkpoint is damaged, make it again"
                         )
                     cast = arrays.pop(name)
                     if self.weights[name].dtype not in TABLE_DTYPES:
@@ -272,7 +272,7 @@ class Checkpoint(Stored):
         files = [self.directory / name for name in ("tokenizer.json", "tokenizer.model") if name in self.text_files]
         if not files:
             return None
-        return hashlib.sha256(read_bytes(files[0], CONVERT_AGAIN)).hexdigest()
+        return hashlib.sha256(read_bytes(files[0], MAKE_AGAIN)).hexdigest()
 
     @property
     def drafter(self) -> Path | None:
@@ -333,20 +333,20 @@ def _open(path: str | os.PathLike[str]) -> tuple[Stored, dict[str, Any]]:
         raise CheckpointError(f"{directory} is an unfinished conversion; run the same `l4jax convert` again to finish it")
     if not (directory / MANIFEST).is_file():
         raise CheckpointError(f"{directory} has no {MANIFEST}; expected a folder made by `l4jax convert`: convert {directory.name} first")
-    manifest = read_json(directory / MANIFEST, CONVERT_AGAIN)
+    manifest = read_json(directory / MANIFEST, MAKE_AGAIN)
     if manifest.get("format_version") != FORMAT_VERSION:
         version = manifest.get("format_version")
-        raise CheckpointError(f"{directory} has format version {version}; expected {FORMAT_VERSION}; convert it again")
+        raise CheckpointError(f"{directory} has format version {version}; expected {FORMAT_VERSION}; make it again")
     with _damage_to(directory / MANIFEST):
         weights = {name: StoredWeight(**{**w, "shape": tuple(w["shape"])}) for name, w in manifest["weights"].items()}
         sizes: dict[str, int] = dict(manifest["weight_files"])
         stored = Stored(directory, manifest["source_format"], weights, tuple(manifest["text_files"]))
     for file in (*sizes, *stored.text_files):
-        with reading(directory / file, CONVERT_AGAIN):
+        with reading(directory / file, MAKE_AGAIN):
             found = (directory / file).stat().st_size if (directory / file).is_file() else None
         if found is None or found != sizes.get(file, found):
             state = "is missing" if found is None else f"has {found} bytes; expected {sizes[file]}"
-            raise CheckpointError(f"{directory / file} {state}; the checkpoint is damaged, convert it again")
+            raise CheckpointError(f"{directory / file} {state}; the checkpoint is damaged, make it again")
     return stored, manifest
 
 
@@ -355,7 +355,7 @@ def _damage_to(manifest: Path) -> Iterator[None]:
     try:
         yield
     except (AttributeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{manifest} is damaged ({error!r}); convert the checkpoint again") from error
+        raise CheckpointError(f"{manifest} is damaged ({error!r}); make the checkpoint again") from error
     except ConfigError as error:
         raise CheckpointError(f"{manifest} is damaged, or another version of l4jax made it ({error}); make the checkpoint again") from error
 
@@ -367,5 +367,5 @@ def _check_weights(stored: Stored, module: nnx.Module) -> None:
         dtypes = TABLE_DTYPES if spec.init == "numbers" else tuple(DTYPES)
         if weight is None or weight.shape != spec.shape or weight.dtype not in dtypes:
             raise CheckpointError(
-                f"{stored.directory / MANIFEST} has no entry that fits weight {name}; it is damaged, convert the checkpoint again"
+                f"{stored.directory / MANIFEST} has no entry that fits weight {name}; it is damaged, make the checkpoint again"
             )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import importlib
 import importlib.metadata
 import io
@@ -19,6 +20,9 @@ from collections.abc import Iterable, Sequence
 from typing import NoReturn, override
 
 COMMANDS = ("generate", "convert", "export", "show", "demo", "train-drafter")
+
+_OF_STREAMS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
+"""What writing to an open file or stream ends in."""
 
 STARTED = time.perf_counter()
 """When the command began, on the clock of ``time.perf_counter``."""
@@ -57,9 +61,12 @@ def _run(argv: Sequence[str] | None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: _say(f"warning: {message}")
         try:
-            arguments, unknown = parser.parse_known_args(argv)
+            given = sys.argv[1:] if argv is None else argv
+            arguments, unknown = parser.parse_known_args(given)
             if unknown:
-                subparsers.choices[arguments.command].error(f"unrecognized arguments: {' '.join(unknown)}")
+                before_command = given.index(unknown[0]) < given.index(arguments.command)
+                its = parser if before_command else subparsers.choices[arguments.command]
+                its.error(f"unrecognized arguments: {' '.join(unknown)}")
             status: int = arguments.run(arguments)
         finally:
             sys.stdout.flush()
@@ -94,8 +101,10 @@ def _in_words(error: ValueError | OSError) -> str:
         return str(error)
     if error.filename is not None:
         return f"{error.filename} cannot be read or written ({error.strerror}); check that path, its permissions and its disk"
-    # Files that commands write have errors of their own; which stream it was, the system does not say.
-    return f"standard output or another stream cannot be used ({error.strerror}); free some space, or redirect it to another file"
+    if error.errno in _OF_STREAMS:
+        # Files that commands write have errors of their own; which stream it was, the system does not say.
+        return f"standard output or another stream cannot be used ({error.strerror}); free some space, or redirect it to another file"
+    return f"the system refused an operation ({error.strerror}); run the same command again once that is cured"
 
 
 def _open_streams() -> None:

@@ -10,7 +10,7 @@ from rich.progress import Progress, TaskID
 
 
 class Bar:
-    """A bar that appears when work begins; it is taken away again if an error ends the work before any is done."""
+    """A bar that appears when work begins; it is taken away again if the context ends before any of it is done."""
 
     def __init__(self) -> None:
         self._progress = Progress(console=Console(stderr=True))

@@ -72,4 +72,4 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _same_at_first(tokens: int) -> str:
-    return f"the same first {counted(tokens, 'token')} (then bfloat16's rounding decides between two likely tokens: docs/speculation.md)"
+    return f"the same first {counted(tokens, 'token')} (in bfloat16, rounding can decide between two likely tokens)"

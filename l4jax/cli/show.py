@@ -55,7 +55,7 @@ def _describe(name: str) -> tuple[list[Row], ModelConfig | DrafterConfig]:
     """The rows about the checkpoint, and its configuration."""
     from l4jax.checkpoints.files import absent
     from l4jax.checkpoints.open import open_source
-    from l4jax.checkpoints.store import CONVERT_AGAIN, MANIFEST, open_checkpoint, open_drafter
+    from l4jax.checkpoints.store import MAKE_AGAIN, MANIFEST, open_checkpoint, open_drafter
     from l4jax.data import configs_path
     from l4jax.files import read_json
 
@@ -69,7 +69,7 @@ def _describe(name: str) -> tuple[list[Row], ModelConfig | DrafterConfig]:
         config = _read_config(path)
         return [("path", str(path)), ("format", "Hugging Face config.json"), *_decoder(config)], config
     if (path / MANIFEST).exists():
-        if "drafter" in read_json(path / MANIFEST, CONVERT_AGAIN):
+        if "drafter" in read_json(path / MANIFEST, MAKE_AGAIN):
             drafter = open_drafter(path)
             return _describe_drafter(drafter), drafter.config
         checkpoint = open_checkpoint(path)
@@ -191,13 +191,13 @@ def _text(directory: Path, config: ModelConfig) -> list[Row]:
 
 
 def _configuration(config: ModelConfig | DrafterConfig) -> tuple[Row, list[Row]]:
-    """The header and rows of the configuration; without a column of sources if the checkpoint does not have them all."""
+    """The header and rows of the configuration; without a column of sources if the checkpoint has none."""
     from l4jax.config import flat_fields
 
     sources, fields = dict(config.sources), flat_fields(config)
-    if not sources.keys() >= fields.keys():
+    if sources.keys().isdisjoint(fields):
         return ("field", "value"), [(name, _value(value)) for name, value in fields.items()]
-    return ("field", "value", "source"), [(name, _value(value), sources[name]) for name, value in fields.items()]
+    return ("field", "value", "source"), [(name, _value(value), sources.get(name, "unknown")) for name, value in fields.items()]
 
 
 def _value(value: Any) -> str:

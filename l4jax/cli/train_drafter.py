@@ -70,8 +70,8 @@ def run(args: argparse.Namespace) -> int:
     import l4jax
     from l4jax.checkpoints.store import open_checkpoint
     from l4jax.cli.bar import Bar
-    from l4jax.files import reading
     from l4jax.speculator import open_fitting_drafter
+    from l4jax.training.data import check_readable
     from l4jax.training.run import Settings, train_drafter
 
     if args.start is not None:
@@ -84,8 +84,7 @@ def run(args: argparse.Namespace) -> int:
     for name in ("report_every", "save_every"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected at least 1")
-    with reading(Path(args.data)):  # before the target is loaded, which takes long
-        Path(args.data).stat()
+    check_readable(Path(args.data))  # before the target is loaded, which takes long
     target = open_checkpoint(args.target)
     start = open_fitting_drafter(args.start, target)
     llm = l4jax.load(args.target, mesh=args.mesh, dtype=args.dtype, max_batch=args.answer_batch)

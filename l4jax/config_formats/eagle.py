@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from l4jax.config import ConfigError, DrafterConfig, ModelConfig, usual_aux_layers
-from l4jax.config_formats.fields import convert, shorten
+from l4jax.config_formats.fields import convert, presence, shorten
 from l4jax.config_formats.hf import config_from_hf
 
 HeadFormat = Literal["eagle", "speculators", "llama4"]
@@ -40,10 +40,8 @@ NO_ANSWERS = HeadAnswers()
 
 
 def says_head(values: Mapping[str, Any]) -> bool:
-    """Whether a ``config.json`` says that it is a head's. SafeAILab's have their target's architecture, and do not say it."""
-    architectures = values.get("architectures")
-    named = isinstance(architectures, list) and any("eagle" in str(name).lower() for name in architectures)
-    return named or any(key in values for key in ("speculators_config", "speculators_model_type", "eagle_config"))
+    """Whether a ``config.json`` has a field that only heads have. Many heads have none, and names of architectures say too little."""
+    return any(key in values for key in ("speculators_config", "speculators_model_type", "eagle_config"))
 
 
 def head_format(values: Mapping[str, Any]) -> HeadFormat:
@@ -76,12 +74,13 @@ def drafter_config_from_eagle(
     decoder = _decoder(layer, version, said)
     length = _trained_length(layer, said, target.max_position_embeddings, decoder.max_position_embeddings, answers.trained_length)
     decoder = dataclasses.replace(decoder, max_position_embeddings=length)
+    own_embedding = "embed_tokens.weight" in tensors
     common: dict[str, Any] = {
         "version": version,
         "decoder": decoder,
         "target_layers": said.derive("target_layers", target.num_layers, "the target"),
         "target_tokenizer": said.derive("target_tokenizer", target_tokenizer, "the target"),
-        "own_embedding": said.derive("own_embedding", "embed_tokens.weight" in tensors, "the presence of embed_tokens.weight"),
+        "own_embedding": said.derive("own_embedding", own_embedding, presence("embed_tokens.weight", there=own_embedding)),
     }
     of_version = f"the version, {'EAGLE-1' if version == 'eagle1' else 'EAGLE-3'}"
     if version == "eagle1":
@@ -90,8 +89,9 @@ def drafter_config_from_eagle(
             raise ConfigError("config.json: layernorms is true, the norms of HASS heads, which is not supported; expected false")
         bias = said.flag("fusion_bias" if form == "speculators" else "bias")
         bias_key = "fusion_fc.bias" if form == "speculators" else "fc.bias"
-        if bias is not None and bias != (bias_key in tensors):
-            has = "has" if bias_key in tensors else "lacks"
+        has_bias = bias_key in tensors
+        if bias is not None and bias != has_bias:
+            has = "has" if has_bias else "lacks"
             raise ConfigError(
                 f"config.json says {'a' if bias else 'no'} bias, and the head {has} tensor {bias_key}: they do not belong together"
             )
@@ -101,7 +101,7 @@ def drafter_config_from_eagle(
             draft_vocab_size=said.derive("draft_vocab_size", decoder.vocab_size, "decoder.vocab_size"),
             target_hidden_size=said.derive("target_hidden_size", decoder.hidden_size, "decoder.hidden_size"),
             aux_layers=said.derive("aux_layers", (), of_version),
-            fuse_bias=said.derive("fuse_bias", bias_key in tensors, f"the presence of {bias_key}"),
+            fuse_bias=said.derive("fuse_bias", has_bias, presence(bias_key, there=has_bias)),
             first_layer_normed=said.derive("first_layer_normed", norms, f"the head's format, {form}"),
             final_normed=said.derive("final_normed", norms, f"the head's format, {form}"),
             norm_before_residual=said.derive("norm_before_residual", False, of_version),
@@ -166,7 +166,7 @@ class _Said:
         value = self.find(key, key)
         return default if value is None else int(convert(value, int, f"config.json: {key}"))
 
-    def derive(self, field: str, value: Any, how: str) -> Any:
+    def derive[T](self, field: str, value: T, how: str) -> T:
         """Return ``value``, which no single field of the file holds, and record ``how`` it was derived."""
         self.sources[field] = f"derived from {how}"
         return value
@@ -180,8 +180,8 @@ def _version(said: _Said, tensors: Collection[str]) -> Literal["eagle1", "eagle3
                 f'config.json: speculators_model_type is {shorten(kind)}, which is not supported; expected "eagle" or "eagle3"'
             )
         return "eagle1" if kind == "eagle" else "eagle3"
-    said.derive("version", None, "the names of the tensors")
-    return "eagle3" if any(key in ("d2t", "t2d") or key.startswith("midlayer.") for key in tensors) else "eagle1"
+    is_eagle3 = any(key in ("d2t", "t2d") or key.startswith("midlayer.") for key in tensors)
+    return said.derive("version", "eagle3" if is_eagle3 else "eagle1", "the names of the tensors")
 
 
 def _decoder(layer: Mapping[str, Any], version: str, said: _Said) -> ModelConfig:
@@ -204,12 +204,12 @@ def _decoder(layer: Mapping[str, Any], version: str, said: _Said) -> ModelConfig
         raise ConfigError(f"config.json: num_hidden_layers is {config.num_layers}; expected 1, which EAGLE-3 heads have")
     place = "config.json: transformer_layer_config." if said.form == "speculators" else "config.json: "
     said.sources |= {f"decoder.{field}": source.replace("config.json: ", place) for field, source in config.sources}
-    for field in ("architecture", "tie_word_embeddings"):
-        said.derive(f"decoder.{field}", None, f"the head's format, {said.form}")
+    of_format = f"derived from the head's format, {said.form}"
+    said.sources |= {"decoder.architecture": of_format, "decoder.tie_word_embeddings": of_format}
     field, key, default = ("moe", "moe_layers", "none") if said.form == "llama4" else ("num_layers", "num_hidden_layers", "1")
     if key not in layer:
         said.sources[f"decoder.{field}"] = f"default of EAGLE heads: {default}"
-    return config
+    return dataclasses.replace(config, sources=())
 
 
 def _trained_length(layer: Mapping[str, Any], said: _Said, context: int, read: int, answer: int | None) -> int:
@@ -252,10 +252,10 @@ def _aux_layers(said: _Said, layers: int, answer: tuple[int, ...] | None) -> tup
                 f"config.json: {_IDS} is {ids} in eagle_config and {said.top_ids} outside; give the layers whose input is read, "
                 "--aux-layers I,J,K"
             )
-        return tuple(said.derive("aux_layers", outputs_plus_one, by_outputs))
+        return said.derive("aux_layers", outputs_plus_one, by_outputs)
     numbers_outputs = outputs_plus_one == usual
     if numbers_outputs and said.form != "speculators":
-        return tuple(said.derive("aux_layers", outputs_plus_one, by_outputs))
+        return said.derive("aux_layers", outputs_plus_one, by_outputs)
     if tuple(ids) == usual or (said.form == "speculators" and not numbers_outputs):
         return tuple(ids)
     raise ConfigError(

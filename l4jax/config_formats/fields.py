@@ -55,6 +55,11 @@ class Section:
                 )
 
 
+def presence(key: str, *, there: bool) -> str:
+    """What a value is derived from that depends on whether a tensor is there, in words."""
+    return f"the {'presence' if there else 'absence'} of {key}"
+
+
 def head_dim(section: Section, given: int | None, hidden: int, heads: int) -> int:
     """Return the head dimension ``given``, or width / heads, which all formats document as its default."""
     if given is not None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from l4jax.config import ConfigError, ModelConfig, RopeScaling
-from l4jax.config_formats.fields import Section, head_dim, plain_attention, shorten
+from l4jax.config_formats.fields import Section, head_dim, plain_attention, presence, shorten
 from l4jax.model.rotary import rotary_frequencies
 
 _PREFIX = "llama."
@@ -85,7 +85,9 @@ def config_from_gguf(
         rms_norm_eps=section.take("rms_norm_eps", "attention.layer_norm_rms_epsilon", float),
         rope_theta=theta,
         rope_scaling=_rope_scaling(section, rope_freqs, width, theta),
-        tie_word_embeddings=section.derive("tie_word_embeddings", tie_word_embeddings, "the presence of output.weight"),
+        tie_word_embeddings=section.derive(
+            "tie_word_embeddings", tie_word_embeddings, presence("output.weight", there=not tie_word_embeddings)
+        ),
         bos_token_id=_token(tokens, "bos_token_id", "tokenizer.ggml.bos_token_id"),
         eos_token_ids=_end_tokens(tokens),
         pad_token_id=_token(tokens, "pad_token_id", "tokenizer.ggml.padding_token_id"),

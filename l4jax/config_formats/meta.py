@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from l4jax.config import ConfigError, ModelConfig, MoEConfig, RopeScaling, VisionConfig
-from l4jax.config_formats.fields import Section, head_dim, plain_attention, shorten
+from l4jax.config_formats.fields import Section, head_dim, plain_attention, presence, shorten
 
 # Defaults of ModelArgs in llama_models/llama3/args.py; the scaling's numbers are constants in its model.py. rope_theta is not
 # among them: Llama 2, whose params.json looks the same, has another default.
@@ -87,7 +87,9 @@ def config_from_meta(params: Mapping[str, Any], *, vocab_size: int, tie_word_emb
         rms_norm_eps=section.take("rms_norm_eps", "norm_eps", float),
         rope_theta=section.take("rope_theta", "rope_theta", float),
         rope_scaling=_rope_scaling(section, is_llama4=is_llama4, dim=dim) if scaled else None,
-        tie_word_embeddings=section.derive("tie_word_embeddings", tie_word_embeddings, "the presence of output.weight"),
+        tie_word_embeddings=section.derive(
+            "tie_word_embeddings", tie_word_embeddings, presence("output.weight", there=not tie_word_embeddings)
+        ),
         bos_token_id=begin,
         eos_token_ids=ends,
         pad_token_id=padding,

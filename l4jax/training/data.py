@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from l4jax.text.chat import ChatOptions
 from l4jax.training.folder import reading_own
 
 _EXPECTED = 'expected an object with "messages", "prompt", or "prompt_token_ids" and "token_ids"'
+_CHECK = "check its name and its permissions"
 
 # What a conversation in the data may give to the chat template beside its messages.
 _TEMPLATE_OPTIONS: tuple[Literal["tools", "documents", "chat_template_kwargs"], ...] = ("tools", "documents", "chat_template_kwargs")
@@ -60,6 +62,13 @@ class Data:
     repeated: int
 
 
+def check_readable(path: Path) -> None:
+    """Raise ValueError for a file of prompts that cannot be read. A pipe is not opened: it can be read only once."""
+    with reading(path, _CHECK):
+        if not stat.S_ISFIFO(path.stat().st_mode):
+            path.open("rb").close()
+
+
 def read_data(path: Path, llm: LLM, temperature: float) -> Data:
     """Read the prompts of a JSONL file, which may be a pipe: it is read once.
 
@@ -73,7 +82,7 @@ def read_data(path: Path, llm: LLM, temperature: float) -> Data:
     examples: list[Example] = []
     asked: set[Asked] = set()
     repeated = 0
-    with reading(path), path.open("rb") as file:
+    with reading(path, _CHECK), path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             digest.update(raw)
             if not raw.strip():

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from l4jax.checkpoints.partial import cannot_write, write_atomically
+from l4jax.checkpoints.partial import write_atomically, writing
 from l4jax.checkpoints.store import load_group, save_group
 from l4jax.files import FileError
 
@@ -94,7 +94,7 @@ def claim(path: Path, settings: Mapping[str, Any]) -> Iterator[RunFolder]:
     """
     if path.exists() and not (path.is_dir() and ((path / "lock").is_file() or not any(path.iterdir()))):
         raise ValueError(f"{path} is not the folder of a training run; choose another, or remove it")
-    try:
+    with writing(path, "training", folder=path):
         path.mkdir(parents=True, exist_ok=True)
         with (path / "lock").open("a") as lock:
             try:
@@ -106,8 +106,6 @@ def claim(path: Path, settings: Mapping[str, Any]) -> Iterator[RunFolder]:
             for unfinished in (path / "states").glob("*tmp*"):
                 shutil.rmtree(unfinished)
             yield RunFolder(path)
-    except OSError as error:
-        raise cannot_write(error, path, "training", kept=path) from error
 
 
 def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:

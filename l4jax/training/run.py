@@ -143,9 +143,9 @@ def train_drafter(
     too_long = len(read.examples) - len(fitting)
     if all(example.is_held_out(settings.held_out) for example in fitting):
         raise ValueError(
-            f"none of {counted(len(read.examples), 'prompt')} can be trained on: {counted(too_long, 'leaves', 'leave')} no room for an "
-            f"answer in {settings.length} tokens, and {counted(len(fitting), 'is', 'are')} held out; give more prompts, a greater length "
-            "or a smaller share to hold out"
+            f"none of {counted(len(read.examples), 'prompt')} can be trained on: answers to {too_long:,} have no room in "
+            f"{settings.length} tokens, and the held-out share takes {len(fitting):,}; give more prompts, a greater length or a smaller "
+            "share to hold out"
         )
     whose = {
         "target": target_digest,
@@ -214,7 +214,7 @@ class _Run:
         if not train:
             raise ValueError(
                 f"of {counted(len(examples), 'answer')} none that is trained on has 2 tokens or more "
-                f"({counted(len(held_out), 'is', 'are')} held out); give more prompts"
+                f"(the held-out share takes {len(held_out):,}); give more prompts"
             )
         if settings.version == "eagle1":
             token_ids = np.arange(llm.config.vocab_size, dtype=np.int32)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -135,6 +135,19 @@ def test_norms_in_float32_beside_matrices_in_bfloat16_load_as_bfloat16(source, t
     }
 
 
+def test_parts_of_several_dtypes_keep_every_bit(source, tmp_path):
+    def narrow(tensors):
+        key = "model.layers.0.self_attn.q_proj.weight"
+        tensors[key] = tensors[key].astype(ml_dtypes.bfloat16)
+
+    rewrite(source, narrow)
+    convert(source, tmp_path / "ours")
+    assert open_checkpoint(tmp_path / "ours").weights["layers.0.attention.qkv"].dtype == "float32"
+    export(tmp_path / "ours", tmp_path / "back")
+    for key, array in tensors_of(source).items():
+        np.testing.assert_array_equal(tensors_of(tmp_path / "back")[key], array.astype(np.float32))
+
+
 def test_unfused_experts_give_the_same_weights(source, tmp_path):
     convert(source, tmp_path / "fused")
 
@@ -212,29 +225,76 @@ def damaged(source: Path, partial: Path) -> None:
     (partial / "progress.json").write_text("{")
 
 
+def half_an_entry(source: Path, partial: Path) -> None:
+    state = json.loads((partial / "progress.json").read_text())
+    next(iter(state["weights"].values())).pop("crc32")
+    (partial / "progress.json").write_text(json.dumps(state))
+
+
+def fifth_group_removed(source: Path, partial: Path) -> None:
+    """As a conversion leaves it which finds that a group is not what was written."""
+    shutil.rmtree(partial / "weights" / "00004")
+
+
 ANEW = ": its weights are removed, and all are converted anew"
 
 
 @pytest.mark.parametrize(
     ("change", "dtype", "said"),
     [
-        (doubled, None, f"is of a conversion of a source that differs or has changed, or with other options{ANEW}"),
+        (
+            doubled,
+            None,
+            f"is of a conversion of a source that differs or has changed, with other options, or by another version of l4jax{ANEW}",
+        ),
         (lambda *_: None, "bfloat16", f"is of a conversion to another dtype{ANEW}"),
         (damaged, None, f"cannot be continued, because its progress.json is damaged{ANEW}"),
-        (lambda *_: None, None, r"is continued: \d+ of \d+ weights were converted before"),
+        (half_an_entry, None, f"cannot be continued, because its progress.json is damaged{ANEW}"),
+        (lambda *_: None, None, "is continued: {5} of {all} weights were converted before"),
+        (fifth_group_removed, None, "is continued: {4} of {all} weights were converted before"),
     ],
-    ids=["another source", "another dtype", "damaged", "the same"],
+    ids=["another source", "another dtype", "damaged", "an entry is damaged", "the same", "a group is gone"],
 )
-def test_what_becomes_of_an_interrupted_conversion_is_said(change, dtype, said, source, tmp_path):
+def test_what_becomes_of_an_interrupted_conversion_is_said(change, dtype, said, source, tmp_path, many_groups):
     subprocess.run([sys.executable, "-c", KILLER, str(source), str(tmp_path / "ours"), "6", "clean"], check=False)
     change(source, tmp_path / "ours.partial")
     notes = []
     convert(source, tmp_path / "ours", dtype=dtype, note=notes.append)
-    (note,) = notes
-    assert re.fullmatch(f"{tmp_path}/ours.partial {said}", note), note
     convert(source, tmp_path / "whole", dtype=dtype, note=notes.append)
-    assert notes == [note]
-    assert open_checkpoint(tmp_path / "ours").weights == open_checkpoint(tmp_path / "whole").weights
+    ours, whole = open_checkpoint(tmp_path / "ours"), open_checkpoint(tmp_path / "whole")
+    assert ours.weights == whole.weights
+    groups = list(whole.groups(whole.weights).values())
+    numbers = {"{4}": sum(map(len, groups[:4])), "{5}": sum(map(len, groups[:5])), "{all}": len(whole.weights)}
+    for name, number in numbers.items():
+        said = said.replace(name, str(number))
+    assert notes == [f"{tmp_path}/ours.partial {said}"]
+
+
+def test_a_conversion_is_continued_whatever_it_calls_the_places_of_values(source, tmp_path, monkeypatch, many_groups):
+    """Another version of l4jax may word them otherwise."""
+    subprocess.run([sys.executable, "-c", KILLER, str(source), str(tmp_path / "ours"), "6", "clean"], check=False)
+    opened = convert_module.open_source(source)
+    opened.config = dataclasses.replace(opened.config, sources=())
+    monkeypatch.setattr(convert_module, "open_source", lambda _: opened)
+    notes = []
+    convert(source, tmp_path / "ours", note=notes.append)
+    assert len(notes) == 1 and " is continued: " in notes[0]
+
+
+def test_an_interruption_before_any_weight_is_complete_is_no_damage(source, tmp_path):
+    subprocess.run([sys.executable, "-c", KILLER, str(source), str(tmp_path / "ours"), "1", "half-written"], check=False)
+    notes = []
+    convert(source, tmp_path / "ours", note=notes.append)
+    assert notes == [f"{tmp_path}/ours.partial has no weights that can be used: all are converted anew"]
+
+
+def test_weights_that_were_grouped_otherwise_are_converted_anew(source, tmp_path):
+    """By another version of l4jax: none of its groups is left in the checkpoint."""
+    subprocess.run([sys.executable, "-c", KILLER, str(source), str(tmp_path / "ours"), "6", "clean"], check=False)
+    notes = []
+    convert(source, tmp_path / "ours", note=notes.append)
+    assert notes == [f"{tmp_path}/ours.partial has no weights that can be used: all are converted anew"]
+    assert [entry.name for entry in (tmp_path / "ours" / "weights").iterdir()] == ["00000"]
 
 
 @pytest.mark.parametrize(
@@ -304,9 +364,13 @@ def test_what_is_read_back_must_be_what_was_written(source, tmp_path, monkeypatc
         patch.setattr(convert_module, "save_group", corrupted)
         with pytest.raises(CheckpointError, match="reads back"):
             convert(source, tmp_path / "ours")
-    convert(source, tmp_path / "ours")
+    notes = []
+    convert(source, tmp_path / "ours", note=notes.append)
     convert(source, tmp_path / "whole")
-    assert open_checkpoint(tmp_path / "ours").weights == open_checkpoint(tmp_path / "whole").weights
+    checkpoint = open_checkpoint(tmp_path / "whole")
+    assert open_checkpoint(tmp_path / "ours").weights == checkpoint.weights
+    total, removed = len(checkpoint.weights), len(checkpoint.groups(checkpoint.weights)["00002"])
+    assert notes == [f"{tmp_path}/ours.partial is continued: {total - removed} of {total} weights were converted before"]
 
 
 def test_dry_run_prints_the_mapping_and_writes_nothing(source, tmp_path, capsys):

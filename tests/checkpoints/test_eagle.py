@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from l4jax.checkpoints.export import export
 from l4jax.checkpoints.source import CheckpointError
 from l4jax.checkpoints.store import load_verified, open_drafter
 from l4jax.config import ModelConfig, flat_fields
+from l4jax.config_formats.eagle import NO_ANSWERS, drafter_config_from_eagle
 from l4jax.decoding.plan import UNMEASURED
 from l4jax.model.drafter import build_drafter
 from l4jax.model.llama import Llama
@@ -36,8 +38,12 @@ from tests.checkpoints.meta_folder import write_torch_file
 from tests.checkpoints.published import (
     HEADS,
     Head,
+    eagle1_head,
     eagle3_head,
+    llama4_head,
+    nvidia_head,
     save_target,
+    speculators_head,
     target_config,
     target_of,
     without,
@@ -261,3 +267,66 @@ def test_two_sets_of_weights_of_a_head_must_be_the_same(target: Path, tmp_path: 
         write_torch_file(folder / "pytorch_model.bin", {**head.tensors, key: head.tensors[key] * 0 + 1})
         with pytest.raises(CheckpointError, match=r"has pytorch_model\.bin and safetensors, and they are not the same weights; remove"):
             convert(folder, tmp_path / "other", target=target)
+
+
+def test_where_a_head_s_values_are_from() -> None:
+    def sources(head: Head) -> dict[str, str]:
+        config = drafter_config_from_eagle(
+            head.config, {key.removeprefix("model.") for key in head.tensors}, target_config(), None, NO_ANSWERS
+        )
+        return dict(config.sources)
+
+    nvidia, speculators, llama4 = sources(nvidia_head()), sources(speculators_head(norms="one")), sources(llama4_head())
+    ids = "eagle_aux_hidden_state_layer_ids"
+    assert nvidia["aux_layers"] == f"derived from config.json: eagle_config.{ids}, which numbers outputs"
+    assert nvidia["norm_before_residual"] == "config.json: norm_before_residual"
+    assert speculators["version"] == "config.json: speculators_model_type"
+    assert speculators["aux_layers"] == f"config.json: {ids}"
+    assert speculators["decoder.rms_norm_eps"] == "config.json: transformer_layer_config.rms_norm_eps"
+    assert speculators["own_embedding"] == "derived from the presence of embed_tokens.weight"
+    assert llama4["own_embedding"] == "derived from the absence of embed_tokens.weight"
+    assert sources(eagle1_head())["fuse_bias"] == "derived from the presence of fc.bias"
+    assert llama4["decoder.architecture"] == "derived from the head's format, llama4"
+    assert llama4["decoder.moe"] == "config.json: moe_layers"
+    assert sources(eagle3_head())["aux_layers"] == "default of EAGLE-3 heads: an early layer, the middle one and a late one"
+
+
+def test_a_drafter_without_sources_is_shown_without_their_column(target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As earlier versions wrote drafters."""
+    convert(heads.write(tmp_path / "head", eagle3_head().config, eagle3_head().tensors), tmp_path / "drafter", target=target)
+    manifest = json.loads((tmp_path / "drafter" / "checkpoint.json").read_text())
+    prefix = "decoder."
+    of_decoder = [[name.removeprefix(prefix), source] for name, source in manifest["drafter"]["sources"] if name.startswith(prefix)]
+    assert of_decoder and manifest["drafter"]["decoder"]["sources"] == []  # they are stored once
+    manifest["drafter"]["sources"] = of_decoder
+    (tmp_path / "drafter" / "checkpoint.json").write_text(json.dumps(manifest))
+    assert cli.main(["show", str(tmp_path / "drafter")]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^field +value$", shown, re.MULTILINE) and re.search(r"^decoder\.vocab_size +40$", shown, re.MULTILINE)
+
+
+def test_a_head_says_its_target_s_architecture(target: Path, tmp_path: Path) -> None:
+    """Some heads name their target's architecture, because the inference engines that load them put "Eagle" before the name."""
+    head = llama4_head()
+    head.config["architectures"] = ["Llama4ForCausalLM"]
+    its_target = target_of("llama4", target, tmp_path)
+    convert(heads.write(tmp_path / "head", head.config, head.tensors), tmp_path / "drafter", target=its_target)
+    assert open_drafter(tmp_path / "drafter").config.final_normed
+
+
+def test_a_length_that_is_left_out_is_the_code_s_default(tmp_path: Path) -> None:
+    target = save_target(tmp_path / "target", target_config(max_position_embeddings=4096))
+    head = eagle3_head()
+    del head.config["max_position_embeddings"]
+    convert(heads.write(tmp_path / "head", head.config, head.tensors), tmp_path / "drafter", target=target)
+    assert open_drafter(tmp_path / "drafter").config.decoder.max_position_embeddings == 2048
+
+
+def test_other_weights_beside_a_heads_torch_file_are_named(target: Path, tmp_path: Path) -> None:
+    head = eagle3_head()
+    folder = heads.write(tmp_path / "head", head.config, head.tensors)
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    write_torch_file(folder / "pytorch_model.bin", dict(head.tensors))
+    said: list[str] = []
+    convert(folder, tmp_path / "drafter", target=target, note=said.append)
+    assert said == [f"{folder} holds other weights besides: pytorch_model.bin is read, model-00001-of-00002.safetensors is not"]

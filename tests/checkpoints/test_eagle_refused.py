@@ -15,25 +15,21 @@ from l4jax import cli
 from l4jax.checkpoints.convert import convert
 from l4jax.checkpoints.source import CheckpointError
 from l4jax.checkpoints.store import open_drafter
-from l4jax.config_formats.eagle import NO_ANSWERS, drafter_config_from_eagle
 from l4jax.files import FileError
 from tests import tiny
 from tests.checkpoints import heads
-from tests.checkpoints.folders import GOLDEN, config_of, tensors_of
+from tests.checkpoints.folders import GOLDEN, config_of, golden, reconfigure, refused, tensors_of
 from tests.checkpoints.gguf_file import write_gguf
 from tests.checkpoints.heads import V
 from tests.checkpoints.meta_folder import write_torch_file
 from tests.checkpoints.published import (
     HEADS,
-    Head,
     eagle1_head,
     eagle3_head,
     llama4_head,
-    nvidia_head,
     save_target,
     speculators_head,
     target_config,
-    target_of,
     with_tensor,
     without,
 )
@@ -160,64 +156,6 @@ def test_what_a_head_leaves_open_can_be_said(target: Path, tmp_path: Path, capsy
         assert re.search(rf"^{row}$", shown, re.MULTILINE), row
 
 
-def test_where_a_head_s_values_are_from() -> None:
-    def sources(head: Head) -> dict[str, str]:
-        config = drafter_config_from_eagle(
-            head.config, {key.removeprefix("model.") for key in head.tensors}, target_config(), None, NO_ANSWERS
-        )
-        return dict(config.sources)
-
-    nvidia, speculators, llama4 = sources(nvidia_head()), sources(speculators_head(norms="one")), sources(llama4_head())
-    ids = "eagle_aux_hidden_state_layer_ids"
-    assert nvidia["aux_layers"] == f"derived from config.json: eagle_config.{ids}, which numbers outputs"
-    assert nvidia["norm_before_residual"] == "config.json: norm_before_residual"
-    assert speculators["version"] == "config.json: speculators_model_type"
-    assert speculators["aux_layers"] == f"config.json: {ids}"
-    assert speculators["decoder.rms_norm_eps"] == "config.json: transformer_layer_config.rms_norm_eps"
-    assert speculators["own_embedding"] == "derived from the presence of embed_tokens.weight"
-    assert llama4["decoder.architecture"] == "derived from the head's format, llama4"
-    assert llama4["decoder.moe"] == "config.json: moe_layers"
-    assert sources(eagle3_head())["aux_layers"] == "default of EAGLE-3 heads: an early layer, the middle one and a late one"
-
-
-def test_a_drafter_without_sources_is_shown_without_their_column(target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As earlier versions wrote drafters."""
-    convert(heads.write(tmp_path / "head", eagle3_head().config, eagle3_head().tensors), tmp_path / "drafter", target=target)
-    manifest = json.loads((tmp_path / "drafter" / "checkpoint.json").read_text())
-    manifest["drafter"]["sources"] = manifest["drafter"]["decoder"]["sources"]
-    (tmp_path / "drafter" / "checkpoint.json").write_text(json.dumps(manifest))
-    assert cli.main(["show", str(tmp_path / "drafter")]) == 0
-    shown = capsys.readouterr().out
-    assert re.search(r"^field +value$", shown, re.MULTILINE) and re.search(r"^decoder\.vocab_size +40$", shown, re.MULTILINE)
-
-
-def test_a_head_says_its_target_s_architecture(target: Path, tmp_path: Path) -> None:
-    """Some heads name their target's architecture, because the inference engines that load them put "Eagle" before the name."""
-    head = llama4_head()
-    head.config["architectures"] = ["Llama4ForCausalLM"]
-    its_target = target_of("llama4", target, tmp_path)
-    convert(heads.write(tmp_path / "head", head.config, head.tensors), tmp_path / "drafter", target=its_target)
-    assert open_drafter(tmp_path / "drafter").config.final_normed
-
-
-def test_a_length_that_is_left_out_is_the_code_s_default(tmp_path: Path) -> None:
-    target = save_target(tmp_path / "target", target_config(max_position_embeddings=4096))
-    head = eagle3_head()
-    del head.config["max_position_embeddings"]
-    convert(heads.write(tmp_path / "head", head.config, head.tensors), tmp_path / "drafter", target=target)
-    assert open_drafter(tmp_path / "drafter").config.decoder.max_position_embeddings == 2048
-
-
-def test_other_weights_beside_a_heads_torch_file_are_named(target: Path, tmp_path: Path) -> None:
-    head = eagle3_head()
-    folder = heads.write(tmp_path / "head", head.config, head.tensors)
-    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
-    write_torch_file(folder / "pytorch_model.bin", dict(head.tensors))
-    said: list[str] = []
-    convert(folder, tmp_path / "drafter", target=target, note=said.append)
-    assert said == [f"{folder} holds other weights besides: pytorch_model.bin is read, model-00001-of-00002.safetensors is not"]
-
-
 @pytest.mark.parametrize("tied", [False, True])
 def test_an_eagle1_head_with_a_copy_of_an_output_head(tied: bool, tmp_path: Path) -> None:
     """An EAGLE-1 drafter uses its target's output head. An equal copy of it is ignored; any other head is refused."""
@@ -283,6 +221,22 @@ def test_a_model_is_not_a_head(target: Path, tmp_path: Path, capsys: pytest.Capt
         assert cli.main(["convert", str(model), str(tmp_path / "drafter"), "--target", str(target)]) == 2
         said = f"l4jax: error: {model} is a whole model, not an EAGLE head; leave --target out, or give the head\n"
         assert capsys.readouterr() == ("", said)
+
+
+def test_a_name_with_eagle_in_it_makes_no_head(tmp_path: Path) -> None:
+    """Eagle 2.5 is a model of images and text."""
+    folder = golden("llama3", tmp_path / "source")
+    reconfigure(folder, architectures=["Eagle2_5_VLForConditionalGeneration"])
+    said = refused(folder, tmp_path)
+    assert "Eagle2_5_VLForConditionalGeneration" in said and "EAGLE head" not in said
+
+
+def test_a_head_whose_weights_cannot_be_read_is_known_by_its_configuration(target: Path, tmp_path: Path) -> None:
+    head = HEADS["speculators"]()
+    folder = heads.write(tmp_path / "head", head.config, head.tensors)
+    (folder / "model.safetensors").write_bytes(b"{")
+    assert "is an EAGLE head, not a whole model" in refused(folder, tmp_path)
+    assert "model.safetensors is truncated" in refused(folder, tmp_path, target=target)
 
 
 def test_a_head_has_no_tokenizer_to_leave_out(target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

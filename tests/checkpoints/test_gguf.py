@@ -185,10 +185,23 @@ def test_a_file_that_is_cut_off_says_so(kept, tmp_path):
     end = max(tensor.data_offset + tensor.n_bytes for tensor in GGUFReader(path).tensors)  # padding comes after it
     size = {"half": end // 2, "all but one": end - 1}.get(kept, kept)
     os.truncate(path, size)
-    said = re.fullmatch(rf"{path} is cut off: it has {size:,} bytes?, and needs at least ([\d,]+); fetch it again", refused(path, tmp_path))
-    needed = int(said[1].replace(",", ""))
+    needed = needed_of(path, size, refused(path, tmp_path))
     assert size < needed <= end
     assert needed == end or kept != "all but one"
+
+
+def needed_of(path, size, said):
+    """The number of bytes that a file is said to need."""
+    found = re.fullmatch(rf"{path} is cut off or damaged: it has {size:,} bytes?, and needs at least ([\d,]+); fetch it again", said)
+    return int(found[1].replace(",", ""))
+
+
+def test_a_length_that_is_damaged_is_not_surely_a_file_that_is_cut_off(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", CONFIG, TENSORS)
+    data = bytearray(path.read_bytes())
+    data[24:32] = (1 << 60).to_bytes(8, "little")  # the length of the first name
+    path.write_bytes(data)
+    assert needed_of(path, len(data), refused(path, tmp_path)) > 1 << 60
 
 
 def test_a_part_that_is_empty_is_named(tmp_path):

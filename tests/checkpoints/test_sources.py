@@ -351,7 +351,9 @@ def test_a_text_file_that_cannot_be_exported(name, tied, tmp_path, monkeypatch):
     (tied / "LICENSE").touch()
     convert(tied, tmp_path / "ours")
     unreadable(monkeypatch, "read_bytes", tmp_path / "ours" / name)
-    with pytest.raises(ValueError, match=rf"ours/{name} cannot be read \(Permission denied\); check the file, or convert the model again$"):
+    with pytest.raises(
+        ValueError, match=rf"ours/{name} cannot be read \(Permission denied\); check the file, or make the checkpoint again$"
+    ):
         export(tmp_path / "ours", tmp_path / "back")
     assert not (tmp_path / "back.partial").exists()
 

@@ -61,7 +61,7 @@ def test_files_that_go_missing_after_opening_are_one_line_and_nothing_else(damag
     placement = Placement.on(checkpoint.config, ONE_DEVICE)
     before = sys.unraisablehook, logging.getLogger("asyncio").filters[:]
     DAMAGE[damage](ours)
-    with pytest.raises(CheckpointError, match=r"^[^\n]+ cannot be read \([^\n]+\); the checkpoint is damaged, convert it again$"):
+    with pytest.raises(CheckpointError, match=r"^[^\n]+ cannot be read \([^\n]+\); the checkpoint is damaged, make it again$"):
         checkpoint.restore(placement) if how == "restore" else checkpoint.verify()
     gc.collect()  # a task that was left would be reported here, and fail this test
     assert capfd.readouterr().err == ""

@@ -69,6 +69,18 @@ def test_a_converted_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert rows["attention_chunk_size"] == ["8", "config.json: attention_chunk_size"]
 
 
+def test_one_source_that_is_missing_does_not_hide_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As of a field that is newer than the checkpoint."""
+    convert(GOLDEN / "scout", tmp_path / "scout")
+    manifest = json.loads((tmp_path / "scout" / "checkpoint.json").read_text())
+    manifest["config"]["sources"] = [pair for pair in manifest["config"]["sources"] if pair[0] != "hidden_size"]
+    (tmp_path / "scout" / "checkpoint.json").write_text(json.dumps(manifest))
+    capsys.readouterr()
+    rows = cells(output(capsys, tmp_path / "scout"))
+    assert rows["hidden_size"][1] == "unknown"
+    assert rows["attention_chunk_size"] == ["8", "config.json: attention_chunk_size"]
+
+
 def test_a_tokenizer_that_cannot_be_used_does_not_hide_the_rest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = Path(shutil.copytree(GOLDEN / "llama3_tied", tmp_path / "source"))
     (folder / "tokenizer.json").write_text("{")
@@ -120,8 +132,8 @@ def test_one_tensor_is_not_called_tensors() -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"a": "\xff"}'])
-def test_a_damaged_manifest_says_to_convert_again(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_manifest_says_to_make_it_again(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     convert(GOLDEN / "scout", tmp_path / "scout")
     (tmp_path / "scout" / "checkpoint.json").write_bytes(content.encode("latin-1"))
-    with pytest.raises(ValueError, match=r"checkpoint\.json .*; check the file, or convert the model again$"):
+    with pytest.raises(ValueError, match=r"checkpoint\.json .*; check the file, or make the checkpoint again$"):
         output(capsys, tmp_path / "scout")

@@ -49,6 +49,12 @@ def test_a_full_disk_is_one_line(run: str, unbuffered: bool) -> None:
     ("error", "said"),
     [
         ("PermissionError(13, 'Permission denied', '/a/b')", "/a/b cannot be read or written (Permission denied); check that path, "),
+        ("OSError(5, 'Input/output error')", "standard output or another stream cannot be used (Input/output error); "),
+        (
+            "BlockingIOError(11, 'Resource temporarily unavailable')",
+            "the system refused an operation (Resource temporarily unavailable)",
+        ),
+        ("ConnectionRefusedError(111, 'Connection refused')", "the system refused an operation (Connection refused); run"),
         ("OSError('the process that watches this one did not start')", "the process that watches this one did not start\n"),
     ],
 )
@@ -67,6 +73,7 @@ def test_an_error_of_the_system_is_put_into_words(error: str, said: str) -> None
         (["convert", "a", "b", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8' (choose from "),
         (["convert", "a", "b", "--aux-layers", "x"], "argument --aux-layers: 'x' is not a list of layers; expected numbers, as in 2,16,29"),
         (["show", "a", "--verfy"], "unrecognized arguments: --verfy; see `l4jax show --help`"),
+        (["--verfy", "show", "a"], "unrecognized arguments: --verfy; see `l4jax --help`"),
     ],
 )
 def test_arguments_that_do_not_fit_are_one_line(command: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,7 @@ from l4jax import LLM, SamplingParams
 from l4jax.text.chat import ChatFormat
 from l4jax.text.hf_tokenizer import HfTokenizer
 from l4jax.training.batches import batch, batches_in, draft_vocabulary, pack
-from l4jax.training.data import Example, Generation, answer, read_data
+from l4jax.training.data import Example, Generation, answer, check_readable, read_data
 from tests import tiny
 from tests.text import small as small_text
 from tests.training import small
@@ -106,8 +106,10 @@ def test_every_given_answer_is_kept_and_the_same_question_at_another_temperature
 
 def test_data_that_cannot_be_read_is_named(tmp_path: Path, llm: LLM) -> None:
     for path, why in ((tmp_path / "missing.jsonl", "No such file or directory"), (tmp_path, "Is a directory")):
-        with pytest.raises(ValueError, match=rf"^{path} cannot be read \({why}\); check the file, or fetch it again$"):
+        with pytest.raises(ValueError, match=rf"^{path} cannot be read \({why}\); check its name and its permissions$"):
             read_data(path, llm, 0.8)
+        with pytest.raises(ValueError, match=rf"^{path} cannot be read \({why}\); check its name and its permissions$"):
+            check_readable(path)
 
 
 def test_data_may_be_a_pipe(tmp_path: Path, llm: LLM) -> None:
@@ -116,6 +118,7 @@ def test_data_may_be_a_pipe(tmp_path: Path, llm: LLM) -> None:
     os.mkfifo(path)
     writer = threading.Thread(target=path.write_bytes, args=[content])
     writer.start()
+    check_readable(path)  # takes nothing from the pipe
     found = read_data(path, llm, 0.8)
     writer.join()
     assert [e.prompt for e in found.examples] == [(1,), (2,)] and found.digest == hashlib.sha256(content).hexdigest()

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from l4jax import LLM, cli
+from l4jax.checkpoints.partial import unfinished
 from l4jax.checkpoints.store import StoredWeight, load_verified, open_drafter
 from l4jax.training.drafters import trained_at, weights_from_target
 from l4jax.training.folder import claim
@@ -127,10 +128,13 @@ def test_a_run_killed_again_and_again_ends_like_one_that_was_not(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"length": 3}, "none of 12 prompts can be trained on: 12 leave no room for an answer in 3 tokens, and 0 are held out; give more"),
+        (
+            {"length": 3},
+            "none of 12 prompts can be trained on: answers to 12 have no room in 3 tokens, and the held-out share takes 0; give more",
+        ),
         (
             {"held_out": 0.999},
-            "none of 12 prompts can be trained on: 0 leave no room for an answer in 24 tokens, and 12 are held out; give",
+            "none of 12 prompts can be trained on: answers to 0 have no room in 24 tokens, and the held-out share takes 12; give",
         ),
         ({"draft_vocab": 25}, "draft_vocab is 25; expected at most 24, the target's vocabulary"),
         ({"seed": 2**64}, rf"seed is {2**64}; expected an integer from 0 to 2\*\*64 - 1"),
@@ -280,9 +284,9 @@ def test_the_command_trains_reports_and_refuses(
     (said,) = capsys.readouterr().err.splitlines()  # no bar
     assert f"out belongs to another run: its seed is {SETTINGS.seed}, and this one's is 1; give the same settings" in said
     monkeypatch.setattr("l4jax.load", lambda *_, **__: pytest.fail("the target is loaded before its data is looked for"))
-    assert cli.main([*command[:3], str(tmp_path / "missing.jsonl"), *command[4:]]) == 2
-    said = f"{tmp_path / 'missing.jsonl'} cannot be read (No such file or directory); check the file, or fetch it again"
-    assert capsys.readouterr() == ("", f"l4jax: error: {said}\n")
+    for path, why in ((tmp_path / "missing.jsonl", "No such file or directory"), (tmp_path, "Is a directory")):
+        assert cli.main([*command[:3], str(path), *command[4:]]) == 2
+        assert capsys.readouterr() == ("", f"l4jax: error: {path} cannot be read ({why}); check its name and its permissions\n")
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
@@ -297,6 +301,30 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match=full), claim(tmp_path / "run", {}):
         raise OSError(28, "No space left on device")
+    own = rf"^{tmp_path}/run/metrics\.jsonl cannot be written \(Permission denied\); choose another destination$"
+    with pytest.raises(ValueError, match=own), claim(tmp_path / "run", {}):
+        raise PermissionError(13, "Permission denied", str(tmp_path / "run" / "metrics.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError("text"),
+        BrokenPipeError(32, "Broken pipe"),
+        ConnectionRefusedError(111, "Connection refused"),
+        FileNotFoundError(2, "No such file or directory", "/elsewhere/x"),
+        OSError(28, "No space left on device", "/elsewhere/x"),
+    ],
+    ids=str,
+)
+def test_what_is_not_of_the_folder_is_not_blamed_on_it(error: OSError, tmp_path: Path) -> None:
+    with pytest.raises(type(error)) as raised, claim(tmp_path / "run", {}):
+        raise error
+    assert raised.value is error
+    with pytest.raises(type(error)) as raised, unfinished(tmp_path / "export", "export"):
+        raise error
+    assert raised.value is error
+    assert not (tmp_path / "export.partial").exists()
 
 
 def test_kept_states_change_nothing(llm: LLM, data: Path, whole: Path, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 SPECULATION: TableJson = {
     "float32": {"1": "chain:3", "5": "chain:1", "9": "off"},
-    "bfloat16": {"1": "chain:3", "4": "chain:1", "9": "off"},
+    "bfloat16": {"1": "off", "2": "chain:3", "4": "chain:1", "9": "off"},
 }
 """The fastest way to speculate on a CPU, as ``benchmarks/speculation.py`` measured it with up to 8 prompts at a time."""
 

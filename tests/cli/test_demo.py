@@ -32,7 +32,7 @@ def test_answers_and_says_how_fast(smollm2_checkpoint: Path) -> None:
 
 
 def test_why_only_the_beginning_may_be_the_same_is_said() -> None:
-    why = "(in bfloat16, rounding can decide between two likely tokens)"
+    why = "(then rounding decided between two tokens that were as likely)"
     assert [demo._same_at_first(n) for n in (1, 31)] == [f"the same first 1 token {why}", f"the same first 31 tokens {why}"]
 
 

@@ -19,7 +19,7 @@ ANSWER = " Paris.\n\nThe answer\n"
 @pytest.mark.parametrize(
     ("options", "rounds"),
     [
-        ([], r"; [1-5] rounds of speculation, acceptance length [1-3]\.\d\d"),
+        (["--dtype", "float32"], r"; [1-5] rounds of speculation, acceptance length [1-3]\.\d\d"),
         (["--speculation", "off", "--mesh", "tensor=3"], ""),
     ],
     ids=["one device", "mesh"],

@@ -145,7 +145,7 @@ def test_nothing_compiles_after_warm_up():
         llm.generate(prompts(config, (config.max_position_embeddings - 1,)), SamplingParams(max_tokens=1, temperature=0.0))
         rng = np.random.default_rng(0)
         served = 0
-        while served < 100:
+        while served < 200:
             size = int(rng.integers(1, 7))
             params = [
                 SamplingParams(

@@ -48,12 +48,11 @@ def check(
     batches: Sequence[int],
     new_tokens: int,
     plans: Sequence[str] = ("off", *PLANS),
-    together: int = 1,
 ) -> None:
-    """These plans in all batch sizes against one token a pass, ``together`` prompts at a time; the prompts' kinds take turns."""
+    """These plans in all batch sizes against one token a pass, alone; the prompts' kinds take turns."""
     params = [SamplingParams(max_tokens=new_tokens, seed=i, **KINDS[kinds[i % len(kinds)]]) for i in range(len(asked))]
     plain = make("off")
-    expected = answers(plain, asked, params, together)
+    expected = answers(plain, asked, params, 1)
     for plan in plans:
         llm = make(plan)
         for batch in batches:
@@ -91,7 +90,7 @@ def conversations() -> Iterator[list[dict[str, str]]]:
 
 def test_smollm2(smollm2_checkpoint: Path) -> None:
     """Greedy and seeded rows in one batch, with a tree that changes from round to round."""
-    check_smollm2(smollm2_checkpoint, 8, (*KINDS,), (8,), 16, PLANS[2:], together=8)
+    check_smollm2(smollm2_checkpoint, 8, (*KINDS,), (8,), 16, PLANS[2:])
 
 
 @pytest.mark.many_prompts
@@ -101,7 +100,7 @@ def test_smollm2_over_many_prompts(smollm2_checkpoint: Path, many_prompts: int, 
 
 
 def check_smollm2(
-    checkpoint: Path, count: int, kinds: Sequence[str], batches: Sequence[int], new_tokens: int, plans: Sequence[str], together: int = 1
+    checkpoint: Path, count: int, kinds: Sequence[str], batches: Sequence[int], new_tokens: int, plans: Sequence[str]
 ) -> None:
     # Nearly every prompt is prefilled in one piece: few programs.
     options = {"dtype": "float32", "max_batch": max(batches), "prefill_lengths": (128,)}
@@ -109,4 +108,4 @@ def check_smollm2(
     chat_format = models["off"].chat_format
     assert chat_format is not None
     asked = [chat_format.encode(messages) for messages in conversations()]
-    check(models.__getitem__, asked[:: len(asked) // count][:count], kinds, batches, new_tokens, plans, together)
+    check(models.__getitem__, asked[:: len(asked) // count][:count], kinds, batches, new_tokens, plans)

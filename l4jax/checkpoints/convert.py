@@ -74,14 +74,15 @@ def convert(
     for line in source.notes:
         note(line)
     with unfinished(result, "conversion") as partial, kept_interrupts() as check_interrupts:
-        groups = group_weights({name: _nbytes(source, recipe, dtype) for name, recipe in source.recipes.items()})
+        nbytes = {name: _nbytes(source, recipe, dtype) for name, recipe in source.recipes.items()}
+        groups = group_weights(nbytes)
         made = _resume(partial, _identity(source, dtype), groups, note)
         text_files = source.write_other_files(partial)
         if not without_tokenizer:
             text_files += source.write_tokenizer(partial)
         architecture = decoder_of(source.config).architecture
         text_files += write_notice(partial, text_files, architecture=architecture, source_format=source.format)
-        weights = _write_groups(source, partial, dtype, groups, made, progress, check_interrupts)
+        weights = _write_groups(source, partial, dtype, nbytes, groups, made, progress, check_interrupts)
         _verify(partial, weights, progress, check_interrupts)
         write_manifest(
             partial, source_format=source.format, config=source.config, weights=weights, text_files=text_files, speculation=speculation
@@ -173,6 +174,7 @@ def _write_groups(
     source: Source,
     partial: Path,
     dtype: DType | None,
+    nbytes: Mapping[str, int],
     groups: Mapping[str, Collection[str]],
     made: _Made,
     progress: Progress | None,
@@ -180,7 +182,6 @@ def _write_groups(
 ) -> dict[str, StoredWeight]:
     """Write the groups that are missing; return the entries of all weights."""
     weights = dict(made.weights)
-    nbytes = {name: _nbytes(source, recipe, dtype) for name, recipe in source.recipes.items()}
     specs = weight_specs(module_of(source.config))
     tables = {name for name, spec in specs.items() if spec.init == "numbers"}
     _check_space(partial, sum(nbytes[name] for name in nbytes if name not in weights))

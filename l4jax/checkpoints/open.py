@@ -36,7 +36,7 @@ def open_source(path: str | os.PathLike[str]) -> ModelSource:
     weights = {pattern: sorted(source.glob(pattern)) for pattern in ("*.safetensors*", "consolidated.*.pth", "*.gguf")}
     # Some folders have Meta's files and the configuration for Hugging Face's.
     if weights["consolidated.*.pth"] and not ((source / "config.json").exists() and weights["*.safetensors*"]):
-        from l4jax.checkpoints.meta import MetaSource  # noqa: PLC0415 - as below
+        from l4jax.checkpoints.meta import MetaSource  # noqa: PLC0415 - each format is imported where it is met
 
         return MetaSource(source)
     if weights["*.gguf"] and not weights["*.safetensors*"]:
@@ -44,7 +44,7 @@ def open_source(path: str | os.PathLike[str]) -> ModelSource:
     if (source / "config.json").exists():
         if is_head(source):
             raise CheckpointError(f"{source} is an EAGLE head, not a whole model; give its model to `l4jax convert` with --target")
-        from l4jax.checkpoints.hf import HFSource  # noqa: PLC0415 - as below
+        from l4jax.checkpoints.hf import HFSource  # noqa: PLC0415 - each format is imported where it is met
 
         return HFSource(source)
     raise CheckpointError(f"{source} has no config.json and no consolidated.*.pth; expected {_EXPECTED}")
@@ -84,7 +84,7 @@ def _open_file(path: Path) -> ModelSource:
 
 
 def _open_gguf_folder(folder: Path, files: list[Path]) -> ModelSource:
-    from l4jax.checkpoints.gguf_files import parts_of  # noqa: PLC0415 - as above
+    from l4jax.checkpoints.gguf_files import parts_of  # noqa: PLC0415 - the gguf package is slow to import
 
     others = sorted({*weight_names(folder)} - {file.name for file in files})
     if others:

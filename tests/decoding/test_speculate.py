@@ -337,7 +337,7 @@ def test_logits_at_every_node_are_those_of_its_path(make, length, mesh):
 
 @pytest.mark.optimized  # it computes for longer than it compiles
 def test_the_compiled_loop_has_the_target_s_distribution(tmp_path):
-    """Over 200,000 rounds in all with temperature, top-p and repetition penalty: a chi-square that fails by chance once in 1e9 runs.
+    """Over 200,000 rounds with temperature, top-p and repetition penalty: a chi-square that fails by chance once in 1e9 runs.
 
     Both with tokens that are drawn as without speculation, and with sampled drafts, whose tokens are others. The model's attention adds
     nothing, so that a token's distribution is a function of the last one; the one before must make no difference.
@@ -368,7 +368,7 @@ def test_the_compiled_loop_has_the_target_s_distribution(tmp_path):
         llm = LLM(config, made, drafter=loaded, speculation=plan, max_batch=batch)
         counted_VVV = np.zeros((6, 6, 6))
         rounds, seed, accepted = 0, 0, 0
-        while rounds < 100_000:
+        while rounds < 200_000:
             found = llm.generate([prompt] * batch, [dataclasses.replace(params, seed=seed + i) for i in range(batch)])
             seed += batch
             tokens_Bs = np.array([[*prompt[-2:], *completion.token_ids] for completion in found])

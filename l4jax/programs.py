@@ -35,8 +35,18 @@ from sharding.rules import partition
 PREFILL_LENGTHS = (32, 128, 512)
 """A prefill piece is padded to one of these lengths times the ranks that share its tokens; longer prompts take several pieces."""
 
-# XLA's own all-reduce kernels take one array; two sums that it combined into one message would go by NCCL, four times as slow.
-_ONE_SUM_A_MESSAGE = {"xla_gpu_all_reduce_combine_threshold_bytes": 0}
+_CAPTURED = ["FUSION", "CUBLAS", "CUBLASLT", "CUDNN", "CUSTOM_CALL", "DYNAMIC_SLICE_FUSION", "CONDITIONAL", "WHILE"]
+if jax.__version_info__ >= (0, 12):
+    _CAPTURED.append("COLLECTIVES_KERNEL")  # 0.11 does not know it
+
+_FOR_GPUS = {
+    # XLA's own all-reduce kernels take one array; two sums that it combined into one message would go by NCCL, four times as slow.
+    "xla_gpu_all_reduce_combine_threshold_bytes": 0,
+    # What XLA takes into CUDA graphs: what it does by default, and loops. A loop outside a graph makes the host wait for its
+    # condition at every turn. XLA leaves a loop out if it counts fewer than this many kernels around it.
+    "xla_gpu_enable_command_buffer": ",".join(_CAPTURED),
+    "xla_gpu_graph_min_graph_size": 1,
+}
 
 Cache = tuple[LayerCache, ...]
 Leaves = tuple[Array, ...]
@@ -95,7 +105,7 @@ class Programs:
             program,
             donate_argnums=donated,
             static_argnames=("features", "spread", "plan", "beyond"),
-            compiler_options=None if self._mesh.devices.flat[0].platform == "cpu" else _ONE_SUM_A_MESSAGE,
+            compiler_options=None if self._mesh.devices.flat[0].platform == "cpu" else _FOR_GPUS,
         )
 
     def _prefill(

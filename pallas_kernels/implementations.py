@@ -23,6 +23,15 @@ def require_cpu() -> None:
 
     The devices of the mesh decide, not those of this machine: programs for H100s are compiled on machines without one.
     """
+    _require("cpu")
+
+
+def require_gpu() -> None:
+    """Raise NotImplementedError unless the program that is being traced is for GPUs; the mesh decides as in :func:`require_cpu`."""
+    _require("gpu")
+
+
+def _require(platform: str) -> None:
     device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None or device.platform != "cpu":
-        raise NotImplementedError("written for XLA's CPU backend; the program is for other devices")
+    if device is None or device.platform != platform:
+        raise NotImplementedError(f"written for XLA's {platform.upper()} backend; the program is for other devices")

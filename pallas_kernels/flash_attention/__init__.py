@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels.flash_attention import cpu, xla
+from pallas_kernels.flash_attention import cpu, gpu, xla
 from pallas_kernels.implementations import first_supported
 from pallas_kernels.merge import Partial
 
@@ -55,5 +55,5 @@ def attend_pages(
 
     Reads the pages from the earliest start to the longest row's end and no others, however large the cache is.
     """
-    implementations = [cpu.attend_pages, xla.attend_pages]
+    implementations = [cpu.attend_pages, gpu.attend_pages, xla.attend_pages]
     return first_supported(implementations, q_BTKGh, k_PKph, v_PKph, pages_BW, start_BT, end_BT, scale=scale)

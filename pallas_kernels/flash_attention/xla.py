@@ -1,4 +1,4 @@
-"""Interval attention as XLA lowers it, on any device: over new keys at once, over a paged KV cache page by page."""
+"""Interval attention as XLA lowers it, on any device: over new keys at once, over a paged KV cache in blocks of pages."""
 
 from __future__ import annotations
 
@@ -45,16 +45,23 @@ def attend_pages(
     end_BT: Int32[Array, "B T"],
     *,
     scale: float,
+    block: int = 1,
 ) -> Partial:
-    """A loop over pages, from the earliest start to the longest row's end."""
-    page_size = k_PKph.shape[2]
-
-    def step(index: Array, before: Block) -> Block:
-        page_B = jax.lax.dynamic_index_in_dim(pages_BW, index, axis=1, keepdims=False)
-        k_BKph = k_PKph.at[page_B].get(mode="promise_in_bounds")
-        v_BKph = v_PKph.at[page_B].get(mode="promise_in_bounds")
-        visible_BTp = inside(start_BT, end_BT, (index * page_size).astype(jnp.int32), page_size)
-        return merge_blocks(before, attend_block(scores(q_BTKGh, k_BKph, scale), v_BKph, visible_BTp))
-
+    """A loop over blocks of ``block`` pages, from the earliest start to the longest row's end."""
+    B = len(pages_BW)
+    _, K, page_size, h = k_PKph.shape
     first, last = jnp.min(start_BT) // page_size, (jnp.max(end_BT) + page_size - 1) // page_size
-    return normalize(jax.lax.fori_loop(first, last, step, no_keys(q_BTKGh)))
+
+    def step(turn: Array, before: Block) -> Block:
+        index = first + turn * block
+        # The last block is filled up with the last page: no interval goes past it, so its keys are masked there.
+        page_BW = pages_BW.at[:, jnp.minimum(index + jnp.arange(block, dtype=jnp.int32), last - 1)].get(mode="promise_in_bounds")
+
+        def keys(pool_PKph: Array) -> Array:
+            page_BWKph = pool_PKph.at[page_BW].get(mode="promise_in_bounds")
+            return jnp.swapaxes(page_BWKph, 1, 2).reshape(B, K, block * page_size, h)
+
+        visible_BTS = inside(start_BT, end_BT, (index * page_size).astype(jnp.int32), block * page_size)
+        return merge_blocks(before, attend_block(scores(q_BTKGh, keys(k_PKph), scale), keys(v_PKph), visible_BTS))
+
+    return normalize(jax.lax.fori_loop(0, (last - first + block - 1) // block, step, no_keys(q_BTKGh)))

@@ -9,11 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.flash_attention import attend, attend_pages, cpu, reference, xla
+from pallas_kernels.flash_attention import attend, attend_pages, cpu, gpu, reference, xla
 from tests.pallas_kernels.programs import on_one_cpu
 
 WHOLE = [on_one_cpu(functools.partial(function, scale=1.0)) for function in (attend, reference.attend)]
 PAGED = {"reference": reference.attend_pages, "xla": xla.attend_pages, "cpu": cpu.attend_pages}
+PAGED["blocks"] = functools.partial(xla.attend_pages, block=3)
+A_GPU = jax.sharding.AbstractMesh((1,), ("tensor",), abstract_device=jax.sharding.AbstractDevice("NVIDIA H100", None, platform="gpu"))
 # One device's heads of real models: key/value heads, query heads for each of them, head dimension.
 HEADS = {"SmolLM2": (3, 3, 64), "Llama 3.1 8B": (8, 4, 128), "Llama 3.1 70B, tensor=8": (1, 8, 128), "Scout, tensor=8": (1, 5, 128)}
 
@@ -113,7 +115,7 @@ def test_implementations_agree_on_heads_of_real_models(heads, queries, dtype):
     expected = softmax(q, k, v, start, end, scale)
     # Inputs are the same; in bfloat16 the softmax weights carry eight bits, 2**-9 of rounding each.
     check(program("reference", scale)(*arguments), expected, 1e-5)
-    for name in ("xla", "cpu"):
+    for name in ("xla", "cpu", "blocks"):
         out, lse = program(name, scale)(*arguments)
         assert out.dtype == lse.dtype == jnp.float32
         check([lse], expected[1:], 1e-5)
@@ -156,6 +158,23 @@ def test_bfloat16_inputs_give_float32_results():
     np.testing.assert_allclose(out, softmax(q, k, v, start, end)[0], atol=2.0**-7)
 
 
+@pytest.mark.parametrize(
+    ("B", "T", "W", "block"),
+    [(1, 1, 65, 16), (1, 1, 3, 3), (32, 1, 65, 4), (200, 1, 65, 1), (1, 512, 65, 8), (1, 2048, 65, 2), (1, 9000, 65, 1)],
+)
+def test_programs_for_gpus_attend_as_many_pages_at_once_as_have_room(B, T, W, block):
+    """Llama 3.1 8B's heads: a page of keys and values is 0.5 MB a row, its scores are 16 KB a query, and a block takes 64 MiB of either."""
+    bf16, int32 = jnp.bfloat16, jnp.int32
+    shapes = [((B, T, 8, 4, 128), bf16), *[((B * W, 8, 128, 128), bf16)] * 2, ((B, W), int32), *[((B, T), int32)] * 2]
+    arguments = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
+    with jax.sharding.use_abstract_mesh(A_GPU):
+        expected = jax.make_jaxpr(functools.partial(xla.attend_pages, scale=1.0, block=block))(*arguments)
+        for function in (attend_pages, gpu.attend_pages):
+            assert str(jax.make_jaxpr(functools.partial(function, scale=1.0))(*arguments)) == str(expected)
+        with pytest.raises(NotImplementedError, match="the program is for other devices"):
+            jax.make_jaxpr(functools.partial(cpu.attend_pages, scale=1.0))(*arguments)
+
+
 def test_programs_for_cpus_take_the_kernels_for_cpus_and_no_others_do():
     q, k, v, start, end = problem(6, 1, 1, 40)
     arguments = (q, *paged(6, k, v, 8, start, end), start, end)
@@ -163,8 +182,9 @@ def test_programs_for_cpus_take_the_kernels_for_cpus_and_no_others_do():
     assert str(jax.make_jaxpr(functools.partial(attend_pages, scale=1.0))(*arguments)) == traced["xla"]
     lowered = {f: on_one_cpu(functools.partial(f, scale=1.0)).lower(*arguments).as_text() for f in (attend_pages, *PAGED.values())}
     assert lowered[attend_pages] == lowered[cpu.attend_pages] != lowered[xla.attend_pages]
-    with pytest.raises(NotImplementedError, match="the program is for other devices"):
-        cpu.attend_pages(*arguments, scale=1.0)
+    for platform in (cpu, gpu):
+        with pytest.raises(NotImplementedError, match="the program is for other devices"):
+            platform.attend_pages(*arguments, scale=1.0)
     many = np.zeros((1, 33, *q.shape[2:]), np.float32), *arguments[1:4], np.zeros((1, 33), np.int32), np.zeros((1, 33), np.int32)
     with pytest.raises(NotImplementedError, match="33 queries a row"):
         program("cpu").lower(*many)

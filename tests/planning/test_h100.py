@@ -18,6 +18,7 @@ from jax._src import compilation_cache
 from jax._src import config as jax_config
 from jax._src.lru_cache import LRUCache
 
+from benchmarks.h100.launches import compiled
 from l4jax import SamplingParams
 from l4jax.config import DrafterConfig
 from l4jax.config_formats import config_from_hf
@@ -166,6 +167,15 @@ def test_every_sum_of_a_decode_step_within_a_host_is_a_one_shot_kernel(name, mes
     assert {(collective.strategy, len(collective.nbytes)) for collective in sums} == {(strategy, 1)}
     with capsys.disabled():
         print(f"\n{name} on {mesh}, one decode step of {ROWS} rows, first {layers} layers:\n{program.collective_table()}")
+
+
+@pytest.mark.parametrize("mesh", ["tensor=1", "tensor=8"])
+def test_a_decode_step_is_in_one_cuda_graph(mesh, tmp_path):
+    """Its loops too: the host neither launches a kernel nor waits for a condition until the burst has ended."""
+    model = abstract_model(first_layers(read_config("llama-3.1-8b"), 2), mesh)
+    launches = compiled(model.decode_call(ROWS, CAPACITY, GREEDY), tmp_path)
+    assert launches.kernels > 50 and launches.loops == 2  # one a layer, over blocks of pages
+    assert launches.single == launches.graphs == launches.graphs_a_turn == 0  # so all is in a graph around the outermost loop
 
 
 def test_two_sums_that_xla_combines_lose_their_kernels():

@@ -1,0 +1,39 @@
+"""Attention over a paged KV cache on GPUs, until a kernel of its own replaces it: many pages at a time."""
+
+from __future__ import annotations
+
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.flash_attention import xla
+from pallas_kernels.implementations import require_gpu
+from pallas_kernels.merge import Partial
+
+_MOST_PAGES = 16
+"""Pages of a row that are attended together. The last block is filled up with needless ones."""
+
+_BLOCK_BYTES = 64 << 20
+"""Most bytes of keys and values, and most bytes of scores, that a block takes."""
+
+
+def attend_pages(
+    q_BTKGh: Float[Array, "B T K G h"],
+    k_PKph: Float[Array, "P K p h"],
+    v_PKph: Float[Array, "P K p h"],
+    pages_BW: Int32[Array, "B W"],
+    start_BT: Int32[Array, "B T"],
+    end_BT: Int32[Array, "B T"],
+    *,
+    scale: float,
+) -> Partial:
+    """A loop over blocks of pages that are copied into one matrix.
+
+    Each turn of the loop starts about a dozen kernels, 13 µs on an H100 however little they compute
+    (``benchmarks/results/h100-sxm-jax-0.11.2.json``: 839 µs for 64 pages of one row, one page a turn).
+    """
+    require_gpu()
+    B, T, K, G, _ = q_BTKGh.shape
+    _, _, p, h = k_PKph.shape
+    keys_bytes = 2 * B * K * p * h * k_PKph.dtype.itemsize
+    scores_bytes = 4 * B * T * K * G * p
+    block = max(1, min(_MOST_PAGES, pages_BW.shape[1], _BLOCK_BYTES // max(keys_bytes, scores_bytes)))
+    return xla.attend_pages(q_BTKGh, k_PKph, v_PKph, pages_BW, start_BT, end_BT, scale=scale, block=block)

@@ -15,12 +15,7 @@ _MAX_BLOCK_ROWS = 128
 
 
 def grouped_matmul(lhs_Mi: Float[Array, "M i"], rhs_Eio: Float[Array, "E i o"], group_sizes_E: Int32[Array, "E"]) -> Float[Array, "M o"]:
-    """Row ``m`` of group ``g`` times ``rhs[g]``.
-
-    Rows are sorted by group: the first ``group_sizes[0]`` rows belong to group 0, and so on; those after the last group's
-    cost nothing and give zeros. The result is exact for any imbalance, even if one group has every row. Groups with no rows cost nothing.
-    Accumulates in float32 and returns ``lhs``'s dtype.
-    """
+    """A loop over groups, and in it one over the blocks of a group's rows. Groups and rows of no group cost nothing."""
     rows, groups = lhs_Mi.shape[0], rhs_Eio.shape[0]
     block = min(rows, _MAX_BLOCK_ROWS, max(8, _next_power_of_two(rows // groups)))
     ends_E = jnp.cumsum(group_sizes_E)

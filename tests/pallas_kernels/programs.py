@@ -5,6 +5,11 @@ from jax.sharding import PartitionSpec
 
 from sharding.mesh import ONE_DEVICE
 
+A_GPU = jax.sharding.AbstractMesh(
+    (1,), ("tensor",), (jax.sharding.AxisType.Auto,), abstract_device=jax.sharding.AbstractDevice("NVIDIA H100", None, platform="gpu")
+)
+"""What a program that is compiled for an H100 is traced on."""
+
 
 def on_one_cpu(function):
     """A program of ``function`` for one CPU."""

@@ -10,12 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.flash_attention import attend, attend_pages, cpu, gpu, reference, xla
-from tests.pallas_kernels.programs import on_one_cpu
+from tests.pallas_kernels.programs import A_GPU, on_one_cpu
 
 WHOLE = [on_one_cpu(functools.partial(function, scale=1.0)) for function in (attend, reference.attend)]
 PAGED = {"reference": reference.attend_pages, "xla": xla.attend_pages, "cpu": cpu.attend_pages}
 PAGED["blocks"] = functools.partial(xla.attend_pages, block=3)
-A_GPU = jax.sharding.AbstractMesh((1,), ("tensor",), abstract_device=jax.sharding.AbstractDevice("NVIDIA H100", None, platform="gpu"))
 # One device's heads of real models: key/value heads, query heads for each of them, head dimension.
 HEADS = {"SmolLM2": (3, 3, 64), "Llama 3.1 8B": (8, 4, 128), "Llama 3.1 70B, tensor=8": (1, 8, 128), "Scout, tensor=8": (1, 5, 128)}
 

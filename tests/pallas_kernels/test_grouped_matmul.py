@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.grouped_matmul import grouped_matmul, reference, xla
+from pallas_kernels.grouped_matmul import gpu, grouped_matmul, reference, xla
+from tests.pallas_kernels.programs import A_GPU
 
-IMPLEMENTATIONS = {"reference": reference.grouped_matmul, "xla": xla.grouped_matmul}
+IMPLEMENTATIONS = {"reference": reference.grouped_matmul, "xla": xla.grouped_matmul, "all products": gpu.all_products}
 
 
 @functools.cache
@@ -59,6 +60,28 @@ def test_bfloat16_accumulates_in_float32():
     out = jax.jit(grouped_matmul)(lhs, rhs, np.array([1, 1], np.int32))
     assert out.dtype == jnp.bfloat16
     np.testing.assert_array_equal(np.asarray(out, np.float32), 64.0)
+
+
+@pytest.mark.parametrize("name", ["xla", "all products"])
+def test_a_matrix_that_is_not_finite_stays_with_its_rows(name):
+    rhs = np.ones((3, 4, 2), np.float32)
+    rhs[1] = np.nan
+    out = program(name)(np.ones((5, 4), np.float32), rhs, np.array([2, 1, 1], np.int32))
+    np.testing.assert_array_equal(np.asarray(out)[:, 0], [4, 4, np.nan, 4, 0])
+
+
+@pytest.mark.parametrize(
+    ("rows", "groups", "expected"), [(8, 16, "gpu"), (4, 16, "gpu"), (3, 16, "xla"), (64, 16, "gpu"), (65, 16, "xla"), (8, 128, "xla")]
+)
+def test_programs_for_gpus_multiply_a_few_rows_at_once(rows, groups, expected):
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((rows, 8), (groups, 8, 4))]
+    arguments.append(jax.ShapeDtypeStruct((groups,), jnp.int32))
+    with jax.sharding.use_abstract_mesh(A_GPU):
+        functions = {"gpu": gpu.all_products, "xla": xla.grouped_matmul}
+        traced = {name: str(jax.make_jaxpr(function)(*arguments)) for name, function in functions.items()}
+        assert str(jax.make_jaxpr(grouped_matmul)(*arguments)) == traced[expected]
+    with pytest.raises(NotImplementedError, match="the program is for other devices"):
+        jax.make_jaxpr(gpu.grouped_matmul)(*arguments)
 
 
 @pytest.mark.optimized

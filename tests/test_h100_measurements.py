@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import pkgutil
 import re
@@ -74,6 +75,23 @@ def test_rivals_in_jax_compute_what_our_op_does(op):
             jnp.asarray(function(*given), jnp.float32) for name, function in implementations.items() if not name.startswith("cuDNN")
         )
     assert jnp.abs(own.reshape(other.shape) - other).max() <= 0.02 * jnp.abs(own).max()
+
+
+def test_our_ops_are_timed_as_they_are_compiled_for_the_device(results, tmp_path):
+    """Without a mesh they would take the form that works on any device."""
+    seen = {"own": set(), "rival": set()}
+
+    def op(name, x_MD):
+        device = jax.sharding.get_abstract_mesh().abstract_device
+        seen[name].add(device and device.platform)
+        return x_MD + 1
+
+    bench = Bench(TOY, jax.devices()[0], tmp_path)
+    shape = Linear("toy", 2, 4, 4)
+    started(results, "ops/toy")
+    implementations = {name: functools.partial(op, name) for name in seen}
+    ops.compare(bench, functools.partial(results.record, "ops/toy"), shape, lambda key: (jnp.ones((2, 4)),), implementations, 1)
+    assert seen == {"own": {"cpu"}, "rival": {None}}
 
 
 def test_every_op_is_timed():

@@ -55,7 +55,7 @@ def attend_pages(
     def step(turn: Array, before: Block) -> Block:
         index = first + turn * block
         # The last block is filled up with the last page: no interval goes past it, so its keys are masked there.
-        page_BW = pages_BW.at[:, jnp.minimum(index + jnp.arange(block, dtype=jnp.int32), last - 1)].get(mode="promise_in_bounds")
+        page_BW = jnp.take(pages_BW, jnp.minimum(index + jnp.arange(block, dtype=jnp.int32), last - 1), axis=1, mode="clip")
 
         def keys(pool_PKph: Array) -> Array:
             page_BWKph = pool_PKph.at[page_BW].get(mode="promise_in_bounds")

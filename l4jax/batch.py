@@ -12,29 +12,11 @@ import numpy as np
 from l4jax.arrays import host_array
 from l4jax.decoding.draft import DraftState
 from l4jax.decoding.generate import BURST, DecodeState, DecodeTokens
-from l4jax.decoding.params import SamplingParams
 from l4jax.decoding.plan import Speculation
 from l4jax.decoding.sampling import Logprobs, TokenCounts, batch_features, sampling_rows
 from l4jax.decoding.speculate import SpeculationState
+from l4jax.request import Request, TokenLogprob
 from l4jax.runner import Runner
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """A prompt with everything decided: its seed drawn, its end tokens collected, its ``max_tokens`` within the context."""
-
-    token_ids: Sequence[int]
-    params: SamplingParams
-    seed: int
-    stop_ids: Sequence[int]
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenLogprob:
-    """Log-probability of a token given out, and the likeliest alternatives as (token id, log-probability), best first."""
-
-    logprob: float
-    top: tuple[tuple[int, float], ...]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,6 @@ import importlib.metadata
 import json
 import math
 import os
-import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ import numpy as np
 
 from l4jax import arguments
 from l4jax.arguments import Prompt
-from l4jax.batch import NO_ROUNDS, Batch, NewTokens, Request, TokenLogprob
+from l4jax.batch import NO_ROUNDS, Batch, NewTokens
 from l4jax.checkpoints.store import open_checkpoint
 from l4jax.compiled import keep_compiled_programs
 from l4jax.config import ModelConfig
@@ -31,6 +30,7 @@ from l4jax.decoding.plan import Speculation, SpeculationTable
 from l4jax.decoding.speculate import BeyondTraining
 from l4jax.interrupts import kept_interrupts
 from l4jax.placement import Placement
+from l4jax.request import Completion, Message, Request, RequestMaker, Stats, TokenLogprob
 from l4jax.runner import Runner
 from l4jax.speculator import LoadedDrafter, open_fitting_drafter, speculation_table, speculator_for
 from l4jax.spread import H100_RING
@@ -42,54 +42,7 @@ from sharding import hosts
 from sharding.mesh import ONE_DEVICE, MeshSpec
 from sharding.select import RingHardware
 
-Message = Mapping[str, object]
-FinishReason = Literal["stop", "length"]
 DType = Literal["float32", "bfloat16", "float16"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Stats:
-    """Token counts of a completion, and wall-clock times of the batch that it was part of.
-
-    ``first_token_seconds``: from the start until the first token was there; ``decode_seconds``: from then until the last was.
-    Both include the compilation of programs that the call is the first to need; :meth:`LLM.warmup` compiles them before.
-    ``decode_tokens_per_second``: the rate after the first burst (up to 32 tokens, a stream's up to 4), during which a program may
-    have been compiled; of all tokens after the first, compilation included, if there was but one burst, and 0 if there was none.
-    ``rounds``: of speculation, in which ``drafted`` tokens were drafted; ``accepted[i]``: rounds in which the one at depth i + 1 stood.
-    They count what was computed: a stop string is found once a burst of tokens is there, and the rounds behind it count too.
-    """
-
-    prompt_tokens: int
-    output_tokens: int
-    first_token_seconds: float
-    decode_seconds: float
-    decode_tokens_per_second: float
-    rounds: int
-    drafted: int
-    accepted: tuple[int, ...]
-
-    @property
-    def acceptance_length(self) -> float:
-        """Tokens that a round gives on average, before stop tokens cut it short: 1 + accepted / rounds; 1 without speculation."""
-        return 1.0 + sum(self.accepted) / self.rounds if self.rounds else 1.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """What a prompt was continued with.
-
-    ``token_ids`` includes the end token that stopped it, ``text`` does not; ``text`` is None if the checkpoint has no
-    tokenizer. ``finish_reason``: "stop" (an end token or stop string) or "length" (``max_tokens`` or the context).
-    ``logprobs`` has an entry a token if the request asked. ``seed`` reproduces the completion.
-    """
-
-    prompt_token_ids: list[int]
-    token_ids: list[int]
-    text: str | None
-    finish_reason: FinishReason
-    logprobs: list[TokenLogprob] | None
-    seed: int
-    stats: Stats
 
 
 class Stream(Iterator[str]):
@@ -138,7 +91,11 @@ class LLM:
 
         ``no_tokenizer``, ``no_chat``: why there is none, for the errors of calls that need one.
         """
-        arguments.check_parts(config, weights, drafter, tokenizer, chat_format)
+        arguments.check_kind("the configuration", config, ModelConfig, "an l4jax.ModelConfig")
+        arguments.check_kind("the value of weights", weights, Mapping, "a mapping from names to arrays")
+        arguments.check_kind("the drafter", drafter, LoadedDrafter | None, "an l4jax.speculator.LoadedDrafter, or load with drafter=PATH")
+        arguments.check_kind("the tokenizer", tokenizer, Tokenizer | None, "an l4jax.text.tokenizer.Tokenizer")
+        arguments.check_kind("the chat format", chat_format, ChatFormat | None, "an l4jax.text.chat.ChatFormat")
         arguments.check_kind("ring_hardware", ring_hardware, RingHardware, "a sharding.select.RingHardware")
         prefill_lengths = None if prefill_lengths is None else arguments.piece_lengths(prefill_lengths)
         max_batch = None if max_batch is None else arguments.batch_size(max_batch)
@@ -146,11 +103,15 @@ class LLM:
         self.config = config
         self.tokenizer = tokenizer
         self.chat_format = chat_format
-        self._no_tokenizer, self._no_chat = no_tokenizer, no_chat
         self.max_batch = 8 * placement.spec.data if max_batch is None else max_batch
         self._in_use = threading.Lock()
         speculator = speculator_for(config, placement, drafter, speculation, beyond_training)
         self.runner = Runner(placement, weights, speculator=speculator, prefill_lengths=prefill_lengths, ring_hardware=ring_hardware)
+        self.requests = RequestMaker(
+            config,
+            Text(tokenizer, chat_format, no_tokenizer, no_chat),
+            drafts_up_to=self.runner.drafts_up_to if speculator is not None and speculator.asked_for else math.inf,
+        )
 
     @property
     def weights(self) -> dict[str, jax.Array]:
@@ -165,13 +126,12 @@ class LLM:
     @property
     def stop_token_ids(self) -> frozenset[int]:
         """The tokens that end an answer: the configuration's, the tokenizer's and the chat template's."""
-        tokenizers = () if self.tokenizer is None else self.tokenizer.eos_ids
-        return frozenset((*self.config.eos_token_ids, *tokenizers, *(() if self.chat_format is None else self.chat_format.stop_token_ids)))
+        return self.requests.stop_token_ids
 
     def logits(self, prompts: Prompt | Sequence[Prompt]) -> list[np.ndarray]:
         """Next-token logits at every position of each prompt: float32 [T, vocab_size] each."""
         with self._alone() as check_interrupts:
-            encoded = [self._encode(p) for p in arguments.several(prompts)]
+            encoded = [self.requests.encode(p) for p in arguments.several(prompts)]
             _check_agreed(encoded)
             logits_of_each = []
             for group in _groups(encoded, self.max_batch):
@@ -186,7 +146,8 @@ class LLM:
         each = arguments.several(prompts)
         params_of_each = arguments.sampling_params_of_each(params, len(each))
         with self._alone() as check_interrupts:
-            requests = _agreed([self._request(self._encode(prompt), p) for prompt, p in zip(each, params_of_each, strict=True)])
+            make = self.requests
+            requests = _agreed([make.request(make.encode(prompt), p) for prompt, p in zip(each, params_of_each, strict=True)])
             completions = []
             for group in _groups(requests, self.max_batch):
                 run = _Run(self, group)
@@ -197,15 +158,15 @@ class LLM:
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
         """Continue one prompt, giving out text as it comes."""
-        return self._stream(self._encode(prompt), arguments.one_sampling_params(params))
+        return self._stream(self.requests.encode(prompt), arguments.one_sampling_params(params))
 
     def chat(self, messages: Sequence[Message], params: SamplingParams | None = None, **options: Unpack[ChatOptions]) -> Completion:
         """Answer a conversation: a list of ``{"role": ..., "content": ...}``, put in the model's chat format with :class:`ChatOptions`."""
-        return self.generate([self._encode_chat(messages, options)], arguments.one_sampling_params(params))[0]
+        return self.generate([self.requests.encode_chat(messages, options)], arguments.one_sampling_params(params))[0]
 
     def stream_chat(self, messages: Sequence[Message], params: SamplingParams | None = None, **options: Unpack[ChatOptions]) -> Stream:
         """Answer a conversation as :meth:`chat` does, returning text as it comes."""
-        return self._stream(self._encode_chat(messages, options), arguments.one_sampling_params(params))
+        return self._stream(self.requests.encode_chat(messages, options), arguments.one_sampling_params(params))
 
     def warmup(self, *, max_length: int, max_batch: int | None = None) -> None:
         """Compile everything that requests of up to ``max_length`` tokens (prompt and output) and this batch size need.
@@ -261,58 +222,9 @@ class LLM:
             self._in_use.release()
 
     def _stream(self, token_ids: list[int], params: SamplingParams) -> Stream:
-        if self.tokenizer is None:
-            raise ValueError(f"a stream is of text, but {self._no_tokenizer}; use generate, which returns token ids")
+        self.requests.check_streams()
         with self._alone():
-            return Stream(_Run(self, _agreed([self._request(token_ids, params)])))
-
-    def _encode(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError(f"the prompt is text, but {self._no_tokenizer}; give token ids, or convert the model with its tokenizer")
-            if not prompt:
-                raise ValueError("the prompt is empty; expected at least one character")
-            return self._checked(self.tokenizer.encode(prompt))
-        return self._checked(arguments.token_ids(prompt))
-
-    def _checked(self, token_ids: list[int]) -> list[int]:
-        context = self.config.max_position_embeddings
-        if not token_ids:
-            raise ValueError("the prompt has no tokens; expected at least one")
-        self._check_vocabulary(token_ids, "the prompt")
-        if len(token_ids) > context:
-            raise ValueError(f"the prompt has {len(token_ids)} tokens; expected at most the model's context of {context}; shorten it")
-        return token_ids
-
-    def _check_vocabulary(self, token_ids: Iterable[int], where: str) -> None:
-        for token in token_ids:
-            if not 0 <= token < self.config.vocab_size:
-                raise ValueError(f"{where} has token id {token}; expected 0 to {self.config.vocab_size - 1}, the model's vocabulary")
-
-    def _encode_chat(self, messages: Sequence[Message], options: ChatOptions) -> list[int]:
-        if self.chat_format is None:
-            raise ValueError(
-                f"{self._no_chat}; use generate with token ids in the model's own format, as "
-                "llm.tokenizer.encode(text, parse_special=True) makes them"
-            )
-        return self._checked(self.chat_format.encode(messages, **options))
-
-    def _request(self, token_ids: list[int], params: SamplingParams) -> Request:
-        room = self.config.max_position_embeddings - len(token_ids)
-        if room < 1:
-            raise ValueError(f"the prompt fills the model's context of {len(token_ids)} tokens; shorten it to leave room for an answer")
-        if params.stop and self.tokenizer is None:
-            raise ValueError(f"stop strings need a tokenizer, but {self._no_tokenizer}; use stop_token_ids")
-        self._check_vocabulary(params.logit_bias, "logit_bias")
-        if sum(bias == -math.inf for bias in params.logit_bias.values()) == self.config.vocab_size:
-            raise ValueError(f"logit_bias forbids all {self.config.vocab_size} tokens; leave at least one")
-        self._check_vocabulary(params.stop_token_ids, "stop_token_ids")
-        ends = set(params.stop_token_ids)
-        if not params.ignore_eos:
-            ends |= self.stop_token_ids
-        self.runner.check_speculates(len(token_ids))
-        seed = secrets.randbits(64) if params.seed is None else params.seed
-        return Request(token_ids, dataclasses.replace(params, max_tokens=min(params.max_tokens, room)), seed, sorted(ends))
+            return Stream(_Run(self, _agreed([self.requests.request(token_ids, params)])))
 
 
 class _Run:

@@ -240,14 +240,6 @@ class Runner:
             return 0
         return self._speculator.placement.config.max_position_embeddings if self._speculator.beyond == "stop" else math.inf
 
-    def check_speculates(self, tokens: int) -> None:
-        """Raise ValueError if speculation was asked for and the drafter stops before the end of a prompt of so many tokens."""
-        if self._speculator is not None and self._speculator.asked_for and tokens > self.drafts_up_to:
-            raise ValueError(
-                f"a prompt has {tokens} tokens, and the drafter was trained at lengths up to {self.drafts_up_to} and is told to stop "
-                'there; load with speculation="off", or with beyond_training="window", which lets it look back that far'
-            )
-
     def speculation(self, rows: int, longest: int) -> Speculation | None:
         """How a batch of so many prompts, of up to ``longest`` tokens, is speculated for, if at all."""
         if self._speculator is None or longest > self.drafts_up_to:

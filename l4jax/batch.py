@@ -9,6 +9,7 @@ from typing import Literal
 import jax
 import numpy as np
 
+from l4jax.answer import NO_ROUNDS, NewTokens, Rounds
 from l4jax.arrays import host_array
 from l4jax.decoding.draft import DraftState
 from l4jax.decoding.generate import BURST, DecodeState, DecodeTokens
@@ -17,27 +18,6 @@ from l4jax.decoding.sampling import Logprobs, TokenCounts, batch_features, sampl
 from l4jax.decoding.speculate import SpeculationState
 from l4jax.request import Request, TokenLogprob
 from l4jax.runner import Runner
-
-
-@dataclasses.dataclass(frozen=True)
-class NewTokens:
-    """What one step of a batch added to one row; ``logprobs`` is None unless the request asked for them."""
-
-    token_ids: list[int]
-    logprobs: list[TokenLogprob] | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Rounds:
-    """A row's speculation so far: its rounds, its drafted tokens, and in how many rounds the drafted token at each depth stood."""
-
-    rounds: int
-    drafted: int
-    accepted: tuple[int, ...]
-
-
-NO_ROUNDS = Rounds(0, 0, ())
-"""Without speculation."""
 
 
 class Batch:

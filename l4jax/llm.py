@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from l4jax import arguments
+from l4jax.answer import Answer
 from l4jax.arguments import Prompt
-from l4jax.batch import NO_ROUNDS, Batch, NewTokens
+from l4jax.batch import Batch
 from l4jax.checkpoints.store import open_checkpoint
 from l4jax.compiled import keep_compiled_programs
 from l4jax.config import ModelConfig
@@ -30,13 +31,12 @@ from l4jax.decoding.plan import Speculation, SpeculationTable
 from l4jax.decoding.speculate import BeyondTraining
 from l4jax.interrupts import kept_interrupts
 from l4jax.placement import Placement
-from l4jax.request import Completion, Message, Request, RequestMaker, Stats, TokenLogprob
+from l4jax.request import Completion, Message, Request, RequestMaker
 from l4jax.runner import Runner
 from l4jax.speculator import LoadedDrafter, open_fitting_drafter, speculation_table, speculator_for
 from l4jax.spread import H100_RING
 from l4jax.text.chat import ChatFormat, ChatOptions
 from l4jax.text.load import Text, load_text
-from l4jax.text.stream import StopStringFilter, StreamDecoder
 from l4jax.text.tokenizer import Tokenizer
 from sharding import hosts
 from sharding.mesh import ONE_DEVICE, MeshSpec
@@ -228,12 +228,12 @@ class LLM:
 
 
 class _Run:
-    """One batch from prompt to completions: turns tokens into text, watches for stop strings, keeps the time."""
+    """One batch from prompts to completions."""
 
     def __init__(self, llm: LLM, requests: Sequence[Request]) -> None:
         self.llm = llm
         self._requests = requests
-        self._rows = [_Row(llm.tokenizer, r) for r in requests]
+        self._answers = [Answer(llm.tokenizer, r) for r in requests]
         self.finished = False
 
     def bursts(self, steps: Callable[[int], int]) -> Iterator[list[str]]:
@@ -244,11 +244,11 @@ class _Run:
         while True:
             new = batch.step(steps(burst - 1) if burst else 1)
             elapsed = time.perf_counter() - started
-            for row, rounds in zip(self._rows, batch.rounds, strict=True):
-                row.rounds = rounds
-            yield [row.extend(tokens, batch.done[i], elapsed) for i, (row, tokens) in enumerate(zip(self._rows, new, strict=True))]
-            for i, row in enumerate(self._rows):
-                if row.stopped and not batch.done[i]:
+            for answer, rounds in zip(self._answers, batch.rounds, strict=True):
+                answer.rounds = rounds
+            yield [answer.extend(tokens, batch.done[i], elapsed) for i, (answer, tokens) in enumerate(zip(self._answers, new, strict=True))]
+            for i, answer in enumerate(self._answers):
+                if answer.stopped and not batch.done[i]:
                     batch.finish(i)
             if all(batch.done):
                 self.finished = True
@@ -256,68 +256,7 @@ class _Run:
             burst += 1
 
     def completions(self) -> list[Completion]:
-        return [row.completion() for row in self._rows]
-
-
-class _Row:
-    """One request's output as it grows."""
-
-    def __init__(self, tokenizer: Tokenizer | None, request: Request) -> None:
-        self._request = request
-        self._decoder = None if tokenizer is None else StreamDecoder(tokenizer)
-        self._filter = StopStringFilter(request.params.stop)
-        self._token_ids: list[int] = []
-        self._logprobs: list[TokenLogprob] = []
-        self._text: list[str] = []
-        self._progress: list[tuple[int, float]] = []
-        self._ended = False
-        self.stopped = False
-        self.rounds = NO_ROUNDS
-
-    def extend(self, new: NewTokens, done: bool, elapsed: float) -> str:
-        """Take in new tokens; the text that may be shown now. ``stopped`` is set once a stop string has appeared."""
-        if self._ended:
-            return ""
-        text = ""
-        for index, token in enumerate(new.token_ids):
-            self._token_ids.append(token)
-            if new.logprobs is not None:
-                self._logprobs.append(new.logprobs[index])
-            if self._decoder is not None and token not in self._request.stop_ids:
-                text += self._filter.push(self._decoder.push([token]))
-                if self._filter.stopped:
-                    break
-        if done and not self._filter.stopped and self._decoder is not None:
-            text += self._filter.push(self._decoder.finish())
-            text += self._filter.finish()
-        self._progress.append((len(self._token_ids), elapsed))
-        self.stopped = self._filter.stopped
-        self._ended = done or self.stopped
-        self._text.append(text)
-        return text
-
-    def completion(self) -> Completion:
-        (_, first_seconds), (last, last_seconds) = self._progress[0], self._progress[-1]
-        begun, begun_seconds = self._progress[1 if len(self._progress) > 2 else 0]
-        ended_by_token = bool(self._token_ids) and self._token_ids[-1] in self._request.stop_ids
-        return Completion(
-            prompt_token_ids=list(self._request.token_ids),
-            token_ids=self._token_ids,
-            text=None if self._decoder is None else "".join(self._text),
-            finish_reason="stop" if self.stopped or ended_by_token else "length",
-            logprobs=None if self._request.params.logprobs is None else self._logprobs,
-            seed=self._request.seed,
-            stats=Stats(
-                prompt_tokens=len(self._request.token_ids),
-                output_tokens=len(self._token_ids),
-                first_token_seconds=first_seconds,
-                decode_seconds=last_seconds - first_seconds,
-                decode_tokens_per_second=(last - begun) / (last_seconds - begun_seconds) if last > begun else 0.0,
-                rounds=self.rounds.rounds,
-                drafted=self.rounds.drafted,
-                accepted=self.rounds.accepted,
-            ),
-        )
+        return [answer.completion() for answer in self._answers]
 
 
 def load(

@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from l4jax.config import ConfigError, ModelConfig
     from l4jax.decoding.params import SamplingParams
     from l4jax.files import FileError
-    from l4jax.llm import LLM, load
+    from l4jax.llm import LLM
+    from l4jax.loading import load
     from l4jax.request import Completion
     from l4jax.text.template import ChatError, TemplateRefusal
     from sharding.hosts import join
@@ -44,7 +45,7 @@ _HOMES = {
     "SamplingParams": "l4jax.decoding.params",
     "TemplateRefusal": "l4jax.text.template",
     "join": "sharding.hosts",
-    "load": "l4jax.llm",
+    "load": "l4jax.loading",
 }
 
 

@@ -1,48 +1,41 @@
-"""The Python interface: load a checkpoint, compute logits, generate, stream, chat."""
+"""The Python interface of a loaded model: compute logits, generate, stream, chat."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import math
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal, Unpack
+from typing import Unpack
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from l4jax import arguments
 from l4jax.answer import Answer
 from l4jax.arguments import Prompt
 from l4jax.batch import Batch
-from l4jax.checkpoints.store import open_checkpoint
-from l4jax.compiled import keep_compiled_programs
 from l4jax.config import ModelConfig
 from l4jax.decoding.generate import BURST
 from l4jax.decoding.params import SamplingParams
-from l4jax.decoding.plan import Speculation, SpeculationTable
+from l4jax.decoding.plan import Speculation
 from l4jax.decoding.speculate import BeyondTraining
 from l4jax.interrupts import kept_interrupts
-from l4jax.placement import Placement
+from l4jax.placement import DrafterPlacement, Placement
 from l4jax.request import Completion, Message, Request, RequestMaker
-from l4jax.runner import Runner
-from l4jax.speculator import LoadedDrafter, open_fitting_drafter, speculation_table, speculator_for
+from l4jax.runner import Runner, Speculator
+from l4jax.speculator import LoadedDrafter, choose_speculation
 from l4jax.spread import H100_RING
 from l4jax.text.chat import ChatFormat, ChatOptions
-from l4jax.text.load import Text, load_text
+from l4jax.text.load import Text
 from l4jax.text.tokenizer import Tokenizer
 from sharding import hosts
 from sharding.mesh import ONE_DEVICE, MeshSpec
 from sharding.select import RingHardware
-
-DType = Literal["float32", "bfloat16", "float16"]
 
 
 class Stream(Iterator[str]):
@@ -67,6 +60,20 @@ class Stream(Iterator[str]):
         raise StopIteration
 
 
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What an LLM is made of, checked, with everything decided: where its weights go, and how it speculates, if at all."""
+
+    config: ModelConfig
+    placement: Placement
+    weights: Mapping[str, jax.Array]
+    speculator: Speculator | None
+    text: Text
+    max_batch: int | None
+    prefill_lengths: Sequence[int] | None
+    ring_hardware: RingHardware
+
+
 class LLM:
     """A loaded model, for one call at a time: a call that begins while another thread's runs raises RuntimeError."""
 
@@ -87,7 +94,7 @@ class LLM:
         prefill_lengths: Sequence[int] | None = None,
         ring_hardware: RingHardware = H100_RING,
     ) -> None:
-        """``weights`` by the names of ``l4jax.model.weights.weight_specs``; the other arguments are those of :func:`load`.
+        """``weights`` by the names of ``l4jax.model.weights.weight_specs``; the other arguments are those of :func:`l4jax.load`.
 
         ``no_tokenizer``, ``no_chat``: why there is none, for the errors of calls that need one.
         """
@@ -99,19 +106,38 @@ class LLM:
         arguments.check_kind("ring_hardware", ring_hardware, RingHardware, "a sharding.select.RingHardware")
         prefill_lengths = None if prefill_lengths is None else arguments.piece_lengths(prefill_lengths)
         max_batch = None if max_batch is None else arguments.batch_size(max_batch)
-        self.placement = placement = Placement.on(config, mesh)
-        self.config = config
-        self.tokenizer = tokenizer
-        self.chat_format = chat_format
-        self.max_batch = 8 * placement.spec.data if max_batch is None else max_batch
+        placement = Placement.on(config, mesh)
+        trained, own = (None, None) if drafter is None else (drafter.config, drafter.table)
+        choice = choose_speculation(config, trained, own, speculation, beyond_training)
+        speculator = None
+        if choice is not None and drafter is not None:
+            speculator = choice.speculator(DrafterPlacement(drafter.config, placement.mesh), drafter.weights)
+        text = Text(tokenizer, chat_format, no_tokenizer, no_chat)
+        self._begin(Parts(config, placement, weights, speculator, text, max_batch, prefill_lengths, ring_hardware))
+
+    @classmethod
+    def of(cls, parts: Parts) -> LLM:
+        """Make an LLM of parts that are checked already, as :func:`l4jax.load` does."""
+        llm = cls.__new__(cls)
+        llm._begin(parts)
+        return llm
+
+    def _begin(self, parts: Parts) -> None:
+        self.config = parts.config
+        self.placement = parts.placement
+        self.tokenizer = parts.text.tokenizer
+        self.chat_format = parts.text.chat_format
+        self.max_batch = 8 * parts.placement.spec.data if parts.max_batch is None else parts.max_batch
         self._in_use = threading.Lock()
-        speculator = speculator_for(config, placement, drafter, speculation, beyond_training)
-        self.runner = Runner(placement, weights, speculator=speculator, prefill_lengths=prefill_lengths, ring_hardware=ring_hardware)
-        self.requests = RequestMaker(
-            config,
-            Text(tokenizer, chat_format, no_tokenizer, no_chat),
-            drafts_up_to=self.runner.drafts_up_to if speculator is not None and speculator.asked_for else math.inf,
+        self.runner = Runner(
+            parts.placement,
+            parts.weights,
+            speculator=parts.speculator,
+            prefill_lengths=parts.prefill_lengths,
+            ring_hardware=parts.ring_hardware,
         )
+        asked_for = parts.speculator is not None and parts.speculator.asked_for
+        self.requests = RequestMaker(parts.config, parts.text, drafts_up_to=self.runner.drafts_up_to if asked_for else math.inf)
 
     @property
     def weights(self) -> dict[str, jax.Array]:
@@ -257,80 +283,6 @@ class _Run:
 
     def completions(self) -> list[Completion]:
         return [answer.completion() for answer in self._answers]
-
-
-def load(
-    path: str | os.PathLike[str],
-    *,
-    mesh: str | MeshSpec = ONE_DEVICE,
-    dtype: DType | None = None,
-    drafter: str | os.PathLike[str] | None = None,
-    speculation: str = "auto",
-    beyond_training: BeyondTraining = "window",
-    max_batch: int | None = None,
-    prefill_lengths: Sequence[int] | None = None,
-    ring_hardware: RingHardware = H100_RING,
-) -> LLM:
-    """Load a checkpoint made by ``l4jax convert``.
-
-    ``mesh``: the devices to run on, such as "tensor=4,expert=2" or a file of ``configs/meshes``; one device by default. Every
-    device reads only its part of the weights. ``dtype``: what weights and cache are held in; None takes what most of the
-    checkpoint's bytes are stored in.
-
-    ``drafter``: the folder of one that was trained for this model (default: ``drafter`` in the
-    checkpoint's folder, if it is there); ``speculation``: "auto" (what the drafter's table says for the number of prompts), "off",
-    "chain:5", "tree:eagle26" (both also with ",sampled" behind) or "dynamic:steps=5,topk=4,nodes=16"; ``beyond_training``: what a drafter
-    does where the text is longer than what it was trained on, "window" (look back that far) or "stop".
-
-    At most ``max_batch`` prompts are decoded together (default: 8 for each rank along ``data``). ``prefill_lengths``: prompts are
-    worked off in pieces, padded to one of these lengths (default: 32, 128 and 512 for each rank that shares their tokens).
-    ``ring_hardware``: what decides which ring passes them (``sharding.select``). Compiled programs are kept on disk between processes,
-    unless JAX's own setting says where or not.
-    """
-    arguments.check_words(dtype, speculation)
-    arguments.check_kind("the checkpoint", path, str | os.PathLike, "the path of a folder that l4jax convert made")
-    arguments.check_kind("the drafter", drafter, str | os.PathLike | None, "the path of a drafter's folder")
-    arguments.check_kind("ring_hardware", ring_hardware, RingHardware, "a sharding.select.RingHardware")
-    prefill_lengths = None if prefill_lengths is None else arguments.piece_lengths(prefill_lengths)
-    max_batch = None if max_batch is None else arguments.batch_size(max_batch)
-    keep_compiled_programs()
-    checkpoint = open_checkpoint(path)
-    placement = Placement.on(checkpoint.config, mesh)
-    held_in = jnp.dtype(dtype or checkpoint.dtype)
-    opened = None if speculation == "off" else open_fitting_drafter(checkpoint.drafter if drafter is None else drafter, checkpoint)
-    # Before anything is read: how to speculate, and whether these can.
-    own = None if opened is None else SpeculationTable.from_json(opened.speculation, held_in.name)
-    table = speculation_table(checkpoint.config, None if opened is None else opened.config, own, speculation, beyond_training)
-    if table is None:
-        opened = None
-    hosts.check_same(
-        {
-            "the checkpoint's digest": checkpoint.digest,
-            "the drafter's digest": "none" if opened is None else opened.digest,
-            "speculation": f"{table}, {beyond_training}",
-            "the mesh": str(placement.spec),
-            "dtype": str(dtype),
-            "max_batch": str(max_batch),
-            "prefill_lengths": str(prefill_lengths),
-            "ring_hardware": str(ring_hardware),
-            "l4jax": importlib.metadata.version("l4jax"),
-            "jax": jax.__version__,
-        },
-        "start every process with the same checkpoint, arguments and versions",
-    )
-    text = load_text(checkpoint.directory, checkpoint.config)
-    return LLM(
-        checkpoint.config,
-        checkpoint.restore(placement, held_in),
-        mesh=placement.spec,
-        drafter=None if opened is None else LoadedDrafter.restored(opened, placement, held_in),
-        speculation=speculation,
-        beyond_training=beyond_training,
-        **vars(text),
-        max_batch=max_batch,
-        prefill_lengths=prefill_lengths,
-        ring_hardware=ring_hardware,
-    )
 
 
 def _check_agreed(prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams] = ()) -> None:

@@ -10,12 +10,12 @@ import jax
 import numpy as np
 
 from l4jax.answer import NO_ROUNDS, NewTokens, Rounds
-from l4jax.arrays import host_array
 from l4jax.decoding.draft import DraftState
 from l4jax.decoding.generate import BURST, DecodeState, DecodeTokens
 from l4jax.decoding.plan import Speculation
 from l4jax.decoding.sampling import Logprobs, TokenCounts, batch_features, sampling_rows
 from l4jax.decoding.speculate import SpeculationState
+from l4jax.parallel.arrays import host_array
 from l4jax.request import Request, TokenLogprob
 from l4jax.runner import Runner
 

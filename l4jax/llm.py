@@ -25,11 +25,11 @@ from l4jax.decoding.params import SamplingParams
 from l4jax.decoding.plan import Speculation
 from l4jax.decoding.speculate import BeyondTraining
 from l4jax.interrupts import kept_interrupts
-from l4jax.placement import DrafterPlacement, Placement
+from l4jax.parallel.placement import DrafterPlacement, Placement
+from l4jax.parallel.spread import H100_RING
 from l4jax.request import Completion, Message, Request, RequestMaker
 from l4jax.runner import Runner, Speculator
 from l4jax.speculator import LoadedDrafter, choose_speculation
-from l4jax.spread import H100_RING
 from l4jax.text.chat import ChatFormat, ChatOptions
 from l4jax.text.load import Text
 from l4jax.text.tokenizer import Tokenizer

@@ -16,9 +16,9 @@ from l4jax.compiled import keep_compiled_programs
 from l4jax.decoding.plan import SpeculationTable
 from l4jax.decoding.speculate import BeyondTraining
 from l4jax.llm import LLM, Parts
-from l4jax.placement import DrafterPlacement, Placement
+from l4jax.parallel.placement import DrafterPlacement, Placement
+from l4jax.parallel.spread import H100_RING
 from l4jax.speculator import choose_speculation, open_fitting_drafter
-from l4jax.spread import H100_RING
 from l4jax.text.load import load_text
 from sharding import hosts
 from sharding.mesh import ONE_DEVICE, MeshSpec

@@ -12,16 +12,16 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from l4jax.arrays import global_array, host_array, to_host
 from l4jax.cache import CACHE_AXES, PAGE_SIZE, CacheShape, LayerCache, PageTables
 from l4jax.config import ModelConfig
 from l4jax.decoding.generate import DecodeState, DecodeTokens
 from l4jax.decoding.plan import Speculation, SpeculationTable
 from l4jax.decoding.sampling import NOT_FINITE, Logprobs, SamplingFeatures, SamplingRows, TokenCounts
 from l4jax.decoding.speculate import BeyondTraining, RoundCounts, SpeculationState
-from l4jax.placement import DrafterPlacement, Placement
+from l4jax.parallel.arrays import global_array, host_array, to_host
+from l4jax.parallel.placement import DrafterPlacement, Placement
+from l4jax.parallel.spread import H100_RING, Spreader, in_order
 from l4jax.programs import PREFILL_LENGTHS, Programs
-from l4jax.spread import H100_RING, Spreader, in_order
 from sharding import hosts
 from sharding.select import RingHardware
 

@@ -14,7 +14,7 @@ from l4jax.batch import Batch
 from l4jax.config import MoEConfig
 from l4jax.model.llama import Llama
 from l4jax.model.weights import weight_specs
-from l4jax.placement import Placement
+from l4jax.parallel.placement import Placement
 from l4jax.runner import Runner
 from sharding.mesh import MeshSpec
 from sharding.select import RingHardware

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from l4jax.arrays import to_host
 from l4jax.config import DrafterConfig, ModelConfig, flat_fields, usual_aux_layers
 from l4jax.model.drafter import build_drafter
 from l4jax.model.weights import random_weights
+from l4jax.parallel.arrays import to_host
 from l4jax.training.seeds import key_of
 
 Version = Literal["eagle1", "eagle3"]

@@ -19,7 +19,7 @@ from l4jax.decoding.generate import BURST
 from l4jax.decoding.sampling import TokenCounts, batch_features, probabilities, sampling_rows
 from l4jax.decoding.tree import StaticTree, tree_tables
 from l4jax.model.weights import BoundModel
-from l4jax.placement import Placement
+from l4jax.parallel.placement import Placement
 from l4jax.request import Request
 from tests.decoding.limits import chi_square_limit
 from tests.tiny import drafter, few_tokens, llama3_like, loaded_drafter, maverick_like, prompts, scout_like, weights

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from l4jax.decoding.params import SamplingParams
-from l4jax.decoding.sampling import batch_features, sample, sampling_rows
+from l4jax.decoding.sampling import TokenCounts, sample, sampling_rows
 
 SETTINGS = {"greedy": {"temperature": 0.0}, "nothing cut": {}, "top-k, top-p": {"top_k": 50, "top_p": 0.9}}
 
@@ -26,14 +26,15 @@ SETTINGS = {"greedy": {"temperature": 0.0}, "nothing cut": {}, "top-k, top-p": {
 def seconds(params: SamplingParams, batch: int, vocab: int, repetitions: int) -> list[float]:
     """How long each of the calls takes, after two to warm up."""
     every = [params] * batch
-    rows, features = jax.device_put(sampling_rows(every, range(batch), [[]] * batch, vocab)), batch_features(every)
+    rows = jax.device_put(sampling_rows(every, range(batch), [[]] * batch, vocab))
+    counts = TokenCounts(jnp.zeros((batch, vocab), bool), jnp.zeros((batch, vocab), jnp.int32))
     logits_BV = jnp.asarray(3 * np.random.default_rng(0).normal(size=(batch, vocab)), jnp.float32)
-    step = jax.jit(lambda logits_BV, rows, position_B: sample(logits_BV, rows, None, position_B, features)[0])
+    step = jax.jit(sample)
     taken = []
     for position in range(repetitions + 2):
         position_B = jnp.full(batch, position, jnp.int32)
         start = time.perf_counter()
-        step(logits_BV, rows, position_B).block_until_ready()
+        step(logits_BV, rows, counts, position_B).block_until_ready()
         taken.append(time.perf_counter() - start)
     return taken[2:]
 

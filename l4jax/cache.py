@@ -115,17 +115,6 @@ class CacheShape:
         """Bytes of the keys and values on one device."""
         return sum(2 * math.prod(sharding.shard_shape(shape)) * dtype.itemsize for shape in self.layer_shapes(config))
 
-    def allocate(self, config: ModelConfig, dtype: jnp.dtype, sharding: jax.sharding.Sharding) -> tuple[LayerCache, ...]:
-        """Allocate an empty cache. It is zeroed, because a masked key still multiplies its value: 0 x NaN would be NaN.
-
-        It is committed to its sharding, as a program's results are; a program called with committed and uncommitted arrays compiles twice.
-        """
-
-        def pool(shape: tuple[int, ...]) -> Array:
-            return jnp.zeros(shape, dtype, device=sharding)
-
-        return tuple(LayerCache(pool(s), pool(s)) for s in self.layer_shapes(config))
-
 
 def is_local(config: ModelConfig, layer: int) -> bool:
     """True where the layer's attention is confined to chunks."""

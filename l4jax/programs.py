@@ -1,7 +1,8 @@
 """The compiled programs: what is traced, what is donated, and which shapes exist.
 
-A program is a pure function of the flat weights, small inputs and a donated state. Every distinct combination of input
-shapes and :class:`SamplingFeatures` is compiled once; the buckets below keep the number of combinations small.
+A program is a pure function of the weights, the state that stays on the devices (donated), and small inputs. Every distinct combination
+of input shapes is compiled once; the buckets below keep the number of combinations small. Settings of sampling decide at run time what
+is computed, so no setting needs a program of its own.
 
 Programs run inside ``jax.shard_map``: every device computes on its own share of weights, rows, cache and vocabulary, and
 every transfer between devices is an explicit call in the code. A single device is a mesh of one.
@@ -16,20 +17,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float32
 
-from l4jax.cache import CACHE_AXES, LayerCache, PageTables
+from l4jax.cache import CACHE_AXES
 from l4jax.decoding.draft import DraftState
-from l4jax.decoding.generate import DecodeState, DecodeTokens, decode_tokens
+from l4jax.decoding.generate import DecodeTokens, decode_tokens
 from l4jax.decoding.plan import Speculation
-from l4jax.decoding.sampling import Logprobs, SamplingFeatures, SamplingRows, TokenCounts, sample
+from l4jax.decoding.sampling import sample, token_logprobs
+from l4jax.decoding.slots import Slots, SlotUpdate
 from l4jax.decoding.speculate import BeyondTraining, RoundCounts, SpeculationState, prefill_drafter, speculate_tokens
 from l4jax.decoding.tree import NONE
 from l4jax.model.drafter import Drafter
 from l4jax.model.llama import Llama
-from l4jax.model.step import PieceLayout, Spread, last_state
+from l4jax.model.step import Spread, last_state
 from l4jax.model.weights import BoundModel, weight_specs
 from l4jax.parallel.placement import DrafterPlacement, Placement
+from l4jax.program_inputs import Burst, Cache, FirstTokens, Piece, Resident, Weights
 from sharding.rules import partition
 
 PREFILL_LENGTHS = (32, 128, 512)
@@ -48,9 +51,6 @@ _FOR_GPUS = {
     "xla_gpu_graph_min_graph_size": 1,
 }
 
-Cache = tuple[LayerCache, ...]
-Leaves = tuple[Array, ...]
-
 
 class Programs:
     """The programs of one model, and of its drafter if there is one, on one mesh. Each is compiled on first use for each set of shapes."""
@@ -58,43 +58,31 @@ class Programs:
     def __init__(self, placement: Placement, drafter: DrafterPlacement | None = None) -> None:
         model = Llama(placement.config, placement.spec, taps=drafter.drafter.aux_layers if drafter else ())
         self.model = BoundModel(model)
-        self._mesh = placement.mesh
-        self._data, self._vocab = placement.spec.along("data"), placement.spec.along("tensor")
-        self._ranks = placement.spec.token_ranks
-        spec = functools.partial(partition, placement.spec)
-        row: Any = spec("batch")
-        cache: Any = spec(*CACHE_AXES)
-        counts: Any = spec("batch", "vocab")
-        everywhere = PartitionSpec()
-        leaves = tuple(spec(*weight.axes) for weight in weight_specs(model).values())
-        state = DecodeState(cache=cache, token_B=row, length_B=row, produced_B=row, done_B=row, counts=counts)
-        positions: Any = PartitionSpec(None, *row)
-        layout: Any = PieceLayout(positions, row) if self._ranks.count > 1 else everywhere
-        piece = (leaves, cache, row, row, row, row, layout)
-        self.prefill = self._program(self._prefill, (*piece, row, counts), (cache, everywhere, everywhere), donated=1)
-        self.decode = self._program(self._decode, (leaves, state, row, row, everywhere), (state, everywhere), donated=1)
-        logits = PartitionSpec(self._data.axes or None, self._ranks.axes or None, self._vocab.axes or None)
-        self.logits = self._program(self._logits, piece, (cache, logits), donated=1)
-        if drafter is None:
-            return
-        module = drafter.build(drafter.config, placement.spec)
-        self.drafter = BoundModel(module)
-        draft_leaves = tuple(spec(*weight.axes) for weight in weight_specs(module).values())
-        drafting: Any = DraftState(cache=cache, hidden_BD=row)
-        self.draft_prefill = self._program(
-            self._draft_prefill,
-            (leaves, draft_leaves, (cache, cache), row, row, row, row, row, layout, row, counts, row),
-            ((cache, cache), everywhere, everywhere, everywhere),
-            donated=2,
-        )
-        self.speculate = self._program(
-            self._speculate,
-            (leaves, draft_leaves, SpeculationState(state, drafting), row, row, row, everywhere),
-            (SpeculationState(state, drafting), everywhere, everywhere),
-            donated=2,
-        )
+        self._mesh, spec = placement.mesh, placement.spec
+        self._data, self._vocab, self._ranks = spec.along("data"), spec.along("tensor"), spec.token_ranks
+        module = drafter.build(drafter.config, spec) if drafter else None
+        self._drafter = BoundModel(module) if module else None
 
-    def _program(self, body: Callable[..., Any], in_specs: Any, out_specs: Any, *, donated: int) -> jax.stages.Wrapped:
+        def leaves(module: Any) -> Any:
+            return () if module is None else tuple(partition(spec, *weight.axes) for weight in weight_specs(module).values())
+
+        weights, resident = Weights(leaves(model), leaves(module)), Resident.specs(spec)
+        everywhere: Any = PartitionSpec()
+        self.prefill = self._program(self._prefill, (weights, resident, Piece.specs(spec)), (resident, everywhere))
+        self.decode = self._program(self._decode, (weights, resident, Burst.specs(spec)), (resident, everywhere))
+        self.speculate = self._program(self._speculate, (weights, resident, Burst.specs(spec)), (resident, everywhere, everywhere))
+        self.update_slots = self._program(self._update_slots, (resident.slots, partition(spec, "batch")), resident.slots, donated=0)
+        logits = PartitionSpec(self._data.axes or None, self._ranks.axes or None, self._vocab.axes or None)
+        pools = partition(spec, *CACHE_AXES)
+        self.logits = self._program(self._logits, (weights, pools, Piece.specs(spec)), (pools, logits))
+
+    @property
+    def drafter(self) -> BoundModel:
+        """The drafter; there must be one."""
+        assert self._drafter is not None
+        return self._drafter
+
+    def _program(self, body: Callable[..., Any], in_specs: Any, out_specs: Any, *, donated: int = 1) -> jax.stages.Wrapped:
         def program(*arguments: Any, **static: Any) -> Any:
             on_device = functools.partial(body, **static)
             # Unchecked: tests show that replicated results are equal on every device; shard_map cannot infer it.
@@ -104,134 +92,74 @@ class Programs:
         return jax.jit(
             program,
             donate_argnums=donated,
-            static_argnames=("features", "spread", "plan", "beyond"),
+            static_argnames=("spread", "plan", "beyond"),
             compiler_options=None if self._mesh.devices.flat[0].platform == "cpu" else _FOR_GPUS,
         )
 
-    def _prefill(
-        self,
-        leaves: Leaves,
-        cache: Cache,
-        token_BT: Int32[Array, "B T"],
-        start_B: Int32[Array, "B"],
-        new_B: Int32[Array, "B"],
-        tables: PageTables,
-        layout: PieceLayout | None,
-        rows: SamplingRows,
-        counts: TokenCounts | None,
-        *,
-        features: SamplingFeatures,
-        spread: Spread | None,
-    ) -> tuple[Cache, Int32[Array, "A"], Logprobs | None]:
-        """Prefill a piece of each row's prompt, and sample the first output token (used in rows whose prompt ends with this piece)."""
-        model: Llama = self.model.bind(leaves)
-        x_BTD, _, cache = model(token_BT, start_B, new_B, cache, tables, layout, spread)
-        token_B, logprobs = self._first_token(model, x_BTD, start_B, new_B, layout, rows, counts, features)
-        return cache, *self._of_all_rows((token_B, logprobs))
+    def _update_slots(self, slots: Slots, update: SlotUpdate) -> Slots:
+        """Give slots to new requests."""
+        return slots.updated(update)
 
-    def _first_token(
-        self,
-        model: Llama,
-        x_BTD: Array,
-        start_B: Array,
-        new_B: Array,
-        layout: PieceLayout | None,
-        rows: SamplingRows,
-        counts: TokenCounts | None,
-        features: SamplingFeatures,
-    ) -> tuple[Int32[Array, "B"], Logprobs | None]:
-        last_BD = last_state(x_BTD, start_B, new_B, layout, self._ranks)
-        token_B, logprobs = sample(model.logits(last_BD), rows, counts, jnp.zeros_like(new_B), features, self._vocab)
-        return self._ranks.from_first(token_B), logprobs  # as in decoding
+    def _prefill(
+        self, weights: Weights, resident: Resident, piece: Piece, *, spread: Spread | None, beyond: BeyondTraining | None
+    ) -> tuple[Resident, FirstTokens]:
+        """Prefill a piece of each row's prompt; where a prompt ends with it, sample the answer's first token and write it to the slot.
+
+        With ``beyond`` the drafter is prefilled too.
+        """
+        model: Llama = self.model.bind(weights.target)
+        token_BT, start_B, new_B, slot_B = piece.token_BT, piece.start_B, piece.new_B, piece.slot_B
+        x_BTD, feature_BTf, cache = model(token_BT, start_B, new_B, resident.cache, piece.tables, piece.layout, spread)
+        slots = resident.slots.prompted(slot_B, token_BT, new_B, self._vocab)
+        rows = slots.settings(slot_B)
+        logits_BV = model.logits(last_state(x_BTD, start_B, new_B, piece.layout, self._ranks))
+        # Ranks that do the same work may round differently, and each would choose its own token.
+        token_B = self._ranks.from_first(sample(logits_BV, rows, slots.counts, slots.decoding(slot_B, ()).produced_B, self._vocab))
+        logprobs = token_logprobs(logits_BV, token_B, rows, self._vocab)
+        draft_cache, hidden_BD = resident.draft_cache, None
+        if beyond is not None:
+            assert piece.draft_tables is not None
+            drafter: Drafter = self.drafter.bind(weights.drafter)
+            following_B = jnp.where(piece.following_B == NONE, token_B, piece.following_B)
+            tokens = (token_BT, following_B, feature_BTf, start_B, new_B)
+            hidden_BD, draft_cache = prefill_drafter(drafter, model, draft_cache, *tokens, piece.draft_tables, piece.layout, spread, beyond)
+        ended_B = jnp.where(piece.ends_B, slot_B, len(slots.token_U))
+        slots, done_B = slots.begun(ended_B, token_B, start_B + new_B, hidden_BD, self._vocab)
+        return Resident(cache, draft_cache, slots), FirstTokens(*self._of_all_rows((token_B, logprobs, done_B)))
 
     def _of_all_rows(self, tree: Any) -> Any:
         """Gather the rows of every rank along ``data``, because every host returns every row's tokens."""
         return jax.tree.map(lambda rows: self._data.concatenate(rows, axis=0), tree)
 
-    def _draft_prefill(
-        self,
-        leaves: Leaves,
-        draft_leaves: Leaves,
-        caches: tuple[Cache, Cache],
-        token_BT: Int32[Array, "B T"],
-        start_B: Int32[Array, "B"],
-        new_B: Int32[Array, "B"],
-        tables: PageTables,
-        draft_tables: PageTables,
-        layout: PieceLayout | None,
-        rows: SamplingRows,
-        counts: TokenCounts | None,
-        following_B: Int32[Array, "B"],
-        *,
-        features: SamplingFeatures,
-        spread: Spread | None,
-        beyond: BeyondTraining,
-    ) -> tuple[tuple[Cache, Cache], Int32[Array, "A"], Logprobs | None, Float[Array, "A D"]]:
-        """As :meth:`_prefill`, and prefill the drafter; also returns its cache and its output at the piece's last token.
-
-        ``following_B``: the prompt's token after the piece, NONE where the prompt ends with the piece.
-        """
-        model: Llama = self.model.bind(leaves)
-        drafter: Drafter = self.drafter.bind(draft_leaves)
-        cache, draft_cache = caches
-        x_BTD, feature_BTf, cache = model(token_BT, start_B, new_B, cache, tables, layout, spread)
-        token_B, logprobs = self._first_token(model, x_BTD, start_B, new_B, layout, rows, counts, features)
-        following_B = jnp.where(following_B == NONE, token_B, following_B)
-        piece = (token_BT, following_B, feature_BTf, start_B, new_B)
-        hidden_BD, draft_cache = prefill_drafter(drafter, model, draft_cache, *piece, draft_tables, layout, spread, beyond)
-        return (cache, draft_cache), *self._of_all_rows((token_B, logprobs, hidden_BD))
-
     def _speculate(
-        self,
-        leaves: Leaves,
-        draft_leaves: Leaves,
-        state: SpeculationState,
-        tables: PageTables,
-        draft_tables: PageTables,
-        rows: SamplingRows,
-        steps: Int32[Array, ""],
-        *,
-        features: SamplingFeatures,
-        plan: Speculation,
-        beyond: BeyondTraining,
-    ) -> tuple[SpeculationState, DecodeTokens, RoundCounts]:
-        """Run rounds of speculation until a row has ``steps`` tokens, in one dispatch."""
-        model: Llama = self.model.bind(leaves)
-        drafter: Drafter = self.drafter.bind(draft_leaves)
-        state, out, counted = speculate_tokens(model, drafter, state, tables, draft_tables, rows, steps, features, plan, beyond)
-        return state, self._tokens_of_all_rows(out), self._of_all_rows(counted)
+        self, weights: Weights, resident: Resident, burst: Burst, *, plan: Speculation, beyond: BeyondTraining
+    ) -> tuple[Resident, DecodeTokens, RoundCounts]:
+        """Run rounds of speculation until a row has as many tokens as the burst asks for, in one dispatch."""
+        assert burst.draft_tables is not None and resident.slots.hidden_UD is not None
+        model: Llama = self.model.bind(weights.target)
+        drafter: Drafter = self.drafter.bind(weights.drafter)
+        slots, slot_B = resident.slots, burst.slot_B
+        draft = DraftState(resident.draft_cache, resident.slots.hidden_UD.at[slot_B].get(mode="clip"))
+        state = SpeculationState(slots.decoding(slot_B, resident.cache), draft)
+        state, out, counted = speculate_tokens(
+            model, drafter, state, burst.tables, burst.draft_tables, slots.settings(slot_B), burst.steps, plan, beyond
+        )
+        slots = slots.after(slot_B, state.decode, state.draft.hidden_BD)
+        return Resident(state.decode.cache, state.draft.cache, slots), self._tokens_of_all_rows(out), self._of_all_rows(counted)
 
-    def _decode(
-        self,
-        leaves: Leaves,
-        state: DecodeState,
-        tables: PageTables,
-        rows: SamplingRows,
-        steps: Int32[Array, ""],
-        *,
-        features: SamplingFeatures,
-    ) -> tuple[DecodeState, DecodeTokens]:
-        """Decode up to ``steps`` tokens for every unfinished row, in one dispatch."""
-        state, out = decode_tokens(self.model.bind(leaves), state, tables, rows, steps, features)
-        return state, self._tokens_of_all_rows(out)
+    def _decode(self, weights: Weights, resident: Resident, burst: Burst) -> tuple[Resident, DecodeTokens]:
+        """Decode up to as many tokens as the burst asks for, for every row that is not done, in one dispatch."""
+        slots, slot_B = resident.slots, burst.slot_B
+        state = slots.decoding(slot_B, resident.cache)
+        state, out = decode_tokens(self.model.bind(weights.target), state, burst.tables, slots.settings(slot_B), burst.steps)
+        return Resident(state.cache, resident.draft_cache, slots.after(slot_B, state)), self._tokens_of_all_rows(out)
 
     def _tokens_of_all_rows(self, out: DecodeTokens) -> DecodeTokens:
         token_sB, logprobs = jax.tree.map(lambda rows: self._data.concatenate(rows, axis=1), (out.token_sB, out.logprobs))
         return DecodeTokens(token_sB, logprobs, out.steps, self._data.concatenate(out.done_B, axis=0))
 
-    def _logits(
-        self,
-        leaves: Leaves,
-        cache: Cache,
-        token_BT: Int32[Array, "B T"],
-        start_B: Int32[Array, "B"],
-        new_B: Int32[Array, "B"],
-        tables: PageTables,
-        layout: PieceLayout | None,
-        *,
-        spread: Spread | None,
-    ) -> tuple[Cache, Float32[Array, "B t V"]]:
+    def _logits(self, weights: Weights, cache: Cache, piece: Piece, *, spread: Spread | None) -> tuple[Cache, Float32[Array, "B t V"]]:
         """Compute next-token logits at every position of a piece; with a layout, in the layout's order, one rank after the other."""
-        model: Llama = self.model.bind(leaves)
-        x_BTD, _, cache = model(token_BT, start_B, new_B, cache, tables, layout, spread)
+        model: Llama = self.model.bind(weights.target)
+        x_BTD, _, cache = model(piece.token_BT, piece.start_B, piece.new_B, cache, piece.tables, piece.layout, spread)
         return cache, model.logits(x_BTD)

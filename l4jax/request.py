@@ -11,7 +11,7 @@ from typing import Literal
 from l4jax import arguments
 from l4jax.arguments import Prompt
 from l4jax.config import ModelConfig
-from l4jax.decoding.params import SamplingParams
+from l4jax.decoding.params import MAX_STOP_IDS, SamplingParams
 from l4jax.text.chat import ChatOptions
 from l4jax.text.load import Text
 
@@ -147,6 +147,8 @@ class RequestMaker:
         ends = set(params.stop_token_ids)
         if not params.ignore_eos:
             ends |= self.stop_token_ids
+        if len(ends) > MAX_STOP_IDS:
+            raise ValueError(f"{len(ends)} tokens would end the answer, the model's own included; expected at most {MAX_STOP_IDS}")
         seed = secrets.randbits(64) if params.seed is None else params.seed
         return Request(token_ids, dataclasses.replace(params, max_tokens=min(params.max_tokens, room)), seed, sorted(ends))
 

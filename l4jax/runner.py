@@ -12,15 +12,18 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from l4jax.cache import CACHE_AXES, PAGE_SIZE, CacheShape, LayerCache, PageTables
+from l4jax.cache import CACHE_AXES, PAGE_SIZE, CacheShape, PageTables
 from l4jax.config import ModelConfig
-from l4jax.decoding.generate import DecodeState, DecodeTokens
+from l4jax.decoding.generate import DecodeTokens
+from l4jax.decoding.params import SamplingParams
 from l4jax.decoding.plan import Speculation, SpeculationTable
-from l4jax.decoding.sampling import NOT_FINITE, Logprobs, SamplingFeatures, SamplingRows, TokenCounts
-from l4jax.decoding.speculate import BeyondTraining, RoundCounts, SpeculationState
-from l4jax.parallel.arrays import global_array, host_array, to_host
+from l4jax.decoding.sampling import NOT_FINITE, Logprobs
+from l4jax.decoding.speculate import BeyondTraining, RoundCounts
+from l4jax.model.step import Spread
+from l4jax.parallel.arrays import host_array, to_host
 from l4jax.parallel.placement import DrafterPlacement, Placement
 from l4jax.parallel.spread import H100_RING, Spreader, in_order
+from l4jax.program_inputs import Burst, Piece, Resident, Weights, slot_update
 from l4jax.programs import PREFILL_LENGTHS, Programs
 from sharding import hosts
 from sharding.select import RingHardware
@@ -45,10 +48,6 @@ class _Piece:
     token_BT: np.ndarray
     start_B: np.ndarray
     new_B: np.ndarray
-
-    def inputs(self) -> tuple[Array, Array, Array]:
-        """As the programs take them."""
-        return host_array(self.token_BT, np.int32), host_array(self.start_B, np.int32), host_array(self.new_B, np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +91,9 @@ class Runner:
         self.programs = Programs(placement, speculator.placement if speculator else None)
         self._placement = placement
         self._speculator = speculator
-        self._draft_leaves = self.programs.drafter.leaves(speculator.placement.place_all(speculator.weights)) if speculator else ()
-        self._leaves = self.programs.model.leaves(placement.place_all(weights))
-        self._dtype = self._leaves[0].dtype
+        draft_leaves = self.programs.drafter.leaves(speculator.placement.place_all(speculator.weights)) if speculator else ()
+        self._weights = Weights(self.programs.model.leaves(placement.place_all(weights)), draft_leaves)
+        self._dtype = self._weights.target[0].dtype
         self._data = placement.spec.data
         self._ranks = placement.spec.token_ranks.count
         self._spreader = Spreader(placement, self._dtype, ring_hardware)
@@ -103,8 +102,7 @@ class Runner:
             sorted((length * self._ranks for length in PREFILL_LENGTHS) if prefill_lengths is None else prefill_lengths)
         )
         self._shape = CacheShape(rows=0, capacity=0)
-        self._cache: tuple[LayerCache, ...] = ()
-        self._draft_cache: tuple[LayerCache, ...] = ()
+        self._resident: Resident | None = None
         self._claim: object | None = None
 
     @property
@@ -115,7 +113,7 @@ class Runner:
     @property
     def weights(self) -> dict[str, Array]:
         """The model's weights by name, as they lie on the mesh."""
-        return dict(zip(self.programs.model.names, self._leaves, strict=True))
+        return dict(zip(self.programs.model.names, self._weights.target, strict=True))
 
     @property
     def weight_bytes(self) -> int:
@@ -124,7 +122,7 @@ class Runner:
 
     @property
     def _all_leaves(self) -> tuple[Array, ...]:
-        return (*self._leaves, *self._draft_leaves)
+        return (*self._weights.target, *self._weights.drafter)
 
     def row_bucket(self, rows: int) -> int:
         """Rows that a program for this many sequences is compiled with: the next power of two, on each rank along ``data``."""
@@ -147,8 +145,8 @@ class Runner:
         context = -(-self.config.max_position_embeddings // PAGE_SIZE) * PAGE_SIZE
         capacity = max(tokens, min(context, max(_MIN_CAPACITY, 1 << (tokens - 1).bit_length())))
         shape = CacheShape(max(self._shape.rows, rows), max(self._shape.capacity, capacity), self._ranks)
-        # A call that was interrupted may have donated the cache and never received the new one.
-        lost = not self._cache or any(leaf.is_deleted() for leaf in jax.tree.leaves((self._cache, self._draft_cache)))
+        # A call that was interrupted may have donated it and never received the new one.
+        lost = self._resident is None or any(leaf.is_deleted() for leaf in jax.tree.leaves(self._resident))
         if shape == self._shape and not lost:
             return
         available = self._available_bytes()
@@ -165,9 +163,8 @@ class Runner:
             raise ValueError(refused)
         self.discard_cache()  # freed before the new one is allocated
         try:
-            sharding = self._placement.array_sharding(*CACHE_AXES)
-            self._cache, *draft_cache = (shape.allocate(config, self._dtype, sharding) for config in self._cached)
-            self._draft_cache = draft_cache[0] if draft_cache else ()
+            drafter = self._speculator.placement if self._speculator else None
+            self._resident = Resident.empty(Resident.abstract(self._placement, drafter, shape, self._dtype))
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -177,7 +174,7 @@ class Runner:
     def discard_cache(self) -> None:
         """Free the cache; the next call has a new one, and generations that used it are lost."""
         self._claim = None
-        self._cache = self._draft_cache = ()
+        self._resident = None
         self._shape = CacheShape(rows=0, capacity=0)
 
     def _needed_bytes(self, shape: CacheShape) -> int:
@@ -209,12 +206,13 @@ class Runner:
         collected: list[list[np.ndarray]] = [[] for _ in prompts]
         per_rank = self.row_bucket(len(prompts)) // self._data
         for piece in self._pieces(prompts, per_rank):
-            tables = self._shape.identity_tables(self.config, piece.prompt_B % per_rank)
-            layout, spread = self._spreader.spread(piece.start_B, piece.new_B, piece.token_BT.shape[1], tables)
-            self._cache, logits_BTV = self.programs.logits(self._leaves, self._cache, *piece.inputs(), tables, layout, spread=spread)
+            inputs, spread = self._inputs(piece, prompts, per_rank, drafting=False)
+            resident = self._held
+            cache, logits_BTV = self.programs.logits(self._weights, resident.cache, inputs, spread=spread)
+            self._resident = dataclasses.replace(resident, cache=cache)
             host = to_host(logits_BTV)
-            if layout is not None:
-                host = in_order(host, np.asarray(layout.position_RBT), piece.start_B)
+            if inputs.layout is not None:
+                host = in_order(host, np.asarray(inputs.layout.position_RBT), piece.start_B)
             if not np.isfinite(host).all():
                 self.discard_cache()
                 raise ValueError(NOT_FINITE_ADVICE)
@@ -246,69 +244,69 @@ class Runner:
             return None
         return self._speculator.table.at(-(-rows // self._data))
 
-    def prefill(
-        self,
-        prompts: Sequence[Sequence[int]],
-        rows: SamplingRows,
-        counts: TokenCounts | None,
-        features: SamplingFeatures,
-        *,
-        drafting: bool,
-    ) -> tuple[np.ndarray, list[Logprobs | None], np.ndarray | None]:
-        """Put the prompts in the cache, with ``drafting`` also in the drafter's.
+    @property
+    def _held(self) -> Resident:
+        assert self._resident is not None
+        return self._resident
 
-        Returns the first token of each, its log-probabilities (of one row), and what the drafter, if it is drafting, makes of each prompt's
-        last token: [rows, D].
-        ``rows`` and ``counts`` are those of the batch that will be decoded: of its bucket's size.
+    @property
+    def _a_rank(self) -> int:
+        """Slots of each rank along ``data``."""
+        return self._shape.rows // self._data
+
+    def _slots(self, number_b: np.ndarray, per_rank: int) -> np.ndarray:
+        """Slots, counted on their own rank, of a batch's rows; past the last one for numbers below 0, which are padding."""
+        return np.where(number_b >= 0, number_b % per_rank, self._a_rank).astype(np.int32)
+
+    def admit(
+        self, rows: Sequence[int], batch: int, params: Sequence[SamplingParams], seeds: Sequence[int], stop_ids: Sequence[Sequence[int]]
+    ) -> None:
+        """Give the slots of these rows, of a batch of ``batch`` rows, to new requests; none is decoded until it has been prefilled."""
+        per_rank = self.row_bucket(batch) // self._data
+        slots = [row // per_rank * self._a_rank + row % per_rank for row in rows]
+        update = slot_update(self._shape.rows, self._data, slots, params, seeds, stop_ids, self.config.vocab_size)
+        resident = self._held
+        self._resident = dataclasses.replace(resident, slots=self.programs.update_slots(resident.slots, update))
+
+    def prefill(self, prompts: Sequence[Sequence[int]], *, drafting: bool) -> tuple[np.ndarray, list[Logprobs], list[bool]]:
+        """Put the prompts of a batch's rows in the cache, with ``drafting`` also in the drafter's.
+
+        Returns the first token of each, its log-probabilities (of one row), and whether its answer ends with it.
         """
         first = np.zeros(len(prompts), np.int32)
-        logprobs: list[Logprobs | None] = [None] * len(prompts)
-        hidden_BD = None
-        per_rank = len(rows.temperature_B) // self._data
+        logprobs: dict[int, Logprobs] = {}
+        done = [False] * len(prompts)
+        per_rank = self.row_bucket(len(prompts)) // self._data
+        beyond = self._speculator.beyond if drafting and self._speculator else None
         for piece in self._pieces(prompts, per_rank):
-            tables = self._shape.identity_tables(self.config, piece.prompt_B % per_rank)
-            piece_rows, piece_counts = jax.tree.map(lambda leaf, prompt_B=piece.prompt_B: leaf[prompt_B], (rows, counts))
-            layout, spread = self._spreader.spread(piece.start_B, piece.new_B, piece.token_BT.shape[1], tables)
-            sampling = (layout, piece_rows, piece_counts)
-            if drafting:
-                assert self._speculator is not None
-                following = [
-                    -1 if p < 0 else (*prompts[p], -1)[s + n] for p, s, n in zip(piece.prompt_B, piece.start_B, piece.new_B, strict=True)
-                ]
-                inputs = (
-                    *piece.inputs(),
-                    tables,
-                    self._draft_tables(piece.prompt_B % per_rank),
-                    *sampling,
-                    host_array(following, np.int32),
-                )
-                caches, token_B, piece_logprobs, piece_hidden_BD = self.programs.draft_prefill(
-                    self._leaves,
-                    self._draft_leaves,
-                    (self._cache, self._draft_cache),
-                    *inputs,
-                    features=features,
-                    spread=spread,
-                    beyond=self._speculator.beyond,
-                )
-                self._cache, self._draft_cache = caches
-            else:
-                self._cache, token_B, piece_logprobs = self.programs.prefill(
-                    self._leaves, self._cache, *piece.inputs(), tables, *sampling, features=features, spread=spread
-                )
-            ends = [i for i, p in enumerate(piece.prompt_B) if p >= 0 and piece.start_B[i] + piece.new_B[i] == len(prompts[p])]
-            if ends:
-                token_B, piece_logprobs = jax.device_get((token_B, piece_logprobs))
-                self.check_tokens(token_B[ends])
-                if drafting:
-                    piece_hidden_BD = jax.device_get(piece_hidden_BD)
-                    if hidden_BD is None:
-                        hidden_BD = np.zeros((len(rows.temperature_B), piece_hidden_BD.shape[1]), piece_hidden_BD.dtype)
-                    hidden_BD[piece.prompt_B[ends]] = piece_hidden_BD[ends]
+            inputs, spread = self._inputs(piece, prompts, per_rank, drafting=drafting)
+            self._resident, tokens = self.programs.prefill(self._weights, self._held, inputs, spread=spread, beyond=beyond)
+            ends = np.flatnonzero(np.asarray(inputs.ends_B))
+            if len(ends):
+                tokens = jax.device_get(tokens)
+                self.check_tokens(tokens.token_B[ends])
             for i in ends:
-                first[piece.prompt_B[i]] = token_B[i]
-                logprobs[piece.prompt_B[i]] = jax.tree.map(lambda leaf, i=i: leaf[i], piece_logprobs)
-        return first, logprobs, hidden_BD
+                prompt = int(piece.prompt_B[i])
+                first[prompt], done[prompt] = tokens.token_B[i], bool(tokens.done_B[i])
+                logprobs[prompt] = jax.tree.map(lambda leaf, i=i: leaf[i], tokens.logprobs)
+        return first, [logprobs[prompt] for prompt in range(len(prompts))], done
+
+    def _inputs(self, piece: _Piece, prompts: Sequence[Sequence[int]], per_rank: int, *, drafting: bool) -> tuple[Piece, Spread | None]:
+        rows, lengths = list(zip(piece.prompt_B, piece.start_B + piece.new_B, strict=True)), [*map(len, prompts)]
+        tables = self._shape.identity_tables(self.config, piece.prompt_B % per_rank)
+        layout, spread = self._spreader.spread(piece.start_B, piece.new_B, piece.token_BT.shape[1], tables)
+        inputs = Piece(
+            token_BT=host_array(piece.token_BT, np.int32),
+            start_B=host_array(piece.start_B, np.int32),
+            new_B=host_array(piece.new_B, np.int32),
+            ends_B=host_array([p >= 0 and end == lengths[p] for p, end in rows], np.bool_),
+            following_B=host_array([-1 if p < 0 or end == lengths[p] else prompts[p][end] for p, end in rows], np.int32),
+            slot_B=host_array(self._slots(piece.prompt_B, per_rank), np.int32),
+            tables=tables,
+            draft_tables=self._draft_tables(piece.prompt_B % per_rank) if drafting else None,
+            layout=layout,
+        )
+        return inputs, spread
 
     def _draft_tables(self, rows: np.ndarray) -> PageTables:
         assert self._speculator is not None
@@ -320,52 +318,29 @@ class Runner:
             self.discard_cache()
             raise ValueError(NOT_FINITE_ADVICE)
 
-    def commit(self, state: DecodeState) -> DecodeState:
-        """The state on the devices, as a burst returns it: a program called with both kinds would compile twice."""
-        row, counts = self._placement.array_sharding("batch"), self._placement.array_sharding("batch", "vocab")
-        committed: dict[str, Any] = {
-            name: global_array(getattr(state, name), row) for name in ("token_B", "length_B", "produced_B", "done_B")
-        }
-        return dataclasses.replace(state, **committed, counts=jax.tree.map(lambda leaf: global_array(leaf, counts), state.counts))
+    def _burst(self, batch: int, steps: int, *, drafting: bool) -> Burst:
+        B = self.row_bucket(batch)
+        numbers = np.arange(B) % (B // self._data)
+        return Burst(
+            slot_B=host_array(self._slots(np.where(np.arange(B) < batch, np.arange(B), -1), B // self._data), np.int32),
+            tables=self._shape.identity_tables(self.config, numbers),
+            draft_tables=self._draft_tables(numbers) if drafting else None,
+            steps=host_array(steps, np.int32),
+        )
 
-    def commit_hidden(self, hidden_BD: np.ndarray) -> Array:
-        """The drafter's output on the devices, as a round returns it."""
-        return global_array(hidden_BD, self._placement.array_sharding("batch"))
+    def decode(self, batch: int, steps: int) -> DecodeTokens:
+        """Up to ``steps`` tokens of each of the batch's rows that is not done."""
+        self._resident, tokens = self.programs.decode(self._weights, self._held, self._burst(batch, steps, drafting=False))
+        return tokens
 
-    def speculate(
-        self, state: SpeculationState, rows: SamplingRows, steps: int, features: SamplingFeatures, plan: Speculation
-    ) -> tuple[SpeculationState, DecodeTokens, RoundCounts]:
+    def speculate(self, batch: int, steps: int, plan: Speculation) -> tuple[DecodeTokens, RoundCounts]:
         """As :meth:`decode`, by rounds of speculation."""
         assert self._speculator is not None
-        B = len(state.decode.token_B)
-        numbers = np.arange(B) % (B // self._data)
-        tables = (self._shape.identity_tables(self.config, numbers), self._draft_tables(numbers))
-        state = SpeculationState(
-            dataclasses.replace(state.decode, cache=self._cache), dataclasses.replace(state.draft, cache=self._draft_cache)
+        burst = self._burst(batch, steps, drafting=True)
+        self._resident, tokens, counted = self.programs.speculate(
+            self._weights, self._held, burst, plan=plan, beyond=self._speculator.beyond
         )
-        state, tokens, counted = self.programs.speculate(
-            self._leaves,
-            self._draft_leaves,
-            state,
-            *tables,
-            rows,
-            np.int32(steps),
-            features=features,
-            plan=plan,
-            beyond=self._speculator.beyond,
-        )
-        self._cache, self._draft_cache = state.decode.cache, state.draft.cache
-        without = SpeculationState(dataclasses.replace(state.decode, cache=()), dataclasses.replace(state.draft, cache=()))
-        return without, tokens, counted
-
-    def decode(self, state: DecodeState, rows: SamplingRows, steps: int, features: SamplingFeatures) -> tuple[DecodeState, DecodeTokens]:
-        """One burst over the resident cache; the state comes without a cache and goes back without one."""
-        B = len(state.token_B)
-        tables = self._shape.identity_tables(self.config, np.arange(B) % (B // self._data))
-        state = dataclasses.replace(state, cache=self._cache)
-        state, tokens = self.programs.decode(self._leaves, state, tables, rows, np.int32(steps), features=features)
-        self._cache = state.cache
-        return dataclasses.replace(state, cache=()), tokens
+        return tokens, counted
 
     def _pieces(self, prompts: Sequence[Sequence[int]], per_rank: int) -> Iterator[_Piece]:
         """Cut prompts into padded pieces; prompts whose next pieces are of one length go together.

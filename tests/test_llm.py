@@ -186,7 +186,7 @@ def test_a_generation_that_lost_the_cache_says_so(scout):
 
 def test_an_interrupted_call_leaves_a_usable_model(scout):
     expected = scout.generate([[1, 2, 3]], greedy(5))[0].token_ids
-    for leaf in jax.tree.leaves(scout.runner._cache):
+    for leaf in jax.tree.leaves(scout.runner._resident):
         leaf.delete()
     assert scout.generate([[1, 2, 3]], greedy(5))[0].token_ids == expected
 

@@ -175,7 +175,7 @@ def test_results_said_to_be_equal_on_every_device_are():
     batch = Batch(llm.runner, [llm.requests.request(p, params) for p, params in zip(prompts(llm.config, LENGTHS), PARAMS, strict=True)])
     batch.step(1)
     batch.step(4)
-    assert_copies_are_equal(dataclasses.replace(batch._state, cache=llm.runner._cache))
+    assert_copies_are_equal(llm.runner._resident)
 
 
 def assert_copies_are_equal(tree):
@@ -200,7 +200,7 @@ def test_ranks_that_round_differently_agree_on_every_token():
         batch = Batch(llm.runner, [llm.requests.request(p, SamplingParams(max_tokens=40, seed=seed)) for p in prompts(config, (3, 9))])
         while not all(batch.done):
             batch.step(8)
-            assert_copies_are_equal(dataclasses.replace(batch._state, cache=()))
+            assert_copies_are_equal(llm.runner._resident.slots)
 
 
 def test_bfloat16_is_as_exact_on_a_mesh():

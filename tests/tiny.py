@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from l4jax.cache import LayerCache
 from l4jax.checkpoints.store import StoredWeight, checksum, save_group, write_manifest
 from l4jax.config import DrafterConfig, Eagle1Config, Eagle3Config, ModelConfig, MoEConfig, RopeScaling
 from l4jax.decoding.plan import SpeculationTable
@@ -127,3 +128,9 @@ def prompts(config: ModelConfig, lengths: tuple[int, ...], seed: int = 0) -> lis
     """Random prompts of these lengths."""
     rng = np.random.default_rng(seed)
     return [rng.integers(0, config.vocab_size, n).tolist() for n in lengths]
+
+
+def empty_cache(shape, config, sharding=None):
+    """A float32 cache of zeros."""
+    pools = [jnp.zeros(pool, jnp.float32, device=sharding or jax.local_devices()[0]) for pool in shape.layer_shapes(config)]
+    return tuple(LayerCache(pool, pool) for pool in pools)

@@ -21,8 +21,10 @@ from l4jax.config import DrafterConfig, Eagle3Config, ModelConfig
 from l4jax.config_formats import config_from_hf
 from l4jax.data import configs_path
 from l4jax.decoding.params import SamplingParams
+from l4jax.decoding.sampling import sampling_rows
 from l4jax.model.weights import random_weights
 from l4jax.planning.compile import AbstractModel, Call
+from l4jax.program_inputs import Resident, Weights
 from sharding.mesh import MeshSpec
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -32,11 +34,10 @@ Record = Callable[[str, dict[str, Any]], None]
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model and its drafter on one device, with random weights in the order of the programs' leaves."""
+    """A model and its drafter on one device, with random weights."""
 
     abstract: AbstractModel
-    leaves: tuple[Array, ...]
-    draft_leaves: tuple[Array, ...]
+    weights: Weights
 
     @property
     def config(self) -> ModelConfig:
@@ -55,7 +56,7 @@ class Model:
             with jax.default_device(drawn_on or device):
                 weights = random_weights(placement.build(placement.config), jax.random.key(len(parts)), dtype)
             parts.append(bound.leaves(placement.place_all(weights)))
-        return cls(abstract, *parts)
+        return cls(abstract, Weights(*parts))
 
 
 class Bench:
@@ -165,8 +166,16 @@ def _normal(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Any:
     return jax.jit(draw, out_shardings=sharding)
 
 
-def rows_at(state: Any, length: int) -> Any:
-    """The state of a batch whose rows have ``length`` cached tokens, none produced and no row finished."""
-    rows = len(state.token_B)
-    whole = {"length_B": np.full(rows, length, np.int32), "produced_B": np.zeros(rows, np.int32), "done_B": np.zeros(rows, bool)}
-    return dataclasses.replace(state, token_B=np.arange(1, rows + 1, dtype=np.int32), **whole)
+def rows_at(resident: Resident, length: int) -> Resident:
+    """The state with every slot decoding after ``length`` cached tokens, none produced; every row is greedy and never ends."""
+    slots = resident.slots
+    U, V = slots.counts.in_prompt_UV.shape
+    never_ends = SamplingParams(temperature=0.0, max_tokens=2**30)
+    whole: dict[str, Any] = {
+        "token_U": np.arange(1, U + 1, dtype=np.int32),
+        "length_U": np.full(U, length, np.int32),
+        "produced_U": np.zeros(U, np.int32),
+        "done_U": np.zeros(U, bool),
+        "sampling": sampling_rows([never_ends] * U, [0] * U, [[]] * U, V),
+    }
+    return dataclasses.replace(resident, slots=dataclasses.replace(slots, **whole))

@@ -30,13 +30,13 @@ def decode(bench: Bench, record: Record, *, rows: int) -> None:
     model = bench.model
     call = model.abstract.decode_call(rows, _capacity(bench), GREEDY)
     program = bench.compiled(call, record)
-    inputs = call.arguments[2:]
+    _, abstract, inputs = call.arguments
 
     def burst(state: Any, context: int) -> tuple[Any, Any, Any]:
-        state, tokens = program(model.leaves, rows_at(state, context), *inputs)
+        state, tokens = program(model.weights, rows_at(state, context), inputs)
         return state, tokens.steps, tokens.token_sB
 
-    state = random_arrays(call.arguments[1])
+    state = random_arrays(abstract)
     for context in bench.sizes.contexts:
         state, times, _ = _timed_bursts(bench, burst, state, context)
         record(f"context {context}", times | {"bytes": decode_bytes(model, rows, context)})
@@ -48,14 +48,13 @@ def speculate(bench: Bench, record: Record, *, rows: int, plan: str) -> None:
     assert speculation is not None
     call = model.abstract.speculate_call(rows, _capacity(bench), GREEDY, speculation)
     program = bench.compiled(call, record)
-    inputs = call.arguments[3:]
+    _, abstract, inputs = call.arguments
 
     def burst(state: Any, context: int) -> tuple[Any, Any, Any]:
-        begin = dataclasses.replace(state, decode=rows_at(state.decode, context))
-        state, tokens, counted = program(model.leaves, model.draft_leaves, begin, *inputs)
+        state, tokens, counted = program(model.weights, rows_at(state, context), inputs)
         return state, counted.rounds_B, tokens.token_sB
 
-    state = random_arrays(call.arguments[2])
+    state = random_arrays(abstract)
     for context in bench.sizes.contexts:
         state, times, tokens_a_round = _timed_bursts(bench, burst, state, context)
         moved = round_bytes(model, rows, context, speculation)
@@ -96,19 +95,22 @@ def prefill(bench: Bench, record: Record, *, piece: int) -> None:
     capacity = _capacity(bench)
     call = model.abstract.prefill_call(piece, 0, capacity, GREEDY)
     program = bench.compiled(call, record)
-    cache = random_arrays(call.arguments[1])
-    tables, *sampling = call.arguments[5:]
+    _, abstract, inputs = call.arguments
+    resident = rows_at(random_arrays(abstract), 0)
     token_T = np.random.default_rng(0).integers(0, model.config.vocab_size, max(bench.sizes.prompts)).astype(np.int32)
     for prompt in bench.sizes.prompts:
 
         def dispatch(prompt: int = prompt) -> Any:
-            nonlocal cache
+            nonlocal resident
             for start in range(0, prompt, piece):
                 new = np.full(1, min(piece, prompt - start), np.int32)
                 token_BT = np.zeros((1, piece), np.int32)
                 token_BT[0, : new[0]] = token_T[start : start + new[0]]
-                cache, token_B, _ = program(model.leaves, cache, token_BT, np.full(1, start, np.int32), new, tables, *sampling)
-            return token_B
+                ends = np.full(1, start + piece >= prompt)
+                rows = {"start_B": np.full(1, start, np.int32), "new_B": new, "ends_B": ends, "following_B": np.full(1, -1, np.int32)}
+                given = dataclasses.replace(inputs, token_BT=token_BT, slot_B=np.zeros(1, np.int32), **rows)
+                resident, tokens = program(model.weights, resident, given)
+            return tokens.token_B
 
         seconds = timing.repeated(dispatch, budget=bench.sizes.seconds)
         flops = prefill_flops(model.config, prompt, pieces=math.ceil(prompt / piece))
@@ -123,21 +125,23 @@ def _capacity(bench: Bench) -> int:
 def read_bytes(model: Model) -> int:
     """Bytes of the weights that a step reads: all but the embedding, of which it reads only one row a token."""
     tied = model.config.tie_word_embeddings
-    sizes = dict(zip(model.abstract.programs.model.names, (leaf.size * leaf.dtype.itemsize for leaf in model.leaves), strict=True))
+    sizes = dict(zip(model.abstract.programs.model.names, (leaf.size * leaf.dtype.itemsize for leaf in model.weights.target), strict=True))
     return sum(nbytes for name, nbytes in sizes.items() if name != "embed" or tied)
 
 
 def decode_bytes(model: Model, rows: int, context: int) -> int:
     """Bytes that a decode step must move: the weights once, and every row's keys and values, half a burst of new ones included."""
     config = model.config
-    a_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * model.leaves[0].dtype.itemsize
+    a_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * model.weights.target[0].dtype.itemsize
     return read_bytes(model) + rows * (context + BURST // 2) * a_token
 
 
 def round_bytes(model: Model, rows: int, context: int, speculation: Speculation) -> int:
     """Bytes that a round must move: a decode step's, and the drafter once for each level of the tree after the root."""
     # Every level runs the head. Every level but the first runs the layer, and so do the accepted tokens at the end.
-    return decode_bytes(model, rows, context) + speculation.tree.depth * sum(leaf.size * leaf.dtype.itemsize for leaf in model.draft_leaves)
+    return decode_bytes(model, rows, context) + speculation.tree.depth * sum(
+        leaf.size * leaf.dtype.itemsize for leaf in model.weights.drafter
+    )
 
 
 def prefill_flops(config: ModelConfig, tokens: int, pieces: int) -> int:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32
 
 from l4jax.cache import LayerCache, PageTables
-from l4jax.decoding.sampling import NOT_FINITE, Logprobs, SamplingFeatures, SamplingRows, TokenCounts, empty_logprobs, sample
+from l4jax.decoding.sampling import NOT_FINITE, Logprobs, SamplingRows, TokenCounts, empty_logprobs, sample, token_logprobs
 from l4jax.model.llama import Llama
 from sharding.ranks import Ranks, local_index
 
@@ -22,7 +22,7 @@ BURST = 32
 class DecodeState:
     """What one decode step passes to the next. ``token_B``, each row's last token, has been emitted but is not in the cache yet.
 
-    ``length_B``: tokens in the cache. ``produced_B``: tokens emitted so far. ``counts`` is None unless logits are adjusted.
+    ``length_B``: tokens in the cache. ``produced_B``: tokens emitted so far. ``counts``: those of all slots, not only of these rows'.
     """
 
     cache: tuple[LayerCache, ...]
@@ -30,7 +30,7 @@ class DecodeState:
     length_B: Int32[Array, "B"]
     produced_B: Int32[Array, "B"]
     done_B: Bool[Array, "B"]
-    counts: TokenCounts | None
+    counts: TokenCounts
 
 
 @jax.tree_util.register_dataclass
@@ -39,7 +39,7 @@ class DecodeTokens:
     """What one dispatch produced: at each step a token of every row, or -1 after its end. Entries from ``steps`` on are undefined."""
 
     token_sB: Int32[Array, "s B"]
-    logprobs: Logprobs | None
+    logprobs: Logprobs
     steps: Int32[Array, ""]
     done_B: Bool[Array, "B"]
 
@@ -49,15 +49,16 @@ def is_final(token_B: Int32[Array, "B"], produced_B: Int32[Array, "B"], rows: Sa
     return (token_B == NOT_FINITE) | jnp.any(token_B[:, None] == rows.stop_Bj, axis=-1) | (produced_B >= rows.max_tokens_B)
 
 
-def count_token(counts: TokenCounts, token_B: Int32[Array, "B"], active_B: Bool[Array, "B"], vocab_ranks: Ranks) -> TokenCounts:
-    """The counts with one more output token in the active rows."""
-    row_B = jnp.arange(token_B.shape[0], dtype=jnp.int32)
-    index_B = local_index(token_B, counts.output_BV.shape[1], vocab_ranks)
-    return dataclasses.replace(counts, output_BV=counts.output_BV.at[row_B, index_B].add(active_B.astype(jnp.int32), mode="drop"))
+def count_token(
+    counts: TokenCounts, token_B: Int32[Array, "B"], active_B: Bool[Array, "B"], rows: SamplingRows, vocab_ranks: Ranks
+) -> TokenCounts:
+    """The counts with one more output token in the active rows' slots."""
+    index_B = local_index(token_B, counts.output_UV.shape[1], vocab_ranks)
+    return dataclasses.replace(counts, output_UV=counts.output_UV.at[rows.slot_B, index_B].add(active_B.astype(jnp.int32), mode="drop"))
 
 
 def decode_tokens(
-    model: Llama, state: DecodeState, tables: PageTables, rows: SamplingRows, steps: Int32[Array, ""], features: SamplingFeatures
+    model: Llama, state: DecodeState, tables: PageTables, rows: SamplingRows, steps: Int32[Array, ""]
 ) -> tuple[DecodeState, DecodeTokens]:
     """Decode until ``steps`` tokens (at most BURST) are produced or every row has finished.
 
@@ -74,7 +75,8 @@ def decode_tokens(
         active_B = ~state.done_B
         new_B = active_B.astype(jnp.int32)
         x_BTD, _, cache = model(state.token_B[:, None], state.length_B, new_B, state.cache, tables)
-        token_B, logprobs = sample(model.logits(x_BTD[:, 0]), rows, state.counts, state.produced_B, features, vocab_ranks)
+        logits_BV = model.logits(x_BTD[:, 0])
+        token_B = sample(logits_BV, rows, state.counts, state.produced_B, vocab_ranks)
         # Ranks that do the same work may round differently, and each would choose its own token.
         token_B = model.ranks.from_first(token_B)
         token_B = jnp.where(active_B, token_B, state.token_B)
@@ -85,17 +87,14 @@ def decode_tokens(
 
         out = DecodeTokens(
             token_sB=record(out.token_sB, jnp.where(active_B, token_B, -1)),
-            logprobs=jax.tree.map(record, out.logprobs, logprobs),
+            logprobs=jax.tree.map(record, out.logprobs, token_logprobs(logits_BV, token_B, rows, vocab_ranks)),
             steps=out.steps + 1,
             done_B=state.done_B | is_final(token_B, produced_B, rows),
         )
-        counts = None if state.counts is None else count_token(state.counts, token_B, active_B, vocab_ranks)
+        counts = count_token(state.counts, token_B, active_B, rows, vocab_ranks)
         return DecodeState(cache, token_B, state.length_B + new_B, produced_B, out.done_B, counts), out
 
-    return jax.lax.while_loop(unfinished, step, (state, _no_tokens(state, model.config.vocab_size, features)))
-
-
-def _no_tokens(state: DecodeState, vocab_size: int, features: SamplingFeatures) -> DecodeTokens:
-    B = state.token_B.shape[0]
-    logprobs = empty_logprobs((BURST, B), vocab_size) if features.logprobs else None
-    return DecodeTokens(jnp.full((BURST, B), -1, jnp.int32), logprobs, jnp.int32(0), state.done_B)
+    B = len(state.token_B)
+    logprobs = empty_logprobs((BURST, B), model.config.vocab_size)
+    nothing = DecodeTokens(jnp.full((BURST, B), -1, jnp.int32), logprobs, jnp.int32(0), state.done_B)
+    return jax.lax.while_loop(unfinished, step, (state, nothing))

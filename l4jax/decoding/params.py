@@ -15,6 +15,10 @@ from sharding.kinds import is_number, is_whole
 
 MAX_LOGPROBS = 20
 """The most alternatives that can be reported for each token."""
+MAX_BIASES = 1024
+"""The most tokens that a request may bias. Programs hold this many for every row, so that none is compiled for a longer list."""
+MAX_STOP_IDS = 64
+"""The most tokens that may end an answer, the model's own included."""
 _LARGEST = 1e12  # logits are multiplied by one such number and added to another; float32 holds the result
 
 
@@ -90,6 +94,8 @@ class SamplingParams:
             "token ids with numbers, or -inf to forbid a token",
             lambda bias: {operator.index(token): float(x) for token, x in bias.items()},
         )
+        if len(self.logit_bias) > MAX_BIASES:
+            raise ValueError(f"logit_bias has {len(self.logit_bias)} tokens; expected at most {MAX_BIASES}")
         keep("stop", lambda texts: isinstance(texts, tuple) and all(isinstance(s, str) and s for s in texts), "non-empty strings", tuple)
         keep(
             "stop_token_ids",

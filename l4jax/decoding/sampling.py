@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
-from l4jax.decoding.params import MAX_LOGPROBS, SamplingParams
+from l4jax.decoding.params import MAX_BIASES, MAX_LOGPROBS, MAX_STOP_IDS, SamplingParams
 from l4jax.decoding.randomness import Purpose, gumbel, stream_keys
 from l4jax.parallel.arrays import host_array
 from sharding.ranks import ONE, Ranks, local_index
@@ -28,23 +28,17 @@ _BLOCK = 128
 _ONE_BITS = 0x3F800000  # the bit pattern of float32 1.0; patterns of non-negative floats are ordered as the floats are
 
 
-@dataclasses.dataclass(frozen=True)
-class SamplingFeatures:
-    """What at least one row of a batch needs; each combination compiles a program of its own.
-
-    ``random``: a temperature above 0. ``adjusted``: a bias or penalty. ``logprobs``: log-probabilities reported.
-    """
-
-    random: bool
-    adjusted: bool
-    logprobs: bool
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingRows:
-    """Each row's settings, on the device. ``bias_id_Bj`` is padded with the vocabulary size, ``stop_Bj`` with -1."""
+    """Each row's settings, on the device. ``bias_id_Bj`` is padded with the vocabulary size, ``stop_Bj`` with -1.
 
+    ``slot_B``: where each row's counts are in :class:`TokenCounts`. ``adjusted_B``: a bias or penalty; ``reported_B``: log-probabilities.
+    """
+
+    slot_B: Int32[Array, "B"]
+    adjusted_B: Bool[Array, "B"]
+    reported_B: Bool[Array, "B"]
     temperature_B: Float32[Array, "B"]
     top_k_B: Int32[Array, "B"]
     top_p_B: Float32[Array, "B"]
@@ -62,10 +56,10 @@ class SamplingRows:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenCounts:
-    """What the penalties read: which tokens are in the prompt, and how often each is in the output so far."""
+    """What the penalties read, for every slot: which tokens are in the prompt, and how often each is in the output so far."""
 
-    in_prompt_BV: Bool[Array, "B V"]
-    output_BV: Int32[Array, "B V"]
+    in_prompt_UV: Bool[Array, "U V"]
+    output_UV: Int32[Array, "U V"]
 
 
 @jax.tree_util.register_dataclass
@@ -78,19 +72,10 @@ class Logprobs:
     top_id_Bj: Int32[Array, "B j"]
 
 
-def batch_features(params: Sequence[SamplingParams]) -> SamplingFeatures:
-    """The features that a batch needs."""
-    return SamplingFeatures(
-        random=any(p.temperature > 0 for p in params),
-        adjusted=any(p.adjusts_logits for p in params),
-        logprobs=any(p.logprobs is not None for p in params),
-    )
-
-
 def sampling_rows(
     params: Sequence[SamplingParams], seeds: Sequence[int], stop_ids: Sequence[Sequence[int]], vocab_size: int
 ) -> SamplingRows:
-    """Stack the settings of a batch as host arrays. Lists are padded to a power of two, so that few shapes are compiled."""
+    """Stack the settings of a batch as host arrays; row ``b`` is in slot ``b``. Lists are padded to the most that a request may have."""
 
     def stack(name: str, dtype: type) -> Array:
         return host_array([getattr(p, name) for p in params], dtype)
@@ -98,6 +83,9 @@ def sampling_rows(
     bias_ids = [list(p.logit_bias) for p in params]
     bias_values = [list(p.logit_bias.values()) for p in params]
     return SamplingRows(
+        slot_B=host_array(range(len(params)), np.int32),
+        adjusted_B=stack("adjusts_logits", np.bool_),
+        reported_B=host_array([p.logprobs is not None for p in params], np.bool_),
         temperature_B=stack("temperature", np.float32),
         top_k_B=stack("top_k", np.int32),
         top_p_B=stack("top_p", np.float32),
@@ -106,63 +94,71 @@ def sampling_rows(
         presence_B=stack("presence_penalty", np.float32),
         frequency_B=stack("frequency_penalty", np.float32),
         seed_B2=host_array([[seed >> 32, seed & 0xFFFFFFFF] for seed in seeds], np.uint32),
-        bias_id_Bj=_pad(bias_ids, vocab_size, np.int32),
-        bias_Bj=_pad(bias_values, 0.0, np.float32),
-        stop_Bj=_pad(stop_ids, -1, np.int32),
+        bias_id_Bj=_pad(bias_ids, MAX_BIASES, vocab_size, np.int32),
+        bias_Bj=_pad(bias_values, MAX_BIASES, 0.0, np.float32),
+        stop_Bj=_pad(stop_ids, MAX_STOP_IDS, -1, np.int32),
         max_tokens_B=stack("max_tokens", np.int32),
     )
 
 
-def _pad(lists: Sequence[Sequence[float]], fill: float, dtype: type) -> Array:
-    longest = max(8, *(len(row) for row in lists))
-    width = 1 << (longest - 1).bit_length()
-    return host_array([[*row, *[fill] * (width - len(row))] for row in lists], dtype)
+def _pad(lists: Sequence[Sequence[float]], width: int, fill: float, dtype: type) -> Array:
+    padded: np.ndarray = np.full((len(lists), width), fill, dtype)
+    for row, values in zip(padded, lists, strict=True):
+        row[: len(values)] = values
+    return host_array(padded, dtype)
 
 
 def sample(
-    logits_BV: Float32[Array, "B V"],
-    rows: SamplingRows,
-    counts: TokenCounts | None,
-    position_B: Int32[Array, "B"],
-    features: SamplingFeatures,
-    vocab_ranks: Ranks = ONE,
-) -> tuple[Int32[Array, "B"], Logprobs | None]:
-    """The next token of each row, ``position_B[b]`` tokens into its output; ``counts`` is needed if ``adjusted``.
+    logits_BV: Float32[Array, "B V"], rows: SamplingRows, counts: TokenCounts, position_B: Int32[Array, "B"], vocab_ranks: Ranks = ONE
+) -> Int32[Array, "B"]:
+    """The next token of each row, ``position_B[b]`` tokens into its output; the same on all ``vocab_ranks``.
 
-    A row whose logits are not finite gets :data:`NOT_FINITE`. The result is the same on all ``vocab_ranks``.
+    A row whose logits are not finite gets :data:`NOT_FINITE`. Work that no row needs is not done.
     """
+
+    def drawn(logits_BV: Array) -> tuple[Array, Array]:
+        adjusted_BV = _adjusted(logits_BV, rows, counts, vocab_ranks)
+        highest_B = _highest(adjusted_BV, vocab_ranks)
+        log_weights_BV, kept_BV = truncate(adjusted_BV, rows, highest_B, vocab_ranks)
+        return highest_B, draw(jnp.where(kept_BV, log_weights_BV, -jnp.inf), rows, position_B, Purpose.TOKEN, vocab_ranks)
+
+    def likeliest(logits_BV: Array) -> tuple[Array, Array]:
+        return highest_token(logits_BV, vocab_ranks)
+
     with jax.named_scope("sample"):
-        adjusted_BV = _adjusted(logits_BV, rows, counts, features, vocab_ranks)
-        if features.random:
-            highest_B = _highest(adjusted_BV, vocab_ranks)
-            log_weights_BV, kept_BV = truncate(adjusted_BV, rows, highest_B, vocab_ranks)
-            token_B = draw(jnp.where(kept_BV, log_weights_BV, -jnp.inf), rows, position_B, Purpose.TOKEN, vocab_ranks)
-        else:
-            highest_B, token_B = highest_token(adjusted_BV, vocab_ranks)
-        token_B = jnp.where(jnp.isfinite(highest_B), token_B, NOT_FINITE)
-        return token_B, token_logprobs(logits_BV, token_B, vocab_ranks) if features.logprobs else None
+        highest_B, token_B = jax.lax.cond(_any_random(rows) | jnp.any(rows.adjusted_B), drawn, likeliest, logits_BV)
+        return jnp.where(jnp.isfinite(highest_B), token_B, NOT_FINITE)
 
 
 def probabilities(
-    logits_BV: Float32[Array, "B V"], rows: SamplingRows, counts: TokenCounts | None, features: SamplingFeatures, vocab_ranks: Ranks = ONE
+    logits_BV: Float32[Array, "B V"], rows: SamplingRows, counts: TokenCounts, vocab_ranks: Ranks = ONE
 ) -> tuple[Float32[Array, "B V"], Bool[Array, "B"]]:
     """The distribution that :func:`sample` draws from (at temperature 0 one token has it all), and whether each row's logits are finite."""
     V = logits_BV.shape[1]
-    adjusted_BV = _adjusted(logits_BV, rows, counts, features, vocab_ranks)
+    adjusted_BV = _adjusted(logits_BV, rows, counts, vocab_ranks)
     highest_B, token_B = highest_token(adjusted_BV, vocab_ranks)
     weights_BV = jax.nn.one_hot(local_index(token_B, V, vocab_ranks), V, dtype=jnp.float32)
-    if features.random:
+
+    def with_drawn(weights_BV: Array) -> Array:
         log_weights_BV, kept_BV = truncate(adjusted_BV, rows, highest_B, vocab_ranks)
         drawn_BV = jnp.where(kept_BV, jnp.exp(log_weights_BV), 0.0)
-        weights_BV = jnp.where(rows.temperature_B[:, None] > 0, drawn_BV, weights_BV)
+        return jnp.where(rows.temperature_B[:, None] > 0, drawn_BV, weights_BV)
+
+    weights_BV = jax.lax.cond(_any_random(rows), with_drawn, lambda weights_BV: weights_BV, weights_BV)
     return weights_BV / vocab_ranks.sum(jnp.sum(weights_BV, axis=-1))[:, None], jnp.isfinite(highest_B)
 
 
-def _adjusted(logits_BV: Array, rows: SamplingRows, counts: TokenCounts | None, features: SamplingFeatures, vocab_ranks: Ranks) -> Array:
-    if not features.adjusted:
-        return logits_BV
-    assert counts is not None
-    return adjust_logits(logits_BV, rows, counts, vocab_ranks)
+def _any_random(rows: SamplingRows) -> Bool[Array, ""]:
+    return jnp.any(rows.temperature_B > 0)
+
+
+def _adjusted(logits_BV: Array, rows: SamplingRows, counts: TokenCounts, vocab_ranks: Ranks) -> Array:
+    return jax.lax.cond(
+        jnp.any(rows.adjusted_B),
+        lambda logits_BV: adjust_logits(logits_BV, rows, counts, vocab_ranks),
+        lambda logits_BV: logits_BV,
+        logits_BV,
+    )
 
 
 def _highest(logits_BV: Array, vocab_ranks: Ranks) -> Array:
@@ -201,11 +197,12 @@ def adjust_logits(
     row_B1 = jnp.arange(logits_BV.shape[0], dtype=jnp.int32)[:, None]
     bias_id_Bj = local_index(rows.bias_id_Bj, logits_BV.shape[1], vocab_ranks)
     logits_BV = logits_BV.at[row_B1, bias_id_Bj].add(rows.bias_Bj, mode="drop")
-    in_output_BV = counts.output_BV > 0
-    repetition_BV = jnp.where(counts.in_prompt_BV | in_output_BV, rows.repetition_B[:, None], 1.0)
+    in_prompt_BV, output_BV = (of_slots.at[rows.slot_B].get(mode="clip") for of_slots in (counts.in_prompt_UV, counts.output_UV))
+    in_output_BV = output_BV > 0
+    repetition_BV = jnp.where(in_prompt_BV | in_output_BV, rows.repetition_B[:, None], 1.0)
     logits_BV = jnp.where(logits_BV > 0, logits_BV / repetition_BV, logits_BV * repetition_BV)
     once_BV = jnp.where(in_output_BV, rows.presence_B[:, None], 0.0)
-    return logits_BV - once_BV - rows.frequency_B[:, None] * counts.output_BV.astype(jnp.float32)
+    return logits_BV - once_BV - rows.frequency_B[:, None] * output_BV.astype(jnp.float32)
 
 
 def truncate(
@@ -287,13 +284,18 @@ def empty_logprobs(leading: tuple[int, ...], vocab_size: int) -> Logprobs:
     return Logprobs(jnp.zeros(leading, jnp.float32), jnp.zeros(top, jnp.float32), jnp.zeros(top, jnp.int32))
 
 
-def token_logprobs(logits_BV: Float32[Array, "B V"], token_B: Int32[Array, "B"], vocab_ranks: Ranks = ONE) -> Logprobs:
-    """Log-probabilities of these tokens and of the likeliest ones."""
-    V = logits_BV.shape[1]
-    logprobs_BV = log_probabilities(logits_BV, vocab_ranks)
-    index_B = local_index(token_B, V, vocab_ranks)
-    chosen_B = vocab_ranks.sum(jnp.where(index_B < V, _pick(logprobs_BV, jnp.minimum(index_B, V - 1)), 0.0))
-    return Logprobs(chosen_B, *highest_tokens(logprobs_BV, min(MAX_LOGPROBS, V * vocab_ranks.count), vocab_ranks))
+def token_logprobs(logits_BV: Float32[Array, "B V"], token_B: Int32[Array, "B"], rows: SamplingRows, vocab_ranks: Ranks = ONE) -> Logprobs:
+    """Log-probabilities of these tokens and of the likeliest ones; zeros if no row reports them."""
+    B, V = logits_BV.shape
+
+    def reported(logits_BV: Array) -> Logprobs:
+        logprobs_BV = log_probabilities(logits_BV, vocab_ranks)
+        index_B = local_index(token_B, V, vocab_ranks)
+        chosen_B = vocab_ranks.sum(jnp.where(index_B < V, _pick(logprobs_BV, jnp.minimum(index_B, V - 1)), 0.0))
+        return Logprobs(chosen_B, *highest_tokens(logprobs_BV, min(MAX_LOGPROBS, V * vocab_ranks.count), vocab_ranks))
+
+    nothing = empty_logprobs((B,), V * vocab_ranks.count)
+    return jax.lax.cond(jnp.any(rows.reported_B), reported, lambda _: nothing, logits_BV)
 
 
 def log_probabilities(logits_BV: Float32[Array, "B V"], vocab_ranks: Ranks = ONE) -> Float32[Array, "B V"]:

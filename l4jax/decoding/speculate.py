@@ -17,7 +17,7 @@ from l4jax.config import ModelConfig
 from l4jax.decoding.draft import Drafting, DraftState, grow, target_distribution
 from l4jax.decoding.generate import BURST, DecodeState, DecodeTokens, is_final
 from l4jax.decoding.plan import Speculation
-from l4jax.decoding.sampling import SamplingFeatures, SamplingRows, empty_logprobs
+from l4jax.decoding.sampling import SamplingRows, empty_logprobs
 from l4jax.decoding.tree import NONE, StaticTree
 from l4jax.decoding.verify import Verified, point_mass, rejection, verify
 from l4jax.model.drafter import Drafter
@@ -78,7 +78,6 @@ def speculate_tokens(
     draft_tables: PageTables,
     rows: SamplingRows,
     steps: Int32[Array, ""],
-    features: SamplingFeatures,
     plan: Speculation,
     beyond: BeyondTraining,
 ) -> tuple[SpeculationState, DecodeTokens, RoundCounts]:
@@ -103,27 +102,27 @@ def speculate_tokens(
         active_B = ~now.done_B
         drafting = Drafting(drafter, model, state.draft, now.length_B, draft_tables, window(drafter, beyond))
         room_B = room(model.config, drafter, now.length_B, plan.tree.depth, beyond)
-        drawing = rows if plan.sampled and features.random else None
+        drawing = rows if plan.sampled else None
         draft, drawn_from = grow(drafting, plan.tree, now.token_B, room_B, active_B, drawing, now.produced_B)
         with jax.named_scope("verify"):
             x_BND, feature_BNf, nodes = model.tree(
                 draft.token_BN, now.length_B, draft.tree.depth_BN, draft.valid_BN, draft.tree.sees_BNN, now.cache, tables
             )
             logits_BNV = model.logits(x_BND)
-            rule = point_mass(rows, features, vocab_ranks)
+            rule = point_mass(rows, vocab_ranks)
             if drawn_from is not None:
                 assert isinstance(plan.tree, StaticTree)
                 tree, V = plan.tree, logits_BNV.shape[2]
-                rule = rejection(rows, features, lambda node_B: target_distribution(drafting, drawn_from, tree, node_B, V), vocab_ranks)
+                rule = rejection(rows, lambda node_B: target_distribution(drafting, drawn_from, tree, node_B, V), vocab_ranks)
             verified = verify(
                 logits_BNV,
                 draft,
                 rule,
                 plan.tree.depth,
                 now.counts,
+                rows,
                 now.produced_B,
                 active_B,
-                logprobs=features.logprobs,
                 vocab_ranks=vocab_ranks,
                 repeating=model.ranks,
             )
@@ -162,7 +161,7 @@ def speculate_tokens(
         decode = DecodeState(cache, token_B, now.length_B + kept_B, now.produced_B + kept_B, out.done_B, verified.counts)
         return SpeculationState(decode, DraftState(draft_cache, hidden_BD)), out, counted, emitted_B
 
-    logprobs = empty_logprobs((width, B), model.config.vocab_size) if features.logprobs else None
+    logprobs = empty_logprobs((width, B), model.config.vocab_size)
     nothing = DecodeTokens(jnp.full((width, B), NONE, jnp.int32), logprobs, jnp.int32(0), state.decode.done_B)
     zeros_B = jnp.zeros(B, jnp.int32)
     start = (state, nothing, RoundCounts(zeros_B, zeros_B, jnp.zeros((B, L - 1), jnp.int32)), zeros_B)

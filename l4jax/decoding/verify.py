@@ -24,7 +24,6 @@ from l4jax.decoding.randomness import Purpose, stream_keys, uniform
 from l4jax.decoding.sampling import (
     NOT_FINITE,
     Logprobs,
-    SamplingFeatures,
     SamplingRows,
     TokenCounts,
     draw,
@@ -58,8 +57,8 @@ class Verified:
     token_BL: Int32[Array, "B L"]
     node_BL: Int32[Array, "B L"]
     accepted_B: Int32[Array, "B"]
-    counts: TokenCounts | None
-    logprobs: Logprobs | None
+    counts: TokenCounts
+    logprobs: Logprobs
 
 
 @jax.tree_util.register_dataclass
@@ -72,7 +71,7 @@ class NodeState:
 
     node_B: Int32[Array, "B"]
     logits_BV: Float32[Array, "B V"]
-    counts: TokenCounts | None
+    counts: TokenCounts
     position_B: Int32[Array, "B"]
 
 
@@ -85,11 +84,11 @@ def verify(
     draft: Draft,
     rule: Rule,
     depth: int,
-    counts: TokenCounts | None,
+    counts: TokenCounts,
+    rows: SamplingRows,
     position_B: Int32[Array, "B"],
     active_B: Bool[Array, "B"],
     *,
-    logprobs: bool,
     vocab_ranks: Ranks = ONE,
     repeating: Ranks = ONE,
 ) -> Verified:
@@ -113,12 +112,12 @@ def verify(
         logits_BV = jnp.take_along_axis(logits_BNV, node_B[:, None, None], axis=1)[:, 0]
         token_B, child_B = repeating.from_first(jnp.stack(rule(NodeState(node_B, logits_BV, out.counts, position_B + level), draft)))
         accepts_B = alive_B & (child_B != NONE)
-        of_token = token_logprobs(logits_BV, token_B, vocab_ranks) if logprobs else None
+        of_token = token_logprobs(logits_BV, token_B, rows, vocab_ranks)
         out = Verified(
             token_BL=put(out.token_BL, jnp.where(alive_B, token_B, NONE), level),
             node_BL=put(out.node_BL, jnp.where(alive_B, node_B, 0), level),
             accepted_B=out.accepted_B + accepts_B.astype(jnp.int32),
-            counts=None if out.counts is None else count_token(out.counts, token_B, alive_B, vocab_ranks),
+            counts=count_token(out.counts, token_B, alive_B, rows, vocab_ranks),
             logprobs=jax.tree.map(lambda buffer, value: put(buffer, value, level), out.logprobs, of_token),
         )
         return level + 1, jnp.where(accepts_B, child_B, node_B), accepts_B, out
@@ -128,7 +127,7 @@ def verify(
         node_BL=jnp.zeros((L, B), jnp.int32),
         accepted_B=jnp.zeros(B, jnp.int32),
         counts=counts,
-        logprobs=empty_logprobs((L, B), V * vocab_ranks.count) if logprobs else None,
+        logprobs=empty_logprobs((L, B), V * vocab_ranks.count),
     )
     start = (jnp.int32(0), jnp.zeros(B, jnp.int32), active_B, nothing)
     out = jax.lax.while_loop(descending, descend, start)[3]
@@ -136,12 +135,11 @@ def verify(
     return Verified(by_row[0], by_row[1], out.accepted_B, out.counts, by_row[2])
 
 
-def point_mass(rows: SamplingRows, features: SamplingFeatures, vocab_ranks: Ranks = ONE) -> Rule:
+def point_mass(rows: SamplingRows, vocab_ranks: Ranks = ONE) -> Rule:
     """Accept the child that is the token decoding without speculation would draw; for trees drafted in any way."""
-    features = dataclasses.replace(features, logprobs=False)
 
     def rule(at: NodeState, draft: Draft) -> tuple[Array, Array]:
-        token_B, _ = sample(at.logits_BV, rows, at.counts, at.position_B, features, vocab_ranks)
+        token_B = sample(at.logits_BV, rows, at.counts, at.position_B, vocab_ranks)
         is_it_BN = (draft.tree.parent_BN == at.node_B[:, None]) & (draft.token_BN == token_B[:, None]) & draft.valid_BN
         child_B = jnp.argmax(is_it_BN, axis=1).astype(jnp.int32)
         return token_B, jnp.where(jnp.any(is_it_BN, axis=1), child_B, NONE)
@@ -153,7 +151,7 @@ DraftDistribution = Callable[[Int32[Array, "B"]], Float32[Array, "B V"]]
 """Returns the log-probabilities, over this rank's part of the target's vocabulary, that a node's children were drawn from."""
 
 
-def rejection(rows: SamplingRows, features: SamplingFeatures, drafted: DraftDistribution, vocab_ranks: Ranks = ONE) -> Rule:
+def rejection(rows: SamplingRows, drafted: DraftDistribution, vocab_ranks: Ranks = ONE) -> Rule:
     """Multi-round rejection; a node's children must have been drawn from ``drafted`` without replacement, in the tree's order.
 
     The first child x is accepted with probability min(1, p(x) / q(x)). Otherwise p becomes the normalised residual max(p - q, 0), x is
@@ -163,7 +161,7 @@ def rejection(rows: SamplingRows, features: SamplingFeatures, drafted: DraftDist
     """
 
     def rule(at: NodeState, draft: Draft) -> tuple[Array, Array]:
-        p_BV, finite_B = probabilities(at.logits_BV, rows, at.counts, features, vocab_ranks)
+        p_BV, finite_B = probabilities(at.logits_BV, rows, at.counts, vocab_ranks)
         V = p_BV.shape[1]
 
         def of_token(values_BV: Array, token_B: Array) -> Array:

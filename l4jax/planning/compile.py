@@ -13,18 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from l4jax.cache import CACHE_AXES, CacheShape, LayerCache, PageTables
+from l4jax.cache import CACHE_AXES, CacheShape
 from l4jax.config import DrafterConfig, ModelConfig
-from l4jax.decoding.draft import DraftState
-from l4jax.decoding.generate import BURST, DecodeState
+from l4jax.decoding.generate import BURST
 from l4jax.decoding.params import SamplingParams
 from l4jax.decoding.plan import Speculation
-from l4jax.decoding.sampling import SamplingFeatures, SamplingRows, TokenCounts, batch_features, sampling_rows
-from l4jax.decoding.speculate import SpeculationState
-from l4jax.model.step import PieceLayout, Spread
+from l4jax.model.step import Spread
+from l4jax.parallel.arrays import host_array
 from l4jax.parallel.placement import DrafterPlacement, Placement
 from l4jax.parallel.spread import Spreader
 from l4jax.planning.ledger import Collective, Ledger
+from l4jax.program_inputs import Burst, Piece, Resident, Weights
 from l4jax.programs import Programs
 from sharding.mesh import MeshSpec
 from sharding.select import Variant
@@ -123,83 +122,69 @@ class AbstractModel:
         self.draft_placement = DrafterPlacement(drafter, on) if drafter else None
         self.programs = Programs(self.placement, self.draft_placement)
         self._dtype = dtype
-        self._leaves = self.programs.model.leaves(self.placement.abstract_weights(dtype))
+        draft_leaves = self.programs.drafter.leaves(self.draft_placement.abstract_weights(dtype)) if self.draft_placement else ()
+        self._weights = Weights(self.programs.model.leaves(self.placement.abstract_weights(dtype)), draft_leaves)
 
     def decode(self, rows: int, capacity: int, params: SamplingParams) -> CompiledProgram:
-        """The decode program for ``rows`` sequences of up to ``capacity`` tokens."""
+        """The decode program for ``rows`` sequences of up to ``capacity`` tokens; the same for all ``params``."""
         return self._compiled(self.decode_call(rows, capacity, params))
 
     def decode_call(self, rows: int, capacity: int, params: SamplingParams) -> Call:
-        """As :meth:`decode`; arguments: leaves, state, tables, settings, steps."""
-        state, tables, settings, features = self._decoding(rows, capacity, params)
-        return Call(self.programs.decode, (self._leaves, state, tables, settings, np.int32(BURST)), {"features": features})
+        """As :meth:`decode`; arguments: weights, resident state, burst."""
+        del params  # one program serves all
+        return Call(self.programs.decode, (self._weights, self._resident(rows, capacity), self._burst(rows, capacity, drafting=False)), {})
 
     def speculate(self, rows: int, capacity: int, params: SamplingParams, plan: Speculation) -> CompiledProgram:
         """The program that runs rounds of speculation with the model's drafter, for ``rows`` sequences of up to ``capacity`` tokens."""
         return self._compiled(self.speculate_call(rows, capacity, params, plan))
 
     def speculate_call(self, rows: int, capacity: int, params: SamplingParams, plan: Speculation) -> Call:
-        """As :meth:`speculate`; arguments: leaves, the drafter's leaves, state, tables, the drafter's tables, settings, steps."""
-        placement = self.draft_placement
-        if placement is None:
+        """As :meth:`speculate`; arguments: weights, resident state, burst."""
+        del params
+        if self.draft_placement is None:
             raise ValueError("the model has no drafter to speculate with; expected AbstractModel(..., drafter=...)")
-        state, tables, settings, features = self._decoding(rows, capacity, params)
-        shape = self._shape(rows, capacity)
-        hidden_BD: Any = jax.ShapeDtypeStruct(
-            (rows, placement.config.hidden_size), self._dtype, sharding=self.placement.array_sharding("batch")
-        )
-        draft = DraftState(self._cache(shape, placement.config), hidden_BD)
-        leaves = self.programs.drafter.leaves(placement.abstract_weights(self._dtype))
-        draft_tables = shape.identity_tables(placement.config, range(rows))
-        arguments = (self._leaves, leaves, SpeculationState(state, draft), tables, draft_tables, settings, np.int32(BURST))
-        return Call(self.programs.speculate, arguments, {"features": features, "plan": plan, "beyond": "window"})
+        arguments = (self._weights, self._resident(rows, capacity), self._burst(rows, capacity, drafting=True))
+        return Call(self.programs.speculate, arguments, {"plan": plan, "beyond": "window"})
 
     def prefill(self, tokens: int, cached: int, capacity: int, params: SamplingParams, variant: Variant | None = None) -> CompiledProgram:
-        """The prefill program for one piece of ``tokens`` tokens of a single sequence, after ``cached`` ones.
+        """The program for a piece of ``tokens`` of each data rank's prompt, of which ``cached`` tokens are cached.
 
-        ``variant``: the ring to use, instead of the one that Algorithm 5 chooses.
+        ``variant``: the ring to use; None: the one that the runner would choose.
         """
         return self._compiled(self.prefill_call(tokens, cached, capacity, params, variant))
 
     def prefill_call(self, tokens: int, cached: int, capacity: int, params: SamplingParams, variant: Variant | None = None) -> Call:
-        """As :meth:`prefill`; arguments: leaves, cache, tokens, cached and new tokens of each row, tables, layout, settings, counts."""
-        B = self.placement.spec.data
-        shape, (inputs, layout, spread) = self._shape(B, capacity), self._piece(B, tokens, cached, capacity, variant)
-        every = [params] * B
-        settings = sampling_rows(every, [0] * B, [[]] * B, self.placement.config.vocab_size)
-        static = {"features": batch_features(every), "spread": spread}
-        return Call(self.programs.prefill, (self._leaves, self._cache(shape), *inputs, layout, settings, self._counts(every)), static)
+        """As :meth:`prefill`; arguments: weights, resident state, piece."""
+        del params
+        piece, spread = self._piece(tokens, cached, capacity, variant)
+        arguments = (self._weights, self._resident(self.placement.spec.data, capacity), piece)
+        return Call(self.programs.prefill, arguments, {"spread": spread, "beyond": None})
 
     def logits_call(self, tokens: int, cached: int, capacity: int) -> Call:
-        """The program that computes the logits at every token of such a piece; arguments: as :meth:`prefill_call`, up to the layout."""
-        B = self.placement.spec.data
-        inputs, layout, spread = self._piece(B, tokens, cached, capacity, None)
-        arguments = (self._leaves, self._cache(self._shape(B, capacity)), *inputs, layout)
-        return Call(self.programs.logits, arguments, {"spread": spread})
+        """The program that computes the logits at every token of such a piece; arguments: weights, cache, piece."""
+        piece, spread = self._piece(tokens, cached, capacity, None)
+        cache = self._resident(self.placement.spec.data, capacity).cache
+        return Call(self.programs.logits, (self._weights, cache, piece), {"spread": spread})
 
-    def _piece(
-        self, rows: int, tokens: int, cached: int, capacity: int, variant: Variant | None
-    ) -> tuple[tuple[Any, ...], PieceLayout | None, Spread | None]:
+    def _resident(self, rows: int, capacity: int) -> Resident:
+        return Resident.abstract(self.placement, self.draft_placement, self._shape(rows, capacity), self._dtype)
+
+    def _burst(self, rows: int, capacity: int, *, drafting: bool) -> Burst:
+        shape, a_rank = self._shape(rows, capacity), np.arange(rows) % (rows // self.placement.spec.data)
+        draft_tables = shape.identity_tables(self.draft_placement.config, a_rank) if drafting and self.draft_placement else None
+        return Burst(
+            host_array(a_rank, np.int32), shape.identity_tables(self.placement.config, a_rank), draft_tables, host_array(BURST, np.int32)
+        )
+
+    def _piece(self, tokens: int, cached: int, capacity: int, variant: Variant | None) -> tuple[Piece, Spread | None]:
+        rows = self.placement.spec.data
         tables = self._shape(rows, capacity).identity_tables(self.placement.config, [0] * rows)
         layout, spread = Spreader(self.placement, self._dtype).spread(np.full(rows, cached), np.full(rows, tokens), tokens, tables)
         if spread is not None and variant is not None:
             spread = dataclasses.replace(spread, variant=variant)
-        return (self._rows(rows, tokens), self._rows(rows), self._rows(rows), tables), layout, spread
-
-    def _decoding(self, rows: int, capacity: int, params: SamplingParams) -> tuple[DecodeState, PageTables, SamplingRows, SamplingFeatures]:
-        shape = self._shape(rows, capacity)
-        ints, every = self._rows(rows), [params] * rows
-        state = DecodeState(self._cache(shape), ints, ints, ints, self._rows(rows, dtype=jnp.bool_), self._counts(every))
-        settings = sampling_rows(every, [0] * rows, [[]] * rows, self.placement.config.vocab_size)
-        return state, shape.identity_tables(self.placement.config, range(rows)), settings, batch_features(every)
-
-    def _counts(self, params: Sequence[SamplingParams]) -> TokenCounts | None:
-        if not batch_features(params).adjusted:
-            return None
-        sharding = self.placement.array_sharding("batch", "vocab")
-        shape = (len(params), self.placement.config.vocab_size)
-        in_prompt_BV, output_BV = (jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for dtype in (jnp.bool_, jnp.int32))
-        return TokenCounts(in_prompt_BV, output_BV)  # type: ignore[arg-type] # shapes in the place of arrays
+        ints = self._rows(rows)
+        ends_B = self._rows(rows, dtype=jnp.bool_)
+        return Piece(self._rows(rows, tokens), ints, ints, ends_B, ints, ints, tables, None, layout), spread
 
     def cache_bytes(self, rows: int, capacity: int) -> int:
         """Bytes of the cache on each device."""
@@ -211,12 +196,6 @@ class AbstractModel:
 
     def _rows(self, *shape: int, dtype: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self.placement.array_sharding("batch"))
-
-    def _cache(self, shape: CacheShape, config: ModelConfig | None = None) -> tuple[LayerCache, ...]:
-        sharding = self.placement.array_sharding(*CACHE_AXES)
-        shapes = shape.layer_shapes(config or self.placement.config)
-        pools: list[Any] = [jax.ShapeDtypeStruct(pool, self._dtype, sharding=sharding) for pool in shapes]
-        return tuple(LayerCache(pool, pool) for pool in pools)
 
     def _compiled(self, call: Call) -> CompiledProgram:
         return CompiledProgram.of(call.lower().compile(), self.placement.spec)

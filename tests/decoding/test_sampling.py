@@ -16,14 +16,13 @@ from l4jax.decoding.params import SamplingParams
 from l4jax.decoding.randomness import Purpose
 from l4jax.decoding.sampling import (
     NOT_FINITE,
-    SamplingFeatures,
     TokenCounts,
     adjust_logits,
-    batch_features,
     draw,
     highest_token,
     sample,
     sampling_rows,
+    token_logprobs,
     truncate,
 )
 from sharding.mesh import MeshSpec
@@ -32,11 +31,15 @@ from tests.decoding.noise import token_noise
 
 compiled_truncate = jax.jit(truncate)
 compiled_draw = jax.jit(draw, static_argnames=("purpose", "vocab_ranks"))
-compiled_sample = jax.jit(sample, static_argnames=("features", "vocab_ranks"))
+compiled_sample = jax.jit(sample, static_argnames="vocab_ranks")
 
 
 def rows_of(*params, vocab=50, seeds=None):
     return sampling_rows(params, seeds or [0] * len(params), [[]] * len(params), vocab)
+
+
+def no_counts(rows, vocab=50):
+    return TokenCounts(jnp.zeros((rows, vocab), bool), jnp.zeros((rows, vocab), jnp.int32))
 
 
 def reference_probabilities(logits, params):
@@ -111,7 +114,7 @@ def test_top_k_of_one_is_greedy_whatever_the_noise():
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(64, 50)), jnp.float32)
     params = [SamplingParams(temperature=5.0, top_k=1)] * 64
     rows = rows_of(*params, seeds=list(range(64)))
-    token, _ = compiled_sample(logits, rows, None, jnp.zeros(64, jnp.int32), features=batch_features(params))
+    token = compiled_sample(logits, rows, no_counts(64), jnp.zeros(64, jnp.int32))
     np.testing.assert_array_equal(token, np.argmax(logits, axis=-1))
 
 
@@ -145,9 +148,7 @@ def test_one_logit_that_is_not_finite_is_no_token(temperature):
     np.fill_diagonal(logits, np.nan)
     logits[5], logits[6, 6], logits[7] = 0.0, np.inf, -np.inf
     params = [SamplingParams(temperature=temperature)] * 700
-    token, _ = compiled_sample(
-        jnp.asarray(logits), rows_of(*params, vocab=700), None, jnp.zeros(700, jnp.int32), features=batch_features(params)
-    )
+    token = compiled_sample(jnp.asarray(logits), rows_of(*params, vocab=700), no_counts(700, 700), jnp.zeros(700, jnp.int32))
     assert int(token[5]) >= 0 and (np.delete(token, 5) == NOT_FINITE).all()
 
 
@@ -180,9 +181,7 @@ def test_a_draw_is_the_highest_of_the_documented_sums():
         params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, **adjusting)
         rows = rows_of(*[params] * count, vocab=vocab, seeds=SEEDS * 16)
         position_B = jnp.repeat(jnp.arange(16, dtype=jnp.int32), len(SEEDS))
-        token_B, _ = compiled_sample(
-            jnp.asarray(logits), rows, counts if adjusting else None, position_B, features=batch_features([params])
-        )
+        token_B = compiled_sample(jnp.asarray(logits), rows, counts, position_B)
         adjusted = logits
         if adjusting:
             adjusted = np.stack([reference_logits(*row[:1], params, *row[1:]) for row in zip(logits, in_prompt, in_output, strict=True)])
@@ -250,20 +249,40 @@ def test_draws_have_the_right_frequencies(settings):
     rows = dataclasses.replace(rows, seed_B2=jnp.asarray(seed_B2))
     position_B = jnp.concatenate([jnp.full(count // 2, 5, jnp.int32), jnp.asarray(number, jnp.int32)])
     counts = TokenCounts(in_every_row(jnp.asarray(in_prompt)[None]), in_every_row(jnp.asarray(in_output, jnp.int32)[None]))
-    features = SamplingFeatures(random=True, adjusted=True, logprobs=False)
-    token_B, _ = compiled_sample(in_every_row(jnp.asarray(logits)[None]), rows, counts, position_B, features=features)
+    rows = dataclasses.replace(rows, slot_B=jnp.arange(count, dtype=jnp.int32))
+    token_B = compiled_sample(in_every_row(jnp.asarray(logits)[None]), rows, counts, position_B)
     assert_frequencies(np.bincount(token_B, minlength=vocab), expected)
 
 
 def test_logprobs_are_of_the_model_before_any_processor():
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(1, 50)), jnp.float32)
-    params = [SamplingParams(temperature=0.5, top_k=1, logit_bias={3: 50.0}, logprobs=4)]
-    counts = TokenCounts(jnp.zeros((1, 50), bool), jnp.zeros((1, 50), jnp.int32))
-    token, logprobs = compiled_sample(logits, rows_of(*params), counts, jnp.zeros(1, jnp.int32), features=batch_features(params))
+    rows = rows_of(SamplingParams(temperature=0.5, top_k=1, logit_bias={3: 50.0}, logprobs=4))
+    token = compiled_sample(logits, rows, no_counts(1), jnp.zeros(1, jnp.int32))
+    logprobs = token_logprobs(logits, token, rows)
     expected = np.asarray(jax.nn.log_softmax(logits))[0]
-    assert int(token[0]) == 3 and logprobs is not None
+    assert int(token[0]) == 3
     np.testing.assert_allclose(logprobs.chosen_B[0], expected[3], rtol=1e-6)
     np.testing.assert_array_equal(logprobs.top_id_Bj[0, :4], np.argsort(-expected)[:4])
+    unasked = token_logprobs(logits, token, rows_of(SamplingParams()))
+    assert not any(leaf.any() for leaf in jax.tree.leaves(unasked))
+
+
+def test_a_row_s_token_does_not_depend_on_what_other_rows_ask_for():
+    """Greedy rows go through the draw beside sampled ones, and rows without penalties through the penalties beside others."""
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(np.round(3 * rng.normal(size=(4, 50)), 1), jnp.float32)  # with ties
+    counts = TokenCounts(jnp.asarray(rng.random((4, 50)) < 0.3), jnp.asarray(rng.integers(0, 3, (4, 50)), jnp.int32))
+    params = [
+        SamplingParams(temperature=0.0),
+        SamplingParams(temperature=0.7, top_k=9),
+        SamplingParams(temperature=0.0, repetition_penalty=1.4),
+        SamplingParams(temperature=1.0, frequency_penalty=0.5, logprobs=3),
+    ]
+    together = compiled_sample(logits, rows_of(*params, seeds=range(4)), counts, jnp.zeros(4, jnp.int32))
+    for row, of_row in enumerate(params):
+        rows = dataclasses.replace(rows_of(of_row, seeds=[row]), slot_B=np.array([row], np.int32))  # counts stay where they are
+        alone = compiled_sample(logits[row : row + 1], rows, counts, jnp.zeros(1, jnp.int32))
+        assert alone[0] == together[row]
 
 
 @pytest.mark.parametrize(

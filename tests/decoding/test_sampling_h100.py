@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from l4jax.decoding.params import SamplingParams
-from l4jax.decoding.sampling import batch_features, sample, sampling_rows
+from l4jax.decoding.sampling import TokenCounts, sample, sampling_rows
 from l4jax.planning.target import h100_devices
 
 pytestmark = pytest.mark.h100
@@ -21,14 +21,11 @@ def compiled(params):
     """The program's text, for logits of 8 rows over Llama 4's vocabulary."""
     on_it = jax.sharding.SingleDeviceSharding(h100_devices(1)[0])
     every = [params] * B
-    features = batch_features(every)
-    arguments = (np.zeros((B, V), np.float32), sampling_rows(every, range(B), [[]] * B, V), np.zeros(B, np.int32))
+    counts = TokenCounts(np.zeros((B, V), np.bool_), np.zeros((B, V), np.int32))
+    arguments = (np.zeros((B, V), np.float32), sampling_rows(every, range(B), [[]] * B, V), counts, np.zeros(B, np.int32))
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_it), arguments)
 
-    def step(logits_BV, rows, position_B):
-        return sample(logits_BV, rows, None, position_B, features)[0]
-
-    return jax.jit(step).lower(*abstract).compile().as_text()
+    return jax.jit(sample).lower(*abstract).compile().as_text()
 
 
 def computations(text):

@@ -16,13 +16,13 @@ from l4jax import LLM, SamplingParams
 from l4jax.batch import Batch
 from l4jax.cache import CACHE_AXES, CacheShape
 from l4jax.decoding.generate import BURST
-from l4jax.decoding.sampling import TokenCounts, batch_features, probabilities, sampling_rows
+from l4jax.decoding.sampling import TokenCounts, probabilities, sampling_rows
 from l4jax.decoding.tree import StaticTree, tree_tables
 from l4jax.model.weights import BoundModel
 from l4jax.parallel.placement import Placement
 from l4jax.request import Request
 from tests.decoding.limits import chi_square_limit
-from tests.tiny import drafter, few_tokens, llama3_like, loaded_drafter, maverick_like, prompts, scout_like, weights
+from tests.tiny import drafter, empty_cache, few_tokens, llama3_like, loaded_drafter, maverick_like, prompts, scout_like, weights
 
 PLANS = ["chain:3", "tree:eagle26", "dynamic:steps=4,topk=3,nodes=12"]
 
@@ -242,7 +242,8 @@ def test_a_window_is_all_that_a_drafter_sees(mesh):
         states = []
         for beginning in ([1] * 20, [2, 4] * 10):
             request = Request([*beginning, 5, 9, 2, 7, 11], SamplingParams(temperature=0.0, logit_bias={0: 1e9}), 0, ())
-            states.append(np.asarray(Batch(llm.runner, [request])._draft.hidden_BD))
+            Batch(llm.runner, [request])
+            states.append(np.asarray(llm.runner._resident.slots.hidden_UD))
         assert np.allclose(*states, rtol=1e-5, atol=1e-6) == same
 
 
@@ -263,7 +264,7 @@ class Steps:
         self._tree, self._one = (self._on_mesh(body) for body in (self._tree_step, self._one_step))
 
     def cache(self):
-        return self._shape.allocate(self.config, jnp.dtype(jnp.float32), self._placement.array_sharding(*CACHE_AXES))
+        return empty_cache(self._shape, self.config, self._placement.array_sharding(*CACHE_AXES))
 
     def _on_mesh(self, body):
         everywhere, vocab = PartitionSpec(), PartitionSpec(None, self._placement.spec.along("tensor").axes or None)
@@ -359,8 +360,7 @@ def test_the_compiled_loop_has_the_target_s_distribution(tmp_path):
     params = SamplingParams(max_tokens=120, temperature=0.8, top_p=0.9, repetition_penalty=1.2, ignore_eos=True)
     logits_VV = jnp.asarray(np.stack([logits[-1] for logits in LLM(config, made).logits([[token] for token in range(6)])]))
     counts = TokenCounts(jnp.ones((6, 6), bool), jnp.zeros((6, 6), jnp.int32))
-    features = batch_features([params])
-    chances_VV = np.asarray(probabilities(logits_VV, sampling_rows([params] * 6, [0] * 6, [[]] * 6, 6), counts, features)[0])
+    chances_VV = np.asarray(probabilities(logits_VV, sampling_rows([params] * 6, [0] * 6, [[]] * 6, 6), counts)[0])
     assert 8 < (chances_VV > 0).sum() < 36
     loaded = loaded_drafter(drafter(config, aux_layers=(0, 1)))
     (tree := tmp_path / "tree.json").write_text("[[0], [1], [0, 0], [0, 1]]")

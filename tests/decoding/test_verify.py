@@ -16,13 +16,13 @@ import pytest
 
 from l4jax import SamplingParams
 from l4jax.decoding import sampling, verify
-from l4jax.decoding.sampling import TokenCounts, batch_features, sampling_rows
+from l4jax.decoding.sampling import TokenCounts, sampling_rows
 from l4jax.decoding.tree import NONE, StaticTree, tree_tables
 from sharding.ranks import ONE
 
 V = 5
 PLAIN = SamplingParams(temperature=1.0)
-FEATURES = batch_features([PLAIN])
+NO_COUNTS = TokenCounts(np.zeros((2, V), bool), np.zeros((2, V), np.int32))
 ABOVE = 3
 """The token above a node that is below the root's child."""
 BISECTIONS = 26
@@ -65,10 +65,10 @@ class Node:
             tree_tables(jnp.broadcast_to(jnp.asarray(tree.parents, jnp.int32), (R, tree.size)), tree.depth),
             jnp.asarray(present),
         )
-        rows = jax.tree.map(lambda leaf: np.repeat(leaf, R, axis=0), sampling_rows([params], [0], [[]], V))
-        features, counts = batch_features([params]), None
-        if features.adjusted:
-            counts = TokenCounts(jnp.zeros((R, V), bool), jnp.broadcast_to(jnp.asarray(counted, jnp.int32)[None], (R, V)))
+        rows = sampling_rows([params] * R, [0] * R, [[]] * R, V)
+        counts = TokenCounts(
+            jnp.zeros((R, V), bool), jnp.broadcast_to(jnp.asarray(np.zeros(V) if counted is None else counted, jnp.int32)[None], (R, V))
+        )
         chances: list[jax.Array] = []  # those of the call that is being traced
 
         def decide(attempts, final):
@@ -81,9 +81,9 @@ class Node:
             def of_node(node_B):
                 return jnp.where((node_B == lower)[:, None], drafted, certain)
 
-            rule = verify.point_mass(rows, features) if q is None else verify.rejection(rows, features, of_node)
+            rule = verify.point_mass(rows) if q is None else verify.rejection(rows, of_node)
             every = jnp.ones(R, bool)
-            found = verify.verify(jnp.asarray(logits, jnp.float32), draft, rule, tree.depth, counts, first, every, logprobs=False)
+            found = verify.verify(jnp.asarray(logits, jnp.float32), draft, rule, tree.depth, counts, rows, first, every)
             return found.token_BL[:, lower], found.accepted_B > lower
 
         def draw(log_weights_BV, rows, position_B, purpose, vocab_ranks=ONE):
@@ -257,19 +257,18 @@ def test_a_walk_goes_down_and_gives_what_follows():
         tree_tables(jnp.asarray([tree.parents] * 2, jnp.int32), 2),
         jnp.ones((2, 5), bool),
     )
-    greedy = SamplingParams(temperature=0.0)
+    greedy = SamplingParams(temperature=0.0, logprobs=0)
     rows = sampling_rows([greedy] * 2, [0, 0], [[], []], V)
     zeros = jnp.zeros(2, jnp.int32)
 
     def walk(draft, active=(True, True)):
-        rule = verify.point_mass(rows, batch_features([greedy]))
-        return verify.verify(jnp.asarray(logits), draft, rule, 2, None, zeros, jnp.asarray(active), logprobs=True)
+        rule = verify.point_mass(rows)
+        return verify.verify(jnp.asarray(logits), draft, rule, 2, NO_COUNTS, rows, zeros, jnp.asarray(active))
 
     found = walk(draft)
     assert found.token_BL.tolist() == [[4, 3, 1], [2, 1, NONE]]
     assert found.node_BL.tolist() == [[0, 2, 4], [0, 2, 0]]
     assert found.accepted_B.tolist() == [2, 1]
-    assert found.logprobs is not None
     assert np.abs(np.asarray(found.logprobs.chosen_B)[0] - (9 - np.log(np.exp(9.0) + 4))).max() < 1e-5
     # What is not valid is not there; a row that is not active gives nothing.
     short = verify.Draft(draft.token_BN, draft.tree, draft.valid_BN.at[0, 4].set(False))
@@ -282,7 +281,7 @@ def test_logits_that_are_not_finite_end_a_row():
     draft = verify.Draft(jnp.zeros((1, 2), jnp.int32), tree_tables(jnp.asarray([tree.parents], jnp.int32), 1), jnp.ones((1, 2), bool))
     params = SamplingParams()
     rows = sampling_rows([params], [0], [[]], V)
-    for rule in (verify.point_mass(rows, FEATURES), verify.rejection(rows, FEATURES, lambda _: jnp.full((1, V), -np.log(V), jnp.float32))):
+    for rule in (verify.point_mass(rows), verify.rejection(rows, lambda _: jnp.full((1, V), -np.log(V), jnp.float32))):
         logits = jnp.full((1, 2, V), jnp.nan)
-        found = verify.verify(logits, draft, rule, 1, None, jnp.zeros(1, jnp.int32), jnp.ones(1, bool), logprobs=False)
+        found = verify.verify(logits, draft, rule, 1, NO_COUNTS, rows, jnp.zeros(1, jnp.int32), jnp.ones(1, bool))
         assert found.token_BL.tolist() == [[sampling.NOT_FINITE, NONE]] and found.accepted_B.tolist() == [0]

@@ -14,7 +14,7 @@ from l4jax.model.rotary import rotary_angles, rotary_frequencies, rotate
 from l4jax.model.step import attention_temperature, step_inputs
 from l4jax.model.weights import BoundModel, random_weights
 from sharding.mesh import ONE_DEVICE
-from tests.tiny import scout_like
+from tests.tiny import empty_cache, scout_like
 
 
 def test_rms_norm_divides_by_the_mean_not_the_sum():
@@ -89,7 +89,7 @@ def test_qk_norm_follows_the_rotation_and_has_the_models_epsilon(scale):
     x = (scale * np.random.default_rng(0).normal(size=(1, config.attention_chunk_size, config.hidden_size))).astype(np.float32)
     shape, bound = CacheShape(rows=1, capacity=128), BoundModel(module)
     start, new = np.array([0], np.int32), np.array([x.shape[1]], np.int32)
-    cache = shape.allocate(config, jnp.dtype(jnp.float32), jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))[0]
+    cache = empty_cache(shape, config)[0]
 
     @jax.jit
     def run(leaves, x, cache, tables):

@@ -19,7 +19,6 @@ from l4jax.training.losses import unroll
 from tests import tiny
 
 PASSES = 3
-DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
 def bound(target: ModelConfig, version: Version, seed: int = 1) -> tuple[Drafter, Llama]:
@@ -35,7 +34,7 @@ def drafted(drafter: Drafter, target: Llama, token_1T: jax.Array, root: jax.Arra
     start_B, new_B = jnp.zeros(1, jnp.int32), root[None]
     config = drafter.config.decoder
     tables, draft_tables = jax.tree.map(jnp.asarray, [shape.identity_tables(c, [0]) for c in (target.config, config)])
-    cache, draft_cache = (shape.allocate(c, jnp.dtype(jnp.float32), DEVICE) for c in (target.config, config))
+    cache, draft_cache = (tiny.empty_cache(shape, c) for c in (target.config, config))
     _, feature_BTf, _ = target(token_1T, start_B, new_B, cache, tables)
     piece = (token_1T, token_1T[:, root], feature_BTf, start_B, new_B)
     hidden_BD, draft_cache = prefill_drafter(drafter, target, draft_cache, *piece, draft_tables, None, None, "window")

@@ -1,0 +1,182 @@
+"""What the programs are given, and how each array is sharded: weights, the state that stays on the devices, and a step's own inputs.
+
+``specs`` of each is a tree of the same form with a ``PartitionSpec`` for each array, or for all arrays below it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Int32
+
+from l4jax.cache import CACHE_AXES, CacheShape, LayerCache, PageTables
+from l4jax.decoding.params import SamplingParams
+from l4jax.decoding.sampling import Logprobs, TokenCounts, sampling_rows
+from l4jax.decoding.slots import Slots, SlotUpdate
+from l4jax.model.step import PieceLayout
+from l4jax.parallel.arrays import host_array
+from l4jax.parallel.placement import DrafterPlacement, Placement
+from sharding.mesh import MeshSpec
+from sharding.rules import partition
+
+Cache = tuple[LayerCache, ...]
+Leaves = tuple[Array, ...]
+
+
+def _row(spec: MeshSpec) -> Any:
+    return partition(spec, "batch")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """The flat weights of the model, and of its drafter, if there is one."""
+
+    target: Leaves
+    drafter: Leaves = ()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Resident:
+    """What stays on the devices from one program to the next. Every program is given it to keep, and returns it.
+
+    ``draft_cache`` has an entry for each token in ``cache``; it is empty without a drafter.
+    """
+
+    cache: Cache
+    draft_cache: Cache
+    slots: Slots
+
+    @classmethod
+    def specs(cls, spec: MeshSpec) -> Resident:
+        """How it is sharded: pages and slots over the ranks that share out rows, heads and vocabulary over ``tensor``."""
+        pools: Any = partition(spec, *CACHE_AXES)
+        row, counts = _row(spec), partition(spec, "batch", "vocab")
+        slots = Slots(row, row, row, row, sampling=row, counts=TokenCounts(counts, counts), hidden_UD=row)  # type: ignore[arg-type]
+        return cls(pools, pools, slots)
+
+    @classmethod
+    def abstract(cls, placement: Placement, drafter: DrafterPlacement | None, shape: CacheShape, dtype: jnp.dtype) -> Resident:
+        """Shapes, dtypes and shardings for this many rows and tokens."""
+        U, V = shape.rows, placement.config.vocab_size
+        row, counts = placement.array_sharding("batch"), placement.array_sharding("batch", "vocab")
+        pools = placement.array_sharding(*CACHE_AXES)
+
+        def array(shape: Sequence[int], dtype: Any, sharding: Any) -> Any:
+            return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=sharding)
+
+        def cache(config: Any) -> Cache:
+            return tuple(LayerCache(*[array(pool, dtype, pools)] * 2) for pool in shape.layer_shapes(config))
+
+        ints = array((U,), jnp.int32, row)
+        settings = sampling_rows([SamplingParams()] * U, [0] * U, [[]] * U, V)
+        slots = Slots(
+            token_U=ints,
+            length_U=ints,
+            produced_U=ints,
+            done_U=array((U,), jnp.bool_, row),
+            sampling=jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype, row), settings),
+            counts=TokenCounts(array((U, V), jnp.bool_, counts), array((U, V), jnp.int32, counts)),
+            hidden_UD=None if drafter is None else array((U, drafter.config.hidden_size), dtype, row),
+        )
+        return cls(cache(placement.config), () if drafter is None else cache(drafter.config), slots)
+
+    @classmethod
+    def empty(cls, abstract: Resident) -> Resident:
+        """Allocate it, with every slot free.
+
+        Caches are zeroed, because a masked key still multiplies its value: 0 x NaN would be NaN. Everything is committed to its sharding,
+        as a program's results are; a program called with committed and uncommitted arrays compiles twice.
+        """
+
+        def allocate() -> Resident:
+            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract)
+            return dataclasses.replace(zeros, slots=dataclasses.replace(zeros.slots, done_U=~zeros.slots.done_U))
+
+        return jax.jit(allocate, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A piece of some rows' prompts: ``new_B[b]`` tokens that follow ``start_B[b]`` cached ones, padded.
+
+    ``ends_B``: whether the prompt ends with this piece. ``following_B``: the prompt's token after the piece, -1 where there is none.
+    ``slot_B``: past the last slot for rows that are padding, which have no tokens. ``layout``: where the ranks that share a sequence's
+    tokens have theirs; None if there is one rank.
+    """
+
+    token_BT: Int32[Array, "B T"]
+    start_B: Int32[Array, "B"]
+    new_B: Int32[Array, "B"]
+    ends_B: Bool[Array, "B"]
+    following_B: Int32[Array, "B"]
+    slot_B: Int32[Array, "B"]
+    tables: PageTables
+    draft_tables: PageTables | None
+    layout: PieceLayout | None
+
+    @classmethod
+    def specs(cls, spec: MeshSpec) -> Piece:
+        """How it is sharded: by rows."""
+        row = _row(spec)
+        positions: Any = PartitionSpec(None, *row)
+        layout: Any = PieceLayout(positions, row) if spec.token_ranks.count > 1 else PartitionSpec()
+        return cls(row, row, row, row, row, row, row, row, layout)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FirstTokens:
+    """What a piece returns of the rows whose prompt ends with it: their next token, its log-probabilities, and if it is the last."""
+
+    token_B: Int32[Array, "B"]
+    logprobs: Logprobs
+    done_B: Bool[Array, "B"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Burst:
+    """Which slots are decoded, in the order of the program's rows, and the pages that hold their keys; at most ``steps`` tokens a row."""
+
+    slot_B: Int32[Array, "B"]
+    tables: PageTables
+    draft_tables: PageTables | None
+    steps: Int32[Array, ""]
+
+    @classmethod
+    def specs(cls, spec: MeshSpec) -> Burst:
+        """How it is sharded: by rows."""
+        row, everywhere = _row(spec), PartitionSpec()
+        return cls(row, row, row, everywhere)  # type: ignore[arg-type]
+
+
+def slot_update(
+    slots: int,
+    data: int,
+    slot_b: Sequence[int],
+    params: Sequence[SamplingParams],
+    seeds: Sequence[int],
+    stop_ids: Sequence[Sequence[int]],
+    vocab_size: int,
+) -> SlotUpdate:
+    """Change the slots numbered ``slot_b``, of ``slots`` in all. They are numbered over all ``data`` ranks, which have equally many."""
+    a_rank = slots // data
+    slot_U = np.full(slots, a_rank, np.int32)
+    slot_U[np.asarray(slot_b, int)] = np.asarray(slot_b, int) % a_rank
+    settings = sampling_rows(params, seeds, stop_ids, vocab_size)
+
+    def scattered(values: Any) -> Any:
+        of_slots = np.zeros((slots, *values.shape[1:]), values.dtype)
+        of_slots[np.asarray(slot_b, int)] = values
+        return host_array(of_slots, values.dtype)
+
+    return SlotUpdate(host_array(slot_U, np.int32), jax.tree.map(scattered, settings))

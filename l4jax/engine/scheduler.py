@@ -7,7 +7,7 @@ a sequence's cache length is then only bounded (``Sequence.low``, ``high``).
 The rules:
 
 - First come, first served: a request is admitted when a data rank has a slot and the pages for its prompt and one burst, and none
-  before an older one. While a sequence under way lacks pages, nobody is admitted.
+  before an older one. While a sequence under way lacks pages, nobody is admitted to its rank.
 - A step has at most one prefill call, of pieces of one length, and one burst. A sequence whose prefill ends is decoded from the next
   step on.
 - A burst's pages are reserved when it is planned: from the upper bound on, its rounds times (depth + 1). What it did not need
@@ -94,7 +94,7 @@ class Scheduler:
         self._choose_burst(draft, active, most_steps)
         for sequence in active:
             self._add(draft, sequence)
-        while not draft.lacks_pages and (admitted := self._admitted(draft)) is not None:
+        while (admitted := self._admitted(draft)) is not None:
             if admitted.state is State.PREFILL:
                 self._add_piece(draft, admitted)
         for rank in self.ranks:
@@ -210,7 +210,7 @@ class Scheduler:
         while not rank.grow(sequence, start, end):
             newest = rank.active[-1]
             if newest is sequence or any(other < start for other in sequence.local):
-                draft.lacks_pages = True
+                draft.lack_pages.add(rank.number)
                 return False
             assert not draft.has(newest), "the older ones are asked first, and one that is admitted has what it needs for its piece"
             self._preempt(draft, rank, newest)
@@ -234,7 +234,7 @@ class Scheduler:
         sequence = self._waiting[0] if self._waiting else None
         if sequence is None or (sequence.saved and sequence.flights):
             return None
-        open_ranks = [rank for rank in self.ranks if rank.has_slot]
+        open_ranks = [rank for rank in self.ranks if rank.has_slot and rank.number not in draft.lack_pages]
         hits = {rank.number: 0 if sequence.saved else rank.prefix(sequence) for rank in open_ranks}
         for rank in sorted(open_ranks, key=lambda rank: (-hits[rank.number], -rank.pool.full.available, rank.number)):
             if sequence.saved:

@@ -161,7 +161,7 @@ class News:
 class StepDraft:
     """A step that is being put together: of each data rank, the rows of its prefill and of its burst.
 
-    ``length``: of its pieces, 0 before the first. ``lacks_pages``: a sequence has to sit it out.
+    ``length``: of its pieces, 0 before the first. ``lack_pages``: data ranks on which a sequence has to sit it out.
     """
 
     def __init__(self, number: int, ranks: int) -> None:
@@ -175,7 +175,7 @@ class StepDraft:
         self.steps = 0
         self.plan: Plan | None = None
         self.rows: list[list[BurstRow]] = [[] for _ in range(ranks)]
-        self.lacks_pages = False
+        self.lack_pages: set[int] = set()
 
     def has(self, sequence: Sequence) -> bool:
         """Whether the sequence has a row in this step."""

@@ -22,8 +22,8 @@ The rules:
   idle one, instead of a guess.
 - Pages are told to the prefix cache when results have verified them; in deterministic mode those of a prefill only. With a drafter,
   only pages whose drafter's entries are valid: others could never be used.
-- A request waits for a prefix that a sequence on its rank is writing, and the requests after it wait too. It goes on alone as soon as
-  nobody writes it, or at once on a rank with a slot where nobody does.
+- A request goes to the data rank with a slot that has the longest prefix of it, then to the one with most pages. If a sequence there is
+  writing more of its prefix, it waits, and the requests after it wait too; it goes on alone as soon as nobody writes it.
 - Pages that a failed or a discarded step may have written are zeroed before anyone else has them.
 """
 

@@ -1,0 +1,159 @@
+"""One data rank's slots and pages, and what each of its sequences holds of them."""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+from collections import Counter
+
+from l4jax.engine.options import Options
+from l4jax.engine.pages import PagePool, Pages
+from l4jax.engine.sequence import Sequence, State, by_arrival
+from l4jax.engine.step import PageOnRank
+
+
+class DataRank:
+    """The rank ``number`` along ``data``.
+
+    ``active``: its sequences under way, in order of arrival; ``zero_full``, ``zero_local``: pages that the next step must zero.
+    """
+
+    def __init__(self, number: int, options: Options) -> None:
+        self.number = number
+        self.options = options
+        self.pool = PagePool(options.shape, options.full_pages, options.local_pages, options.grid)
+        self.active: list[Sequence] = []
+        self.zero_full: list[PageOnRank] = []
+        self.zero_local: list[PageOnRank] = []
+        self._ahead = int(options.drafter)
+        self._slots = [*range(number * options.slots, (number + 1) * options.slots)]
+
+    @property
+    def has_slot(self) -> bool:
+        """Whether a sequence can be admitted."""
+        return bool(self._slots)
+
+    def prefix(self, sequence: Sequence) -> int:
+        """Tokens of the sequence that it need not compute; never all, for the last one gives the first token of the output."""
+        if sequence.scope is None:
+            return 0
+        grid = self.options.grid
+        return self.pool.hit(sequence.chain(self.options.shape, self._ahead), (len(sequence.tokens) - 1) // grid * grid)
+
+    def is_writing(self, sequence: Sequence, hit: int) -> bool:
+        """Whether a sequence here is being prefilled that will lengthen this one's hit when its results are there."""
+        end = hit + self.options.grid
+        if end >= len(sequence.tokens) or sequence.scope is None:
+            return False
+        block = end // self.options.shape.block - 1
+        digest = sequence.digests[block]
+        # Of the last block's digest a writer may not know the token ahead yet; then nobody else can know that it will match.
+        return any(
+            s.committed < s.target and s.named <= block < len(s.digests) and end <= s.target and s.digests[block] == digest
+            for s in self.active
+        )
+
+    def admit(self, sequence: Sequence, hit: int) -> bool:
+        """Give a sequence a slot, the ``hit`` tokens of its prefix, and pages for its prompt and one burst; or nothing."""
+        full, local = self.pool.hold(sequence.digests, hit)
+        if not self._enter(sequence, full, local, 0, self.options.shape.chunk_start(hit)):
+            return False
+        sequence.state, sequence.hit, sequence.target = State.PREFILL, hit, len(sequence.tokens)
+        sequence.drafting, sequence.drafted_to, sequence.named = True, hit, hit // self.options.shape.block
+        sequence.settle(hit)
+        return True
+
+    def readmit(self, sequence: Sequence) -> bool:
+        """Give a saved sequence a slot, pages for what was saved, and for one burst; or nothing."""
+        shape, length = self.options.shape, sequence.committed
+        start = shape.chunk_start(length)
+        if not self._enter(sequence, [], [], shape.local_pages(start, length), start):
+            return False
+        sequence.state = State.RUNNING
+        return True
+
+    def _enter(self, sequence: Sequence, full: list[int], local: list[int], local_count: int, start: int) -> bool:
+        shape, end = self.options.shape, min(len(sequence.tokens) + self.options.most_burst_tokens, sequence.room)
+        # Local pages are taken chunk by chunk; but a sequence that cannot have a chunk's would only be preempted again.
+        chunk_fits = len(local) + self.pool.local.available >= shape.local_pages(0, end)
+        if not chunk_fits or not self.pool.grow(full, shape.full_pages(end), local, local_count):
+            self.pool.full.shorten(full, 0)
+            self.pool.local.shorten(local, 0)
+            return False
+        sequence.full, sequence.local = full, {start: local} if local else {}
+        sequence.slot = heapq.heappop(self._slots)
+        sequence.rank = self.number
+        bisect.insort(self.active, sequence, key=by_arrival)
+        return True
+
+    def grow(self, sequence: Sequence, start: int, end: int) -> bool:
+        """Give a sequence pages for the positions before ``end``, the last of which are in the chunk that begins at ``start``; or none."""
+        shape = self.options.shape
+        local = sequence.local.get(start, [])
+        if not self.pool.grow(sequence.full, shape.full_pages(end), local, shape.local_pages(start, end)):
+            return False
+        if local:
+            sequence.local[start] = local
+        return True
+
+    def settle(self, sequence: Sequence) -> None:
+        """Tell the prefix cache of the pages that results have verified, and take back those that no dispatched step may need."""
+        shape, pool = self.options.shape, self.pool
+        self._name(sequence)
+        for start in [start for start in sequence.local if start + (shape.chunk or 0) <= sequence.committed]:
+            pool.local.shorten(sequence.local.pop(start), 0)
+        if sequence.state is State.RUNNING and sequence.committed >= sequence.target:
+            pool.full.shorten(sequence.full, shape.full_pages(sequence.high))
+            for start, table in sequence.local.items():
+                pool.local.shorten(table, shape.local_pages(start, max(start, sequence.high)))
+
+    def _name(self, sequence: Sequence) -> None:
+        options, block = self.options, self.options.shape.block
+        end = min(sequence.committed, sequence.target) if options.deterministic else sequence.committed
+        end = min(end, sequence.drafted_to) if options.drafter else end
+        before, end = sequence.named * block, end // options.grid * options.grid
+        if end <= before or sequence.scope is None:
+            return
+        digests = sequence.chain(options.shape, self._ahead)
+        for i in range(sequence.named, end // block):
+            self.pool.full.name(sequence.full[i], (digests[i], (i + 1) * block))
+        for start, table in sequence.local.items():
+            for page, page_end in zip(table, options.shape.local_ends(start, end), strict=False):
+                if page_end > before:
+                    self.pool.local.name(page, (digests[(page_end - 1) // block], page_end))
+        sequence.named = end // block
+
+    def release(self, sequence: Sequence, *, unsure: bool) -> None:
+        """Take everything back from a sequence.
+
+        ``unsure``: a step whose results do not count may have written after the committed tokens; those pages will be zeroed.
+        """
+        shape = self.options.shape
+        self._give_back(sequence, self.pool.full, sequence.full, 0, shape.block, self.zero_full if unsure else [])
+        for start, table in sequence.local.items():
+            self._give_back(sequence, self.pool.local, table, start, shape.page_size, self.zero_local if unsure else [])
+        sequence.local.clear()
+        heapq.heappush(self._slots, sequence.slot)
+        sequence.slot = sequence.rank = -1
+        self.active.remove(sequence)
+
+    def _give_back(self, sequence: Sequence, pages: Pages, table: list[int], start: int, size: int, zero: list[PageOnRank]) -> None:
+        while table:
+            page, begin = table.pop(), start + len(table) * size
+            if pages.release(page) and begin < sequence.high and sequence.committed < begin + size:
+                zero.append((self.number, page))
+
+    def state(self) -> tuple[object, ...]:
+        """All that decides what later calls do, for digests."""
+        return self._slots, self.zero_full, self.zero_local, self.pool.full.state(), self.pool.local.state()
+
+    def check(self) -> None:
+        """Raise AssertionError unless every slot and page is accounted for: each reference is an entry of one sequence's table."""
+        slots, own = self.options.slots, self.active
+        first = self.number * slots
+        assert sorted([*self._slots, *(s.slot for s in own)]) == [*range(first, first + slots)], "slots are lost or doubled"
+        tables = [s.full for s in own], [table for s in own for table in s.local.values()]
+        for pages, lists in zip((self.pool.full, self.pool.local), tables, strict=True):
+            pages.check()
+            uses = Counter(page for table in lists for page in table)
+            assert all(uses[page] == pages.references(page) for page in range(pages.count)), "references and tables differ"

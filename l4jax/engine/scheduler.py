@@ -1,0 +1,289 @@
+"""Decides what the devices do next. Plain Python and deterministic: the same calls and results give the same steps.
+
+The engine calls :meth:`Scheduler.next` until it returns None, dispatching each step, then :meth:`Scheduler.finish` with the results of
+the oldest one, and again. Two steps may be in flight, so a step is planned before the results of the one before it are known:
+a sequence's cache length is then only bounded (``Sequence.low``, ``high``).
+
+The rules:
+
+- First come, first served: a request is admitted when a data rank has a slot and the pages for its prompt and one burst, and none
+  before an older one. While a sequence under way lacks pages, nobody is admitted to its rank.
+- A step has at most one prefill call, of pieces of one length, and one burst. A sequence whose prefill ends is decoded from the next
+  step on.
+- A burst's pages are reserved when it is planned: from the upper bound on, its rounds times (depth + 1). What it did not need
+  comes back with its results.
+- If pages lack, the newest sequence on the data rank loses its own, never one that is older than the one that needs them.
+  One that finds nobody newer sits the step out and keeps its pages; so does one that gets a chunk's pages back with the results
+  in flight. So the oldest always goes on, at the latest after those results. The preempted one waits at its place in the order; its
+  output becomes part of its prompt. In deterministic mode it is saved to host memory instead, unless it has no output yet:
+  recomputing a prompt alone is bit-equal.
+- A burst, and a piece that does not begin at a chunk's boundary, ends with the chunk; the next chunk has pages of its own. So a page
+  that other sequences use is never written. A row that may already be at its chunk's end gets one more burst in it, perhaps an
+  idle one, instead of a guess.
+- Pages are told to the prefix cache when results have verified them; in deterministic mode those of a prefill only. With a drafter,
+  only pages whose drafter's entries are valid: others could never be used.
+- A request goes to the data rank with a slot that has the longest prefix of it, then to the one with most pages. If a sequence there is
+  writing more of its prefix, it waits, and the requests after it wait too; it goes on alone as soon as nobody writes it.
+- Pages that a failed or a discarded step may have written are zeroed before anyone else has them.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import itertools
+from array import array
+
+from l4jax.engine.options import Options
+from l4jax.engine.rank import DataRank
+from l4jax.engine.sequence import Flight, Sequence, State, by_arrival
+from l4jax.engine.step import BurstRow, Load, News, PieceRow, Results, RowResult, Save, Step, StepDraft
+
+IN_FLIGHT = 2
+"""Steps whose results may be unknown."""
+_ANY = 1 << 30
+
+
+class Scheduler:
+    """The waiting sequences, those under way on each data rank, and the steps in flight."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.ranks = [DataRank(number, options) for number in range(options.data_ranks)]
+        self._by_request: dict[int, Sequence] = {}
+        self._waiting: list[Sequence] = []  # in order of arrival
+        self._arrivals = 0
+        self._number = 0
+        self._steps: list[Step] = []  # in flight, the oldest first
+
+    @property
+    def idle(self) -> bool:
+        """Whether no sequence waits or is under way."""
+        return not self._by_request
+
+    @property
+    def in_flight(self) -> int:
+        """Steps whose results have not been given to :meth:`finish`."""
+        return len(self._steps)
+
+    def add(self, sequence: Sequence) -> None:
+        """Let a new sequence wait for its turn. Raises ValueError if it could never have the pages that it may need."""
+        self.options.check_fits(sequence.request, len(sequence.tokens), sequence.max_length)
+        if sequence.request in self._by_request:
+            raise ValueError(f"request {sequence.request} is under way already; expected another number for each request")
+        self._arrivals += 1
+        sequence.arrival = self._arrivals
+        self._by_request[sequence.request] = sequence
+        self._waiting.append(sequence)
+
+    def cancel(self, sequence: Sequence) -> None:
+        """End a sequence now (a stop string ends it so too); results that are on their way for it are ignored."""
+        if not sequence.state.is_over:
+            self._end(sequence, State.CANCELLED, unsure=bool(sequence.flights))
+
+    def next(self, most_steps: int = _ANY) -> Step | None:
+        """The step to dispatch next; None if there is nothing to do before :meth:`finish` or :meth:`add` is called.
+
+        ``most_steps``: the most rounds that a burst may take, from the measured time of one. A call that returns None may have admitted
+        or preempted; other hosts must make it too.
+        """
+        if len(self._steps) == IN_FLIGHT:
+            return None
+        draft = StepDraft(self._number + 1, len(self.ranks))
+        active = self._active()
+        self._choose_burst(draft, active, most_steps)
+        for sequence in active:
+            self._add(draft, sequence)
+        while (admitted := self._admitted(draft)) is not None:
+            if admitted.state is State.PREFILL:
+                self._add_piece(draft, admitted)
+        for rank in self.ranks:
+            draft.zero_full += rank.zero_full
+            draft.zero_local += rank.zero_local
+            rank.zero_full.clear()
+            rank.zero_local.clear()
+        step = draft.step(self.options.piece_rows, self.options.row_buckets)
+        if step is not None:
+            self._number = step.number
+            self._steps.append(step)
+        return step
+
+    def finish(self, step: Step, results: Results) -> list[News]:
+        """Take in the results of the oldest step in flight. Returns what they mean for each sequence that still awaits them."""
+        assert self._steps and step is self._steps[0], "steps are finished in the order in which they were given"
+        del self._steps[0]
+        prefill, burst = step.prefill.rows if step.prefill else (), step.burst.rows if step.burst else ()
+        news = []
+        for row, result in itertools.chain(zip(prefill, results.prefill, strict=True), zip(burst, results.burst, strict=True)):
+            sequence = None if row is None else self._by_request.get(row.request)
+            if sequence is not None and sequence.flights and sequence.flights[0].step == step.number:
+                assert row is not None and result is not None
+                self._take_in(sequence, row, result)
+                news.append(News(sequence, () if result.failed else result.tokens))
+        return news
+
+    def digest(self) -> str:
+        """A digest of all that decides the next steps: equal on all hosts as long as they have had the same calls and results."""
+        found = hashlib.blake2b(repr((self._number, self._arrivals, len(self._steps))).encode(), digest_size=16)
+        for s in (*self._waiting, *self._active()):
+            found.update(repr((s.request, s.state, s.slot, s.committed, s.flights, s.drafted_to, s.named, s.full, s.local)).encode())
+            found.update(array("q", s.tokens).tobytes())
+        for rank in self.ranks:
+            found.update(repr(rank.state()).encode())
+        return found.hexdigest()
+
+    def check(self) -> None:
+        """Raise AssertionError unless every slot and page is accounted for."""
+        for rank in self.ranks:
+            rank.check()
+        active = self._active()
+        assert len(active) + len(self._waiting) == len(self._by_request), "a sequence is lost"
+        assert all(s.state in (State.PREFILL, State.RUNNING) for s in active), "an ended sequence is under way"
+        assert all(s.slot == -1 and not s.full and not s.local for s in self._waiting), "a waiting sequence owns something"
+
+    def _active(self) -> list[Sequence]:
+        return sorted((sequence for rank in self.ranks for sequence in rank.active), key=by_arrival)
+
+    def _choose_burst(self, draft: StepDraft, active: list[Sequence], most_steps: int) -> None:
+        """How long the next burst is, and how it speculates. A plan is no use if it can draft for nobody."""
+        options, rows = self.options, [0] * len(self.ranks)
+        can_draft, anyone_waits = options.deterministic, bool(self._waiting)
+        for sequence in active:
+            anyone_waits = anyone_waits or sequence.low < sequence.target
+            if sequence.decodes:
+                rows[sequence.rank] += 1
+                can_draft = can_draft or (sequence.drafting and sequence.low <= options.drafts_up_to)
+        draft.plan = options.plan(max(rows)) if can_draft else None
+        draft.steps = max(1, min(options.short_steps if anyone_waits else options.long_steps, most_steps))
+
+    def _add(self, draft: StepDraft, sequence: Sequence) -> None:
+        """Let an active sequence take part in the step, if it has not been preempted meanwhile."""
+        if sequence.state is State.PREFILL:
+            self._add_piece(draft, sequence)
+        elif sequence.state is State.RUNNING and sequence.decodes:
+            self._add_row(draft, sequence)
+
+    def _add_row(self, draft: StepDraft, sequence: Sequence) -> None:
+        shape = self.options.shape
+        start = shape.chunk_start(sequence.low)
+        most = draft.steps * (1 + (draft.plan.depth if draft.plan else 0))
+        limit = min(sequence.room, sequence.high + most, start + (shape.chunk or _ANY))
+        if not self._reserve(draft, sequence, start, limit):
+            return
+        sequence.depart(Flight(draft.number, draft.steps, most, limit))
+        sequence.drafting = sequence.drafting and draft.plan is not None
+        full, local = tuple(sequence.full), tuple(sequence.local.get(start, ()))
+        draft.rows[sequence.rank].append(BurstRow(sequence.request, sequence.slot, limit, sequence.drafting, full, local))
+
+    def _add_piece(self, draft: StepDraft, sequence: Sequence) -> None:
+        options, rows = self.options, draft.pieces[sequence.rank]
+        begin, tokens = sequence.low, sequence.tokens
+        end = options.piece_end(begin, sequence.target)
+        length = options.piece_length(end - begin)
+        draft.length = draft.length or length
+        # A rank without a piece of the step's length takes a shorter one, for its row would be padding.
+        fits = length == draft.length or (length < draft.length and not rows)
+        start = options.shape.chunk_start(end - 1)
+        if not fits or len(rows) == options.most_piece_rows(draft.length) or not self._reserve(draft, sequence, start, end):
+            return
+        last = end == sequence.target
+        sequence.depart(Flight(draft.number, end - begin, end - begin, end))
+        sequence.state = State.RUNNING if last else State.PREFILL
+        rows.append(
+            PieceRow(
+                request=sequence.request,
+                slot=sequence.slot,
+                start=begin,
+                tokens=tuple(tokens[begin:end]),
+                first=begin == sequence.hit,
+                last=last,
+                following=-1 if last else tokens[end],
+                prompt_length=sequence.prompt_length,
+                full=tuple(sequence.full),
+                local=tuple(sequence.local.get(start, ())),
+            )
+        )
+
+    def _reserve(self, draft: StepDraft, sequence: Sequence, start: int, end: int) -> bool:
+        """Pages for the positions before ``end``, of which the last are in the chunk that begins at ``start``."""
+        rank = self.ranks[sequence.rank]
+        while not rank.grow(sequence, start, end):
+            newest = rank.active[-1]
+            if newest is sequence or any(other < start for other in sequence.local):
+                draft.lack_pages.add(rank.number)
+                return False
+            assert not draft.has(newest), "the older ones are asked first, and one that is admitted has what it needs for its piece"
+            self._preempt(draft, rank, newest)
+        return True
+
+    def _preempt(self, draft: StepDraft, rank: DataRank, sequence: Sequence) -> None:
+        sequence.saved = self.options.deterministic and len(sequence.tokens) > sequence.prompt_length
+        shape = self.options.shape
+        if sequence.saved:
+            full = tuple(sequence.full[: shape.full_pages(sequence.high)])
+            local = tuple(sequence.local.get(shape.chunk_start(sequence.low), ()))
+            draft.saves.append(Save(sequence.request, sequence.slot, full, local))
+        rank.release(sequence, unsure=bool(sequence.flights))
+        if not sequence.saved:
+            sequence.flights.clear()
+        sequence.state = State.PREEMPTED
+        bisect.insort(self._waiting, sequence, key=by_arrival)
+
+    def _admitted(self, draft: StepDraft) -> Sequence | None:
+        """Admit the oldest waiting sequence, if a data rank has room for it: the one with the longest prefix, then with most pages."""
+        sequence = self._waiting[0] if self._waiting else None
+        if sequence is None or (sequence.saved and sequence.flights):
+            return None
+        open_ranks = [rank for rank in self.ranks if rank.has_slot and rank.number not in draft.lack_pages]
+        hits = {rank.number: 0 if sequence.saved else rank.prefix(sequence) for rank in open_ranks}
+        for rank in sorted(open_ranks, key=lambda rank: (-hits[rank.number], -rank.pool.full.available, rank.number)):
+            if sequence.saved:
+                if rank.readmit(sequence):
+                    draft.loads.append(self._load(sequence))
+                    break
+            elif rank.is_writing(sequence, hits[rank.number]):
+                return None
+            elif rank.admit(sequence, hits[rank.number]):
+                break
+        else:
+            return None
+        return self._waiting.pop(0)
+
+    def _load(self, sequence: Sequence) -> Load:
+        shape = self.options.shape
+        sequence.saved = False
+        full = tuple(sequence.full[: shape.full_pages(sequence.committed)])
+        local = tuple(sequence.local.get(shape.chunk_start(sequence.committed), ()))
+        return Load(sequence.request, sequence.slot, full, local)
+
+    def _take_in(self, sequence: Sequence, row: PieceRow | BurstRow, result: RowResult) -> None:
+        flight = sequence.flights.pop(0)
+        if result.failed:
+            self._end(sequence, State.FAILED, unsure=True)
+            return
+        sequence.tokens += result.tokens
+        if isinstance(row, PieceRow):
+            assert len(result.tokens) == row.last
+            committed = flight.limit
+            sequence.drafted_to = committed
+        else:
+            committed = sequence.committed + len(result.tokens)
+            least = min(flight.limit, sequence.committed + flight.least)
+            most = min(flight.limit, sequence.committed + flight.most)
+            assert committed <= most and (result.ended or least <= committed), "a burst ran too far, or not far enough"
+            sequence.drafted_to = committed if row.drafts else sequence.drafted_to
+        sequence.settle(committed)
+        if sequence.rank >= 0:
+            self.ranks[sequence.rank].settle(sequence)
+        if result.ended:
+            sequence.flights.clear()  # the devices know that it is done, and write nothing more for it
+            self._end(sequence, State.DONE, unsure=False)
+
+    def _end(self, sequence: Sequence, state: State, *, unsure: bool) -> None:
+        if sequence.rank >= 0:
+            self.ranks[sequence.rank].release(sequence, unsure=unsure)
+        else:
+            self._waiting.remove(sequence)
+        sequence.flights.clear()
+        sequence.state = state
+        del self._by_request[sequence.request]

@@ -1,0 +1,200 @@
+"""What the scheduler tells the runner to dispatch, and what the runner returns.
+
+A :class:`Step` is dispatched in this order: its saves, its zeroed pages, its loads, its prefill, its burst. Steps are dispatched in the
+order in which the scheduler gave them, and the devices run everything in the order of dispatch. That is what lets a page or a
+slot be given to another sequence while a step that writes it is still on its way.
+
+Rows are in the program's order: those of each data rank after one another, the same number for each, None for padding. Slots
+are numbered the same way: slot ``i`` belongs to data rank ``i // slots``. Pages are numbered on each data rank from 0. Page tables
+list pages from the first position on (``full``), or from the first position of the row's attention chunk on (``local``, () without
+chunks); a runner pads them. The drafter's table is ``full`` too, and ``local`` in its chunk-local layers (see ``pages``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import abc
+
+from l4jax.engine.sequence import Sequence
+
+Table = tuple[int, ...]
+PageOnRank = tuple[int, int]
+"""A data rank, and one of its pages."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a burst speculates: the name of a tree, and how many levels of drafted tokens it has."""
+
+    name: str
+    depth: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Save:
+    """Copy a slot's state and these pages (the drafter's too) to host memory, under the request's number.
+
+    The copy is dropped when the request ends, or after its :class:`Load`.
+    """
+
+    request: int
+    slot: int
+    full: Table
+    local: Table
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Load:
+    """Copy a saved slot's state to this slot, and as many of the saved pages as are listed, the first ones, to these."""
+
+    request: int
+    slot: int
+    full: Table
+    local: Table
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PieceRow:
+    """A piece of one sequence's prefill: ``tokens``, of which the first is at position ``start``.
+
+    ``first``: it is the first in this slot, whose state must be reset for the request. ``last``: the piece ends the prefill, so its
+    program draws output token number ``start + len(tokens) - prompt_length``, counted from 0, and writes it to the slot; the row
+    decodes from the next step on. ``following``: the token after the piece,
+    which the drafter's last entry is made of; -1: the token that is drawn. ``prompt_length``: later tokens are output, of an earlier
+    stay in the cache. ``local``: the pages of the chunk that the piece's last token is in. A piece begins at a chunk's boundary, or ends in
+    its first token's chunk.
+    """
+
+    request: int
+    slot: int
+    start: int
+    tokens: tuple[int, ...]
+    first: bool
+    last: bool
+    following: int
+    prompt_length: int
+    full: Table
+    local: Table
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Prefill:
+    """One call of a prefill program: rows, each padded to ``length`` tokens. With a drafter it also makes the drafter's entries."""
+
+    length: int
+    rows: tuple[PieceRow | None, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class BurstRow:
+    """A row of a burst. It stops before position ``limit``: it is idle from there on, as if it were done, until a later burst.
+
+    ``drafts``: False if it must take part without drafted tokens. ``local``: the pages of the chunk that ``limit`` - 1 is in.
+    """
+
+    request: int
+    slot: int
+    limit: int
+    drafts: bool
+    full: Table
+    local: Table
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Burst:
+    """One call of a decode program, or with a plan of a speculation program: at most ``steps`` rounds.
+
+    A round gives each row that is not done and not at its limit at least one token, and at most the plan's depth + 1. A burst
+    ends early only when no row is left.
+    """
+
+    steps: int
+    plan: Plan | None
+    rows: tuple[BurstRow | None, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Step:
+    """What to dispatch next; see the module for the order.
+
+    ``zero_full`` and ``zero_local``: pages that may hold numbers that are not finite (a masked key still multiplies its value); the
+    drafter's pages of the same numbers too.
+    """
+
+    number: int
+    saves: tuple[Save, ...]
+    zero_full: tuple[PageOnRank, ...]
+    zero_local: tuple[PageOnRank, ...]
+    loads: tuple[Load, ...]
+    prefill: Prefill | None
+    burst: Burst | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RowResult:
+    """What a row got: its new tokens, whether it is done, and whether its logits were not finite (then its tokens do not count).
+
+    A piece that is not its prefill's last has no tokens, but ``failed`` if the logits at its last token were not finite.
+    """
+
+    tokens: tuple[int, ...] = ()
+    ended: bool = False
+    failed: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Results:
+    """A step's results, row by row as in its prefill and its burst; what stands for a padding row is not looked at."""
+
+    prefill: tuple[RowResult | None, ...] = ()
+    burst: tuple[RowResult | None, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class News:
+    """What a step's results mean for one sequence: its new tokens. Its state says whether it has ended."""
+
+    sequence: Sequence
+    tokens: tuple[int, ...]
+
+
+class StepDraft:
+    """A step that is being put together: of each data rank, the rows of its prefill and of its burst.
+
+    ``length``: of its pieces, 0 before the first. ``lack_pages``: data ranks on which a sequence has to sit it out.
+    """
+
+    def __init__(self, number: int, ranks: int) -> None:
+        self.number = number
+        self.saves: list[Save] = []
+        self.zero_full: list[PageOnRank] = []
+        self.zero_local: list[PageOnRank] = []
+        self.loads: list[Load] = []
+        self.length = 0
+        self.pieces: list[list[PieceRow]] = [[] for _ in range(ranks)]
+        self.steps = 0
+        self.plan: Plan | None = None
+        self.rows: list[list[BurstRow]] = [[] for _ in range(ranks)]
+        self.lack_pages: set[int] = set()
+
+    def has(self, sequence: Sequence) -> bool:
+        """Whether the sequence has a row in this step."""
+        return bool(sequence.flights) and sequence.flights[-1].step == self.number
+
+    def step(self, piece_rows: tuple[int, ...], row_buckets: tuple[int, ...]) -> Step | None:
+        """The step, with rows padded to one of these numbers on each data rank; None if there is nothing in it."""
+        prefill = Prefill(self.length, _padded(self.pieces, piece_rows)) if any(self.pieces) else None
+        burst = Burst(self.steps, self.plan, _padded(self.rows, row_buckets)) if any(self.rows) else None
+        saves, loads, zero_full, zero_local = tuple(self.saves), tuple(self.loads), tuple(self.zero_full), tuple(self.zero_local)
+        if not (saves or loads or zero_full or zero_local or prefill or burst):
+            return None
+        return Step(self.number, saves, zero_full, zero_local, loads, prefill, burst)
+
+
+def _padded[Row](rows: abc.Sequence[abc.Sequence[Row]], buckets: tuple[int, ...]) -> tuple[Row | None, ...]:
+    """The rows of each data rank after one another, each rank's padded to the bucket of the fullest."""
+    bucket = next(bucket for bucket in buckets if bucket >= max(map(len, rows)))
+    padded: list[Row | None] = []
+    for own in rows:
+        padded += [*own, *[None] * (bucket - len(own))]
+    return tuple(padded)

@@ -1,0 +1,190 @@
+"""Steps, pieces, bursts and plans: what is called, and the steps that are expected, written out."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from l4jax.engine.scheduler import Scheduler
+from l4jax.engine.sequence import State
+from l4jax.engine.step import News, Plan, Results, RowResult
+from tests.engine.calls import CHUNKED, DRAFTED, SMALL, added, finish, prefilled, told
+
+
+def test_one_request_from_its_first_piece_to_its_end():
+    scheduler = Scheduler(SMALL)
+    sequence = added(scheduler, 1, range(10), 6)
+    one = scheduler.next()
+    assert told(one) == ["piece 1 in 0: 0-8 of 8 (0, 1, 2, 3) () first"]
+    assert one.prefill.rows[0].following == 8
+    two = scheduler.next()
+    assert told(two) == ["piece 1 in 0: 8-10 of 4 (0, 1, 2, 3) () last"]
+    assert two.prefill.rows[0].following == -1
+    assert scheduler.next() is None  # two are in flight
+    assert finish(scheduler, one) == [News(sequence, ())]
+    three = scheduler.next()
+    assert told(three) == ["3 rounds 1 in 0: before 13 (0, 1, 2, 3) ()"]
+    assert finish(scheduler, two) == [News(sequence, (7,))]
+    # Positions that its 16 tokens need end before 15: the last one is never run.
+    four = scheduler.next()
+    assert told(four) == ["3 rounds 1 in 0: before 15 (0, 1, 2, 3) ()"]
+    assert finish(scheduler, three) == [News(sequence, (7, 7, 7))]
+    assert scheduler.next() is None  # it will surely be done
+    assert finish(scheduler, four, tokens=2, ended=(1,)) == [News(sequence, (7, 7))]
+    assert (sequence.state, sequence.output, scheduler.idle) == (State.DONE, [7] * 6, True)
+    scheduler.check()
+
+
+def test_pieces_of_one_length_go_together_and_bursts_are_short_while_anyone_waits():
+    scheduler = Scheduler(SMALL)
+    for request, prompt in ((1, range(8)), (2, range(100, 106)), (3, range(200, 203))):
+        added(scheduler, request, prompt)
+    one = scheduler.next()
+    assert told(one) == ["piece 1 in 0: 0-8 of 8 (0, 1, 2) () first last", "piece 2 in 1: 0-6 of 8 (3, 4, 5) () first last"]
+    two = scheduler.next()
+    assert told(two) == ["1 rounds 1 in 0: before 9 (0, 1, 2) ()", "1 rounds 2 in 1: before 7 (3, 4, 5) ()"]
+    finish(scheduler, one, ended=(2,))
+    three = scheduler.next()
+    assert told(three) == ["piece 3 in 1: 0-3 of 4 (4, 5) () first last", "1 rounds 1 in 0: before 10 (0, 1, 2) ()"]
+    assert [news.sequence.request for news in finish(scheduler, two)] == [1]  # what 2 got is ignored
+    four = scheduler.next()
+    assert told(four)[0] == "3 rounds 1 in 0: before 13 (0, 1, 2, 6) ()"  # nobody waits
+    scheduler.check()
+
+
+def test_bursts_are_short_beside_a_prefill():
+    scheduler = Scheduler(SMALL)
+    prefilled(scheduler, 1, range(4), 20)
+    added(scheduler, 2, range(100, 112))
+    found = []
+    for _ in range(3):
+        step = scheduler.next()
+        found.append((step.burst.steps, step.prefill is not None))
+        finish(scheduler, step)
+    assert found == [(1, True), (1, True), (3, False)]
+
+
+def test_the_oldest_prefill_decides_the_length_of_the_pieces():
+    scheduler = Scheduler(SMALL)
+    added(scheduler, 1, range(3))
+    added(scheduler, 2, range(100, 108))
+    assert told(scheduler.next()) == ["piece 1 in 0: 0-3 of 4 (0, 1) () first last"]
+    assert told(scheduler.next())[0] == "piece 2 in 1: 0-8 of 8 (2, 3, 4) () first last"
+
+
+def test_pieces_keep_to_the_budget_but_one_always_goes():
+    scheduler = Scheduler(dataclasses.replace(SMALL, piece_tokens=8))
+    added(scheduler, 1, range(8))
+    added(scheduler, 2, range(100, 108))
+    assert [row.request for row in scheduler.next().prefill.rows] == [1]
+    scheduler = Scheduler(dataclasses.replace(SMALL, piece_tokens=2))
+    added(scheduler, 1, range(8))
+    assert scheduler.next().prefill.length == 8
+
+
+def test_a_rank_without_a_piece_of_the_length_takes_a_shorter_one():
+    scheduler = Scheduler(dataclasses.replace(SMALL, data_ranks=2))
+    for request, length in ((1, 8), (2, 3), (3, 3)):
+        added(scheduler, request, range(100 * request, 100 * request + length))
+    assert told(scheduler.next()) == ["piece 1 in 0: 0-8 of 8 (0, 1, 2) () first last", "piece 2 in 2: 0-3 of 8 (0, 1) () first last"]
+
+
+def test_a_burst_is_never_longer_than_it_is_told():
+    scheduler = Scheduler(SMALL)
+    prefilled(scheduler, 1, range(4))
+    assert scheduler.next(2).burst.steps == 2
+    assert scheduler.next(0).burst.steps == 1
+
+
+def test_a_burst_is_planned_from_the_upper_bound_and_its_surplus_comes_back():
+    scheduler = Scheduler(dataclasses.replace(DRAFTED, plans=((1, Plan("chain:3", 3)),), long_steps=2))
+    sequence = prefilled(scheduler, 1, range(3), 40)
+    one, two = scheduler.next(), scheduler.next()
+    assert told(one) == ["2 rounds chain:3 1 in 0: before 11 (0, 1, 2) ()"]
+    assert told(two) == ["2 rounds chain:3 1 in 0: before 19 (0, 1, 2, 3, 4) ()"]
+    finish(scheduler, one, tokens=2)
+    assert (sequence.committed, sequence.high, len(sequence.full)) == (5, 13, 4)
+    finish(scheduler, two, tokens=8)
+    assert (sequence.committed, len(sequence.full)) == (13, 4)
+
+
+def test_no_plan_is_used_if_it_can_draft_for_nobody():
+    scheduler = Scheduler(dataclasses.replace(DRAFTED, drafts_up_to=5))
+    prefilled(scheduler, 1, range(4), 20)
+    step = scheduler.next(1)
+    assert step.burst.plan == Plan("chain:2", 2)
+    finish(scheduler, step, tokens=2)
+    assert scheduler.next(1).burst.plan is None
+
+
+def test_the_plan_is_that_of_the_fullest_data_rank():
+    few, many = Plan("few", 2), Plan("many", 1)
+    options = dataclasses.replace(DRAFTED, data_ranks=2, plans=((2, few), (3, None), (4, many)), slots=4, row_buckets=(4,), full_pages=64)
+    found = []
+    for count in range(1, 9):
+        scheduler = Scheduler(dataclasses.replace(options, piece_rows=(4,), piece_tokens=64))
+        for request in range(count):
+            added(scheduler, request, range(100 * request, 100 * request + 4))
+        finish(scheduler, scheduler.next())
+        found.append(scheduler.next().burst.plan)
+    assert found == [few, few, few, few, None, None, many, many]
+
+
+def test_the_same_calls_and_results_give_the_same_digests_and_others_do_not():
+    def digests(prompt: range, token: int) -> list[str]:
+        scheduler, found = Scheduler(CHUNKED), []
+        added(scheduler, 1, prompt)
+        for _ in range(4):
+            step = scheduler.next(1)
+            found.append(scheduler.digest())
+            result = (RowResult((token,)),)
+            scheduler.finish(step, Results(result, ()) if step.prefill else Results((), result))
+            found.append(scheduler.digest())
+        return found
+
+    assert digests(range(6), 7) == digests(range(6), 7)
+    assert len({*digests(range(6), 7), *digests(range(1, 7), 7)}) == 16
+    assert [one == other for one, other in zip(digests(range(6), 7), digests(range(6), 8), strict=True)] == [True] + [False] * 7
+
+
+@pytest.mark.parametrize(
+    ("options", "prompt", "most", "line"),
+    [
+        (SMALL, 60, 6, r"request 1 \(60 prompt tokens, at most 66 in all\) may need 17 pages of the KV cache, and there are 16; shorten.*"),
+        (dataclasses.replace(CHUNKED, local_pages=1), 6, 2, ".* may need 2 chunk-local pages of the KV cache, and there are 1; .*"),
+        (SMALL, 0, 4, "request 1 has 0 prompt tokens and at most 4 in all; expected at least one prompt token and room for one more"),
+        (SMALL, 4, 0, "request 1 has 4 prompt tokens and at most 4 in all; expected .*"),
+    ],
+)
+def test_a_request_that_can_never_fit_is_refused_in_one_line(options, prompt, most, line):
+    scheduler = Scheduler(options)
+    with pytest.raises(ValueError, match=f"^{line}$"):
+        added(scheduler, 1, range(prompt), most)
+    assert scheduler.idle
+
+
+def test_a_number_names_one_request_at_a_time():
+    scheduler = Scheduler(SMALL)
+    sequence = added(scheduler, 1, range(4))
+    with pytest.raises(ValueError, match="request 1 is under way already"):
+        added(scheduler, 1, range(4))
+    scheduler.cancel(sequence)
+    added(scheduler, 1, range(4))
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"row_buckets": (1,)}, "row_buckets are .*; expected the last to be the number of slots, 2"),
+        ({"plans": ((1, Plan("chain:2", 2)),)}, "there are plans of speculation and no drafter; expected a drafter, or no plan"),
+        ({"deterministic": True}, "deterministic with row_buckets .*; expected one of each"),
+        (
+            {"deterministic": True, "row_buckets": (2,), "piece_lengths": (6,), "piece_rows": (1,)},
+            "deterministic with pieces of 6 tokens; expected a multiple of 4, .*",
+        ),
+    ],
+)
+def test_options_that_do_not_fit_together_are_refused(change, line):
+    with pytest.raises(ValueError, match=f"^{line}$"):
+        dataclasses.replace(SMALL, **change)

@@ -197,8 +197,8 @@ class LLM:
     def warmup(self, *, max_length: int, max_batch: int | None = None) -> None:
         """Compile everything that requests of up to ``max_length`` tokens (prompt and output) and this batch size need.
 
-        Covers greedy and sampled requests; penalties, biases and logprobs compile on first use. Where tokens are spread over
-        ranks it prefills prompts of up to ``max_length`` tokens, for programs depend on how much is cached.
+        Covers every setting of sampling. Where tokens are spread over ranks it prefills prompts of up to ``max_length`` tokens, for
+        programs depend on how much is cached.
         """
         max_batch = arguments.batch_size(self.max_batch if max_batch is None else max_batch)
         context = self.config.max_position_embeddings
@@ -216,10 +216,9 @@ class LLM:
                 sizes_of.setdefault(plan, set()).add(self.runner.row_bucket(rows))
 
         def run(prompt: list[int], tokens: int, rows: int, plan: Speculation | None) -> None:
-            for temperature in (0.0, 1.0):
-                params = SamplingParams(max_tokens=tokens, temperature=temperature, seed=0, ignore_eos=True)
-                Batch(self.runner, [Request(prompt, params, 0, ())] * min(rows, max_batch), plan=plan).run_to_end()
-                check_interrupts()
+            params = SamplingParams(max_tokens=tokens, temperature=0.0, seed=0, ignore_eos=True)
+            Batch(self.runner, [Request(prompt, params, 0, ())] * min(rows, max_batch), plan=plan).run_to_end()
+            check_interrupts()
 
         for plan, sizes in sizes_of.items():
             # Pieces of prompts have the rows of any smaller batch; and whether they are drafted for, but not how, decides on a program.

@@ -15,6 +15,7 @@ from l4jax.batch import Batch
 from l4jax.cache import CacheShape
 from l4jax.decoding.generate import BURST
 from l4jax.parallel.placement import Placement
+from l4jax.program_inputs import Resident
 from l4jax.request import Request
 from l4jax.runner import Runner
 from l4jax.text.hf_tokenizer import HfTokenizer
@@ -207,7 +208,7 @@ def test_a_failed_allocation_leaves_a_usable_model(monkeypatch):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(CacheShape, "allocate", out_of_memory)
+        patch.setattr(Resident, "empty", out_of_memory)
         with pytest.raises(ValueError, match="a KV cache for 1 sequences of 8192 tokens takes") as refused:
             fresh.generate([[1]], greedy(5000))
     assert "\n" not in str(refused.value)

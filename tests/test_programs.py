@@ -127,7 +127,15 @@ def test_nothing_compiles_after_warm_up():
             size = int(rng.integers(1, 7))
             params = [
                 SamplingParams(
-                    max_tokens=int(rng.integers(1, 9)), temperature=float(rng.choice([0.0, 0.8])), top_k=int(rng.integers(0, 5)), seed=1
+                    max_tokens=int(rng.integers(1, 9)),
+                    temperature=float(rng.choice([0.0, 0.8])),
+                    top_k=int(rng.integers(0, 5)),
+                    min_p=float(rng.choice([0.0, 0.1])),
+                    presence_penalty=float(rng.choice([0.0, 0.0, 0.5])),
+                    logit_bias={} if rng.random() < 0.7 else {int(token): 1.0 for token in rng.integers(0, config.vocab_size, 12)},
+                    stop_token_ids=rng.integers(0, config.vocab_size, rng.integers(0, 12)).tolist(),
+                    logprobs=None if rng.random() < 0.7 else 3,
+                    seed=1,
                 )
                 for _ in range(size)
             ]

@@ -28,7 +28,6 @@ import json
 
 import jax.numpy as jnp
 
-from l4jax import SamplingParams
 from l4jax.cache import is_local
 from l4jax.config import ModelConfig
 from l4jax.config_formats import config_from_hf
@@ -133,7 +132,7 @@ def read_config(name: str) -> ModelConfig:
 def compile_prefill(config: ModelConfig, hosts: int, tokens: int, cached: int = 0, variant: Variant | None = None) -> CompiledProgram:
     mesh = MeshSpec(sequence=hosts, tensor=GPUS_PER_HOST)
     model = AbstractModel(config, mesh, h100_devices(mesh.size, memory_bytes=MEMORY_BYTES), jnp.dtype(jnp.bfloat16))
-    return model.prefill(tokens, cached, cached + tokens, SamplingParams(temperature=0.0), variant)
+    return model.prefill(tokens, cached, cached + tokens, variant)
 
 
 def print_prefill(name: str, tokens: int, hosts: list[int]) -> None:

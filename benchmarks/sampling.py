@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from l4jax.decoding.params import SamplingParams
-from l4jax.decoding.sampling import TokenCounts, sample, sampling_rows
+from l4jax.decoding.sampling import SamplingRows, TokenCounts, sample, sampling_settings
 
 SETTINGS = {"greedy": {"temperature": 0.0}, "nothing cut": {}, "top-k, top-p": {"top_k": 50, "top_p": 0.9}}
 
@@ -26,7 +26,8 @@ SETTINGS = {"greedy": {"temperature": 0.0}, "nothing cut": {}, "top-k, top-p": {
 def seconds(params: SamplingParams, batch: int, vocab: int, repetitions: int) -> list[float]:
     """How long each of the calls takes, after two to warm up."""
     every = [params] * batch
-    rows = jax.device_put(sampling_rows(every, range(batch), [[]] * batch, vocab))
+    settings = sampling_settings(every, range(batch), [[]] * batch, vocab)
+    rows = jax.device_put(SamplingRows(**vars(settings), slot_B=jnp.arange(batch, dtype=jnp.int32)))
     counts = TokenCounts(jnp.zeros((batch, vocab), bool), jnp.zeros((batch, vocab), jnp.int32))
     logits_BV = jnp.asarray(3 * np.random.default_rng(0).normal(size=(batch, vocab)), jnp.float32)
     step = jax.jit(sample)

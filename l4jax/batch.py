@@ -41,9 +41,9 @@ class Batch:
 
     def finish(self, row: int) -> None:
         """End a row from outside (a stop string was found)."""
+        self._runner.check_claim(self._claim)
         self.done[row] = True
-        request = self._requests[row]
-        self._runner.admit([row], len(self._requests), [request.params], [request.seed], [request.stop_ids])
+        self._runner.free(row, len(self._requests))
 
     def step(self, steps: int) -> list[NewTokens]:
         """The next tokens of each row: the first call gives the prefill's, each later one up to ``steps``."""

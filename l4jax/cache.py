@@ -107,10 +107,6 @@ class CacheShape:
         pages = [self.rows * self.ranks * self.pages_per_row(config, local=is_local(config, i)) for i in range(config.num_layers)]
         return [(n, config.num_kv_heads, PAGE_SIZE, config.head_dim) for n in pages]
 
-    def nbytes(self, config: ModelConfig, dtype: jnp.dtype) -> int:
-        """Bytes of all keys and values."""
-        return sum(2 * math.prod(shape) * dtype.itemsize for shape in self.layer_shapes(config))
-
     def device_nbytes(self, config: ModelConfig, dtype: jnp.dtype, sharding: jax.sharding.Sharding) -> int:
         """Bytes of the keys and values on one device."""
         return sum(2 * math.prod(sharding.shard_shape(shape)) * dtype.itemsize for shape in self.layer_shapes(config))

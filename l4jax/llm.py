@@ -271,10 +271,12 @@ class _Run:
             elapsed = time.perf_counter() - started
             for answer, rounds in zip(self._answers, batch.rounds, strict=True):
                 answer.rounds = rounds
-            yield [answer.extend(tokens, batch.done[i], elapsed) for i, (answer, tokens) in enumerate(zip(self._answers, new, strict=True))]
-            for i, answer in enumerate(self._answers):
-                if answer.stopped and not batch.done[i]:
-                    batch.finish(i)
+            texts = []
+            for row, (answer, tokens) in enumerate(zip(self._answers, new, strict=True)):
+                texts.append(answer.extend(tokens, batch.done[row], elapsed))
+                if answer.stopped and not batch.done[row]:
+                    batch.finish(row)  # before the texts are handed over: the next call may come after another one's
+            yield texts
             if all(batch.done):
                 self.finished = True
                 return

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Int32
 
 from l4jax.cache import CACHE_AXES, CacheShape, LayerCache, PageTables
 from l4jax.decoding.params import SamplingParams
-from l4jax.decoding.sampling import Logprobs, TokenCounts, sampling_rows
+from l4jax.decoding.sampling import Logprobs, TokenCounts, sampling_settings
 from l4jax.decoding.slots import Slots, SlotUpdate
 from l4jax.model.step import PieceLayout
 from l4jax.parallel.arrays import host_array
@@ -76,7 +76,7 @@ class Resident:
             return tuple(LayerCache(*[array(pool, dtype, pools)] * 2) for pool in shape.layer_shapes(config))
 
         ints = array((U,), jnp.int32, row)
-        settings = sampling_rows([SamplingParams()] * U, [0] * U, [[]] * U, V)
+        settings = sampling_settings([SamplingParams()] * U, [0] * U, [[]] * U, V)
         slots = Slots(
             token_U=ints,
             length_U=ints,
@@ -172,7 +172,7 @@ def slot_update(
     a_rank = slots // data
     slot_U = np.full(slots, a_rank, np.int32)
     slot_U[np.asarray(slot_b, int)] = np.asarray(slot_b, int) % a_rank
-    settings = sampling_rows(params, seeds, stop_ids, vocab_size)
+    settings = sampling_settings(params, seeds, stop_ids, vocab_size)
 
     def scattered(values: Any) -> Any:
         of_slots = np.zeros((slots, *values.shape[1:]), values.dtype)

@@ -142,7 +142,7 @@ class Programs:
         draft = DraftState(resident.draft_cache, resident.slots.hidden_UD.at[slot_B].get(mode="clip"))
         state = SpeculationState(slots.decoding(slot_B, resident.cache), draft)
         state, out, counted = speculate_tokens(
-            model, drafter, state, burst.tables, burst.draft_tables, slots.settings(slot_B), burst.steps, plan, beyond
+            model, drafter, state, burst.tables, burst.draft_tables, slots.active_settings(slot_B), burst.steps, plan, beyond
         )
         slots = slots.after(slot_B, state.decode, state.draft.hidden_BD)
         return Resident(state.decode.cache, state.draft.cache, slots), self._tokens_of_all_rows(out), self._of_all_rows(counted)
@@ -151,7 +151,7 @@ class Programs:
         """Decode up to as many tokens as the burst asks for, for every row that is not done, in one dispatch."""
         slots, slot_B = resident.slots, burst.slot_B
         state = slots.decoding(slot_B, resident.cache)
-        state, out = decode_tokens(self.model.bind(weights.target), state, burst.tables, slots.settings(slot_B), burst.steps)
+        state, out = decode_tokens(self.model.bind(weights.target), state, burst.tables, slots.active_settings(slot_B), burst.steps)
         return Resident(state.cache, resident.draft_cache, slots.after(slot_B, state)), self._tokens_of_all_rows(out)
 
     def _tokens_of_all_rows(self, out: DecodeTokens) -> DecodeTokens:

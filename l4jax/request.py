@@ -148,7 +148,10 @@ class RequestMaker:
         if not params.ignore_eos:
             ends |= self.stop_token_ids
         if len(ends) > MAX_STOP_IDS:
-            raise ValueError(f"{len(ends)} tokens would end the answer, the model's own included; expected at most {MAX_STOP_IDS}")
+            raise ValueError(
+                f"{len(ends)} tokens would end the answer, the model's own included; expected at most {MAX_STOP_IDS}; "
+                "shorten stop_token_ids"
+            )
         seed = secrets.randbits(64) if params.seed is None else params.seed
         return Request(token_ids, dataclasses.replace(params, max_tokens=min(params.max_tokens, room)), seed, sorted(ends))
 

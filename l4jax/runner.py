@@ -12,8 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from l4jax.cache import CACHE_AXES, PAGE_SIZE, CacheShape, PageTables
-from l4jax.config import ModelConfig
+from l4jax.cache import PAGE_SIZE, CacheShape, PageTables
 from l4jax.decoding.generate import DecodeTokens
 from l4jax.decoding.params import SamplingParams
 from l4jax.decoding.plan import Speculation, SpeculationTable
@@ -163,8 +162,7 @@ class Runner:
             raise ValueError(refused)
         self.discard_cache()  # freed before the new one is allocated
         try:
-            drafter = self._speculator.placement if self._speculator else None
-            self._resident = Resident.empty(Resident.abstract(self._placement, drafter, shape, self._dtype))
+            self._resident = Resident.empty(self._abstract(shape))
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -178,15 +176,14 @@ class Runner:
         self._shape = CacheShape(rows=0, capacity=0)
 
     def _needed_bytes(self, shape: CacheShape) -> int:
+        leaves = jax.tree.leaves(self._abstract(shape))
         if self._device.platform == "cpu":  # all of its devices share the machine's memory
-            return sum(shape.nbytes(config, self._dtype) for config in self._cached)
-        sharding = self._placement.array_sharding(*CACHE_AXES)
-        return sum(shape.device_nbytes(config, self._dtype, sharding) for config in self._cached)
+            return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+        return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
-    @property
-    def _cached(self) -> list[ModelConfig]:
-        """The decoders that have a cache."""
-        return [self.config, *([self._speculator.placement.config] if self._speculator else [])]
+    def _abstract(self, shape: CacheShape) -> Resident:
+        drafter = self._speculator.placement if self._speculator else None
+        return Resident.abstract(self._placement, drafter, shape, self._dtype)
 
     def _available_bytes(self) -> float:
         """What a device of the least favoured process has beside the weights."""
@@ -267,6 +264,10 @@ class Runner:
         update = slot_update(self._shape.rows, self._data, slots, params, seeds, stop_ids, self.config.vocab_size)
         resident = self._held
         self._resident = dataclasses.replace(resident, slots=self.programs.update_slots(resident.slots, update))
+
+    def free(self, row: int, batch: int) -> None:
+        """Free the slot of a row, of a batch of ``batch`` rows: nothing is decoded for it any more."""
+        self.admit([row], batch, [SamplingParams(temperature=0.0)], [0], [[]])
 
     def prefill(self, prompts: Sequence[Sequence[int]], *, drafting: bool) -> tuple[np.ndarray, list[Logprobs], list[bool]]:
         """Put the prompts of a batch's rows in the cache, with ``drafting`` also in the drafter's.

@@ -47,7 +47,7 @@ def started(results, name, source=CODE):
 def test_a_step_of_the_8b_model_reads_its_published_parameters_and_its_cache():
     config, drafter = llama_and_head(REAL)
     abstract = AbstractModel(config, MeshSpec(), jax.devices()[:1], jnp.dtype(jnp.bfloat16), drafter)
-    model = Model(abstract, dataclasses.replace(abstract.decode_call(1, 128, command_params()).arguments[0], drafter=()))
+    model = Model(abstract, dataclasses.replace(abstract.decode_call(1, 128).arguments[0], drafter=()))
     embedding, parameters = 128256 * 4096, 8_030_261_248
     a_token = 32 * 2 * 8 * 128 * 2
     assert decode_bytes(model, 8, 1024) == 2 * (parameters - embedding) + 8 * (1024 + 16) * a_token

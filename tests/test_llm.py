@@ -149,7 +149,7 @@ def test_the_cache_may_grow_between_calls(scout):
 def test_room_to_grow_is_given_up_before_a_request_is_refused(scout, monkeypatch):
     """1,100 tokens would have room for 2,048."""
     fresh = LLM(dataclasses.replace(scout.config, max_position_embeddings=4096), weights(scout.config))
-    exact = CacheShape(1, 1100).nbytes(fresh.config, jnp.dtype(jnp.float32))
+    exact = fresh.runner._needed_bytes(CacheShape(1, 1100))
     monkeypatch.setattr(fresh.runner, "_own_available_bytes", lambda: exact)
     fresh.runner.reserve(1, 1100)
     assert fresh.runner.cache_shape.capacity == 1100
@@ -219,7 +219,7 @@ def test_what_earlier_calls_needed_refuses_nothing(monkeypatch):
     """Eight short rows, then one long one: the cache holds either, not eight long rows."""
     config = shallow(llama3_like(max_position_embeddings=8192))
     fresh = LLM(config, weights(config))
-    most = CacheShape(rows=2, capacity=8192).nbytes(config, jnp.dtype(jnp.float32))
+    most = fresh.runner._needed_bytes(CacheShape(rows=2, capacity=8192))
     monkeypatch.setattr(Runner, "_available_bytes", lambda self: most)
     fresh.runner.reserve(8, 3)
     fresh.generate([[1]], greedy(5000, stop_token_ids=range(64)))

@@ -169,6 +169,17 @@ def test_a_mesh_that_does_not_fit_is_refused_in_one_line(config, mesh, message):
     assert "\n" not in str(refused.value)
 
 
+def test_a_smaller_batch_after_a_larger_one_has_slots_of_its_own_on_every_data_rank():
+    """Eight prompts make four slots on each of two ranks; of three prompts, two go to the first rank and one to the second."""
+    config = CONFIGS["llama3"]
+    one, two = LLM(config, weights(config)), LLM(config, weights(config), mesh="data=2")
+    params = [SamplingParams(max_tokens=8, temperature=t, seed=i, repetition_penalty=1.3) for i, t in enumerate((0.0, 0.9, 0.7))]
+    few = prompts(config, (5, 19, 9))
+    expected = [completion.token_ids for completion in one.generate(few, params)]
+    two.generate(prompts(config, (4,) * 8, seed=3), SamplingParams(max_tokens=3, seed=1))
+    assert [completion.token_ids for completion in two.generate(few, params)] == expected
+
+
 def test_results_said_to_be_equal_on_every_device_are():
     """shard_map is told that some results are the same on every device, and does not check it: the copies must be equal to the bit."""
     llm = model("scout", "data=2,sequence=2,tensor=2")

@@ -22,7 +22,7 @@ def decode_memory(config, pages_per_row, plan=None):
     """(bytes of the resident state, XLA's memory analysis of the decode program) for four rows of this many pages; or with a plan."""
     made = None if plan is None else drafter(config, aux_layers=(0, 1, 2))
     model = AbstractModel(config, ONE_DEVICE, jax.local_devices()[:1], jnp.dtype(jnp.float32), made)
-    size = (4, pages_per_row * PAGE_SIZE, SamplingParams())
+    size = (4, pages_per_row * PAGE_SIZE)
     call = model.decode_call(*size) if plan is None else model.speculate_call(*size, Speculation.parse(plan))
     resident = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(call.arguments[1]))
     return resident, call.lower().compile().memory_analysis()

@@ -119,6 +119,27 @@ def test_tokens_do_not_depend_on_the_bursts(llm):
         assert tokens == expected
 
 
+def test_a_stream_that_a_stop_string_ends_leaves_the_next_one_alone(llm):
+    """It is ended when the string appears, not when the reader comes back for more: by then the slots may be another call's."""
+    free, other = llm.generate("the dog", PARAMS)[0], llm.generate("fox", PARAMS)[0]
+    stopped = llm.stream("the dog", changed(stop=free.text[-2:]))
+    for _ in stopped:
+        if stopped._run._answers[0].stopped:
+            break
+    following = llm.stream("fox", PARAMS)
+    beginning = next(following)
+    assert next(stopped, None) is None and stopped.completion.finish_reason == "stop"
+    assert beginning + "".join(following) == other.text and following.completion.token_ids == other.token_ids
+
+
+def test_a_row_that_is_finished_gets_no_more_tokens(llm):
+    batch = Batch(llm.runner, [llm.requests.request(TOKENIZER.encode(text), changed(ignore_eos=True)) for text in ("the dog", "fox")])
+    batch.step(1)
+    batch.finish(0)
+    finished, going_on = batch.step(3)
+    assert finished.token_ids == [] and len(going_on.token_ids) == 3 and batch.done == [True, False]
+
+
 def test_a_stream_left_early_does_no_harm(llm):
     expected = llm.generate("fox", PARAMS)[0].token_ids
     stream = llm.stream("the dog", PARAMS)

@@ -21,13 +21,12 @@ from l4jax.config import DrafterConfig, Eagle3Config, ModelConfig
 from l4jax.config_formats import config_from_hf
 from l4jax.data import configs_path
 from l4jax.decoding.params import SamplingParams
-from l4jax.decoding.sampling import sampling_rows
+from l4jax.decoding.sampling import sampling_settings
 from l4jax.model.weights import random_weights
 from l4jax.planning.compile import AbstractModel, Call
 from l4jax.program_inputs import Resident, Weights
 from sharding.mesh import MeshSpec
 
-GREEDY = SamplingParams(temperature=0.0)
 Record = Callable[[str, dict[str, Any]], None]
 """Records values of the running item under a name."""
 
@@ -176,6 +175,6 @@ def rows_at(resident: Resident, length: int) -> Resident:
         "length_U": np.full(U, length, np.int32),
         "produced_U": np.zeros(U, np.int32),
         "done_U": np.zeros(U, bool),
-        "sampling": sampling_rows([never_ends] * U, [0] * U, [[]] * U, V),
+        "sampling": sampling_settings([never_ends] * U, [0] * U, [[]] * U, V),
     }
     return dataclasses.replace(resident, slots=dataclasses.replace(slots, **whole))

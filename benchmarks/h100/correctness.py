@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.h100.bench import GREEDY, Bench, Model, Record, eagle3_head, llama_and_head, rows_at
+from benchmarks.h100.bench import Bench, Model, Record, eagle3_head, llama_and_head, rows_at
 from benchmarks.h100.sizes import TOY
 from l4jax.config import ModelConfig, MoEConfig
 from l4jax.decoding.generate import BURST
@@ -70,13 +70,13 @@ def _run(model: Model) -> dict[str, np.ndarray]:
     _, logits = call.lower().compile()(model.weights, _host_drawn(cache), piece)
     seen = {"logits": np.asarray(logits)}
 
-    call = abstract.decode_call(ROWS, CAPACITY, GREEDY)
+    call = abstract.decode_call(ROWS, CAPACITY)
     state = rows_at(_host_drawn(call.arguments[1]), CACHED)
     seen["decode"] = np.asarray(call.lower().compile()(model.weights, state, call.arguments[2])[1].token_sB)[:BURST]
     for plan in ("chain:3", "tree:eagle26"):
         speculation = Speculation.parse(plan)
         assert speculation is not None
-        seen[plan] = _speculated(model, abstract.speculate_call(ROWS, CAPACITY, GREEDY, speculation))
+        seen[plan] = _speculated(model, abstract.speculate_call(ROWS, CAPACITY, speculation))
     return seen
 
 

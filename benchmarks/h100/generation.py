@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.h100 import timing
-from benchmarks.h100.bench import GREEDY, Bench, Model, Record, random_arrays, rows_at
+from benchmarks.h100.bench import Bench, Model, Record, random_arrays, rows_at
 from l4jax.config import ModelConfig
 from l4jax.decoding.generate import BURST
 from l4jax.decoding.plan import Speculation
@@ -28,7 +28,7 @@ def measure(bench: Bench, record: Record, *, part: str, **arguments: Any) -> Non
 def decode(bench: Bench, record: Record, *, rows: int) -> None:
     """Milliseconds a decode step at each context."""
     model = bench.model
-    call = model.abstract.decode_call(rows, _capacity(bench), GREEDY)
+    call = model.abstract.decode_call(rows, _capacity(bench))
     program = bench.compiled(call, record)
     _, abstract, inputs = call.arguments
 
@@ -46,7 +46,7 @@ def speculate(bench: Bench, record: Record, *, rows: int, plan: str) -> None:
     """Milliseconds a round at each context. A random head's guesses are hardly ever accepted: a round yields about one token."""
     model, speculation = bench.model, Speculation.parse(plan)
     assert speculation is not None
-    call = model.abstract.speculate_call(rows, _capacity(bench), GREEDY, speculation)
+    call = model.abstract.speculate_call(rows, _capacity(bench), speculation)
     program = bench.compiled(call, record)
     _, abstract, inputs = call.arguments
 
@@ -93,7 +93,7 @@ def prefill(bench: Bench, record: Record, *, piece: int) -> None:
     """Milliseconds for whole prompts, in consecutive pieces of one length, up to the first token."""
     model = bench.model
     capacity = _capacity(bench)
-    call = model.abstract.prefill_call(piece, 0, capacity, GREEDY)
+    call = model.abstract.prefill_call(piece, 0, capacity)
     program = bench.compiled(call, record)
     _, abstract, inputs = call.arguments
     resident = rows_at(random_arrays(abstract), 0)

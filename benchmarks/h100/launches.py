@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from benchmarks.h100.bench import GREEDY, Bench, Record, eagle3_head, llama_and_head
+from benchmarks.h100.bench import Bench, Record, eagle3_head, llama_and_head
 from benchmarks.h100.errors import NotHere
 from l4jax.decoding.plan import Speculation
 from l4jax.planning.compile import AbstractModel, Call, first_layers
@@ -37,7 +37,7 @@ def measure(bench: Bench, record: Record) -> None:
         model = AbstractModel(short, MeshSpec(), [bench.device], jnp.dtype(bench.sizes.dtype), head)
         plan = Speculation.parse("tree:eagle26")
         assert plan is not None
-        calls = {"decode": model.decode_call(ROWS, CAPACITY, GREEDY), "eagle26": model.speculate_call(ROWS, CAPACITY, GREEDY, plan)}
+        calls = {"decode": model.decode_call(ROWS, CAPACITY), "eagle26": model.speculate_call(ROWS, CAPACITY, plan)}
         for name, call in calls.items():
             counted[name].append(compiled(call, bench.folder / "thunks" / f"{name}-{layers}"))
     for name, (two, three) in counted.items():
@@ -46,7 +46,7 @@ def measure(bench: Bench, record: Record) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Launches:
-    """The launches of one turn of a program's outermost loop: of a decode step, or a round.
+    """The launches of one turn of a program's outermost loop: of a decode step, or a round. Every branch of a conditional counts.
 
     ``kernels``: kernels and copies, ``graphs``: CUDA graphs that hold them, ``single``: those that are launched one by one;
     ``loops``: inner loops whose length the device decides. ``kernels_a_turn`` and ``graphs_a_turn``: of one turn of every inner loop.

@@ -95,7 +95,9 @@ class SamplingParams:
             lambda bias: {operator.index(token): float(x) for token, x in bias.items()},
         )
         if len(self.logit_bias) > MAX_BIASES:
-            raise ValueError(f"logit_bias has {len(self.logit_bias)} tokens; expected at most {MAX_BIASES}")
+            raise ValueError(
+                f"logit_bias has {len(self.logit_bias)} tokens; expected at most {MAX_BIASES}; leave out those that matter least"
+            )
         keep("stop", lambda texts: isinstance(texts, tuple) and all(isinstance(s, str) and s for s in texts), "non-empty strings", tuple)
         keep(
             "stop_token_ids",

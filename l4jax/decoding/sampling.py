@@ -30,13 +30,12 @@ _ONE_BITS = 0x3F800000  # the bit pattern of float32 1.0; patterns of non-negati
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class SamplingRows:
-    """Each row's settings, on the device. ``bias_id_Bj`` is padded with the vocabulary size, ``stop_Bj`` with -1.
+class SamplingSettings:
+    """Settings of several requests, on the device. ``bias_id_Bj`` is padded with the vocabulary size, ``stop_Bj`` with -1.
 
-    ``slot_B``: where each row's counts are in :class:`TokenCounts`. ``adjusted_B``: a bias or penalty; ``reported_B``: log-probabilities.
+    ``adjusted_B``: there is a bias or penalty. ``reported_B``: log-probabilities are wanted.
     """
 
-    slot_B: Int32[Array, "B"]
     adjusted_B: Bool[Array, "B"]
     reported_B: Bool[Array, "B"]
     temperature_B: Float32[Array, "B"]
@@ -51,6 +50,14 @@ class SamplingRows:
     bias_Bj: Float32[Array, "B j"]
     stop_Bj: Int32[Array, "B j"]
     max_tokens_B: Int32[Array, "B"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SamplingRows(SamplingSettings):
+    """The settings of a program's rows. ``slot_B``: where each row's counts are in :class:`TokenCounts`."""
+
+    slot_B: Int32[Array, "B"]
 
 
 @jax.tree_util.register_dataclass
@@ -72,18 +79,17 @@ class Logprobs:
     top_id_Bj: Int32[Array, "B j"]
 
 
-def sampling_rows(
+def sampling_settings(
     params: Sequence[SamplingParams], seeds: Sequence[int], stop_ids: Sequence[Sequence[int]], vocab_size: int
-) -> SamplingRows:
-    """Stack the settings of a batch as host arrays; row ``b`` is in slot ``b``. Lists are padded to the most that a request may have."""
+) -> SamplingSettings:
+    """Stack the settings of several requests as host arrays. Lists are padded to the most that a request may have."""
 
     def stack(name: str, dtype: type) -> Array:
         return host_array([getattr(p, name) for p in params], dtype)
 
     bias_ids = [list(p.logit_bias) for p in params]
     bias_values = [list(p.logit_bias.values()) for p in params]
-    return SamplingRows(
-        slot_B=host_array(range(len(params)), np.int32),
+    return SamplingSettings(
         adjusted_B=stack("adjusts_logits", np.bool_),
         reported_B=host_array([p.logprobs is not None for p in params], np.bool_),
         temperature_B=stack("temperature", np.float32),
@@ -313,7 +319,14 @@ def highest_tokens(
     top_Bj, top_id_Bj = jax.lax.top_k(values_BV, min(count, V))
     if vocab_ranks.count == 1:
         return top_Bj, top_id_Bj.astype(jnp.int32)
-    top_Bj = vocab_ranks.concatenate(top_Bj, axis=1)
-    top_id_Bj = vocab_ranks.concatenate(top_id_Bj.astype(jnp.int32) + vocab_ranks.index() * V, axis=1)
+
+    def of_all_ranks(own_Bj: Array) -> Array:
+        """As a sum in which every rank has its own columns: on GPUs sums are kernels that CUDA graphs take in, gathers are not."""
+        B, j = own_Bj.shape
+        columns_BJ = jnp.zeros((B, vocab_ranks.count * j), own_Bj.dtype)
+        return vocab_ranks.sum(jax.lax.dynamic_update_slice_in_dim(columns_BJ, own_Bj, vocab_ranks.index() * j, axis=1))
+
+    top_id_Bj = of_all_ranks(top_id_Bj.astype(jnp.int32) + vocab_ranks.index() * V)
+    top_Bj = of_all_ranks(top_Bj)
     top_Bj, place_Bj = jax.lax.top_k(top_Bj, count)
     return top_Bj, jnp.take_along_axis(top_id_Bj, place_Bj, axis=1)

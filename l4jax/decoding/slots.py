@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from l4jax.cache import LayerCache
 from l4jax.decoding.generate import DecodeState, count_token, is_final
-from l4jax.decoding.sampling import SamplingRows, TokenCounts
+from l4jax.decoding.sampling import SamplingRows, SamplingSettings, TokenCounts
 from sharding.ranks import Ranks, local_index
 
 
@@ -19,11 +19,11 @@ from sharding.ranks import Ranks, local_index
 class SlotUpdate:
     """New requests for some slots: ``slot_B`` with their settings. A slot number past the last one changes nothing.
 
-    To free a slot, give it any settings: it is not decoded until a prefill has written its first token.
+    A slot is not decoded until a prefill has written its first token, so an update also frees it.
     """
 
     slot_B: Int32[Array, "B"]
-    sampling: SamplingRows
+    sampling: SamplingSettings
 
 
 @jax.tree_util.register_dataclass
@@ -39,14 +39,24 @@ class Slots:
     length_U: Int32[Array, "U"]
     produced_U: Int32[Array, "U"]
     done_U: Bool[Array, "U"]
-    sampling: SamplingRows
+    sampling: SamplingSettings
     counts: TokenCounts
     hidden_UD: Float[Array, "U D"] | None
 
     def settings(self, slot_B: Int32[Array, "B"]) -> SamplingRows:
-        """The settings of these slots, for rows in this order."""
-        rows = jax.tree.map(lambda of_slots: of_slots.at[slot_B].get(mode="clip"), self.sampling)
-        return dataclasses.replace(rows, slot_B=slot_B)
+        """The settings of these slots, for rows in this order. Padding, whose slot number is past the last one, asks for nothing."""
+        rows = jax.tree.map(lambda of_slots: of_slots.at[slot_B].get(mode="fill", fill_value=0), self.sampling)
+        return SamplingRows(**vars(rows), slot_B=slot_B)
+
+    def active_settings(self, slot_B: Int32[Array, "B"]) -> SamplingRows:
+        """As :meth:`settings`; rows that are done ask for nothing either, so that no work is done for them."""
+        rows, active_B = self.settings(slot_B), ~self.done_U.at[slot_B].get(mode="fill", fill_value=True)
+        return dataclasses.replace(
+            rows,
+            adjusted_B=rows.adjusted_B & active_B,
+            reported_B=rows.reported_B & active_B,
+            temperature_B=jnp.where(active_B, rows.temperature_B, 0.0),
+        )
 
     def decoding(self, slot_B: Int32[Array, "B"], cache: tuple[LayerCache, ...]) -> DecodeState:
         """These slots as rows to decode. A row whose slot number is past the last one is padding, and done."""

@@ -127,35 +127,33 @@ class AbstractModel:
 
     def decode(self, rows: int, capacity: int, params: SamplingParams) -> CompiledProgram:
         """The decode program for ``rows`` sequences of up to ``capacity`` tokens; the same for all ``params``."""
-        return self._compiled(self.decode_call(rows, capacity, params))
-
-    def decode_call(self, rows: int, capacity: int, params: SamplingParams) -> Call:
-        """As :meth:`decode`; arguments: weights, resident state, burst."""
         del params  # one program serves all
+        return self._compiled(self.decode_call(rows, capacity))
+
+    def decode_call(self, rows: int, capacity: int) -> Call:
+        """As :meth:`decode`; arguments: weights, resident state, burst."""
         return Call(self.programs.decode, (self._weights, self._resident(rows, capacity), self._burst(rows, capacity, drafting=False)), {})
 
-    def speculate(self, rows: int, capacity: int, params: SamplingParams, plan: Speculation) -> CompiledProgram:
+    def speculate(self, rows: int, capacity: int, plan: Speculation) -> CompiledProgram:
         """The program that runs rounds of speculation with the model's drafter, for ``rows`` sequences of up to ``capacity`` tokens."""
-        return self._compiled(self.speculate_call(rows, capacity, params, plan))
+        return self._compiled(self.speculate_call(rows, capacity, plan))
 
-    def speculate_call(self, rows: int, capacity: int, params: SamplingParams, plan: Speculation) -> Call:
+    def speculate_call(self, rows: int, capacity: int, plan: Speculation) -> Call:
         """As :meth:`speculate`; arguments: weights, resident state, burst."""
-        del params
         if self.draft_placement is None:
             raise ValueError("the model has no drafter to speculate with; expected AbstractModel(..., drafter=...)")
         arguments = (self._weights, self._resident(rows, capacity), self._burst(rows, capacity, drafting=True))
         return Call(self.programs.speculate, arguments, {"plan": plan, "beyond": "window"})
 
-    def prefill(self, tokens: int, cached: int, capacity: int, params: SamplingParams, variant: Variant | None = None) -> CompiledProgram:
+    def prefill(self, tokens: int, cached: int, capacity: int, variant: Variant | None = None) -> CompiledProgram:
         """The program for a piece of ``tokens`` of each data rank's prompt, of which ``cached`` tokens are cached.
 
         ``variant``: the ring to use; None: the one that the runner would choose.
         """
-        return self._compiled(self.prefill_call(tokens, cached, capacity, params, variant))
+        return self._compiled(self.prefill_call(tokens, cached, capacity, variant))
 
-    def prefill_call(self, tokens: int, cached: int, capacity: int, params: SamplingParams, variant: Variant | None = None) -> Call:
+    def prefill_call(self, tokens: int, cached: int, capacity: int, variant: Variant | None = None) -> Call:
         """As :meth:`prefill`; arguments: weights, resident state, piece."""
-        del params
         piece, spread = self._piece(tokens, cached, capacity, variant)
         arguments = (self._weights, self._resident(self.placement.spec.data, capacity), piece)
         return Call(self.programs.prefill, arguments, {"spread": spread, "beyond": None})

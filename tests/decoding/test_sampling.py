@@ -21,13 +21,13 @@ from l4jax.decoding.sampling import (
     draw,
     highest_token,
     sample,
-    sampling_rows,
     token_logprobs,
     truncate,
 )
 from sharding.mesh import MeshSpec
 from tests.decoding.limits import assert_frequencies
 from tests.decoding.noise import token_noise
+from tests.decoding.rows import sampling_rows
 
 compiled_truncate = jax.jit(truncate)
 compiled_draw = jax.jit(draw, static_argnames=("purpose", "vocab_ranks"))
@@ -283,6 +283,13 @@ def test_a_row_s_token_does_not_depend_on_what_other_rows_ask_for():
         rows = dataclasses.replace(rows_of(of_row, seeds=[row]), slot_B=np.array([row], np.int32))  # counts stay where they are
         alone = compiled_sample(logits[row : row + 1], rows, counts, jnp.zeros(1, jnp.int32))
         assert alone[0] == together[row]
+
+
+def test_lists_are_as_long_as_the_programs_have_room_for():
+    most = SamplingParams(logit_bias=dict.fromkeys(range(1024), 1.0))
+    assert rows_of(most, vocab=2000).bias_id_Bj.shape == (1, 1024)
+    with pytest.raises(ValueError, match="logit_bias has 1025 tokens; expected at most 1024; leave out"):
+        SamplingParams(logit_bias=dict.fromkeys(range(1025), 1.0))
 
 
 @pytest.mark.parametrize(

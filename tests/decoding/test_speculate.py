@@ -16,12 +16,13 @@ from l4jax import LLM, SamplingParams
 from l4jax.batch import Batch
 from l4jax.cache import CACHE_AXES, CacheShape
 from l4jax.decoding.generate import BURST
-from l4jax.decoding.sampling import TokenCounts, probabilities, sampling_rows
+from l4jax.decoding.sampling import TokenCounts, probabilities
 from l4jax.decoding.tree import StaticTree, tree_tables
 from l4jax.model.weights import BoundModel
 from l4jax.parallel.placement import Placement
 from l4jax.request import Request
 from tests.decoding.limits import chi_square_limit
+from tests.decoding.rows import sampling_rows
 from tests.tiny import drafter, empty_cache, few_tokens, llama3_like, loaded_drafter, maverick_like, prompts, scout_like, weights
 
 PLANS = ["chain:3", "tree:eagle26", "dynamic:steps=4,topk=3,nodes=12"]

@@ -16,9 +16,10 @@ import pytest
 
 from l4jax import SamplingParams
 from l4jax.decoding import sampling, verify
-from l4jax.decoding.sampling import TokenCounts, sampling_rows
+from l4jax.decoding.sampling import TokenCounts
 from l4jax.decoding.tree import NONE, StaticTree, tree_tables
 from sharding.ranks import ONE
+from tests.decoding.rows import sampling_rows
 
 V = 5
 PLAIN = SamplingParams(temperature=1.0)

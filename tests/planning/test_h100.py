@@ -71,7 +71,7 @@ def decode(name, mesh, layers):
 
 @functools.cache
 def prefill(name, mesh, layers):
-    return case(name, mesh, layers).model.prefill(PIECE, 0, CAPACITY, GREEDY)
+    return case(name, mesh, layers).model.prefill(PIECE, 0, CAPACITY)
 
 
 def largest_computed(text, scope):
@@ -99,7 +99,7 @@ def largest_message(config, mesh):
 def test_decode_fits_donates_its_cache_and_moves_activations_only(name, mesh, layers, capsys):
     program, this = decode(name, mesh, layers), case(name, mesh, layers)
     cache = this.model.cache_bytes(ROWS, CAPACITY)
-    arguments = this.whole.decode_call(ROWS, CAPACITY, GREEDY).device_bytes
+    arguments = this.whole.decode_call(ROWS, CAPACITY).device_bytes
     assert arguments + program.temporary_bytes < H100_MEMORY_BYTES
     assert program.donated_bytes >= cache
     assert program.temporary_bytes < 1e9
@@ -115,7 +115,7 @@ def test_decode_fits_donates_its_cache_and_moves_activations_only(name, mesh, la
 @pytest.mark.parametrize(("name", "mesh", "layers"), CASES)
 def test_prefill_fits_and_moves_activations_only(name, mesh, layers):
     program, this = prefill(name, mesh, layers), case(name, mesh, layers)
-    arguments = this.whole.prefill_call(PIECE, 0, CAPACITY, GREEDY).device_bytes
+    arguments = this.whole.prefill_call(PIECE, 0, CAPACITY).device_bytes
     assert arguments + program.temporary_bytes < H100_MEMORY_BYTES
     assert program.donated_bytes >= this.model.cache_bytes(1, CAPACITY)
     assert max(max(collective.nbytes) for collective in program.collectives) <= PIECE * this.config.hidden_size * BF16.itemsize
@@ -132,7 +132,7 @@ def test_temporaries_do_not_grow_with_depth(program, tokens):
 def test_arguments_are_counted_as_the_compiler_counts_them():
     name, mesh, layers = CASES[0]
     program, model = decode(name, mesh, layers), case(name, mesh, layers).model
-    counted = model.decode_call(ROWS, CAPACITY, GREEDY).device_bytes
+    counted = model.decode_call(ROWS, CAPACITY).device_bytes
     assert abs(program.argument_bytes - counted) <= 1e-4 * counted
 
 
@@ -145,23 +145,14 @@ def test_one_sum_for_attention_and_one_for_the_feed_forward(name, mesh, layers):
     assert sums == (2 * config.num_layers + 1 if spec.tensor > 1 else config.num_layers)
 
 
-SAMPLED = SamplingParams(top_k=40, top_p=0.9, frequency_penalty=0.5, logprobs=5)
-
-
 @pytest.mark.parametrize(
-    ("name", "mesh", "layers", "params", "strategy"),
-    [
-        (SCOUT, "tensor=8", 4, GREEDY, "one-shot"),
-        ("llama-3.1-70b", "tensor=8", 1, GREEDY, "one-shot"),
-        ("llama-3.1-70b", "tensor=8", 1, SAMPLED, "one-shot"),
-        ("llama-3.1-70b", "tensor=16", 1, GREEDY, "NCCL"),
-    ],
-    ids=["scout", "70b", "70b-sampled", "70b-two-hosts"],
+    ("name", "mesh", "layers", "strategy"),
+    [(SCOUT, "tensor=8", 4, "one-shot"), ("llama-3.1-70b", "tensor=8", 1, "one-shot"), ("llama-3.1-70b", "tensor=16", 1, "NCCL")],
+    ids=["scout", "70b", "70b-two-hosts"],
 )
-def test_every_sum_of_a_decode_step_within_a_host_is_a_one_shot_kernel(name, mesh, layers, params, strategy, capsys):
-    """Within a host the kernels use NVLink, even if sampling needs cuts, penalties and log-probabilities. Between hosts NCCL adds up."""
-    shared = (name, mesh, layers) in CASES and params is GREEDY
-    program = decode(name, mesh, layers) if shared else case(name, mesh, layers).model.decode(ROWS, CAPACITY, params)
+def test_every_sum_of_a_decode_step_within_a_host_is_a_one_shot_kernel(name, mesh, layers, strategy, capsys):
+    """Within a host the kernels use NVLink, those of cuts, penalties and log-probabilities too. Between hosts NCCL adds up."""
+    program = decode(name, mesh, layers)
     sums = [collective for collective in program.collectives if collective.kind == "all-reduce"]
     assert len(sums) >= 2 * layers + 3
     assert {(collective.strategy, len(collective.nbytes)) for collective in sums} == {(strategy, 1)}
@@ -173,8 +164,9 @@ def test_every_sum_of_a_decode_step_within_a_host_is_a_one_shot_kernel(name, mes
 def test_a_decode_step_is_in_one_cuda_graph(mesh, tmp_path):
     """Its loops too: the host neither launches a kernel nor waits for a condition until the burst has ended."""
     model = abstract_model(first_layers(read_config("llama-3.1-8b"), 2), mesh)
-    launches = compiled(model.decode_call(ROWS, CAPACITY, GREEDY), tmp_path)
-    assert launches.kernels > 50 and launches.loops == 2  # one a layer, over blocks of pages
+    launches = compiled(model.decode_call(ROWS, CAPACITY), tmp_path)
+    # A loop over blocks of pages in each layer, and two that find the cuts of sampling.
+    assert launches.kernels > 50 and launches.loops == 4
     assert launches.single == launches.graphs == launches.graphs_a_turn == 0  # so all is in a graph around the outermost loop
 
 
@@ -243,7 +235,7 @@ def test_rounds_of_speculation_keep_the_cache_in_place_and_gather_no_logits():
     )
     plan = Speculation.parse("tree:eagle26")
     model = abstract_model(config, "tensor=8", drafter)
-    program = model.speculate(ROWS, 8 * CAPACITY, SamplingParams(top_p=0.9), plan)
+    program = model.speculate(ROWS, 8 * CAPACITY, plan)
     assert program.donated_bytes >= model.cache_bytes(ROWS, 8 * CAPACITY)
     # The nodes' logits and their like; a second copy of the keys of the layer that keeps everything would be more.
     logits = ROWS * plan.tree.size * config.vocab_size // 8 * 4
@@ -259,7 +251,7 @@ def test_a_long_prompt_passes_keys_or_queries_in_the_layers_without_rope_only(va
     during at least one of the two products of its step's attention, and none in the RoPE layer, whose chunks are whole."""
     small = dataclasses.replace(one_of_each_kind(read_config(SCOUT)), attention_chunk_size=1024)
     tokens, cached = 8192, 8192
-    program = abstract_model(small, "sequence=4").prefill(tokens, cached, 16384, GREEDY, variant)
+    program = abstract_model(small, "sequence=4").prefill(tokens, cached, 16384, variant)
     in_attention = [collective for collective in program.collectives if "/attention/" in collective.scope]
     assert all("/layer_1/" in collective.scope for collective in in_attention)
     transfers = [collective for collective in in_attention if collective.kind == "collective-permute"]

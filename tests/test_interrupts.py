@@ -133,7 +133,7 @@ CALLS = {
     "logits": lambda llm: llm.logits([[1], [2], [3]]),
     "prefill": lambda llm: llm.generate([[1], [2], [3]], SamplingParams(max_tokens=2)),
     "decode": lambda llm: list(llm.stream([1], SamplingParams(max_tokens=100, ignore_eos=True))),
-    "commit": lambda llm: llm.warmup(max_length=100),
+    "admit": lambda llm: llm.warmup(max_length=100),
 }
 """Calls, by what the runner does in them more than once."""
 

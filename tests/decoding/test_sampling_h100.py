@@ -41,14 +41,10 @@ def elements(shape):
     return max(int(np.prod([int(n) for n in size.split(",") if n])) for size in re.findall(r"\w+\[([\d,]*)\]", shape))
 
 
-GREEDY, DRAWN = 0, 1
-
-
-def branch(bodies, number):
-    """The lines of a branch of the sampler: what it does if all rows are greedy, or if a row is not."""
+def branch(bodies, name):
+    """The lines of a branch of the sampler: "false" if all rows are greedy, "true" if a row is not."""
     (conditional,) = (line for line in bodies["ENTRY"] if " conditional(" in line)
-    names = re.search(r"branch_computations=\{([^}]*)\}", conditional)[1]
-    return bodies[names.split(", ")[number].removeprefix("%")]
+    return bodies[re.search(rf"{name}_computation=%([^,\s]+)", conditional)[1]]
 
 
 def passes(bodies, lines):
@@ -69,7 +65,7 @@ def passes(bodies, lines):
 def test_noise_is_made_in_the_pass_that_takes_the_maximum():
     """Four passes: the highest logit, the weights, their sum, and the highest perturbed logit. (The inverse CDF took five.)"""
     bodies = computations(compiled())
-    drawn = branch(bodies, DRAWN)
+    drawn = branch(bodies, "true")
     found = passes(bodies, drawn)
     assert len(found) <= 4
     # Threefry's 13 rounds, for every token: in one of the passes, which writes no noise to memory.
@@ -80,4 +76,4 @@ def test_noise_is_made_in_the_pass_that_takes_the_maximum():
 
 def test_greedy_rows_need_one_pass():
     bodies = computations(compiled())
-    assert len(passes(bodies, branch(bodies, GREEDY))) == 1
+    assert len(passes(bodies, branch(bodies, "false"))) == 1

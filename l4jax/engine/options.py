@@ -18,7 +18,7 @@ class Options:
     ``piece_tokens``: the most that a step prefills, padding included, except that one piece of any length always may be.
     ``short_steps``, ``long_steps``: a burst's rounds while anyone waits or is prefilled, and otherwise. ``plans``: (rows, plan), as
     in a drafter's table: an entry applies from its number of active rows on the fullest data rank up to the next entry's, the
-    first below it too. ``drafter``: there is one, and prefill makes its entries. ``drafts_up_to``: tokens from which on it drafts
+    first below it too. ``drafter``: there is one, and all programs make its entries. ``drafts_up_to``: tokens from which on it drafts
     nothing.
 
     ``deterministic``: a request's tokens and log-probabilities are bit-equal whatever else runs. This needs one row bucket,

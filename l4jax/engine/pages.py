@@ -17,7 +17,7 @@ import dataclasses
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 Key = tuple[bytes, int]
 """A page's contents: the digest of the block in which its last token is, and the position after that token."""
@@ -31,6 +31,14 @@ def scope_digest(scope: bytes, tokens: Sequence[int]) -> bytes:
 def block_digest(parent: bytes, tokens: Sequence[int]) -> bytes:
     """The digest of a block of tokens that follow those of ``parent``'s block; 32 bytes, as ``parent``."""
     return hashlib.blake2b(parent + array("q", tokens).tobytes(), digest_size=32).digest()
+
+
+def digest_numbers(found: hashlib.blake2b, *lists: Iterable[int]) -> None:
+    """Add lists of numbers to a digest, each with its length: quickly, for they may have one for each page."""
+    for numbers in lists:
+        packed = array("q", numbers).tobytes()
+        found.update(len(packed).to_bytes(8))
+        found.update(packed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,9 +152,11 @@ class Pages:
         assert all(self._key[page] is not None for page in self._cached), "a cached page has no key"
         assert {key: page for page, key in enumerate(self._key) if key is not None} == self._by_key, "keys and pages differ"
 
-    def state(self) -> tuple[object, ...]:
-        """What decides which pages later calls return, for digests; the keys follow from the sequences' tokens."""
-        return self._free, list(self._cached), self._references
+    def update_digest(self, found: hashlib.blake2b) -> None:
+        """Add all that decides what later calls return."""
+        ends = (end for _, end in self._by_key)
+        digest_numbers(found, self._free, self._cached, self._references, self._by_key.values(), ends)
+        found.update(b"".join(digest for digest, _ in self._by_key))
 
 
 class PagePool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import hashlib
 import heapq
 from collections import Counter
 
@@ -59,7 +60,7 @@ class DataRank:
         if not self._enter(sequence, full, local, 0, self.options.shape.chunk_start(hit)):
             return False
         sequence.state, sequence.hit, sequence.target = State.PREFILL, hit, len(sequence.tokens)
-        sequence.drafting, sequence.drafted_to, sequence.named = True, hit, hit // self.options.shape.block
+        sequence.named = hit // self.options.shape.block
         sequence.settle(hit)
         return True
 
@@ -110,7 +111,6 @@ class DataRank:
     def _name(self, sequence: Sequence) -> None:
         options, block = self.options, self.options.shape.block
         end = min(sequence.committed, sequence.target) if options.deterministic else sequence.committed
-        end = min(end, sequence.drafted_to) if options.drafter else end
         before, end = sequence.named * block, end // options.grid * options.grid
         if end <= before or sequence.scope is None:
             return
@@ -143,9 +143,11 @@ class DataRank:
             if pages.release(page) and begin < sequence.high and sequence.committed < begin + size:
                 zero.append((self.number, page))
 
-    def state(self) -> tuple[object, ...]:
-        """All that decides what later calls do, for digests."""
-        return self._slots, self.zero_full, self.zero_local, self.pool.full.state(), self.pool.local.state()
+    def update_digest(self, found: hashlib.blake2b) -> None:
+        """Add all that decides what later calls do, apart from the sequences."""
+        found.update(repr((self._slots, self.zero_full, self.zero_local)).encode())
+        self.pool.full.update_digest(found)
+        self.pool.local.update_digest(found)
 
     def check(self) -> None:
         """Raise AssertionError unless every slot and page is accounted for: each reference is an entry of one sequence's table."""

@@ -20,8 +20,9 @@ The rules:
 - A burst, and a piece that does not begin at a chunk's boundary, ends with the chunk; the next chunk has pages of its own. So a page
   that other sequences use is never written. A row that may already be at its chunk's end gets one more burst in it, perhaps an
   idle one, instead of a guess.
-- Pages are told to the prefix cache when results have verified them; in deterministic mode those of a prefill only. With a drafter,
-  only pages whose drafter's entries are valid: others could never be used.
+- Pages are told to the prefix cache when results have verified them; in deterministic mode those of a prefill only.
+- The plan is chosen anew for each burst, and serves all its rows: bursts without one make the drafter's entries too, for these are made of
+  the model's hidden states, which are gone after the burst.
 - A request goes to the data rank with a slot that has the longest prefix of it, then to the one with most pages. If a sequence there is
   writing more of its prefix, it waits, and the requests after it wait too; it goes on alone as soon as nobody writes it.
 - Pages that a failed or a discarded step may have written are zeroed before anyone else has them.
@@ -32,7 +33,6 @@ from __future__ import annotations
 import bisect
 import hashlib
 import itertools
-from array import array
 
 from l4jax.engine.options import Options
 from l4jax.engine.rank import DataRank
@@ -55,11 +55,12 @@ class Scheduler:
         self._arrivals = 0
         self._number = 0
         self._steps: list[Step] = []  # in flight, the oldest first
+        self._drops: list[int] = []  # for the next step
 
     @property
     def idle(self) -> bool:
-        """Whether no sequence waits or is under way."""
-        return not self._by_request
+        """Whether no sequence waits or is under way, and the devices have been told to drop what ended ones had saved."""
+        return not self._by_request and not self._drops
 
     @property
     def in_flight(self) -> int:
@@ -97,6 +98,8 @@ class Scheduler:
         while (admitted := self._admitted(draft)) is not None:
             if admitted.state is State.PREFILL:
                 self._add_piece(draft, admitted)
+        draft.drops += self._drops
+        self._drops.clear()
         for rank in self.ranks:
             draft.zero_full += rank.zero_full
             draft.zero_local += rank.zero_local
@@ -112,9 +115,8 @@ class Scheduler:
         """Take in the results of the oldest step in flight. Returns what they mean for each sequence that still awaits them."""
         assert self._steps and step is self._steps[0], "steps are finished in the order in which they were given"
         del self._steps[0]
-        prefill, burst = step.prefill.rows if step.prefill else (), step.burst.rows if step.burst else ()
         news = []
-        for row, result in itertools.chain(zip(prefill, results.prefill, strict=True), zip(burst, results.burst, strict=True)):
+        for row, result in itertools.chain(zip(step.pieces, results.prefill, strict=True), zip(step.rows, results.burst, strict=True)):
             sequence = None if row is None else self._by_request.get(row.request)
             if sequence is not None and sequence.flights and sequence.flights[0].step == step.number:
                 assert row is not None and result is not None
@@ -124,12 +126,12 @@ class Scheduler:
 
     def digest(self) -> str:
         """A digest of all that decides the next steps: equal on all hosts as long as they have had the same calls and results."""
-        found = hashlib.blake2b(repr((self._number, self._arrivals, len(self._steps))).encode(), digest_size=16)
-        for s in (*self._waiting, *self._active()):
-            found.update(repr((s.request, s.state, s.slot, s.committed, s.flights, s.drafted_to, s.named, s.full, s.local)).encode())
-            found.update(array("q", s.tokens).tobytes())
+        own = self.options, self._number, self._arrivals, self._drops, [(step.number, step.requests) for step in self._steps]
+        found = hashlib.blake2b(repr(own).encode(), digest_size=16)
+        for sequence in (*self._waiting, *self._active()):
+            sequence.update_digest(found)
         for rank in self.ranks:
-            found.update(repr(rank.state()).encode())
+            rank.update_digest(found)
         return found.hexdigest()
 
     def check(self) -> None:
@@ -152,7 +154,7 @@ class Scheduler:
             anyone_waits = anyone_waits or sequence.low < sequence.target
             if sequence.decodes:
                 rows[sequence.rank] += 1
-                can_draft = can_draft or (sequence.drafting and sequence.low <= options.drafts_up_to)
+                can_draft = can_draft or sequence.low <= options.drafts_up_to
         draft.plan = options.plan(max(rows)) if can_draft else None
         draft.steps = max(1, min(options.short_steps if anyone_waits else options.long_steps, most_steps))
 
@@ -171,22 +173,22 @@ class Scheduler:
         if not self._reserve(draft, sequence, start, limit):
             return
         sequence.depart(Flight(draft.number, draft.steps, most, limit))
-        sequence.drafting = sequence.drafting and draft.plan is not None
         full, local = tuple(sequence.full), tuple(sequence.local.get(start, ()))
-        draft.rows[sequence.rank].append(BurstRow(sequence.request, sequence.slot, limit, sequence.drafting, full, local))
+        draft.rows[sequence.rank].append(BurstRow(sequence.request, sequence.slot, limit, full, local))
 
     def _add_piece(self, draft: StepDraft, sequence: Sequence) -> None:
         options, rows = self.options, draft.pieces[sequence.rank]
         begin, tokens = sequence.low, sequence.tokens
         end = options.piece_end(begin, sequence.target)
         length = options.piece_length(end - begin)
-        draft.length = draft.length or length
+        step_length = draft.length or length
         # A rank without a piece of the step's length takes a shorter one, for its row would be padding.
-        fits = length == draft.length or (length < draft.length and not rows)
+        fits = length == step_length or (length < step_length and not rows)
         start = options.shape.chunk_start(end - 1)
-        if not fits or len(rows) == options.most_piece_rows(draft.length) or not self._reserve(draft, sequence, start, end):
+        if not fits or len(rows) == options.most_piece_rows(step_length) or not self._reserve(draft, sequence, start, end):
             return
-        last = end == sequence.target
+        draft.length = step_length
+        first, last = begin == sequence.hit, end == sequence.target
         sequence.depart(Flight(draft.number, end - begin, end - begin, end))
         sequence.state = State.RUNNING if last else State.PREFILL
         rows.append(
@@ -195,7 +197,8 @@ class Scheduler:
                 slot=sequence.slot,
                 start=begin,
                 tokens=tuple(tokens[begin:end]),
-                first=begin == sequence.hit,
+                before=tuple(tokens[:begin]) if first else (),
+                first=first,
                 last=last,
                 following=-1 if last else tokens[end],
                 prompt_length=sequence.prompt_length,
@@ -265,13 +268,11 @@ class Scheduler:
         if isinstance(row, PieceRow):
             assert len(result.tokens) == row.last
             committed = flight.limit
-            sequence.drafted_to = committed
         else:
             committed = sequence.committed + len(result.tokens)
             least = min(flight.limit, sequence.committed + flight.least)
             most = min(flight.limit, sequence.committed + flight.most)
             assert committed <= most and (result.ended or least <= committed), "a burst ran too far, or not far enough"
-            sequence.drafted_to = committed if row.drafts else sequence.drafted_to
         sequence.settle(committed)
         if sequence.rank >= 0:
             self.ranks[sequence.rank].settle(sequence)
@@ -284,6 +285,8 @@ class Scheduler:
             self.ranks[sequence.rank].release(sequence, unsure=unsure)
         else:
             self._waiting.remove(sequence)
+        if sequence.saved:
+            self._drops.append(sequence.request)
         sequence.flights.clear()
         sequence.state = state
         del self._by_request[sequence.request]

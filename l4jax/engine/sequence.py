@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import hashlib
 
-from l4jax.engine.pages import PageShape, block_digest, scope_digest
+from l4jax.engine.pages import PageShape, block_digest, digest_numbers, scope_digest
 
 
 class State(enum.Enum):
@@ -48,9 +49,8 @@ class Sequence:
     cache once everything dispatched (``flights``) has run; they differ only after a burst of speculation.
 
     ``full`` lists the pages of all positions; ``local`` those of each chunk that has positions from ``committed`` on, by the chunk's
-    first position. ``named``: full pages that the prefix cache knows. ``drafting``: a burst with a plan may draft for it, for the
-    drafter has an entry for each of its tokens; the positions before ``drafted_to`` have valid entries. ``saved``: its pages and
-    its slot's state are in host memory.
+    first position. ``named``: full pages that the prefix cache knows. ``saved``: its pages and its slot's state are in host memory.
+    ``digests``: see :meth:`chain`.
     """
 
     request: int
@@ -71,8 +71,6 @@ class Sequence:
     full: list[int] = dataclasses.field(default_factory=list)
     local: dict[int, list[int]] = dataclasses.field(default_factory=dict)
     named: int = 0
-    drafting: bool = True
-    drafted_to: int = 0
     saved: bool = False
     digests: list[bytes] = dataclasses.field(default_factory=list)
 
@@ -83,11 +81,6 @@ class Sequence:
                 f"request {self.request} has {self.prompt_length} prompt tokens and at most {self.max_length} in all; expected at least "
                 "one prompt token and room for one more"
             )
-
-    @property
-    def output(self) -> list[int]:
-        """The tokens after the prompt."""
-        return self.tokens[self.prompt_length :]
 
     @property
     def room(self) -> int:
@@ -124,9 +117,21 @@ class Sequence:
         for flight in self.flights:
             self._advance(flight)
 
+    def update_digest(self, found: hashlib.blake2b) -> None:
+        """Add all that decides what later steps do."""
+        found.update(repr([getattr(self, name) for name in _SHORT]).encode())
+        digest_numbers(found, self.tokens, self.full)
+        for start, table in self.local.items():
+            digest_numbers(found, (start,), table)
+        # Each block's digest follows from the one before it.
+        found.update(repr((len(self.local), len(self.digests), self.digests[-1:])).encode())
+
     def _advance(self, flight: Flight) -> None:
         self.low = min(flight.limit, self.low + flight.least)
         self.high = min(flight.limit, self.high + flight.most)
+
+
+_SHORT = [field.name for field in dataclasses.fields(Sequence) if field.name not in ("tokens", "full", "local", "digests")]
 
 
 def by_arrival(sequence: Sequence) -> int:

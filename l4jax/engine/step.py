@@ -1,13 +1,22 @@
 """What the scheduler tells the runner to dispatch, and what the runner returns.
 
-A :class:`Step` is dispatched in this order: its saves, its zeroed pages, its loads, its prefill, its burst. Steps are dispatched in the
-order in which the scheduler gave them, and the devices run everything in the order of dispatch. That is what lets a page or a
-slot be given to another sequence while a step that writes it is still on its way.
+A :class:`Step` is dispatched in this order: its drops, its saves, its zeroed pages, its loads, its prefill, its burst. Steps are
+dispatched in the order in which the scheduler gave them, and the devices run everything in the order of dispatch. That is what
+lets a page or a slot be given to another sequence while a step that writes it is still on its way.
 
 Rows are in the program's order: those of each data rank after one another, the same number for each, None for padding. Slots
 are numbered the same way: slot ``i`` belongs to data rank ``i // slots``. Pages are numbered on each data rank from 0. Page tables
 list pages from the first position on (``full``), or from the first position of the row's attention chunk on (``local``, () without
-chunks); a runner pads them. The drafter's table is ``full`` too, and ``local`` in its chunk-local layers (see ``pages``).
+chunks): at least one page of each kind that the model has. The drafter's table is ``full`` too, and ``local`` in its chunk-local layers
+(see ``pages``).
+
+The rows of a program share one loop over pages, up to the end of the longest, so all of them read that many pages. What a
+row reads after its own end is masked, but 0 x NaN is NaN: a row may read no page that another one may have spoilt. So a runner
+pads a table by :func:`padded`, with the row's own last page. A padding row reads page 0, whatever that holds: its own results alone
+can be spoilt, and they are dropped, as those of a row that is done are.
+
+A row that fails spoils its own results alone too, although the next step may run it again before anyone knows: the pages that it
+writes are in its own table only, those that it shares were verified before, and what it wrote is zeroed before another has it.
 """
 
 from __future__ import annotations
@@ -22,6 +31,11 @@ PageOnRank = tuple[int, int]
 """A data rank, and one of its pages."""
 
 
+def padded(table: Table, count: int) -> Table:
+    """A row's table, not empty, lengthened to ``count`` pages for a program whose longest row needs as many; see the module."""
+    return table + table[-1:] * (count - len(table))
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """How a burst speculates: the name of a tree, and how many levels of drafted tokens it has."""
@@ -34,7 +48,7 @@ class Plan:
 class Save:
     """Copy a slot's state and these pages (the drafter's too) to host memory, under the request's number.
 
-    The copy is dropped when the request ends, or after its :class:`Load`.
+    The copy is dropped after its :class:`Load`, or when :attr:`Step.drops` names the request.
     """
 
     request: int
@@ -57,18 +71,21 @@ class Load:
 class PieceRow:
     """A piece of one sequence's prefill: ``tokens``, of which the first is at position ``start``.
 
-    ``first``: it is the first in this slot, whose state must be reset for the request. ``last``: the piece ends the prefill, so its
+    ``first``: it is the first in this slot, whose state must be reset for the request, as if the tokens ``before`` had been run
+    in it: all those before ``start``, which other pieces do not repeat. Tokens at positions before ``prompt_length`` are the
+    prompt, which the slot's counts take in as such. Later ones, of ``before`` as of ``tokens``, are output of an earlier
+    stay in the cache: the slot counts each as drawn and produced. ``last``: the piece ends the prefill, so its
     program draws output token number ``start + len(tokens) - prompt_length``, counted from 0, and writes it to the slot; the row
-    decodes from the next step on. ``following``: the token after the piece,
-    which the drafter's last entry is made of; -1: the token that is drawn. ``prompt_length``: later tokens are output, of an earlier
-    stay in the cache. ``local``: the pages of the chunk that the piece's last token is in. A piece begins at a chunk's boundary, or ends in
-    its first token's chunk.
+    decodes from the next step on. ``following``: the token after the piece, which the drafter's last entry is made of; -1: the token
+    that is drawn. ``local``: the pages of the chunk that the piece's last token is in. A piece begins at a chunk's boundary, or
+    ends in its first token's chunk.
     """
 
     request: int
     slot: int
     start: int
     tokens: tuple[int, ...]
+    before: tuple[int, ...]
     first: bool
     last: bool
     following: int
@@ -89,13 +106,12 @@ class Prefill:
 class BurstRow:
     """A row of a burst. It stops before position ``limit``: it is idle from there on, as if it were done, until a later burst.
 
-    ``drafts``: False if it must take part without drafted tokens. ``local``: the pages of the chunk that ``limit`` - 1 is in.
+    ``local``: the pages of the chunk that ``limit`` - 1 is in.
     """
 
     request: int
     slot: int
     limit: int
-    drafts: bool
     full: Table
     local: Table
 
@@ -105,7 +121,8 @@ class Burst:
     """One call of a decode program, or with a plan of a speculation program: at most ``steps`` rounds.
 
     A round gives each row that is not done and not at its limit at least one token, and at most the plan's depth + 1. A burst
-    ends early only when no row is left.
+    ends early only when no row is left. With a drafter it also makes the drafter's entries, of all tokens that it adds and
+    without a plan too: so any later burst may have one.
     """
 
     steps: int
@@ -117,17 +134,35 @@ class Burst:
 class Step:
     """What to dispatch next; see the module for the order.
 
-    ``zero_full`` and ``zero_local``: pages that may hold numbers that are not finite (a masked key still multiplies its value); the
-    drafter's pages of the same numbers too.
+    ``drops``: requests that ended while their copies were in host memory; the copies are dropped. ``zero_full`` and
+    ``zero_local``: pages that may hold numbers that are not finite (a masked key still multiplies its value); the drafter's pages of the
+    same numbers too.
     """
 
     number: int
+    drops: tuple[int, ...]
     saves: tuple[Save, ...]
     zero_full: tuple[PageOnRank, ...]
     zero_local: tuple[PageOnRank, ...]
     loads: tuple[Load, ...]
     prefill: Prefill | None
     burst: Burst | None
+
+    @property
+    def pieces(self) -> tuple[PieceRow | None, ...]:
+        """The prefill's rows, if there is one."""
+        return self.prefill.rows if self.prefill else ()
+
+    @property
+    def rows(self) -> tuple[BurstRow | None, ...]:
+        """The burst's rows, if there is one."""
+        return self.burst.rows if self.burst else ()
+
+    @property
+    def requests(self) -> tuple[list[int | None], list[int | None]]:
+        """Whose the rows of its prefill and of its burst are."""
+        pieces = [None if row is None else row.request for row in self.pieces]
+        return pieces, [None if row is None else row.request for row in self.rows]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -166,6 +201,7 @@ class StepDraft:
 
     def __init__(self, number: int, ranks: int) -> None:
         self.number = number
+        self.drops: list[int] = []
         self.saves: list[Save] = []
         self.zero_full: list[PageOnRank] = []
         self.zero_local: list[PageOnRank] = []
@@ -183,15 +219,13 @@ class StepDraft:
 
     def step(self, piece_rows: tuple[int, ...], row_buckets: tuple[int, ...]) -> Step | None:
         """The step, with rows padded to one of these numbers on each data rank; None if there is nothing in it."""
-        prefill = Prefill(self.length, _padded(self.pieces, piece_rows)) if any(self.pieces) else None
-        burst = Burst(self.steps, self.plan, _padded(self.rows, row_buckets)) if any(self.rows) else None
-        saves, loads, zero_full, zero_local = tuple(self.saves), tuple(self.loads), tuple(self.zero_full), tuple(self.zero_local)
-        if not (saves or loads or zero_full or zero_local or prefill or burst):
-            return None
-        return Step(self.number, saves, zero_full, zero_local, loads, prefill, burst)
+        prefill = Prefill(self.length, _with_padding(self.pieces, piece_rows)) if any(self.pieces) else None
+        burst = Burst(self.steps, self.plan, _with_padding(self.rows, row_buckets)) if any(self.rows) else None
+        copies = tuple(self.drops), tuple(self.saves), tuple(self.zero_full), tuple(self.zero_local), tuple(self.loads)
+        return Step(self.number, *copies, prefill, burst) if any(copies) or prefill or burst else None
 
 
-def _padded[Row](rows: abc.Sequence[abc.Sequence[Row]], buckets: tuple[int, ...]) -> tuple[Row | None, ...]:
+def _with_padding[Row](rows: abc.Sequence[abc.Sequence[Row]], buckets: tuple[int, ...]) -> tuple[Row | None, ...]:
     """The rows of each data rank after one another, each rank's padded to the bucket of the fullest."""
     bucket = next(bucket for bucket in buckets if bucket >= max(map(len, rows)))
     padded: list[Row | None] = []

@@ -32,19 +32,20 @@ def told(step: Step | None) -> list[str]:
     """A step in words: each row's request, slot, tokens and pages."""
     if step is None:
         return []
-    words = [f"save {s.request} of slot {s.slot}: {s.full} {s.local}" for s in step.saves]
+    words = [f"drop {request}" for request in step.drops]
+    words += [f"save {s.request} of slot {s.slot}: {s.full} {s.local}" for s in step.saves]
     words += [f"zero {pages}" for pages in (step.zero_full, step.zero_local) if pages]
     words += [f"load {s.request} to slot {s.slot}: {s.full} {s.local}" for s in step.loads]
-    for row in step.prefill.rows if step.prefill else ():
+    for row in step.pieces:
         words.append("-")
         if row is not None:
             marks = " first" * row.first + " last" * row.last
             place = f"{row.start}-{row.start + len(row.tokens)} of {step.prefill.length}"
             words[-1] = f"piece {row.request} in {row.slot}: {place} {row.full} {row.local}{marks}"
-    for row in step.burst.rows if step.burst else ():
+    for row in step.rows:
         words.append("-")
         if row is not None:
-            how = "" if step.burst.plan is None else f" {step.burst.plan.name}" if row.drafts else f" {step.burst.plan.name} without drafts"
+            how = f" {step.burst.plan.name}" if step.burst.plan else ""
             words[-1] = f"{step.burst.steps} rounds{how} {row.request} in {row.slot}: before {row.limit} {row.full} {row.local}"
     return words
 
@@ -63,8 +64,12 @@ def finish(
             count = min(step.burst.steps if tokens is None else tokens, row.limit - LATEST[row.request].committed)
         return RowResult((7,) * count, row.request in ended, row.request in failed)
 
-    prefill, burst = step.prefill.rows if step.prefill else (), step.burst.rows if step.burst else ()
-    return scheduler.finish(step, Results(tuple(map(result, prefill)), tuple(map(result, burst))))
+    return scheduler.finish(step, Results(tuple(map(result, step.pieces)), tuple(map(result, step.rows))))
+
+
+def output(sequence: Sequence) -> list[int]:
+    """The tokens after the prompt."""
+    return sequence.tokens[sequence.prompt_length :]
 
 
 def added(scheduler: Scheduler, request: int, prompt: range, most: int = 8, **fields: object) -> Sequence:

@@ -3,20 +3,22 @@
 What it keeps for a position is a number made of the whole prefix up to there (of the drafter's entry, also of the token after
 it), so a page that holds another sequence's tokens, other positions, or nothing yet is noticed when it is read. With
 ``deterministic`` options the number is also made of which program computed it. A request may fail at a position: what it writes from there
-on is :data:`NAN`, which no page in another row's table may hold, not even after that row's tokens.
+on is :data:`NAN`, which no page that another row reads may hold, not even after that row's tokens: neither when the program begins, nor
+when it ends. All rows of a program read as many pages as the longest needs. Each slot counts the tokens of its prompt and of its output.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
+from collections import Counter, abc
 
 from l4jax.engine.options import Options
 from l4jax.engine.sequence import Sequence
-from l4jax.engine.step import BurstRow, PieceRow, Results, RowResult, Step
+from l4jax.engine.step import BurstRow, PieceRow, Results, RowResult, Step, padded
 
 NAN = "NaN"
-STALE = "stale"
 DECODED = -1
 
 
@@ -30,6 +32,7 @@ class Truth:
     def __init__(self, options: Options, sequence: Sequence, fails_at: int | None) -> None:
         self.request, self.prompt_length, self.fails_at = sequence.request, sequence.prompt_length, fails_at
         self.tokens = list(sequence.tokens)
+        self.prompt = Counter(self.tokens)
         self.prefix: list[int] = []
         value = mixed(*(b"alone" if sequence.scope is None else sequence.scope))
         for position in range(sequence.max_length - 1):
@@ -61,6 +64,26 @@ class Slot:
     truth: Truth
     length: int
     done: bool = False
+    failed: bool = False
+    prompt: Counter[int] = dataclasses.field(default_factory=Counter)
+    output: Counter[int] = dataclasses.field(default_factory=Counter)
+    produced: int = 0
+
+    def count(self, tokens: abc.Sequence[int], start: int, prompt_length: int) -> None:
+        """Count tokens from position ``start`` on as the prompt's or as output."""
+        of_prompt = max(0, prompt_length - start)
+        self.prompt.update(tokens[:of_prompt])
+        self.output.update(tokens[of_prompt:])
+        self.produced += len(tokens[of_prompt:])
+
+    def check(self) -> None:
+        """The counts must be those of the sequence's tokens, the one that is not in the cache yet included."""
+        output = self.truth.tokens[self.truth.prompt_length : self.length + 1]
+        assert self.prompt == self.truth.prompt, (self, "counts another prompt")
+        assert (self.output, self.produced) == (Counter(output), len(output)), (self, "counts another output")
+
+    def copy(self) -> Slot:
+        return dataclasses.replace(self, prompt=Counter(self.prompt), output=Counter(self.output))
 
 
 class FakeDevice:
@@ -79,10 +102,12 @@ class FakeDevice:
 
     def run(self, step: Step) -> Results:
         shape, slots = self.options.shape, self.options.slots
+        for request in step.drops:
+            del self.host[request]
         for save in step.saves:
             pages = [[list(pool[save.slot // slots][page]) for page in save.full] for pool in (self.full, self.drafted)]
             local = [list(self.local[save.slot // slots][page]) for page in save.local]
-            self.host[save.request] = (*pages, local, dataclasses.replace(self.slots[save.slot]))
+            self.host[save.request] = (*pages, local, self.slots[save.slot].copy())
         for rank, page in step.zero_full:
             self.full[rank][page], self.drafted[rank][page] = [0] * shape.block, [0] * shape.block
         for rank, page in step.zero_local:
@@ -98,28 +123,41 @@ class FakeDevice:
                 for page, contents in zip(table, saved[: len(table)], strict=True):
                     pool[rank][page] = contents
             self.slots[load.slot] = slot
-        prefill = [row and self._piece(row) for row in step.prefill.rows] if step.prefill else []
-        return Results(tuple(prefill), tuple(self._burst(step)))
+        return Results(tuple(self._prefill(step)), tuple(self._burst(step)))
+
+    def _prefill(self, step: Step) -> list[RowResult | None]:
+        if step.prefill is None:
+            return []
+        for row in filter(None, step.pieces):
+            if row.first:
+                self.slots[row.slot] = Slot(self.truths[row.request], row.start)
+                self.slots[row.slot].count(row.before, 0, row.prompt_length)
+        live = self._live(step.pieces)
+        self._check_not_spoilt(live, step.pieces)
+        results = [row and self._piece(row) for row in step.pieces]
+        self._check_not_spoilt(live, step.pieces)
+        return results
 
     def _piece(self, row: PieceRow) -> RowResult:
         truth, end = self.truths[row.request], row.start + len(row.tokens)
-        if row.first:
-            self.slots[row.slot] = Slot(truth, row.start)
         slot = self.slots[row.slot]
         assert slot.truth is truth and slot.length == row.start and not slot.done
         assert list(row.tokens) == truth.tokens[row.start : end] and row.prompt_length == truth.prompt_length
         assert row.last if row.following < 0 else row.following == truth.tokens[end]
         chunk = self.options.shape.chunk
         assert chunk is None or row.start % chunk == 0 or (end - 1) // chunk == row.start // chunk
-        if truth.fails_at is None or truth.fails_at >= row.start:  # otherwise the piece before has failed, which nobody knows yet
-            self._check_reads(row, row.start, drafts=self.options.drafter)
-        self._write(row, truth, row.start, end, row.start, drafts=True)
+        slot.count(row.tokens, row.start, row.prompt_length)
+        if not slot.failed:  # otherwise the piece before has failed, which nobody knows yet
+            self._check_reads(row, row.start)
+        self._write(row, truth, row.start, end, row.start)
         slot.length = end
-        if truth.fails_at is not None and truth.fails_at < end:
+        slot.failed = truth.fails_at is not None and truth.fails_at < end
+        if slot.failed:
             slot.done = row.last
             return RowResult(failed=True)
         if not row.last:
             return RowResult()
+        slot.count(truth.tokens[end : end + 1], end, row.prompt_length)
         slot.done = end == len(truth.tokens) - 1
         return RowResult((truth.tokens[end],), slot.done)
 
@@ -127,58 +165,74 @@ class FakeDevice:
         if step.burst is None:
             return []
         depth = step.burst.plan.depth if step.burst.plan else 0
-        got: dict[int, list[int]] = {row.slot: [] for row in step.burst.rows if row}
-        assert len(got) == sum(row is not None for row in step.burst.rows)
-        failed = set()
-        for row in filter(None, step.burst.rows):
+        got: dict[int, list[int]] = {row.slot: [] for row in step.rows if row}
+        assert len(got) == sum(row is not None for row in step.rows)
+        for row in filter(None, step.rows):
             slot = self.slots[row.slot]
             assert slot.truth.request == row.request and slot.length <= row.limit
-            if not slot.done and slot.length < row.limit:
-                self._check_reads(row, slot.length, drafts=row.drafts)
+        live = self._live(step.rows)
+        self._check_not_spoilt(live, step.rows)
+        for row in live:
+            self.slots[row.slot].check()
+            self._check_reads(row, self.slots[row.slot].length)
         for _ in range(step.burst.steps):
-            for row in filter(None, step.burst.rows):
+            for row in filter(None, step.rows):
                 slot = self.slots[row.slot]
                 if slot.done or slot.length == row.limit:
                     continue
                 truth, chunk = slot.truth, self.options.shape.chunk
                 room = min(depth, chunk - 1 - slot.length % chunk) if chunk else depth
-                accepted = (room if self.dice.random() < self.fullest else self.dice.randint(0, room)) if row.drafts else 0
+                accepted = room if self.dice.random() < self.fullest else self.dice.randint(0, room)
                 end = min(slot.length + 1 + accepted, len(truth.tokens) - 1)
-                self._write(row, truth, slot.length, end, DECODED, drafts=row.drafts, stale=depth > 0)
-                got[row.slot] += truth.tokens[slot.length + 1 : end + 1]
+                self._write(row, truth, slot.length, end, DECODED)
+                drawn = truth.tokens[slot.length + 1 : end + 1]
+                slot.count(drawn, slot.length + 1, truth.prompt_length)
+                got[row.slot] += drawn
                 slot.length = end
-                slot.done = end == len(truth.tokens) - 1
-                if truth.fails_at is not None and truth.fails_at < end:
-                    slot.done = True
-                    failed.add(row.slot)
+                slot.failed = truth.fails_at is not None and truth.fails_at < end
+                slot.done = slot.failed or end == len(truth.tokens) - 1
+        self._check_not_spoilt(live, step.rows)
+        slots = [row and self.slots[row.slot] for row in step.rows]
         return [
-            row and (RowResult(failed=True) if row.slot in failed else RowResult(tuple(got[row.slot]), self.slots[row.slot].done))
-            for row in step.burst.rows
+            slot and (RowResult(failed=True) if slot.failed else RowResult(tuple(got[row.slot]), slot.done))
+            for row, slot in zip(step.rows, slots, strict=True)
         ]
 
-    def _check_reads(self, row: PieceRow | BurstRow, length: int, *, drafts: bool) -> None:
-        """All positions before ``length`` must hold what this sequence's do; nothing in its tables may be NaN."""
+    def _live(self, rows: abc.Iterable[PieceRow | BurstRow | None]) -> list[PieceRow | BurstRow]:
+        """The rows whose results will count, unless they fail: what others get is dropped."""
+        return [row for row in rows if row and not (self.slots[row.slot].done or self.slots[row.slot].failed)]
+
+    def _check_not_spoilt(self, live: list[PieceRow | BurstRow], rows: tuple[PieceRow | BurstRow | None, ...]) -> None:
+        """None of these rows may read a NaN, but of its own if it has failed, in as many pages as the longest row's table has."""
+        full = max(len(row.full) for row in rows if row)
+        local = max(len(row.local) for row in rows if row)
+        for row in live:
+            rank = row.slot // self.options.slots
+            if not self.slots[row.slot].failed:
+                found = itertools.chain(
+                    *(pool[rank][page] for pool in (self.full, self.drafted) for page in set(padded(row.full, full))),
+                    *(self.local[rank][page] for page in set(padded(row.local, local))),
+                )
+                assert NAN not in found, (row, "may read NaN")
+
+    def _check_reads(self, row: PieceRow | BurstRow, length: int) -> None:
+        """All positions before ``length`` must hold what this sequence's do."""
         rank, shape, truth = row.slot // self.options.slots, self.options.shape, self.truths[row.request]
         block, page_size = shape.block, shape.page_size
+        assert row.full and bool(row.local) == bool(shape.chunk), (row, "has no page")
         expected = [(self.full, row.full, block, 0, truth.kept)]
-        if drafts:
+        if self.options.drafter:
             expected.append((self.drafted, row.full, block, 0, truth.drafted))
-        if shape.chunk:
+        # The table is that of the chunk in which the new tokens are kept; a row that begins a chunk reads none of it.
+        if shape.chunk and length % shape.chunk > 0:
             expected.append((self.local, row.local, page_size, length // shape.chunk * shape.chunk, truth.kept))
-            # The table is that of the chunk in which the new tokens are kept; a piece that begins a chunk reads none of it.
-            if length % shape.chunk == 0:
-                expected.pop()
         for pool, table, size, start, values in expected:
             for i, begin in enumerate(range(start, length, size)):
                 end = min(begin + size, length)
                 found = pool[rank][table[i]][: end - begin]
                 assert found == values[begin:end], (row, begin, end, "holds something else")
-        for pool, table in ((self.full, row.full), (self.drafted, row.full), (self.local, row.local)):
-            assert all(NAN not in pool[rank][page] for page in table), (row, "may read NaN")
 
-    def _write(
-        self, row: PieceRow | BurstRow, truth: Truth, begin: int, end: int, program: int, *, drafts: bool, stale: bool = False
-    ) -> None:
+    def _write(self, row: PieceRow | BurstRow, truth: Truth, begin: int, end: int, program: int) -> None:
         rank, shape, options = row.slot // self.options.slots, self.options.shape, self.options
         for position in range(begin, end):
             value: int | str = mixed(truth.prefix[position], program) if options.deterministic else truth.prefix[position]
@@ -187,8 +241,8 @@ class FakeDevice:
                 value = drafted = NAN
             page = row.full[position // shape.block]
             self.full[rank][page][position % shape.block] = value
-            if options.drafter and (drafts or stale):
-                self.drafted[rank][page][position % shape.block] = drafted if drafts or drafted == NAN else STALE
+            if options.drafter:
+                self.drafted[rank][page][position % shape.block] = drafted
             if shape.chunk and position // shape.chunk == (end - 1) // shape.chunk:
                 place = position % shape.chunk
                 self.local[rank][row.local[place // shape.page_size]][place % shape.page_size] = value

@@ -7,7 +7,7 @@ import dataclasses
 from l4jax.engine.scheduler import Scheduler
 from l4jax.engine.sequence import Sequence, State
 from l4jax.engine.step import Load, News, Save, Step
-from tests.engine.calls import CHUNKED, SMALL, added, finish, prefilled, told
+from tests.engine.calls import CHUNKED, SMALL, added, finish, output, prefilled, told
 
 
 def crowded(**options: object) -> tuple[Scheduler, Sequence, Sequence]:
@@ -29,9 +29,10 @@ def test_the_newest_is_preempted_and_computes_its_output_again():
     step = scheduler.next()
     # Its first page is still in the cache. Its prompt is now its 5 tokens and the 2 that it got.
     assert told(step) == ["piece 2 in 0: 4-7 of 4 (2, 3) () first last"]
-    assert (step.prefill.rows[0].tokens, step.prefill.rows[0].prompt_length) == ((104, 7, 7), 5)
+    row = step.prefill.rows[0]
+    assert (row.before, row.tokens, row.prompt_length) == ((100, 101, 102, 103), (104, 7, 7), 5)
     finish(scheduler, step)
-    assert new.output == [7, 7, 7]
+    assert output(new) == [7, 7, 7]
 
 
 def contested(**options: object) -> tuple[Scheduler, Sequence, Sequence, Step]:
@@ -48,7 +49,7 @@ def test_what_a_preempted_sequence_has_in_flight_is_dropped_and_what_it_may_writ
     scheduler, old, new, one = contested()
     assert told(scheduler.next()) == ["zero ((0, 3),)", "1 rounds 1 in 0: before 9 (0, 1, 3) ()"]
     assert finish(scheduler, one) == [News(old, (7,))]
-    assert (new.state, new.output) == (State.PREEMPTED, [7])
+    assert (new.state, output(new)) == (State.PREEMPTED, [7])
 
 
 PINNED = {"row_buckets": (2,), "piece_lengths": (8,), "piece_rows": (2,), "deterministic": True}
@@ -64,7 +65,7 @@ def test_in_deterministic_mode_a_preempted_sequence_waits_in_host_memory():
     assert two.loads == (Load(2, 0, (0, 1), ()),)
     assert told(two) == ["load 2 to slot 0: (0, 1) ()"]
     assert told(scheduler.next()) == ["1 rounds 2 in 0: before 7 (0, 1) ()", "-"]
-    assert (new.state, new.output) == (State.RUNNING, [7, 7])
+    assert (new.state, output(new)) == (State.RUNNING, [7, 7])
 
 
 def test_a_saved_sequence_gets_its_last_results_and_comes_back_after_them():
@@ -73,7 +74,7 @@ def test_a_saved_sequence_gets_its_last_results_and_comes_back_after_them():
     assert told(two) == ["save 2 of slot 1: (2, 3) ()", "zero ((0, 3),)", "1 rounds 1 in 0: before 9 (0, 1, 2) ()", "-"]
     scheduler.cancel(old)
     assert finish(scheduler, one) == [News(new, (7,))]
-    assert (new.state, new.output) == (State.PREEMPTED, [7, 7])
+    assert (new.state, output(new)) == (State.PREEMPTED, [7, 7])
     three = scheduler.next()
     assert three.loads and len(three.loads[0].full) == 2  # the page of positions 4 to 8 has its 6th token
 
@@ -83,7 +84,26 @@ def test_a_saved_sequence_may_end_while_it_waits():
     scheduler.next()
     finish(scheduler, one, ended=(2,))
     assert new.state is State.DONE
+    assert scheduler.next().drops == (2,)
     scheduler.check()
+
+
+def test_a_saved_copy_is_dropped_once_when_its_request_ends_and_before_the_scheduler_is_idle():
+    scheduler, old, new = crowded(**PINNED)
+    assert scheduler.next().saves == (Save(2, 1, (2, 3), ()),)
+    scheduler.cancel(old)
+    scheduler.cancel(new)
+    assert not scheduler.idle
+    assert told(scheduler.next())[0] == "drop 2"
+    assert scheduler.idle and scheduler.next() is None
+
+
+def test_a_copy_that_was_loaded_is_not_dropped():
+    scheduler, old, new = crowded(**PINNED)
+    finish(scheduler, scheduler.next(), ended=(1,))
+    assert scheduler.next().loads
+    scheduler.cancel(new)
+    assert old.state is State.DONE and scheduler.idle
 
 
 def test_a_sequence_without_output_is_recomputed_in_deterministic_mode_too():
@@ -120,6 +140,15 @@ def test_a_sequence_that_gets_its_chunks_pages_back_waits_for_them_instead_of_pr
     assert (old.state, new.state) == (State.RUNNING, State.RUNNING)
 
 
+def test_a_piece_that_sits_out_does_not_decide_the_length_of_the_others():
+    scheduler = Scheduler(dataclasses.replace(CHUNKED, local_pages=3))
+    added(scheduler, 1, range(16))
+    added(scheduler, 2, range(100, 103), 1)
+    assert told(scheduler.next()) == ["piece 1 in 0: 0-8 of 8 (0, 1, 2, 3, 4) (0, 1) first"]
+    # The first lacks a page for its second chunk until the results are there.
+    assert told(scheduler.next()) == ["piece 2 in 1: 0-3 of 4 (5,) (2,) first last"]
+
+
 def test_a_sequence_that_lacks_pages_holds_up_its_own_rank_only():
     scheduler = Scheduler(dataclasses.replace(CHUNKED, data_ranks=2, local_pages=2))
     added(scheduler, 1, range(7), 20)
@@ -138,7 +167,7 @@ def test_a_failed_row_ends_alone_and_its_pages_are_zeroed_by_the_next_step():
     assert told(one)[0] == "3 rounds 1 in 0: before 8 (0, 1) (0, 1)"
     assert told(two)[0] == "3 rounds 1 in 0: before 11 (0, 1, 5) (4,)"
     assert finish(scheduler, one, failed=(1,)) == [News(bad, ()), News(good, (7, 7))]
-    assert (bad.state, good.state, bad.output) == (State.FAILED, State.RUNNING, [7])
+    assert (bad.state, good.state, output(bad)) == (State.FAILED, State.RUNNING, [7])
     three = scheduler.next()
     # Not the first page: the results of the prefill have verified it, and it is in the cache.
     assert told(three)[:2] == ["zero ((0, 5), (0, 1))", "zero ((0, 1), (0, 4))"]

@@ -22,9 +22,10 @@ EVENTS = (
     "output computed again",
     "saved",
     "loaded",
+    "dropped",
+    "failed twice",
     "zeroed",
     "drafts",
-    "no drafts",
     "two deep",
     "idle",
     "refused",
@@ -156,7 +157,7 @@ class World:
         """After results, a sequence keeps the pages that its tokens and the step in flight may need, and no others."""
         bound, shape = sequence.committed, self.options.shape
         for step, _, _ in self.flying:
-            for row in filter(None, step.burst.rows if step.burst else ()):
+            for row in filter(None, step.rows):
                 if row.request == sequence.request:
                     bound = min(row.limit, bound + step.burst.steps * (1 + (step.burst.plan.depth if step.burst.plan else 0)))
         assert len(sequence.full) == -(-bound // shape.block), "a surplus was not returned"
@@ -166,13 +167,14 @@ class World:
 
     def check_step(self, step: Step) -> None:
         options, shape = self.options, self.options.shape
-        prefill, burst = step.prefill.rows if step.prefill else (), step.burst.rows if step.burst else ()
+        prefill, burst = step.pieces, step.rows
         rows = [*filter(None, prefill), *filter(None, burst)]
         assert len({row.slot for row in rows}) == len(rows)
         for rows_of_kind in (prefill, burst):
             own = len(rows_of_kind) // options.data_ranks
             assert all(row is None or row.slot // options.slots == i // own for i, row in enumerate(rows_of_kind))
         self.seen["saved"] += len(step.saves)
+        self.seen["dropped"] += len(step.drops)
         self.seen["loaded"] += len(step.loads)
         self.seen["zeroed"] += len(step.zero_full)
         for row in filter(None, prefill):
@@ -180,8 +182,8 @@ class World:
             self.seen["hit in a chunk"] += row.first and shape.chunk is not None and row.start % shape.chunk > 0
             self.seen["output computed again"] += row.start + len(row.tokens) > row.prompt_length
         for row in filter(None, burst):
-            self.seen["drafts"] += row.drafts
-            self.seen["no drafts"] += step.burst.plan is not None and not row.drafts
+            self.seen["drafts"] += step.burst.plan is not None
+            self.seen["failed twice"] += self.device.slots[row.slot].failed
             self.seen["two deep"] += len(self.alive[row.request].flights) == 2
             self.seen["idle"] += self.device.slots[row.slot].length == row.limit
         for row in rows:
@@ -215,18 +217,18 @@ class World:
     def run(self, steps: int) -> None:
         """Requests come for this many steps; then all of them end."""
         left = 0
-        while self.steps < steps or self.alive or self.flying:
+        while self.steps < steps or not self.scheduler.idle or self.flying:
             while self.steps < steps and (self.dice.random() < 0.4 or not self.alive):
                 self.add()
                 if self.requests > 50 * steps:  # all are refused: the pool is too small for any
                     return
             if self.dice.random() < self.cancels and self.alive:
-                sequence = self.alive.pop(self.dice.choice(list(self.alive)))
-                self.cancel(sequence)
+                saved = [request for request, sequence in self.alive.items() if sequence.saved]
+                self.cancel(self.alive.pop(self.dice.choice(saved or list(self.alive))))
             self.turn()
             left = left if self.steps > steps else sum(sequence.max_length for sequence in self.alive.values())
             assert self.steps <= steps + 3 * left + 10, "requests do not end"
-        assert self.scheduler.idle
+        assert not self.device.host, "a saved copy is left"
         assert self.host is None or self.host.digest() == self.scheduler.digest()
         for rank in self.scheduler.ranks:
             assert rank.pool.full.available == self.options.full_pages, "pages are lost"

@@ -130,7 +130,7 @@ def test_a_drafters_last_entry_is_anothers_only_if_the_token_after_it_is_the_sam
         assert scheduler.next().prefill.rows[0].start == start
 
 
-def test_a_row_that_ran_while_the_plan_was_off_has_no_drafts_and_leaves_nothing_in_the_cache():
+def test_a_row_is_drafted_for_again_after_a_burst_with_the_plan_off_and_leaves_its_pages_in_the_cache():
     scheduler = Scheduler(dataclasses.replace(DRAFTED, plans=((1, None), (2, Plan("chain:2", 2)))))
     one = prefilled(scheduler, 1, range(4), 20)
     step = scheduler.next()
@@ -139,10 +139,44 @@ def test_a_row_that_ran_while_the_plan_was_off_has_no_drafts_and_leaves_nothing_
     two = added(scheduler, 2, range(100, 104))
     finish(scheduler, scheduler.next(1), tokens=1)
     step = scheduler.next(1)
-    assert told(step) == ["1 rounds chain:2 without drafts 1 in 0: before 11 (0, 1, 3) ()", "1 rounds chain:2 2 in 1: before 7 (2, 4) ()"]
+    assert told(step) == ["1 rounds chain:2 1 in 0: before 11 (0, 1, 3) ()", "1 rounds chain:2 2 in 1: before 7 (2, 4) ()"]
     finish(scheduler, step, tokens=1)
-    assert (one.committed, one.drafted_to, two.committed, two.drafted_to) == (9, 4, 5, 5)
-    # Its second page is full of tokens, but the drafter has no valid entries for them.
+    # Its second page has the drafter's entries too, though the plan was off while most of its tokens were added.
     scheduler.cancel(two)
     added(scheduler, 3, one.tokens)
-    assert scheduler.next().prefill.rows[0].start == 4
+    assert scheduler.next().prefill.rows[0].start == 8
+
+
+def test_the_plan_comes_back_when_fewer_rows_are_active():
+    scheduler = Scheduler(DRAFTED)
+    prefilled(scheduler, 1, range(4), 20)
+    two = prefilled(scheduler, 2, range(100, 104), 20)
+    step = scheduler.next(1)
+    assert step.burst.plan is None
+    finish(scheduler, step)
+    scheduler.cancel(two)
+    assert told(scheduler.next(1)) == ["1 rounds chain:2 1 in 0: before 9 (0, 1, 3) ()"]
+
+
+def test_a_first_piece_brings_the_tokens_of_its_hit_and_later_ones_none():
+    scheduler = Scheduler(SMALL)
+    scheduler.cancel(prefilled(scheduler, 1, range(8)))
+    added(scheduler, 2, [*range(8), *range(50, 60)])
+    one, two = scheduler.next(), scheduler.next()
+    assert [(row.start, row.first, row.before) for step in (one, two) for row in step.pieces] == [
+        (8, True, tuple(range(8))),
+        (16, False, ()),
+    ]
+
+
+def test_a_local_page_short_of_a_whole_chunk_keeps_a_request_out():
+    for most, pages in ((6, None), (2, (2,))):
+        scheduler = Scheduler(dataclasses.replace(CHUNKED, local_pages=3))
+        prefilled(scheduler, 1, range(6))
+        added(scheduler, 2, range(100, 102), most)  # 7 positions of its chunk, in two pages, or 3 in one; one is left
+        assert [row.local for row in scheduler.next().pieces] == ([pages] if pages else [])
+    # The pages of its hit count as its own, though they leave fewer for others.
+    scheduler = Scheduler(dataclasses.replace(CHUNKED, local_pages=2))
+    scheduler.cancel(prefilled(scheduler, 1, range(4)))
+    added(scheduler, 2, range(6))
+    assert [(row.start, row.local) for row in scheduler.next().pieces] == [(4, (0, 1))]

@@ -33,10 +33,10 @@ from l4jax.cache import is_local
 from l4jax.config import ModelConfig
 from l4jax.config_formats import config_from_hf
 from l4jax.data import configs_path
+from l4jax.parallel.spread import H100_RING
 from l4jax.planning.compile import AbstractModel, CompiledProgram, first_layers
 from l4jax.planning.ledger import Collective
 from l4jax.planning.target import GPUS_PER_HOST, h100_devices
-from l4jax.spread import H100_RING
 from sharding.mesh import MeshSpec
 from sharding.ring import PARTIAL_BYTES
 from sharding.select import RingStep, Variant, choose_ring

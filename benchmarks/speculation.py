@@ -38,7 +38,8 @@ sys.path.insert(0, str(Path(__file__).parent / "peers"))
 from worker import Work, Worker
 
 import l4jax
-from l4jax.batch import Batch, Request
+from l4jax.batch import Batch
+from l4jax.request import Request
 
 PEERS = Path(__file__).parent / "peers"
 DTYPES = ("float32", "bfloat16")

@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     from l4jax.config import ConfigError, ModelConfig
     from l4jax.decoding.params import SamplingParams
     from l4jax.files import FileError
-    from l4jax.llm import LLM, Completion, load
+    from l4jax.llm import LLM
+    from l4jax.loading import load
+    from l4jax.request import Completion
     from l4jax.text.template import ChatError, TemplateRefusal
     from sharding.hosts import join
     from sharding.mesh import MeshSpec
@@ -35,7 +37,7 @@ _HOMES = {
     "LLM": "l4jax.llm",
     "ChatError": "l4jax.text.template",
     "CheckpointError": "l4jax.checkpoints.source",
-    "Completion": "l4jax.llm",
+    "Completion": "l4jax.request",
     "ConfigError": "l4jax.config",
     "FileError": "l4jax.files",
     "MeshSpec": "sharding.mesh",
@@ -43,7 +45,7 @@ _HOMES = {
     "SamplingParams": "l4jax.decoding.params",
     "TemplateRefusal": "l4jax.text.template",
     "join": "sharding.hosts",
-    "load": "l4jax.llm",
+    "load": "l4jax.loading",
 }
 
 

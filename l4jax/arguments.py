@@ -5,18 +5,14 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+import sys
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
-import jax
 import numpy as np
 
-from l4jax.config import ModelConfig
 from l4jax.decoding.params import SamplingParams
-from l4jax.speculator import LoadedDrafter
-from l4jax.text.chat import ChatFormat
-from l4jax.text.tokenizer import Tokenizer
 from sharding.kinds import is_whole, shown
 
 Prompt = str | Sequence[int]
@@ -28,15 +24,6 @@ def check_kind(what: str, value: object, kind: type | types.UnionType, expected:
     """Raise ValueError unless a value is of this kind."""
     if not isinstance(value, kind):
         raise ValueError(f"{what} is {shown(value)}; expected {expected}")
-
-
-def check_parts(config: object, weights: object, drafter: object, tokenizer: object, chat_format: object) -> None:
-    """Raise ValueError unless what an LLM is made of is of the right kind."""
-    check_kind("the configuration", config, ModelConfig, "an l4jax.ModelConfig")
-    check_kind("the value of weights", weights, Mapping, "a mapping from names to arrays")
-    check_kind("the drafter", drafter, LoadedDrafter | None, "an l4jax.speculator.LoadedDrafter, or load with drafter=PATH")
-    check_kind("the tokenizer", tokenizer, Tokenizer | None, "an l4jax.text.tokenizer.Tokenizer")
-    check_kind("the chat format", chat_format, ChatFormat | None, "an l4jax.text.chat.ChatFormat")
 
 
 def check_words(dtype: object, speculation: object) -> None:
@@ -119,9 +106,14 @@ def _items(value: object) -> list[object] | None:
 
     A mapping, a text and bytes can be iterated over too, and are no lists of numbers; what is not a list can be read only once.
     """
-    if isinstance(value, jax.Array):
+    if _is_jaxs(value):
         value = np.asarray(value)
     is_list = isinstance(value, Sequence) and not isinstance(value, _TEXT_OR_BYTES)
     if not (is_list or (isinstance(value, np.ndarray) and value.ndim > 0)):
         return None
-    return [np.asarray(item)[()] if isinstance(item, jax.Array) else item for item in cast(Sequence[object], value)]
+    return [np.asarray(item)[()] if _is_jaxs(item) else item for item in cast(Sequence[object], value)]
+
+
+def _is_jaxs(value: object) -> bool:
+    """Whether a value is a JAX array. Nobody has one before JAX is imported, and a process that only takes requests never imports it."""
+    return isinstance(value, getattr(sys.modules.get("jax"), "Array", ()))

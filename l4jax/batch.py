@@ -9,53 +9,15 @@ from typing import Literal
 import jax
 import numpy as np
 
-from l4jax.arrays import host_array
+from l4jax.answer import NO_ROUNDS, NewTokens, Rounds
 from l4jax.decoding.draft import DraftState
 from l4jax.decoding.generate import BURST, DecodeState, DecodeTokens
-from l4jax.decoding.params import SamplingParams
 from l4jax.decoding.plan import Speculation
 from l4jax.decoding.sampling import Logprobs, TokenCounts, batch_features, sampling_rows
 from l4jax.decoding.speculate import SpeculationState
+from l4jax.parallel.arrays import host_array
+from l4jax.request import Request, TokenLogprob
 from l4jax.runner import Runner
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """A prompt with everything decided: its seed drawn, its end tokens collected, its ``max_tokens`` within the context."""
-
-    token_ids: Sequence[int]
-    params: SamplingParams
-    seed: int
-    stop_ids: Sequence[int]
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenLogprob:
-    """Log-probability of a token given out, and the likeliest alternatives as (token id, log-probability), best first."""
-
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class NewTokens:
-    """What one step of a batch added to one row; ``logprobs`` is None unless the request asked for them."""
-
-    token_ids: list[int]
-    logprobs: list[TokenLogprob] | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Rounds:
-    """A row's speculation so far: its rounds, its drafted tokens, and in how many rounds the drafted token at each depth stood."""
-
-    rounds: int
-    drafted: int
-    accepted: tuple[int, ...]
-
-
-NO_ROUNDS = Rounds(0, 0, ())
-"""Without speculation."""
 
 
 class Batch:

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-from l4jax.arrays import host_array
 from l4jax.config import ModelConfig
+from l4jax.parallel.arrays import host_array
 
 PAGE_SIZE = 128
 """Tokens in a page."""

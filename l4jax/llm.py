@@ -1,95 +1,41 @@
-"""The Python interface: load a checkpoint, compute logits, generate, stream, chat."""
+"""The Python interface of a loaded model: compute logits, generate, stream, chat."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import math
-import os
-import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal, Unpack
+from typing import Unpack
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from l4jax import arguments
+from l4jax.answer import Answer
 from l4jax.arguments import Prompt
-from l4jax.batch import NO_ROUNDS, Batch, NewTokens, Request, TokenLogprob
-from l4jax.checkpoints.store import open_checkpoint
-from l4jax.compiled import keep_compiled_programs
+from l4jax.batch import Batch
 from l4jax.config import ModelConfig
 from l4jax.decoding.generate import BURST
 from l4jax.decoding.params import SamplingParams
-from l4jax.decoding.plan import Speculation, SpeculationTable
+from l4jax.decoding.plan import Speculation
 from l4jax.decoding.speculate import BeyondTraining
 from l4jax.interrupts import kept_interrupts
-from l4jax.placement import Placement
-from l4jax.runner import Runner
-from l4jax.speculator import LoadedDrafter, open_fitting_drafter, speculation_table, speculator_for
-from l4jax.spread import H100_RING
+from l4jax.parallel.placement import DrafterPlacement, Placement
+from l4jax.parallel.spread import H100_RING
+from l4jax.request import Completion, Message, Request, RequestMaker
+from l4jax.runner import Runner, Speculator
+from l4jax.speculator import LoadedDrafter, choose_speculation
 from l4jax.text.chat import ChatFormat, ChatOptions
-from l4jax.text.load import Text, load_text
-from l4jax.text.stream import StopStringFilter, StreamDecoder
+from l4jax.text.load import Text
 from l4jax.text.tokenizer import Tokenizer
 from sharding import hosts
 from sharding.mesh import ONE_DEVICE, MeshSpec
 from sharding.select import RingHardware
-
-Message = Mapping[str, object]
-FinishReason = Literal["stop", "length"]
-DType = Literal["float32", "bfloat16", "float16"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Stats:
-    """Token counts of a completion, and wall-clock times of the batch that it was part of.
-
-    ``first_token_seconds``: from the start until the first token was there; ``decode_seconds``: from then until the last was.
-    Both include the compilation of programs that the call is the first to need; :meth:`LLM.warmup` compiles them before.
-    ``decode_tokens_per_second``: the rate after the first burst (up to 32 tokens, a stream's up to 4), during which a program may
-    have been compiled; of all tokens after the first, compilation included, if there was but one burst, and 0 if there was none.
-    ``rounds``: of speculation, in which ``drafted`` tokens were drafted; ``accepted[i]``: rounds in which the one at depth i + 1 stood.
-    They count what was computed: a stop string is found once a burst of tokens is there, and the rounds behind it count too.
-    """
-
-    prompt_tokens: int
-    output_tokens: int
-    first_token_seconds: float
-    decode_seconds: float
-    decode_tokens_per_second: float
-    rounds: int
-    drafted: int
-    accepted: tuple[int, ...]
-
-    @property
-    def acceptance_length(self) -> float:
-        """Tokens that a round gives on average, before stop tokens cut it short: 1 + accepted / rounds; 1 without speculation."""
-        return 1.0 + sum(self.accepted) / self.rounds if self.rounds else 1.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """What a prompt was continued with.
-
-    ``token_ids`` includes the end token that stopped it, ``text`` does not; ``text`` is None if the checkpoint has no
-    tokenizer. ``finish_reason``: "stop" (an end token or stop string) or "length" (``max_tokens`` or the context).
-    ``logprobs`` has an entry a token if the request asked. ``seed`` reproduces the completion.
-    """
-
-    prompt_token_ids: list[int]
-    token_ids: list[int]
-    text: str | None
-    finish_reason: FinishReason
-    logprobs: list[TokenLogprob] | None
-    seed: int
-    stats: Stats
 
 
 class Stream(Iterator[str]):
@@ -114,6 +60,20 @@ class Stream(Iterator[str]):
         raise StopIteration
 
 
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What an LLM is made of, checked, with everything decided: where its weights go, and how it speculates, if at all."""
+
+    config: ModelConfig
+    placement: Placement
+    weights: Mapping[str, jax.Array]
+    speculator: Speculator | None
+    text: Text
+    max_batch: int | None
+    prefill_lengths: Sequence[int] | None
+    ring_hardware: RingHardware
+
+
 class LLM:
     """A loaded model, for one call at a time: a call that begins while another thread's runs raises RuntimeError."""
 
@@ -134,23 +94,50 @@ class LLM:
         prefill_lengths: Sequence[int] | None = None,
         ring_hardware: RingHardware = H100_RING,
     ) -> None:
-        """``weights`` by the names of ``l4jax.model.weights.weight_specs``; the other arguments are those of :func:`load`.
+        """``weights`` by the names of ``l4jax.model.weights.weight_specs``; the other arguments are those of :func:`l4jax.load`.
 
         ``no_tokenizer``, ``no_chat``: why there is none, for the errors of calls that need one.
         """
-        arguments.check_parts(config, weights, drafter, tokenizer, chat_format)
+        arguments.check_kind("the configuration", config, ModelConfig, "an l4jax.ModelConfig")
+        arguments.check_kind("the value of weights", weights, Mapping, "a mapping from names to arrays")
+        arguments.check_kind("the drafter", drafter, LoadedDrafter | None, "an l4jax.speculator.LoadedDrafter, or load with drafter=PATH")
+        arguments.check_kind("the tokenizer", tokenizer, Tokenizer | None, "an l4jax.text.tokenizer.Tokenizer")
+        arguments.check_kind("the chat format", chat_format, ChatFormat | None, "an l4jax.text.chat.ChatFormat")
         arguments.check_kind("ring_hardware", ring_hardware, RingHardware, "a sharding.select.RingHardware")
         prefill_lengths = None if prefill_lengths is None else arguments.piece_lengths(prefill_lengths)
         max_batch = None if max_batch is None else arguments.batch_size(max_batch)
-        self.placement = placement = Placement.on(config, mesh)
-        self.config = config
-        self.tokenizer = tokenizer
-        self.chat_format = chat_format
-        self._no_tokenizer, self._no_chat = no_tokenizer, no_chat
-        self.max_batch = 8 * placement.spec.data if max_batch is None else max_batch
+        placement = Placement.on(config, mesh)
+        trained, own = (None, None) if drafter is None else (drafter.config, drafter.table)
+        choice = choose_speculation(config, trained, own, speculation, beyond_training)
+        speculator = None
+        if choice is not None and drafter is not None:
+            speculator = choice.speculator(DrafterPlacement(drafter.config, placement.mesh), drafter.weights)
+        text = Text(tokenizer, chat_format, no_tokenizer, no_chat)
+        self._begin(Parts(config, placement, weights, speculator, text, max_batch, prefill_lengths, ring_hardware))
+
+    @classmethod
+    def of(cls, parts: Parts) -> LLM:
+        """Make an LLM of parts that are checked already, as :func:`l4jax.load` does."""
+        llm = cls.__new__(cls)
+        llm._begin(parts)
+        return llm
+
+    def _begin(self, parts: Parts) -> None:
+        self.config = parts.config
+        self.placement = parts.placement
+        self.tokenizer = parts.text.tokenizer
+        self.chat_format = parts.text.chat_format
+        self.max_batch = 8 * parts.placement.spec.data if parts.max_batch is None else parts.max_batch
         self._in_use = threading.Lock()
-        speculator = speculator_for(config, placement, drafter, speculation, beyond_training)
-        self.runner = Runner(placement, weights, speculator=speculator, prefill_lengths=prefill_lengths, ring_hardware=ring_hardware)
+        self.runner = Runner(
+            parts.placement,
+            parts.weights,
+            speculator=parts.speculator,
+            prefill_lengths=parts.prefill_lengths,
+            ring_hardware=parts.ring_hardware,
+        )
+        asked_for = parts.speculator is not None and parts.speculator.asked_for
+        self.requests = RequestMaker(parts.config, parts.text, drafts_up_to=self.runner.drafts_up_to if asked_for else math.inf)
 
     @property
     def weights(self) -> dict[str, jax.Array]:
@@ -165,13 +152,12 @@ class LLM:
     @property
     def stop_token_ids(self) -> frozenset[int]:
         """The tokens that end an answer: the configuration's, the tokenizer's and the chat template's."""
-        tokenizers = () if self.tokenizer is None else self.tokenizer.eos_ids
-        return frozenset((*self.config.eos_token_ids, *tokenizers, *(() if self.chat_format is None else self.chat_format.stop_token_ids)))
+        return self.requests.stop_token_ids
 
     def logits(self, prompts: Prompt | Sequence[Prompt]) -> list[np.ndarray]:
         """Next-token logits at every position of each prompt: float32 [T, vocab_size] each."""
         with self._alone() as check_interrupts:
-            encoded = [self._encode(p) for p in arguments.several(prompts)]
+            encoded = [self.requests.encode(p) for p in arguments.several(prompts)]
             _check_agreed(encoded)
             logits_of_each = []
             for group in _groups(encoded, self.max_batch):
@@ -186,7 +172,8 @@ class LLM:
         each = arguments.several(prompts)
         params_of_each = arguments.sampling_params_of_each(params, len(each))
         with self._alone() as check_interrupts:
-            requests = _agreed([self._request(self._encode(prompt), p) for prompt, p in zip(each, params_of_each, strict=True)])
+            make = self.requests
+            requests = _agreed([make.request(make.encode(prompt), p) for prompt, p in zip(each, params_of_each, strict=True)])
             completions = []
             for group in _groups(requests, self.max_batch):
                 run = _Run(self, group)
@@ -197,15 +184,15 @@ class LLM:
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
         """Continue one prompt, giving out text as it comes."""
-        return self._stream(self._encode(prompt), arguments.one_sampling_params(params))
+        return self._stream(self.requests.encode(prompt), arguments.one_sampling_params(params))
 
     def chat(self, messages: Sequence[Message], params: SamplingParams | None = None, **options: Unpack[ChatOptions]) -> Completion:
         """Answer a conversation: a list of ``{"role": ..., "content": ...}``, put in the model's chat format with :class:`ChatOptions`."""
-        return self.generate([self._encode_chat(messages, options)], arguments.one_sampling_params(params))[0]
+        return self.generate([self.requests.encode_chat(messages, options)], arguments.one_sampling_params(params))[0]
 
     def stream_chat(self, messages: Sequence[Message], params: SamplingParams | None = None, **options: Unpack[ChatOptions]) -> Stream:
         """Answer a conversation as :meth:`chat` does, returning text as it comes."""
-        return self._stream(self._encode_chat(messages, options), arguments.one_sampling_params(params))
+        return self._stream(self.requests.encode_chat(messages, options), arguments.one_sampling_params(params))
 
     def warmup(self, *, max_length: int, max_batch: int | None = None) -> None:
         """Compile everything that requests of up to ``max_length`` tokens (prompt and output) and this batch size need.
@@ -261,67 +248,18 @@ class LLM:
             self._in_use.release()
 
     def _stream(self, token_ids: list[int], params: SamplingParams) -> Stream:
-        if self.tokenizer is None:
-            raise ValueError(f"a stream is of text, but {self._no_tokenizer}; use generate, which returns token ids")
+        self.requests.check_streams()
         with self._alone():
-            return Stream(_Run(self, _agreed([self._request(token_ids, params)])))
-
-    def _encode(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError(f"the prompt is text, but {self._no_tokenizer}; give token ids, or convert the model with its tokenizer")
-            if not prompt:
-                raise ValueError("the prompt is empty; expected at least one character")
-            return self._checked(self.tokenizer.encode(prompt))
-        return self._checked(arguments.token_ids(prompt))
-
-    def _checked(self, token_ids: list[int]) -> list[int]:
-        context = self.config.max_position_embeddings
-        if not token_ids:
-            raise ValueError("the prompt has no tokens; expected at least one")
-        self._check_vocabulary(token_ids, "the prompt")
-        if len(token_ids) > context:
-            raise ValueError(f"the prompt has {len(token_ids)} tokens; expected at most the model's context of {context}; shorten it")
-        return token_ids
-
-    def _check_vocabulary(self, token_ids: Iterable[int], where: str) -> None:
-        for token in token_ids:
-            if not 0 <= token < self.config.vocab_size:
-                raise ValueError(f"{where} has token id {token}; expected 0 to {self.config.vocab_size - 1}, the model's vocabulary")
-
-    def _encode_chat(self, messages: Sequence[Message], options: ChatOptions) -> list[int]:
-        if self.chat_format is None:
-            raise ValueError(
-                f"{self._no_chat}; use generate with token ids in the model's own format, as "
-                "llm.tokenizer.encode(text, parse_special=True) makes them"
-            )
-        return self._checked(self.chat_format.encode(messages, **options))
-
-    def _request(self, token_ids: list[int], params: SamplingParams) -> Request:
-        room = self.config.max_position_embeddings - len(token_ids)
-        if room < 1:
-            raise ValueError(f"the prompt fills the model's context of {len(token_ids)} tokens; shorten it to leave room for an answer")
-        if params.stop and self.tokenizer is None:
-            raise ValueError(f"stop strings need a tokenizer, but {self._no_tokenizer}; use stop_token_ids")
-        self._check_vocabulary(params.logit_bias, "logit_bias")
-        if sum(bias == -math.inf for bias in params.logit_bias.values()) == self.config.vocab_size:
-            raise ValueError(f"logit_bias forbids all {self.config.vocab_size} tokens; leave at least one")
-        self._check_vocabulary(params.stop_token_ids, "stop_token_ids")
-        ends = set(params.stop_token_ids)
-        if not params.ignore_eos:
-            ends |= self.stop_token_ids
-        self.runner.check_speculates(len(token_ids))
-        seed = secrets.randbits(64) if params.seed is None else params.seed
-        return Request(token_ids, dataclasses.replace(params, max_tokens=min(params.max_tokens, room)), seed, sorted(ends))
+            return Stream(_Run(self, _agreed([self.requests.request(token_ids, params)])))
 
 
 class _Run:
-    """One batch from prompt to completions: turns tokens into text, watches for stop strings, keeps the time."""
+    """One batch from prompts to completions."""
 
     def __init__(self, llm: LLM, requests: Sequence[Request]) -> None:
         self.llm = llm
         self._requests = requests
-        self._rows = [_Row(llm.tokenizer, r) for r in requests]
+        self._answers = [Answer(llm.tokenizer, r) for r in requests]
         self.finished = False
 
     def bursts(self, steps: Callable[[int], int]) -> Iterator[list[str]]:
@@ -332,11 +270,11 @@ class _Run:
         while True:
             new = batch.step(steps(burst - 1) if burst else 1)
             elapsed = time.perf_counter() - started
-            for row, rounds in zip(self._rows, batch.rounds, strict=True):
-                row.rounds = rounds
-            yield [row.extend(tokens, batch.done[i], elapsed) for i, (row, tokens) in enumerate(zip(self._rows, new, strict=True))]
-            for i, row in enumerate(self._rows):
-                if row.stopped and not batch.done[i]:
+            for answer, rounds in zip(self._answers, batch.rounds, strict=True):
+                answer.rounds = rounds
+            yield [answer.extend(tokens, batch.done[i], elapsed) for i, (answer, tokens) in enumerate(zip(self._answers, new, strict=True))]
+            for i, answer in enumerate(self._answers):
+                if answer.stopped and not batch.done[i]:
                     batch.finish(i)
             if all(batch.done):
                 self.finished = True
@@ -344,142 +282,7 @@ class _Run:
             burst += 1
 
     def completions(self) -> list[Completion]:
-        return [row.completion() for row in self._rows]
-
-
-class _Row:
-    """One request's output as it grows."""
-
-    def __init__(self, tokenizer: Tokenizer | None, request: Request) -> None:
-        self._request = request
-        self._decoder = None if tokenizer is None else StreamDecoder(tokenizer)
-        self._filter = StopStringFilter(request.params.stop)
-        self._token_ids: list[int] = []
-        self._logprobs: list[TokenLogprob] = []
-        self._text: list[str] = []
-        self._progress: list[tuple[int, float]] = []
-        self._ended = False
-        self.stopped = False
-        self.rounds = NO_ROUNDS
-
-    def extend(self, new: NewTokens, done: bool, elapsed: float) -> str:
-        """Take in new tokens; the text that may be shown now. ``stopped`` is set once a stop string has appeared."""
-        if self._ended:
-            return ""
-        text = ""
-        for index, token in enumerate(new.token_ids):
-            self._token_ids.append(token)
-            if new.logprobs is not None:
-                self._logprobs.append(new.logprobs[index])
-            if self._decoder is not None and token not in self._request.stop_ids:
-                text += self._filter.push(self._decoder.push([token]))
-                if self._filter.stopped:
-                    break
-        if done and not self._filter.stopped and self._decoder is not None:
-            text += self._filter.push(self._decoder.finish())
-            text += self._filter.finish()
-        self._progress.append((len(self._token_ids), elapsed))
-        self.stopped = self._filter.stopped
-        self._ended = done or self.stopped
-        self._text.append(text)
-        return text
-
-    def completion(self) -> Completion:
-        (_, first_seconds), (last, last_seconds) = self._progress[0], self._progress[-1]
-        begun, begun_seconds = self._progress[1 if len(self._progress) > 2 else 0]
-        ended_by_token = bool(self._token_ids) and self._token_ids[-1] in self._request.stop_ids
-        return Completion(
-            prompt_token_ids=list(self._request.token_ids),
-            token_ids=self._token_ids,
-            text=None if self._decoder is None else "".join(self._text),
-            finish_reason="stop" if self.stopped or ended_by_token else "length",
-            logprobs=None if self._request.params.logprobs is None else self._logprobs,
-            seed=self._request.seed,
-            stats=Stats(
-                prompt_tokens=len(self._request.token_ids),
-                output_tokens=len(self._token_ids),
-                first_token_seconds=first_seconds,
-                decode_seconds=last_seconds - first_seconds,
-                decode_tokens_per_second=(last - begun) / (last_seconds - begun_seconds) if last > begun else 0.0,
-                rounds=self.rounds.rounds,
-                drafted=self.rounds.drafted,
-                accepted=self.rounds.accepted,
-            ),
-        )
-
-
-def load(
-    path: str | os.PathLike[str],
-    *,
-    mesh: str | MeshSpec = ONE_DEVICE,
-    dtype: DType | None = None,
-    drafter: str | os.PathLike[str] | None = None,
-    speculation: str = "auto",
-    beyond_training: BeyondTraining = "window",
-    max_batch: int | None = None,
-    prefill_lengths: Sequence[int] | None = None,
-    ring_hardware: RingHardware = H100_RING,
-) -> LLM:
-    """Load a checkpoint made by ``l4jax convert``.
-
-    ``mesh``: the devices to run on, such as "tensor=4,expert=2" or a file of ``configs/meshes``; one device by default. Every
-    device reads only its part of the weights. ``dtype``: what weights and cache are held in; None takes what most of the
-    checkpoint's bytes are stored in.
-
-    ``drafter``: the folder of one that was trained for this model (default: ``drafter`` in the
-    checkpoint's folder, if it is there); ``speculation``: "auto" (what the drafter's table says for the number of prompts), "off",
-    "chain:5", "tree:eagle26" (both also with ",sampled" behind) or "dynamic:steps=5,topk=4,nodes=16"; ``beyond_training``: what a drafter
-    does where the text is longer than what it was trained on, "window" (look back that far) or "stop".
-
-    At most ``max_batch`` prompts are decoded together (default: 8 for each rank along ``data``). ``prefill_lengths``: prompts are
-    worked off in pieces, padded to one of these lengths (default: 32, 128 and 512 for each rank that shares their tokens).
-    ``ring_hardware``: what decides which ring passes them (``sharding.select``). Compiled programs are kept on disk between processes,
-    unless JAX's own setting says where or not.
-    """
-    arguments.check_words(dtype, speculation)
-    arguments.check_kind("the checkpoint", path, str | os.PathLike, "the path of a folder that l4jax convert made")
-    arguments.check_kind("the drafter", drafter, str | os.PathLike | None, "the path of a drafter's folder")
-    arguments.check_kind("ring_hardware", ring_hardware, RingHardware, "a sharding.select.RingHardware")
-    prefill_lengths = None if prefill_lengths is None else arguments.piece_lengths(prefill_lengths)
-    max_batch = None if max_batch is None else arguments.batch_size(max_batch)
-    keep_compiled_programs()
-    checkpoint = open_checkpoint(path)
-    placement = Placement.on(checkpoint.config, mesh)
-    held_in = jnp.dtype(dtype or checkpoint.dtype)
-    opened = None if speculation == "off" else open_fitting_drafter(checkpoint.drafter if drafter is None else drafter, checkpoint)
-    # Before anything is read: how to speculate, and whether these can.
-    own = None if opened is None else SpeculationTable.from_json(opened.speculation, held_in.name)
-    table = speculation_table(checkpoint.config, None if opened is None else opened.config, own, speculation, beyond_training)
-    if table is None:
-        opened = None
-    hosts.check_same(
-        {
-            "the checkpoint's digest": checkpoint.digest,
-            "the drafter's digest": "none" if opened is None else opened.digest,
-            "speculation": f"{table}, {beyond_training}",
-            "the mesh": str(placement.spec),
-            "dtype": str(dtype),
-            "max_batch": str(max_batch),
-            "prefill_lengths": str(prefill_lengths),
-            "ring_hardware": str(ring_hardware),
-            "l4jax": importlib.metadata.version("l4jax"),
-            "jax": jax.__version__,
-        },
-        "start every process with the same checkpoint, arguments and versions",
-    )
-    text = load_text(checkpoint.directory, checkpoint.config)
-    return LLM(
-        checkpoint.config,
-        checkpoint.restore(placement, held_in),
-        mesh=placement.spec,
-        drafter=None if opened is None else LoadedDrafter.restored(opened, placement, held_in),
-        speculation=speculation,
-        beyond_training=beyond_training,
-        **vars(text),
-        max_batch=max_batch,
-        prefill_lengths=prefill_lengths,
-        ring_hardware=ring_hardware,
-    )
+        return [answer.completion() for answer in self._answers]
 
 
 def _check_agreed(prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams] = ()) -> None:

@@ -29,7 +29,7 @@ from l4jax.model.drafter import Drafter
 from l4jax.model.llama import Llama
 from l4jax.model.step import PieceLayout, Spread, last_state
 from l4jax.model.weights import BoundModel, weight_specs
-from l4jax.placement import DrafterPlacement, Placement
+from l4jax.parallel.placement import DrafterPlacement, Placement
 from sharding.rules import partition
 
 PREFILL_LENGTHS = (32, 128, 512)

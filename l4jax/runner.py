@@ -12,16 +12,16 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from l4jax.arrays import global_array, host_array, to_host
 from l4jax.cache import CACHE_AXES, PAGE_SIZE, CacheShape, LayerCache, PageTables
 from l4jax.config import ModelConfig
 from l4jax.decoding.generate import DecodeState, DecodeTokens
 from l4jax.decoding.plan import Speculation, SpeculationTable
 from l4jax.decoding.sampling import NOT_FINITE, Logprobs, SamplingFeatures, SamplingRows, TokenCounts
 from l4jax.decoding.speculate import BeyondTraining, RoundCounts, SpeculationState
-from l4jax.placement import DrafterPlacement, Placement
+from l4jax.parallel.arrays import global_array, host_array, to_host
+from l4jax.parallel.placement import DrafterPlacement, Placement
+from l4jax.parallel.spread import H100_RING, Spreader, in_order
 from l4jax.programs import PREFILL_LENGTHS, Programs
-from l4jax.spread import H100_RING, Spreader, in_order
 from sharding import hosts
 from sharding.select import RingHardware
 
@@ -239,14 +239,6 @@ class Runner:
         if self._speculator is None:
             return 0
         return self._speculator.placement.config.max_position_embeddings if self._speculator.beyond == "stop" else math.inf
-
-    def check_speculates(self, tokens: int) -> None:
-        """Raise ValueError if speculation was asked for and the drafter stops before the end of a prompt of so many tokens."""
-        if self._speculator is not None and self._speculator.asked_for and tokens > self.drafts_up_to:
-            raise ValueError(
-                f"a prompt has {tokens} tokens, and the drafter was trained at lengths up to {self.drafts_up_to} and is told to stop "
-                'there; load with speculation="off", or with beyond_training="window", which lets it look back that far'
-            )
 
     def speculation(self, rows: int, longest: int) -> Speculation | None:
         """How a batch of so many prompts, of up to ``longest`` tokens, is speculated for, if at all."""

@@ -1,4 +1,4 @@
-"""Open a drafter's folder, decide how to speculate, and build the Speculator that a runner uses."""
+"""Drafters: open a folder, decide how to speculate, and build the Speculator that a runner uses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from l4jax.checkpoints.store import Checkpoint, DrafterCheckpoint, open_drafter
 from l4jax.config import ConfigError, DrafterConfig, ModelConfig, check_fits
 from l4jax.decoding.plan import Speculation, SpeculationTable
 from l4jax.decoding.speculate import BeyondTraining
-from l4jax.placement import DrafterPlacement, Placement
+from l4jax.parallel.placement import DrafterPlacement, Placement
 from l4jax.runner import Speculator
 from sharding.kinds import shown
 
@@ -44,10 +44,26 @@ def open_fitting_drafter(path: str | os.PathLike[str] | None, target: Checkpoint
     return drafter
 
 
-def speculation_table(
+@dataclasses.dataclass(frozen=True)
+class SpeculationChoice:
+    """How to speculate at each batch size, and what the drafter does in texts longer than it was trained on.
+
+    ``asked_for``: the user has said how; then a prompt that cannot be speculated for is an error.
+    """
+
+    table: SpeculationTable
+    beyond: BeyondTraining
+    asked_for: bool
+
+    def speculator(self, placement: DrafterPlacement, weights: Mapping[str, jax.Array]) -> Speculator:
+        """The Speculator with this drafter."""
+        return Speculator(placement, weights, self.table, self.beyond, self.asked_for)
+
+
+def choose_speculation(
     config: ModelConfig, drafter: DrafterConfig | None, own: SpeculationTable | None, speculation: str, beyond: BeyondTraining
-) -> SpeculationTable | None:
-    """How to speculate at each batch size, from the arguments of ``load``; None to never speculate. ``own``: the drafter's own table.
+) -> SpeculationChoice | None:
+    """How to speculate, from the arguments of ``load``; None to never speculate. ``own``: the drafter's own table.
 
     Raises ValueError if the drafter is another model's, if ``speculation`` needs a drafter and none is given, or if the drafter
     cannot draft the tree that ``speculation`` asks for.
@@ -62,16 +78,4 @@ def speculation_table(
     check_fits(drafter, config)
     table = SpeculationTable.always(plan) if plan else own
     table.check_fits(config, drafter.draft_vocab_size)
-    return table if table.speculates else None
-
-
-def speculator_for(
-    config: ModelConfig, placement: Placement, drafter: LoadedDrafter | None, speculation: str, beyond: BeyondTraining
-) -> Speculator | None:
-    """The Speculator for the runner; None to never speculate. Raises ValueError as :func:`speculation_table` does."""
-    drafter_config, own = (None, None) if drafter is None else (drafter.config, drafter.table)
-    table = speculation_table(config, drafter_config, own, speculation, beyond)
-    if table is None:
-        return None
-    assert drafter is not None
-    return Speculator(DrafterPlacement(drafter.config, placement.mesh), drafter.weights, table, beyond, asked_for=speculation != "auto")
+    return SpeculationChoice(table, beyond, asked_for=plan is not None) if table.speculates else None

@@ -5,12 +5,29 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from l4jax.config import ConfigError, ModelConfig, MoEConfig, RopeScaling, VisionConfig, config_from_json, config_to_json, flat_fields
+from l4jax.config import (
+    ConfigError,
+    DrafterConfig,
+    Eagle1Config,
+    Eagle3Config,
+    ModelConfig,
+    MoEConfig,
+    RopeScaling,
+    VisionConfig,
+    config_from_json,
+    config_to_json,
+    drafter_config_from_json,
+    flat_fields,
+)
 from tests.tiny import llama3_like, scout_like
+
+SHARED: dict[str, Any] = {"decoder": llama3_like(num_layers=1, rope_layers=(True,), vocab_size=96, hidden_size=32), "target_layers": 4}
+STORED = Path(__file__).parent / "golden" / "stored"
 
 VISION = VisionConfig(
     hidden_size=16,
@@ -130,3 +147,75 @@ def test_flat_fields_have_dotted_names() -> None:
     assert fields["rope_scaling.factor"] == 16.0
     assert fields["vision"] is None
     assert not {"moe", "rope_scaling", "sources"} & fields.keys()
+
+
+def stored(name: str) -> Any:
+    """The JSON of a configuration as checkpoints store it."""
+    return json.loads((STORED / f"{name}.json").read_text())
+
+
+def test_a_stored_model_is_read_and_written_as_it_was() -> None:
+    config = config_from_json(stored("model"))
+    assert (config.architecture, config.rope_layers, config.eos_token_ids) == ("llama4", (True, False), (2, 3))
+    assert config.moe == MoEConfig(num_experts=4, intermediate_size=24, moe_layers=(True, False))
+    assert config_to_json(config) == stored("model")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("eagle1", Eagle1Config(**SHARED, own_embedding=True, fuse_bias=True, first_layer_normed=True, final_normed=True)),
+        (
+            "eagle3",
+            Eagle3Config(
+                **SHARED,
+                draft_vocab_size=24,
+                target_hidden_size=32,
+                aux_layers=(1, 2, 4),
+                norm_before_residual=True,
+                norm_each_aux=True,
+                norm_fed_back=True,
+                target_head=True,
+            ),
+        ),
+    ],
+)
+def test_a_stored_drafter_of_each_version_is_read_and_written_as_it_was(name: str, expected: DrafterConfig) -> None:
+    config = drafter_config_from_json(stored(name))
+    assert dataclasses.replace(config, decoder=expected.decoder, target_tokenizer=None) == expected
+    assert config.decoder == config_from_json(stored(name)["decoder"])
+    assert dict(config.sources)["version"] == "training: version"
+    written = config_to_json(config)
+    assert written == stored(name)
+    assert list(written) == list(stored(name))
+    assert set(flat_fields(config)) > set(stored(name)) - {"decoder", "sources"}
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value", "message"),
+    [
+        ("eagle1", "norm_fed_back", True, "norm_fed_back is true; expected false for eagle1"),
+        ("eagle1", "target_head", True, "target_head is true; expected false for eagle1"),
+        ("eagle1", "aux_layers", [1], "aux_layers is [1]; expected [] for eagle1"),
+        ("eagle1", "draft_vocab_size", 24, "draft_vocab_size is 24; expected 96 for eagle1"),
+        ("eagle1", "target_hidden_size", 64, "target_hidden_size is 64; expected 32 for eagle1"),
+        ("eagle3", "fuse_bias", True, "fuse_bias is true; expected false for eagle3"),
+        ("eagle3", "version", "eagle2", "drafter.version is 'eagle2'; expected one of 'eagle1', 'eagle3'"),
+        ("eagle3", "norm_before_fuse", True, "norm_before_fuse and norm_each_aux are both true; expected at most one"),
+        ("eagle3", "draft_vocab_size", 97, "draft_vocab_size is 97; expected at most the target's, 96"),
+        ("eagle3", "aux_layers", [5], "aux_layers is (5,); expected layers of the target, 0 to 4"),
+        ("eagle3", "width", 3, "drafter has the unknown fields width"),
+    ],
+)
+def test_a_stored_drafter_that_cannot_be_is_refused_in_one_line(name: str, field: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        drafter_config_from_json({**stored(name), field: value})
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_stored_drafter_without_a_field_is_refused() -> None:
+    values = stored("eagle3")
+    del values["fuse_bias"]
+    with pytest.raises(ConfigError, match="drafter lacks the fields fuse_bias"):
+        drafter_config_from_json(values)

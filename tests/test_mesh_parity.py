@@ -14,7 +14,7 @@ from l4jax.batch import Batch
 from l4jax.config import MoEConfig
 from l4jax.model.llama import Llama
 from l4jax.model.weights import weight_specs
-from l4jax.placement import Placement
+from l4jax.parallel.placement import Placement
 from l4jax.runner import Runner
 from sharding.mesh import MeshSpec
 from sharding.select import RingHardware
@@ -172,7 +172,7 @@ def test_a_mesh_that_does_not_fit_is_refused_in_one_line(config, mesh, message):
 def test_results_said_to_be_equal_on_every_device_are():
     """shard_map is told that some results are the same on every device, and does not check it: the copies must be equal to the bit."""
     llm = model("scout", "data=2,sequence=2,tensor=2")
-    batch = Batch(llm.runner, [llm._request(p, params) for p, params in zip(prompts(llm.config, LENGTHS), PARAMS, strict=True)])
+    batch = Batch(llm.runner, [llm.requests.request(p, params) for p, params in zip(prompts(llm.config, LENGTHS), PARAMS, strict=True)])
     batch.step(1)
     batch.step(4)
     assert_copies_are_equal(dataclasses.replace(batch._state, cache=llm.runner._cache))
@@ -197,7 +197,7 @@ def test_ranks_that_round_differently_agree_on_every_token():
     placed["norm.scale"] = jax.make_array_from_single_device_arrays(scale.shape, scale.sharding, differing)
     llm = LLM(config, placed, mesh="sequence=2")
     for seed in range(4):
-        batch = Batch(llm.runner, [llm._request(p, SamplingParams(max_tokens=40, seed=seed)) for p in prompts(config, (3, 9))])
+        batch = Batch(llm.runner, [llm.requests.request(p, SamplingParams(max_tokens=40, seed=seed)) for p in prompts(config, (3, 9))])
         while not all(batch.done):
             batch.step(8)
             assert_copies_are_equal(dataclasses.replace(batch._state, cache=()))

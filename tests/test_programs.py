@@ -16,7 +16,7 @@ from l4jax.decoding.generate import DecodeState
 from l4jax.decoding.plan import Speculation, SpeculationTable
 from l4jax.decoding.sampling import batch_features, sampling_rows
 from l4jax.decoding.speculate import SpeculationState
-from l4jax.placement import DrafterPlacement, Placement
+from l4jax.parallel.placement import DrafterPlacement, Placement
 from l4jax.programs import Programs
 from sharding.mesh import ONE_DEVICE, MeshSpec
 from tests.tiny import drafter, few_tokens, llama3_like, loaded_drafter, maverick_like, prompts, scout_like, weights

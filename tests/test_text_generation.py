@@ -110,7 +110,7 @@ def test_rows_stop_where_they_do_without_speculation(llm):
 def test_tokens_do_not_depend_on_the_bursts(llm):
     expected = llm.generate("the dog", PARAMS)[0].token_ids
     for bursts in ([1], [3, 1, 7], [32]):
-        batch = Batch(llm.runner, [llm._request(TOKENIZER.encode("the dog"), PARAMS)])
+        batch = Batch(llm.runner, [llm.requests.request(TOKENIZER.encode("the dog"), PARAMS)])
         tokens: list[int] = []
         for steps in itertools.cycle(bursts):
             tokens += batch.step(steps)[0].token_ids

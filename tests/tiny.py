@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from l4jax.checkpoints.store import StoredWeight, checksum, save_group, write_manifest
-from l4jax.config import DrafterConfig, ModelConfig, MoEConfig, RopeScaling
+from l4jax.config import DrafterConfig, Eagle1Config, Eagle3Config, ModelConfig, MoEConfig, RopeScaling
 from l4jax.decoding.plan import SpeculationTable
 from l4jax.model.drafter import build_drafter
 from l4jax.model.llama import Llama
@@ -105,18 +105,16 @@ def drafter(config: ModelConfig, version: Literal["eagle1", "eagle3"] = "eagle3"
     """The configuration of a one-layer drafter for this model, trained at 64 positions. EAGLE-3 reads the inputs of layers 1, 2 and 3."""
     decoder = llama3_like(num_layers=1, rope_layers=(True,), rope_scaling=None, max_position_embeddings=64, tie_word_embeddings=False)
     decoder = dataclasses.replace(decoder, vocab_size=config.vocab_size, hidden_size=config.hidden_size)
+    if version == "eagle1":
+        return Eagle1Config(**{"decoder": decoder, "target_layers": config.num_layers, **changes})
     values: dict[str, Any] = {
-        "version": version,
         "decoder": decoder,
         "draft_vocab_size": config.vocab_size,
         "target_layers": config.num_layers,
         "target_hidden_size": config.hidden_size,
-        "target_tokenizer": None,
-        "aux_layers": (1, 2, 3) if version == "eagle3" else (),
+        "aux_layers": (1, 2, 3),
     }
-    flags = ("own_embedding", "fuse_bias", "first_layer_normed", "final_normed")
-    flags += ("norm_before_residual", "norm_before_fuse", "norm_each_aux", "norm_fed_back", "target_head")
-    return DrafterConfig(**values | dict.fromkeys(flags, False) | changes)
+    return Eagle3Config(**values | changes)
 
 
 def loaded_drafter(config: DrafterConfig, seed: int = 1) -> LoadedDrafter:

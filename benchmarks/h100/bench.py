@@ -17,7 +17,7 @@ from jax import Array
 
 from benchmarks.h100.errors import DeviceBroken, TooLittleMemory
 from benchmarks.h100.sizes import Sizes
-from l4jax.config import DrafterConfig, ModelConfig
+from l4jax.config import DrafterConfig, Eagle3Config, ModelConfig
 from l4jax.config_formats import config_from_hf
 from l4jax.data import configs_path
 from l4jax.decoding.params import SamplingParams
@@ -134,17 +134,12 @@ def eagle3_head(config: ModelConfig, draft_vocab_size: int, **layer: Any) -> Dra
         "max_position_embeddings": min(2048, config.max_position_embeddings),
     }
     decoder = dataclasses.replace(config, **dense | layer)
-    flags = ("own_embedding", "fuse_bias", "first_layer_normed", "final_normed", "norm_before_residual", "norm_before_fuse")
-    flags += ("norm_each_aux", "norm_fed_back", "target_head")
-    return DrafterConfig(
-        version="eagle3",
+    return Eagle3Config(
         decoder=decoder,
         draft_vocab_size=draft_vocab_size,
         target_layers=config.num_layers,
         target_hidden_size=config.hidden_size,
-        target_tokenizer=None,
         aux_layers=(0, config.num_layers // 2, config.num_layers),
-        **dict.fromkeys(flags, False),
     )
 
 

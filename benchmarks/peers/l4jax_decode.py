@@ -10,8 +10,9 @@ import jax
 from worker import Ready, Repetition, Work, argument_parser, serve
 
 import l4jax
-from l4jax.batch import Batch, Request
+from l4jax.batch import Batch
 from l4jax.decoding.generate import BURST
+from l4jax.request import Request
 
 
 def main() -> None:

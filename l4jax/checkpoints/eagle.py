@@ -18,7 +18,7 @@ from l4jax.checkpoints.safetensors import INDEX, SINGLE, SafetensorsFiles
 from l4jax.checkpoints.source import CheckpointError, Recipe, TensorInfo
 from l4jax.checkpoints.store import Checkpoint
 from l4jax.checkpoints.torch_zip import TorchFile
-from l4jax.config import DrafterConfig, check_fits
+from l4jax.config import DrafterConfig, Eagle1Config, Eagle3Config, check_fits
 from l4jax.config_formats.eagle import HeadAnswers, drafter_config_from_eagle, head_format, says_head
 from l4jax.files import FileError, read_json
 
@@ -66,8 +66,12 @@ class EagleSource:
             if _HEAD not in self.tensors and "fc.weight" in self.tensors:
                 shape = (self.config.draft_vocab_size, self.config.decoder.hidden_size)
                 self.tensors = {**self.tensors, _HEAD: TensorInfo(shape, self.tensors["fc.weight"].dtype)}
-        recipes = _eagle1_recipes if self.config.version == "eagle1" else _eagle3_recipes
-        self.recipes: Mapping[str, Recipe] = recipes(self.config, self.tensors, speculators=form == "speculators")
+        speculators = form == "speculators"
+        self.recipes: Mapping[str, Recipe] = (
+            _eagle1_recipes(self.config, self.tensors, speculators=speculators)
+            if isinstance(self.config, Eagle1Config)
+            else _eagle3_recipes(self.config, self.tensors, speculators=speculators)
+        )
         # EAGLE-1 drafts with its target's head, of which some writers store a copy.
         self.ignored = frozenset({_HEAD} & self.tensors.keys() if self.config.version == "eagle1" else ())
         if self.ignored:
@@ -149,7 +153,7 @@ def _open_files(directory: Path) -> SafetensorsFiles | _TorchFiles:
     return files
 
 
-def _eagle1_recipes(config: DrafterConfig, tensors: Mapping[str, TensorInfo], *, speculators: bool) -> dict[str, Recipe]:
+def _eagle1_recipes(config: Eagle1Config, tensors: Mapping[str, TensorInfo], *, speculators: bool) -> dict[str, Recipe]:
     decoder, wanted = config.decoder, Wanted(tensors)
     D = decoder.hidden_size
     fuse = "fusion_fc" if speculators else "fc"
@@ -166,7 +170,7 @@ def _eagle1_recipes(config: DrafterConfig, tensors: Mapping[str, TensorInfo], *,
     return wanted.recipes
 
 
-def _eagle3_recipes(config: DrafterConfig, tensors: Mapping[str, TensorInfo], *, speculators: bool) -> dict[str, Recipe]:
+def _eagle3_recipes(config: Eagle3Config, tensors: Mapping[str, TensorInfo], *, speculators: bool) -> dict[str, Recipe]:
     decoder, wanted = config.decoder, Wanted(tensors)
     D, V, width, count = decoder.hidden_size, config.draft_vocab_size, config.target_hidden_size, len(config.aux_layers)
     theirs = "layers.0." if speculators else "midlayer."

@@ -27,7 +27,7 @@ from l4jax.checkpoints.store import (
     open_checkpoint,
     open_drafter,
 )
-from l4jax.config import ModelConfig
+from l4jax.config import Eagle1Config, ModelConfig
 from l4jax.config_formats import config_to_hf
 from l4jax.config_formats.eagle_write import config_to_eagle
 from l4jax.files import read_bytes, read_json
@@ -168,7 +168,7 @@ def _swiglu(ours: str, theirs: str, D: int, F: int) -> dict[str, Export]:
 def eagle_exports(checkpoint: DrafterCheckpoint, to: Format) -> dict[str, Export]:
     """Return every tensor of a published head, by its name there; the inverse of ``eagle.EagleSource``."""
     config, speculators = checkpoint.config, to == "speculators"
-    decoder, version = config.decoder, config.version
+    decoder = config.decoder
     D, V, width = decoder.hidden_size, config.draft_vocab_size, config.target_hidden_size
     exports: dict[str, Export] = {}
 
@@ -177,7 +177,7 @@ def eagle_exports(checkpoint: DrafterCheckpoint, to: Format) -> dict[str, Export
 
     if config.own_embedding:
         same("embed_tokens.weight", "embed")
-    if version == "eagle1":
+    if isinstance(config, Eagle1Config):
         fuse = "fusion_fc" if speculators else "fc"
         same(f"{fuse}.weight", "fuse")
         if config.fuse_bias:

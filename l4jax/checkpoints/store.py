@@ -41,7 +41,7 @@ from l4jax.interrupts import kept_interrupts
 from l4jax.model.drafter import build_drafter
 from l4jax.model.llama import Llama
 from l4jax.model.weights import weight_specs
-from l4jax.placement import Placement
+from l4jax.parallel.placement import Placement
 
 MANIFEST = "checkpoint.json"
 SOURCE_CONFIG = "source_config.json"

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
-from l4jax.config import ConfigError, DrafterConfig, ModelConfig, usual_aux_layers
+from l4jax.config import ConfigError, DrafterConfig, Eagle1Config, Eagle3Config, ModelConfig, usual_aux_layers
 from l4jax.config_formats.fields import convert, presence, shorten
 from l4jax.config_formats.hf import config_from_hf
 
@@ -20,6 +20,8 @@ HeadFormat = Literal["eagle", "speculators", "llama4"]
 
 _LLAMA4 = "EagleLlama4ForCausalLM"
 _IDS = "eagle_aux_hidden_state_layer_ids"
+_EAGLE1_ONLY = ("fuse_bias", "first_layer_normed", "final_normed")
+_EAGLE3_ONLY = ("aux_layers", "norm_before_residual", "norm_before_fuse", "norm_each_aux", "norm_fed_back", "target_head")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +29,7 @@ class HeadAnswers:
     """The user's answers to what a head's files leave open; None: as the files say.
 
     ``trained_length``: tokens of the longest text it was trained on. ``aux_layers``: layers whose input is read.
-    ``norm_before_residual``, ``norm_fed_back``: as in :class:`DrafterConfig`.
+    ``norm_before_residual``, ``norm_fed_back``: as in :class:`Eagle3Config`.
     """
 
     trained_length: int | None = None
@@ -76,13 +78,12 @@ def drafter_config_from_eagle(
     decoder = dataclasses.replace(decoder, max_position_embeddings=length)
     own_embedding = "embed_tokens.weight" in tensors
     common: dict[str, Any] = {
-        "version": version,
         "decoder": decoder,
         "target_layers": said.derive("target_layers", target.num_layers, "the target"),
         "target_tokenizer": said.derive("target_tokenizer", target_tokenizer, "the target"),
         "own_embedding": said.derive("own_embedding", own_embedding, presence("embed_tokens.weight", there=own_embedding)),
     }
-    of_version = f"the version, {'EAGLE-1' if version == 'eagle1' else 'EAGLE-3'}"
+    of_version = f"derived from the version, {'EAGLE-1' if version == 'eagle1' else 'EAGLE-3'}"
     if version == "eagle1":
         _refuse_answers(answers)
         if said.flag("layernorms"):
@@ -96,19 +97,13 @@ def drafter_config_from_eagle(
                 f"config.json says {'a' if bias else 'no'} bias, and the head {has} tensor {bias_key}: they do not belong together"
             )
         norms = form == "llama4"
-        return DrafterConfig(
+        said.sources |= {"draft_vocab_size": "derived from decoder.vocab_size", "target_hidden_size": "derived from decoder.hidden_size"}
+        said.sources |= dict.fromkeys(_EAGLE3_ONLY, of_version)
+        return Eagle1Config(
             **common,
-            draft_vocab_size=said.derive("draft_vocab_size", decoder.vocab_size, "decoder.vocab_size"),
-            target_hidden_size=said.derive("target_hidden_size", decoder.hidden_size, "decoder.hidden_size"),
-            aux_layers=said.derive("aux_layers", (), of_version),
             fuse_bias=said.derive("fuse_bias", has_bias, presence(bias_key, there=has_bias)),
             first_layer_normed=said.derive("first_layer_normed", norms, f"the head's format, {form}"),
             final_normed=said.derive("final_normed", norms, f"the head's format, {form}"),
-            norm_before_residual=said.derive("norm_before_residual", False, of_version),
-            norm_before_fuse=said.derive("norm_before_fuse", False, of_version),
-            norm_each_aux=said.derive("norm_each_aux", False, of_version),
-            norm_fed_back=said.derive("norm_fed_back", False, of_version),
-            target_head=said.derive("target_head", False, of_version),
             sources=tuple(said.sources.items()),
         )
     if said.flag("use_aux_hidden_state") is False:
@@ -119,14 +114,12 @@ def drafter_config_from_eagle(
             raise ConfigError(
                 f"config.json and the tensors disagree on {key}: the file says {str(stated).lower()}; they do not belong together"
             )
-    return DrafterConfig(
+    said.sources |= dict.fromkeys(_EAGLE1_ONLY, of_version)
+    return Eagle3Config(
         **common,
         draft_vocab_size=said.integer("draft_vocab_size", decoder.vocab_size),
         target_hidden_size=said.integer("target_hidden_size", decoder.hidden_size),
         aux_layers=_aux_layers(said, target.num_layers, answers.aux_layers),
-        fuse_bias=said.derive("fuse_bias", False, of_version),
-        first_layer_normed=said.derive("first_layer_normed", False, of_version),
-        final_normed=said.derive("final_normed", False, of_version),
         norm_before_residual=_norm_before_residual(said, answers.norm_before_residual),
         norm_before_fuse=before_fuse,
         norm_each_aux=each_aux,

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
-from l4jax.arrays import host_array
 from l4jax.decoding.params import MAX_LOGPROBS, SamplingParams
 from l4jax.decoding.randomness import Purpose, gumbel, stream_keys
+from l4jax.parallel.arrays import host_array
 from sharding.ranks import ONE, Ranks, local_index
 
 NOT_FINITE = -2

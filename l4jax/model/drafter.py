@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
 from l4jax.cache import LayerCache, TreeCache
-from l4jax.config import DrafterConfig
+from l4jax.config import DrafterConfig, Eagle1Config, Eagle3Config
 from l4jax.model.attention import Attention
 from l4jax.model.feed_forward import SwiGLU
 from l4jax.model.llama import DecoderLayer, Llama, embed
@@ -76,7 +76,9 @@ class Drafter(nnx.Module):
 class Eagle1(Drafter):
     """Joins embedding and hidden state, then predicts the target's next final state with decoder layers."""
 
-    def __init__(self, config: DrafterConfig, mesh: MeshSpec = ONE_DEVICE) -> None:
+    config: Eagle1Config
+
+    def __init__(self, config: Eagle1Config, mesh: MeshSpec = ONE_DEVICE) -> None:
         super().__init__(config, mesh)
         decoder = config.decoder
         D = decoder.hidden_size
@@ -121,7 +123,7 @@ class Eagle1(Drafter):
 class Eagle3Layer(nnx.Module):
     """A decoder layer whose attention reads embedding and hidden state side by side, each after a norm of its own."""
 
-    def __init__(self, config: DrafterConfig, mesh: MeshSpec) -> None:
+    def __init__(self, config: Eagle3Config, mesh: MeshSpec) -> None:
         decoder = config.decoder
         D, eps = decoder.hidden_size, decoder.rms_norm_eps
         self.norm_before_residual = config.norm_before_residual
@@ -149,7 +151,9 @@ class Eagle3Layer(nnx.Module):
 class Eagle3(Drafter):
     """Joins the residual streams of three of the target's layers, and has its own output head over a vocabulary of frequent tokens."""
 
-    def __init__(self, config: DrafterConfig, mesh: MeshSpec = ONE_DEVICE) -> None:
+    config: Eagle3Config
+
+    def __init__(self, config: Eagle3Config, mesh: MeshSpec = ONE_DEVICE) -> None:
         super().__init__(config, mesh)
         D, eps = config.decoder.hidden_size, config.decoder.rms_norm_eps
         width = config.target_hidden_size
@@ -200,4 +204,4 @@ class Eagle3(Drafter):
 
 def build_drafter(config: DrafterConfig, mesh: MeshSpec = ONE_DEVICE) -> Drafter:
     """Build the module of this configuration's version; its weights are abstract until bound."""
-    return Eagle1(config, mesh) if config.version == "eagle1" else Eagle3(config, mesh)
+    return Eagle1(config, mesh) if isinstance(config, Eagle1Config) else Eagle3(config, mesh)

@@ -22,10 +22,10 @@ from l4jax.decoding.plan import Speculation
 from l4jax.decoding.sampling import SamplingFeatures, SamplingRows, TokenCounts, batch_features, sampling_rows
 from l4jax.decoding.speculate import SpeculationState
 from l4jax.model.step import PieceLayout, Spread
-from l4jax.placement import DrafterPlacement, Placement
+from l4jax.parallel.placement import DrafterPlacement, Placement
+from l4jax.parallel.spread import Spreader
 from l4jax.planning.ledger import Collective, Ledger
 from l4jax.programs import Programs
-from l4jax.spread import Spreader
 from sharding.mesh import MeshSpec
 from sharding.select import Variant
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Int32
 
-from l4jax.arrays import host_array
+from l4jax.parallel.arrays import host_array
 from l4jax.training.data import Example
 
 

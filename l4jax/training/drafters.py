@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from l4jax.arrays import to_host
-from l4jax.config import DrafterConfig, ModelConfig, flat_fields, usual_aux_layers
+from l4jax.config import DrafterConfig, Eagle1Config, Eagle3Config, ModelConfig, flat_fields, usual_aux_layers
 from l4jax.model.drafter import build_drafter
 from l4jax.model.weights import random_weights
+from l4jax.parallel.arrays import to_host
 from l4jax.training.seeds import key_of
 
 Version = Literal["eagle1", "eagle3"]
@@ -47,7 +47,7 @@ def new_drafter(
 ) -> DrafterConfig:
     """A drafter for this model, with dense layers of the model's shape and plain RoPE; ``length``: tokens of the longest training text.
 
-    ``intermediate_size``: 0 for the target's. ``target_head``: as in :class:`DrafterConfig`. ``target_tokenizer``: the digest of the
+    ``intermediate_size``: 0 for the target's. ``target_head``: as in :class:`Eagle3Config`. ``target_tokenizer``: the digest of the
     target's tokenizer, if it has one.
 
     EAGLE-1 has the norms of published drafters for the model's architecture. EAGLE-3 reads, as published ones do, the states that enter
@@ -71,25 +71,18 @@ def new_drafter(
     }
     decoder = dataclasses.replace(target, **changes)
     count = target.num_layers
-    taps = usual_aux_layers(count) if count >= 8 else (count // 3, 2 * count // 3, count)
-    config = DrafterConfig(
-        version=version,
-        decoder=decoder,
-        draft_vocab_size=draft_vocab,
-        target_layers=count,
-        target_hidden_size=target.hidden_size,
-        target_tokenizer=target_tokenizer,
-        aux_layers=taps if version == "eagle3" else (),
-        own_embedding=False,
-        fuse_bias=False,
-        first_layer_normed=normed,
-        final_normed=normed,
-        norm_before_residual=False,
-        norm_before_fuse=False,
-        norm_each_aux=False,
-        norm_fed_back=False,
-        target_head=target_head,
-    )
+    shared: dict[str, Any] = {"decoder": decoder, "target_layers": count, "target_tokenizer": target_tokenizer}
+    config: DrafterConfig
+    if version == "eagle1":
+        config = Eagle1Config(**shared, first_layer_normed=normed, final_normed=normed)
+    else:
+        config = Eagle3Config(
+            **shared,
+            draft_vocab_size=draft_vocab,
+            target_hidden_size=target.hidden_size,
+            aux_layers=usual_aux_layers(count) if count >= 8 else (count // 3, 2 * count // 3, count),
+            target_head=target_head,
+        )
     copied = [f"decoder.{field}" for field in vars(decoder) if field not in changes]
     sources = dict.fromkeys(flat_fields(config), _SAME[version])
     sources |= dict.fromkeys((*copied, *_OF_TARGET_ALWAYS, *_OF_TARGET[version]), "derived from the target")
@@ -135,7 +128,7 @@ def first_weights(config: DrafterConfig, given: Mapping[str, Any], feature_Mf: n
     root mean square: the stream grows with depth (from 3 to 23 in SmolLM2), and the last would drown out the others.
     """
     weights = random_weights(build_drafter(config), key_of(seed), jnp.dtype(jnp.float32))
-    if config.version == "eagle1":
+    if isinstance(config, Eagle1Config):
         return dict(weights)
     feature_MaD = feature_Mf.astype(np.float32).reshape(-1, len(config.aux_layers), config.target_hidden_size)
     # The median over tokens: the first token of a sequence has states a hundred times as large as the others'.

@@ -20,7 +20,7 @@ class Replay:
 
     @property
     def acceptance_length(self) -> float:
-        """Mean number of tokens that a round emits, as in :class:`l4jax.llm.Stats`; 1 if there was no round."""
+        """Mean number of tokens that a round emits, as in :class:`l4jax.request.Stats`; 1 if there was no round."""
         return 1.0 + sum(self.accepted) / self.rounds if self.rounds else 1.0
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from l4jax.arrays import to_host
+from l4jax.parallel.arrays import to_host
 from l4jax.training.batches import Rows
 from l4jax.training.losses import TargetStates
 

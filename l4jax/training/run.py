@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from l4jax.arrays import to_host
 from l4jax.checkpoints.store import DrafterCheckpoint
 from l4jax.config import DrafterConfig, check_fits
 from l4jax.decoding.params import SamplingParams
 from l4jax.decoding.plan import UNMEASURED, TableJson
 from l4jax.interrupts import kept_interrupts
 from l4jax.llm import LLM
+from l4jax.parallel.arrays import to_host
 from l4jax.speculator import LoadedDrafter
 from l4jax.training.batches import Rows, batch, batches_in, draft_vocabulary, pack
 from l4jax.training.data import Example, Generation, Progress, answer, read_data

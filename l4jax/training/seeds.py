@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Key
 
-from l4jax.arrays import host_array
+from l4jax.parallel.arrays import host_array
 
 
 def key_of(seed: int) -> Key[Array, ""]:

@@ -16,12 +16,12 @@ import optax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Int32
 
-from l4jax.arrays import global_array, to_host
 from l4jax.config import DrafterConfig
 from l4jax.llm import LLM
 from l4jax.model.drafter import Drafter, build_drafter
 from l4jax.model.llama import Llama
 from l4jax.model.weights import BoundModel, weight_specs
+from l4jax.parallel.arrays import global_array, to_host
 from l4jax.training.batches import Rows
 from l4jax.training.losses import Measured, TargetStates, accepted, learning, mean_loss
 from l4jax.training.seeds import key_of

@@ -27,7 +27,7 @@ from l4jax.checkpoints.source import CheckpointError
 from l4jax.checkpoints.store import group_weights, open_checkpoint
 from l4jax.cli import main
 from l4jax.config_formats import config_from_hf, config_to_hf
-from l4jax.placement import Placement
+from l4jax.parallel.placement import Placement
 from sharding.mesh import ONE_DEVICE
 from tests.checkpoints.folders import GOLDEN, SMALL_GROUP, rewrite, tensors_of
 

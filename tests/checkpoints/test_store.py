@@ -18,7 +18,7 @@ from l4jax.checkpoints.convert import convert
 from l4jax.checkpoints.source import CheckpointError
 from l4jax.checkpoints.store import open_checkpoint, save_group
 from l4jax.files import FileError
-from l4jax.placement import Placement
+from l4jax.parallel.placement import Placement
 from sharding.mesh import ONE_DEVICE
 from tests.checkpoints.folders import GOLDEN
 

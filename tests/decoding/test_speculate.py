@@ -13,13 +13,14 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from l4jax import LLM, SamplingParams
-from l4jax.batch import Batch, Request
+from l4jax.batch import Batch
 from l4jax.cache import CACHE_AXES, CacheShape
 from l4jax.decoding.generate import BURST
 from l4jax.decoding.sampling import TokenCounts, batch_features, probabilities, sampling_rows
 from l4jax.decoding.tree import StaticTree, tree_tables
 from l4jax.model.weights import BoundModel
-from l4jax.placement import Placement
+from l4jax.parallel.placement import Placement
+from l4jax.request import Request
 from tests.decoding.limits import chi_square_limit
 from tests.tiny import drafter, few_tokens, llama3_like, loaded_drafter, maverick_like, prompts, scout_like, weights
 

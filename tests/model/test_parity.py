@@ -13,7 +13,7 @@ import pytest
 import l4jax
 from l4jax.checkpoints.convert import convert
 from l4jax.checkpoints.store import open_checkpoint
-from l4jax.placement import Placement
+from l4jax.parallel.placement import Placement
 from sharding.mesh import ONE_DEVICE
 
 GOLDEN = Path(__file__).parent.parent / "golden"

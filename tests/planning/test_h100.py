@@ -20,7 +20,7 @@ from jax._src.lru_cache import LRUCache
 
 from benchmarks.h100.launches import compiled
 from l4jax import SamplingParams
-from l4jax.config import DrafterConfig
+from l4jax.config import Eagle3Config
 from l4jax.config_formats import config_from_hf
 from l4jax.data import configs_path
 from l4jax.decoding.plan import Speculation
@@ -234,17 +234,12 @@ def test_rounds_of_speculation_keep_the_cache_in_place_and_gather_no_logits():
     one_dense_layer = {"num_layers": 1, "rope_layers": (True,), "moe": None, "attention_chunk_size": None, "use_qk_norm": False}
     own = {"intermediate_size": 32768, "rope_scaling": None, "max_position_embeddings": 2048, "attn_temperature_tuning": False}
     decoder = dataclasses.replace(config, **one_dense_layer, **own)
-    flags = ("own_embedding", "fuse_bias", "first_layer_normed", "final_normed")
-    flags += ("norm_before_residual", "norm_before_fuse", "norm_each_aux", "norm_fed_back", "target_head")
-    drafter = DrafterConfig(
-        version="eagle3",
+    drafter = Eagle3Config(
         decoder=decoder,
         draft_vocab_size=32000,
         target_layers=2,
         target_hidden_size=config.hidden_size,
-        target_tokenizer=None,
         aux_layers=(0, 1, 2),
-        **dict.fromkeys(flags, False),
     )
     plan = Speculation.parse("tree:eagle26")
     model = abstract_model(config, "tensor=8", drafter)

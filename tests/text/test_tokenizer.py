@@ -14,7 +14,7 @@ from tokenizers import models, pre_tokenizers
 from l4jax.files import FileError
 from l4jax.text.hf_tokenizer import _CHARACTERS, HfTokenizer, byte_alphabet
 from l4jax.text.load import load_tokenizer
-from l4jax.text.stream import StreamDecoder
+from l4jax.text.output import StreamDecoder
 from l4jax.text.tokenizer import TokenizerError
 from tests.text import small
 

@@ -1,9 +1,9 @@
-"""Text of a growing answer: token ids to text without broken characters, and text up to a stop string."""
+"""The text of an answer as it grows: whole characters, up to its first stop string. Imports no JAX."""
 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from l4jax.text.tokenizer import Tokenizer
 
@@ -67,3 +67,46 @@ class StopStringFilter:
         """Return the length of the longest end of ``text`` that is the start of a stop string."""
         lengths = (n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
         return max(lengths, default=0)
+
+
+class OutputText:
+    """Turns the tokens of one answer into its text: end tokens are left out, and so is everything from the first stop string on.
+
+    Without a tokenizer there is no text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, stops: Sequence[str], end_ids: Collection[int]) -> None:
+        self._decoder = None if tokenizer is None else StreamDecoder(tokenizer)
+        self._filter = StopStringFilter(stops)
+        self._end_ids = end_ids
+        self._pieces: list[str] = []
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has appeared."""
+        return self._filter.stopped
+
+    @property
+    def text(self) -> str | None:
+        """All text that was returned; None without a tokenizer."""
+        return None if self._decoder is None else "".join(self._pieces)
+
+    def extend(self, token_ids: Sequence[int], *, done: bool) -> tuple[int, str]:
+        """Take in further tokens; ``done``: they are the last.
+
+        Returns the number of tokens that belong to the answer, up to the one that completes a stop string, and the text that may be shown.
+        """
+        if self._decoder is None:
+            return len(token_ids), ""
+        kept, text = 0, ""
+        for token in token_ids:
+            if self.stopped:
+                break
+            kept += 1
+            if token not in self._end_ids:
+                text += self._filter.push(self._decoder.push([token]))
+        if done and not self.stopped:
+            text += self._filter.push(self._decoder.finish())
+            text += self._filter.finish()
+        self._pieces.append(text)
+        return kept, text

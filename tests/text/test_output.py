@@ -1,4 +1,4 @@
-"""Streaming: pieces that are whole characters, and stop strings."""
+"""Text that grows: pieces that are whole characters, and stop strings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from l4jax.text.hf_tokenizer import HfTokenizer
-from l4jax.text.stream import StopStringFilter, StreamDecoder
+from l4jax.text.output import OutputText, StopStringFilter, StreamDecoder
 from tests.text import small
 
 TOKENIZER = HfTokenizer(small.backend(), {})
@@ -69,18 +69,21 @@ def test_the_cost_of_a_token_does_not_grow_with_the_text() -> None:
     assert seconds(100_000) < 30
 
 
+def up_to_stop(text: str, stops: list[str]) -> tuple[str, bool]:
+    """The definition: read character by character until the text ends with a stop string, the longest if with several."""
+    for end in range(1, len(text) + 1):
+        ending = [len(stop) for stop in stops if text[:end].endswith(stop)]
+        if ending:
+            return text[: end - max(ending)], True
+    return text, False
+
+
 STOPS = st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3)
 
 
 @given(st.text("ab\n", max_size=20), STOPS, st.lists(st.integers(0, 100)))
 def test_text_ends_before_the_stop_string_that_is_complete_first(text: str, stops: list[str], cuts: list[int]) -> None:
-    # The definition: read character by character until the text ends with a stop string, the longest if with several.
-    expected, stopped = text, False
-    for end in range(1, len(text) + 1):
-        ending = [len(stop) for stop in stops if text[:end].endswith(stop)]
-        if ending:
-            expected, stopped = text[: end - max(ending)], True
-            break
+    expected, stopped = up_to_stop(text, stops)
     stop_filter = StopStringFilter(stops)
     shown = ""
     for piece in cut(text, cuts):
@@ -112,3 +115,34 @@ def test_what_was_held_back_comes_at_the_end() -> None:
 def test_an_empty_stop_string_is_refused() -> None:
     with pytest.raises(ValueError, match="a stop string is empty"):
         StopStringFilter(["a", ""])
+
+
+@given(st.lists(st.integers(0, 430), max_size=20), st.data())
+def test_output_is_the_text_without_end_tokens_up_to_a_stop_string(ids: list[int], data: st.DataObject) -> None:
+    end_ids = data.draw(st.sets(st.sampled_from(ids))) if ids else set()
+    shown_ids = [i for i in ids if i not in end_ids]
+    whole = TOKENIZER.decode(shown_ids)
+    places = st.tuples(st.integers(0, max(len(whole) - 1, 0)), st.integers(1, 3))
+    stops = [stop for at, size in data.draw(st.lists(places, max_size=2)) if (stop := whole[at : at + size])]
+    expected, stopped = up_to_stop(whole, stops)
+    decoder = StreamDecoder(TOKENIZER)
+    growing = list(itertools.accumulate("" if i in end_ids else decoder.push([i]) for i in ids))
+    answer = next((n for n, text in enumerate(growing, 1) if up_to_stop(text, stops)[1]), len(ids))
+
+    output, shown, kept = OutputText(TOKENIZER, stops, end_ids), "", 0
+    parts = cut(ids, data.draw(st.lists(st.integers(0, 100))))
+    for n, part in enumerate(parts):
+        more, text = output.extend(part, done=n == len(parts) - 1)
+        kept += more
+        shown += text
+        assert expected.startswith(shown)
+    if not parts:
+        assert output.extend([], done=True) == (0, "")
+    assert (shown, output.stopped, kept) == (expected, stopped, answer)
+    assert output.text == shown
+
+
+def test_without_a_tokenizer_there_is_no_text_and_every_token_counts() -> None:
+    output = OutputText(None, (), {2})
+    assert output.extend([1, 2], done=True) == (2, "")
+    assert output.text is None and not output.stopped

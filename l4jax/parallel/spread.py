@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from l4jax.arrays import host_array
 from l4jax.cache import PAGE_SIZE, PageTables
 from l4jax.model.step import PieceLayout, Spread
-from l4jax.placement import Placement
+from l4jax.parallel.arrays import host_array
+from l4jax.parallel.placement import Placement
 from sharding.layout import EMPTY, balanced, batch
 from sharding.ring import PARTIAL_BYTES
 from sharding.select import RingHardware, RingStep, choose_ring

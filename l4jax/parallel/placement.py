@@ -13,11 +13,11 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from l4jax.arrays import global_array
 from l4jax.config import DrafterConfig, ModelConfig
 from l4jax.model.drafter import Drafter, build_drafter
 from l4jax.model.llama import Llama
 from l4jax.model.weights import weight_specs
+from l4jax.parallel.arrays import global_array
 from sharding.kinds import shown
 from sharding.mesh import ONE_DEVICE, MeshSpec
 from sharding.rules import check_divides, sharding

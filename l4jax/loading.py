@@ -1,0 +1,94 @@
+"""Load a checkpoint: open it, agree on it between processes, place its weights, decide how to speculate."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from l4jax import arguments
+from l4jax.checkpoints.store import open_checkpoint
+from l4jax.compiled import keep_compiled_programs
+from l4jax.decoding.plan import SpeculationTable
+from l4jax.decoding.speculate import BeyondTraining
+from l4jax.llm import LLM, Parts
+from l4jax.parallel.placement import DrafterPlacement, Placement
+from l4jax.parallel.spread import H100_RING
+from l4jax.speculator import choose_speculation, open_fitting_drafter
+from l4jax.text.load import load_text
+from sharding import hosts
+from sharding.mesh import ONE_DEVICE, MeshSpec
+from sharding.select import RingHardware
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    mesh: str | MeshSpec = ONE_DEVICE,
+    dtype: DType | None = None,
+    drafter: str | os.PathLike[str] | None = None,
+    speculation: str = "auto",
+    beyond_training: BeyondTraining = "window",
+    max_batch: int | None = None,
+    prefill_lengths: Sequence[int] | None = None,
+    ring_hardware: RingHardware = H100_RING,
+) -> LLM:
+    """Load a checkpoint made by ``l4jax convert``.
+
+    ``mesh``: the devices to run on, such as "tensor=4,expert=2" or a file of ``configs/meshes``; one device by default. Every
+    device reads only its part of the weights. ``dtype``: what weights and cache are held in; None takes what most of the
+    checkpoint's bytes are stored in.
+
+    ``drafter``: the folder of one that was trained for this model (default: ``drafter`` in the
+    checkpoint's folder, if it is there); ``speculation``: "auto" (what the drafter's table says for the number of prompts), "off",
+    "chain:5", "tree:eagle26" (both may end in ",sampled") or "dynamic:steps=5,topk=4,nodes=16"; ``beyond_training``: what a drafter
+    does where the text is longer than what it was trained on, "window" (look back that far) or "stop".
+
+    At most ``max_batch`` prompts are decoded together (default: 8 for each rank along ``data``). ``prefill_lengths``: prompts are
+    computed in pieces, padded to one of these lengths (default: 32, 128 and 512 for each rank that shares their tokens).
+    ``ring_hardware``: how fast devices compute and send, which decides between the rings (``sharding.select``). Compiled programs are
+    kept on disk between processes, unless JAX's own setting says where, or that they are not.
+    """
+    arguments.check_words(dtype, speculation)
+    arguments.check_kind("the checkpoint", path, str | os.PathLike, "the path of a folder that l4jax convert made")
+    arguments.check_kind("the drafter", drafter, str | os.PathLike | None, "the path of a drafter's folder")
+    arguments.check_kind("ring_hardware", ring_hardware, RingHardware, "a sharding.select.RingHardware")
+    prefill_lengths = None if prefill_lengths is None else arguments.piece_lengths(prefill_lengths)
+    max_batch = None if max_batch is None else arguments.batch_size(max_batch)
+    keep_compiled_programs()
+    checkpoint = open_checkpoint(path)
+    placement = Placement.on(checkpoint.config, mesh)
+    held_in = jnp.dtype(dtype or checkpoint.dtype)
+    opened = None if speculation == "off" else open_fitting_drafter(checkpoint.drafter if drafter is None else drafter, checkpoint)
+    own = None if opened is None else SpeculationTable.from_json(opened.speculation, held_in.name)
+    # Before any weight is read: how to speculate, and whether these can.
+    choice = choose_speculation(checkpoint.config, None if opened is None else opened.config, own, speculation, beyond_training)
+    hosts.check_same(
+        {
+            "the checkpoint's digest": checkpoint.digest,
+            "the drafter's digest": "none" if choice is None or opened is None else opened.digest,
+            "speculation": f"{None if choice is None else choice.table}, {beyond_training}",
+            "the mesh": str(placement.spec),
+            "dtype": str(dtype),
+            "max_batch": str(max_batch),
+            "prefill_lengths": str(prefill_lengths),
+            "ring_hardware": str(ring_hardware),
+            "l4jax": importlib.metadata.version("l4jax"),
+            "jax": jax.__version__,
+        },
+        "start every process with the same checkpoint, arguments and versions",
+    )
+    text = load_text(checkpoint.directory, checkpoint.config)
+    weights = checkpoint.restore(placement, held_in)
+    speculator = None
+    if choice is not None and opened is not None:
+        drafter_placement = DrafterPlacement(opened.config, placement.mesh)
+        speculator = choice.speculator(drafter_placement, opened.restore(drafter_placement, held_in))
+    parts = Parts(checkpoint.config, placement, weights, speculator, text, max_batch, prefill_lengths, ring_hardware)
+    return LLM.of(parts)

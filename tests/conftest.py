@@ -72,6 +72,15 @@ def many_prompts(request: pytest.FixtureRequest) -> int:
     return request.config.getoption("--prompts")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _few_programs() -> Iterator[None]:
+    """Forget a file's programs after its tests: on CPUs each takes some hundred memory mappings, and a process that reaches Linux's
+    65,530 (``vm.max_map_count``) ends in a segmentation fault while it compiles.
+    """
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(autouse=True)
 def _compiler_effort(request: pytest.FixtureRequest) -> Iterator[None]:
     """Compile without LLVM's optimisations, which takes half the time, unless the test reads the compiled program or runs a real model."""

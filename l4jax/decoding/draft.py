@@ -195,20 +195,20 @@ def draft_dynamic(drafting: Drafting, tree: DynamicTree, root_B: Int32[Array, "B
         hidden_BkD = jnp.take_along_axis(hidden_BkD, from_Bk[:, :, None], axis=1)
         above_BkS = jnp.take_along_axis(sees_BkS, from_Bk[:, :, None], axis=1)
         pooled += k * k
-    token_BU, score_BU, parent_BU = (jnp.concatenate(part, axis=1) for part in (pool_token, pool_score, pool_parent))
-    return _rerank(token_BU, score_BU, parent_BU, root_B, tree.nodes)
+    token_BX, score_BX, parent_BX = (jnp.concatenate(part, axis=1) for part in (pool_token, pool_score, pool_parent))
+    return _rerank(token_BX, score_BX, parent_BX, root_B, tree.nodes)
 
 
-def _rerank(token_BU: Array, score_BU: Array, parent_BU: Array, root_B: Array, nodes: int) -> tuple[Array, Array]:
+def _rerank(token_BX: Array, score_BX: Array, parent_BX: Array, root_B: Array, nodes: int) -> tuple[Array, Array]:
     """The root and the best ``nodes`` - 1 nodes of the pool, in the order in which they were grown."""
-    B, U = token_BU.shape
-    _, best_Bm = jax.lax.top_k(score_BU, nodes - 1)
+    B, X = token_BX.shape
+    _, best_Bm = jax.lax.top_k(score_BX, nodes - 1)
     kept_Bm = jnp.sort(best_Bm.astype(jnp.int32), axis=1)
     row_B1 = jnp.arange(B, dtype=jnp.int32)[:, None]
-    number_BU = jnp.zeros((B, U), jnp.int32).at[row_B1, kept_Bm].set(jnp.arange(1, nodes, dtype=jnp.int32)[None])
-    parent_Bm = jnp.take_along_axis(parent_BU, kept_Bm, axis=1)
-    parent_Bm = jnp.where(parent_Bm == NONE, 0, jnp.take_along_axis(number_BU, jnp.maximum(parent_Bm, 0), axis=1))
-    token_BN = jnp.concatenate([root_B[:, None], jnp.take_along_axis(token_BU, kept_Bm, axis=1)], axis=1)
+    number_BX = jnp.zeros((B, X), jnp.int32).at[row_B1, kept_Bm].set(jnp.arange(1, nodes, dtype=jnp.int32)[None])
+    parent_Bm = jnp.take_along_axis(parent_BX, kept_Bm, axis=1)
+    parent_Bm = jnp.where(parent_Bm == NONE, 0, jnp.take_along_axis(number_BX, jnp.maximum(parent_Bm, 0), axis=1))
+    token_BN = jnp.concatenate([root_B[:, None], jnp.take_along_axis(token_BX, kept_Bm, axis=1)], axis=1)
     return token_BN, jnp.concatenate([jnp.full((B, 1), NONE, jnp.int32), parent_Bm], axis=1)
 
 

@@ -323,8 +323,8 @@ def highest_tokens(
     def of_all_ranks(own_Bj: Array) -> Array:
         """As a sum in which every rank has its own columns: on GPUs sums are kernels that CUDA graphs take in, gathers are not."""
         B, j = own_Bj.shape
-        columns_BJ = jnp.zeros((B, vocab_ranks.count * j), own_Bj.dtype)
-        return vocab_ranks.sum(jax.lax.dynamic_update_slice_in_dim(columns_BJ, own_Bj, vocab_ranks.index() * j, axis=1))
+        columns_Bf = jnp.zeros((B, vocab_ranks.count * j), own_Bj.dtype)
+        return vocab_ranks.sum(jax.lax.dynamic_update_slice_in_dim(columns_Bf, own_Bj, vocab_ranks.index() * j, axis=1))
 
     top_id_Bj = of_all_ranks(top_id_Bj.astype(jnp.int32) + vocab_ranks.index() * V)
     top_Bj = of_all_ranks(top_Bj)

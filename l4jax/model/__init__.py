@@ -20,15 +20,16 @@ P     pages of the KV cache
 R     ranks: devices along some mesh axes
 S     keys that queries attend: cached tokens, the new tokens themselves, or a draft tree's nodes
 T     new tokens of a row, padded; in training all tokens of a packed row
-U     nodes that a dynamic tree has grown, before it is cut to N
+U     slots of sequences
 V     vocabulary (a drafter's own if it is reduced); on a mesh, this rank's part of it
 W     pages of a row, in a layer that keeps everything
+X     nodes that a dynamic tree has grown, before it is cut to N
 a     target layers whose input a drafter reads
 b     blocks of the vocabulary
 c     children of all frontier nodes of a dynamic tree (k times k)
 d     depths of drafted tokens, from 1; in training the drafter's passes, one for each depth
 e     experts of this rank
-f     several dimensions joined: gate and up (2 F), the heads (K G h), or a drafter's features (a D)
+f     several dimensions joined: gate and up (2 F), the heads (K G h), a drafter's features (a D), or the lists of all ranks (R j)
 g     projections of one key/value head's group: its queries and its key (G + 1), or its value too (G + 2)
 h     head dimension
 i     input width of a matrix product

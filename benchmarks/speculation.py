@@ -35,10 +35,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
+from l4jax.batch import Batch
 from worker import Work, Worker
 
 import l4jax
-from l4jax.batch import Batch
 from l4jax.request import Request
 
 PEERS = Path(__file__).parent / "peers"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 from l4jax.request import Completion, Request, Stats, TokenLogprob
 from l4jax.text.output import OutputText
@@ -11,7 +12,7 @@ from l4jax.text.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class NewTokens:
-    """What one step of a batch added to one row; ``logprobs`` is None unless the request asked for them."""
+    """What one step added to an answer; ``logprobs`` is None unless the request asked for them."""
 
     token_ids: list[int]
     logprobs: list[TokenLogprob] | None
@@ -25,18 +26,23 @@ class Rounds:
     drafted: int
     accepted: tuple[int, ...]
 
+    def and_then(self, more: Rounds) -> Rounds:
+        """These and more of them, perhaps of a tree of another depth."""
+        accepted = tuple(map(sum, itertools.zip_longest(self.accepted, more.accepted, fillvalue=0)))
+        return Rounds(self.rounds + more.rounds, self.drafted + more.drafted, accepted)
+
 
 NO_ROUNDS = Rounds(0, 0, ())
 """Without speculation."""
 
 
 class Answer:
-    """One request's answer. Set ``rounds`` before the completion is made, if it was speculated for."""
+    """One request's answer: ``token_ids`` so far, and ``rounds`` of speculation, which the caller adds up."""
 
     def __init__(self, tokenizer: Tokenizer | None, request: Request) -> None:
         self._request = request
         self._text = OutputText(tokenizer, request.params.stop, request.stop_ids)
-        self._token_ids: list[int] = []
+        self.token_ids: list[int] = []
         self._logprobs: list[TokenLogprob] = []
         self._progress: list[tuple[int, float]] = []
         self._ended = False
@@ -52,10 +58,10 @@ class Answer:
         if self._ended:
             return ""
         kept, text = self._text.extend(new.token_ids, done=done)
-        self._token_ids += new.token_ids[:kept]
+        self.token_ids += new.token_ids[:kept]
         if new.logprobs is not None:
             self._logprobs += new.logprobs[:kept]
-        self._progress.append((len(self._token_ids), elapsed))
+        self._progress.append((len(self.token_ids), elapsed))
         self._ended = done or self.stopped
         return text
 
@@ -63,17 +69,17 @@ class Answer:
         """The completion, of at least one step."""
         (_, first_seconds), (last, last_seconds) = self._progress[0], self._progress[-1]
         begun, begun_seconds = self._progress[1 if len(self._progress) > 2 else 0]
-        ended_by_token = bool(self._token_ids) and self._token_ids[-1] in self._request.stop_ids
+        ended_by_token = bool(self.token_ids) and self.token_ids[-1] in self._request.stop_ids
         return Completion(
             prompt_token_ids=list(self._request.token_ids),
-            token_ids=self._token_ids,
+            token_ids=self.token_ids,
             text=self._text.text,
             finish_reason="stop" if self.stopped or ended_by_token else "length",
             logprobs=None if self._request.params.logprobs is None else self._logprobs,
             seed=self._request.seed,
             stats=Stats(
                 prompt_tokens=len(self._request.token_ids),
-                output_tokens=len(self._token_ids),
+                output_tokens=len(self.token_ids),
                 first_token_seconds=first_seconds,
                 decode_seconds=last_seconds - first_seconds,
                 decode_tokens_per_second=(last - begun) / (last_seconds - begun_seconds) if last > begun else 0.0,

@@ -46,6 +46,11 @@ def batch_size(max_batch: object) -> int:
     return whole("max_batch", max_batch, "a whole number of at least 1", 1)
 
 
+def cache_tokens(kv_tokens: object) -> int:
+    """Return how many tokens the KV cache is to hold. Raises ValueError unless it is a whole number of at least 1."""
+    return whole("kv_tokens", kv_tokens, "a whole number of at least 1", 1)
+
+
 def piece_lengths(lengths: object) -> tuple[int, ...]:
     """Return the lengths that pieces of prompts are padded to. Raises ValueError unless there is one, and all are 1 or more."""
     items = _items(lengths)

@@ -15,7 +15,8 @@ from l4jax.checkpoints.store import open_checkpoint
 from l4jax.compiled import keep_compiled_programs
 from l4jax.decoding.plan import SpeculationTable
 from l4jax.decoding.speculate import BeyondTraining
-from l4jax.llm import LLM, Parts
+from l4jax.engine.build import Parts
+from l4jax.llm import LLM
 from l4jax.parallel.placement import DrafterPlacement, Placement
 from l4jax.parallel.spread import H100_RING
 from l4jax.speculator import choose_speculation, open_fitting_drafter
@@ -36,6 +37,7 @@ def load(
     speculation: str = "auto",
     beyond_training: BeyondTraining = "window",
     max_batch: int | None = None,
+    kv_tokens: int | None = None,
     prefill_lengths: Sequence[int] | None = None,
     ring_hardware: RingHardware = H100_RING,
 ) -> LLM:
@@ -50,8 +52,10 @@ def load(
     "chain:5", "tree:eagle26" (both may end in ",sampled") or "dynamic:steps=5,topk=4,nodes=16"; ``beyond_training``: what a drafter
     does where the text is longer than what it was trained on, "window" (look back that far) or "stop".
 
-    At most ``max_batch`` prompts are decoded together (default: 8 for each rank along ``data``). ``prefill_lengths``: prompts are
-    computed in pieces, padded to one of these lengths (default: 32, 128 and 512 for each rank that shares their tokens).
+    At most ``max_batch`` prompts are decoded together (default: 8 for each rank along ``data``), and others wait. ``kv_tokens``: tokens
+    that the KV cache holds, of all requests together (default: ``max_batch`` times the context, but no more than fits in a quarter of a
+    machine's memory beside the weights, or in nine tenths of a GPU's). ``prefill_lengths``: prompts are computed in pieces, padded to one
+    of these lengths (default: 32, 128 and 512 for each rank that shares their tokens).
     ``ring_hardware``: how fast devices compute and send, which decides between the rings (``sharding.select``). Compiled programs are
     kept on disk between processes, unless JAX's own setting says where, or that they are not.
     """
@@ -61,6 +65,7 @@ def load(
     arguments.check_kind("ring_hardware", ring_hardware, RingHardware, "a sharding.select.RingHardware")
     prefill_lengths = None if prefill_lengths is None else arguments.piece_lengths(prefill_lengths)
     max_batch = None if max_batch is None else arguments.batch_size(max_batch)
+    kv_tokens = None if kv_tokens is None else arguments.cache_tokens(kv_tokens)
     keep_compiled_programs()
     checkpoint = open_checkpoint(path)
     placement = Placement.on(checkpoint.config, mesh)
@@ -77,6 +82,7 @@ def load(
             "the mesh": str(placement.spec),
             "dtype": str(dtype),
             "max_batch": str(max_batch),
+            "kv_tokens": str(kv_tokens),
             "prefill_lengths": str(prefill_lengths),
             "ring_hardware": str(ring_hardware),
             "l4jax": importlib.metadata.version("l4jax"),
@@ -90,5 +96,5 @@ def load(
     if choice is not None and opened is not None:
         drafter_placement = DrafterPlacement(opened.config, placement.mesh)
         speculator = choice.speculator(drafter_placement, opened.restore(drafter_placement, held_in))
-    parts = Parts(checkpoint.config, placement, weights, speculator, text, max_batch, prefill_lengths, ring_hardware)
+    parts = Parts(checkpoint.config, placement, weights, speculator, text, max_batch, kv_tokens, prefill_lengths, ring_hardware)
     return LLM.of(parts)

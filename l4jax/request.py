@@ -39,11 +39,11 @@ class TokenLogprob:
 
 @dataclasses.dataclass(frozen=True)
 class Stats:
-    """Token counts of a completion, and wall-clock times of the batch that it was part of.
+    """Token counts of a completion, and wall-clock times.
 
-    ``first_token_seconds``: from the start until the first token was there; ``decode_seconds``: from then until the last was.
+    ``first_token_seconds``: from when the request was made until its first token was there; ``decode_seconds``: from then until the last was.
     Both include the compilation of programs that the call is the first to need; :meth:`l4jax.LLM.warmup` compiles them before.
-    ``decode_tokens_per_second``: the rate after the first burst (up to 32 tokens, a stream's up to 4), during which a program may
+    ``decode_tokens_per_second``: the rate after the first burst (up to 32 steps), during which a program may
     have been compiled; of all tokens after the first, compilation included, if there was but one burst, and 0 if there was none.
     ``rounds``: of speculation, in which ``drafted`` tokens were drafted; ``accepted[i]``: rounds that accepted the one at depth i + 1.
     They count what was computed: stop strings are checked once a burst, and rounds after the stop string are counted.
@@ -154,6 +154,10 @@ class RequestMaker:
             )
         seed = secrets.randbits(64) if params.seed is None else params.seed
         return Request(token_ids, dataclasses.replace(params, max_tokens=min(params.max_tokens, room)), seed, sorted(ends))
+
+    def scoring(self, token_ids: list[int]) -> Request:
+        """A request for the logits of these tokens, as ``encode`` returned them."""
+        return Request(token_ids, SamplingParams(), 0, ())
 
     def _checked(self, token_ids: list[int]) -> list[int]:
         context = self._config.max_position_embeddings

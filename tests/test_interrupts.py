@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Iterator
 
 import pytest
+from l4jax.runner import Runner
 
 from l4jax import LLM, SamplingParams
 from l4jax.checkpoints import convert as convert_module
@@ -19,7 +20,6 @@ from l4jax.checkpoints.convert import convert
 from l4jax.checkpoints.store import open_checkpoint
 from l4jax.cli import main
 from l4jax.interrupts import kept_interrupts
-from l4jax.runner import Runner
 from l4jax.training.trainer import Trainer
 from tests import tiny
 from tests.checkpoints.folders import golden

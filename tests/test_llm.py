@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from l4jax.batch import Batch
+from l4jax.runner import Runner
 
 from l4jax import LLM, SamplingParams, load
-from l4jax.batch import Batch
 from l4jax.cache import CacheShape
 from l4jax.decoding.generate import BURST
 from l4jax.parallel.placement import Placement
 from l4jax.program_inputs import Resident
 from l4jax.request import Request
-from l4jax.runner import Runner
 from l4jax.text.hf_tokenizer import HfTokenizer
 from sharding.mesh import ONE_DEVICE
 from tests.text import small

@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from l4jax.batch import Batch
+from l4jax.runner import Runner
 
 from l4jax import LLM, SamplingParams, load
-from l4jax.batch import Batch
 from l4jax.config import MoEConfig
 from l4jax.model.llama import Llama
 from l4jax.model.weights import weight_specs
 from l4jax.parallel.placement import Placement
-from l4jax.runner import Runner
 from sharding.mesh import MeshSpec
 from sharding.select import RingHardware
 from tests.tiny import llama3_like, maverick_like, prompts, scout_like, weights

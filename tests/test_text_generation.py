@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
+from l4jax.batch import Batch
 
 from l4jax import LLM, ChatError, SamplingParams
-from l4jax.batch import Batch
 from l4jax.text.chat import ChatFormat
 from l4jax.text.hf_tokenizer import HfTokenizer
 from tests.text import small

@@ -7,10 +7,10 @@ import os
 import time
 
 import jax
+from l4jax.batch import Batch
 from worker import Ready, Repetition, Work, argument_parser, serve
 
 import l4jax
-from l4jax.batch import Batch
 from l4jax.decoding.generate import BURST
 from l4jax.request import Request
 

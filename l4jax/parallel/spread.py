@@ -42,16 +42,27 @@ class Spreader:
         chunk = self._config.attention_chunk_size
         return [] if chunk is None else aligned_layouts(rows, self._ranks, chunk, -(-T // self._ranks))
 
-    def spread(self, start_B: np.ndarray, new_B: np.ndarray, T: int, tables: PageTables) -> tuple[PieceLayout | None, Spread | None]:
+    def programs(self, T: int, longest: int) -> list[tuple[int, bool]]:
+        """What :meth:`program` may return for a piece of a sequence of up to ``longest`` tokens."""
+        widest, _ = self.program([(max(0, longest - 1), 0)], T)
+        widths = [0, *(1 << i for i in range(widest.bit_length()))]
+        chunk = self._config.attention_chunk_size or T
+        aligned = [False, True] if self._ranks > 1 and self._aligned([(0, T // chunk * chunk)], T) else [False]
+        return [(width, whole) for width in widths for whole in aligned]
+
+    def spread(
+        self, start_B: np.ndarray, new_B: np.ndarray, T: int, tables: PageTables, *, program: tuple[int, bool] | None = None
+    ) -> tuple[PieceLayout | None, Spread | None]:
         """Spread ``new_B[b]`` tokens (padded to T) that follow ``start_B[b]`` cached ones; returns (None, None) if there is only one rank.
 
-        Any number of tokens works, and a rank may get none. If every row allows it, attention chunks stay whole.
+        Any number of tokens works, and a rank may get none. If every row allows it, attention chunks stay whole. ``program``: take this
+        one (see :meth:`program`), for rows that have no tokens.
         """
         ranks = self._ranks
         if ranks == 1:
             return None, None
         rows = list(zip(start_B.tolist(), new_B.tolist(), strict=True))
-        width, aligned = self.program(rows, T)
+        width, aligned = self.program(rows, T) if program is None else program
         layouts = self._aligned(rows, T) if aligned else [balanced(new, ranks, first=start) for start, new in rows]
         width = min(width, tables.full_BW.shape[1])
         # The program's sizes, not the number of tokens: the padding is sent too, and pieces of the same sizes share a program.

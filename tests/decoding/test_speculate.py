@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from l4jax.batch import Batch
 
 from l4jax import LLM, SamplingParams
-from l4jax.batch import Batch
 from l4jax.cache import CACHE_AXES, CacheShape
 from l4jax.decoding.generate import BURST
 from l4jax.decoding.sampling import TokenCounts, probabilities

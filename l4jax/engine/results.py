@@ -1,0 +1,114 @@
+"""A step on its way, and what it returns: tokens for the scheduler, and what else each request asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from l4jax.answer import NO_ROUNDS, Rounds
+from l4jax.decoding.generate import DecodeTokens
+from l4jax.decoding.sampling import NOT_FINITE, Logprobs
+from l4jax.decoding.speculate import RoundCounts
+from l4jax.engine.step import BurstRow, PieceRow, Results, RowResult, Step
+from l4jax.parallel.arrays import to_host
+from l4jax.parallel.spread import in_order
+from l4jax.program_inputs import FirstTokens, Piece
+from l4jax.request import TokenLogprob
+
+
+@dataclasses.dataclass(frozen=True)
+class RowOutput:
+    """What a row got beside its tokens: their log-probabilities, if it asked for them; its rounds of speculation; its logits, [T, V]."""
+
+    logprobs: list[TokenLogprob] | None = None
+    rounds: Rounds = NO_ROUNDS
+    logits_TV: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Dispatched:
+    """A step on its way. ``wanted``: of each request in it, how many of the likeliest tokens' log-probabilities it asked for, if any."""
+
+    step: Step
+    wanted: Mapping[int, int | None]
+    first: FirstTokens | None = None
+    scored: tuple[Array, Piece] | None = None
+    burst: DecodeTokens | None = None
+    counted: RoundCounts | None = None
+
+    def read(self) -> tuple[Results, dict[int, RowOutput]]:
+        """Wait for the devices; the results, and what else each request got."""
+        outputs: dict[int, RowOutput] = {}
+        prefill = self._read_scores(outputs) if self.scored else self._read_first(outputs)
+        return Results(prefill, self._read_burst(outputs)), outputs
+
+    def _wanted(self, rows: Sequence[PieceRow | BurstRow | None]) -> bool:
+        return any(row is not None and self.wanted[row.request] is not None for row in rows)
+
+    def _read_first(self, outputs: dict[int, RowOutput]) -> tuple[RowResult | None, ...]:
+        if self.first is None:
+            return ()
+        rows = self.step.pieces
+        wanted = self.first.logprobs if self._wanted(rows) else None
+        token_B, done_B, logprobs = jax.device_get((self.first.token_B, self.first.done_B, wanted))
+        results: list[RowResult | None] = [None] * len(rows)
+        for i, row in enumerate(rows):
+            if row is None:
+                continue
+            if token_B[i] == NOT_FINITE:
+                results[i] = RowResult(failed=True)
+            elif not row.last:
+                results[i] = RowResult()
+            else:
+                results[i] = RowResult((int(token_B[i]),), ended=bool(done_B[i]))
+                outputs[row.request] = RowOutput(self._logprobs(row, jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], logprobs)))
+        return tuple(results)
+
+    def _read_scores(self, outputs: dict[int, RowOutput]) -> tuple[RowResult | None, ...]:
+        assert self.scored is not None
+        logits_BAV, piece = self.scored
+        host = to_host(logits_BAV)
+        if piece.layout is not None:
+            host = in_order(host, np.asarray(piece.layout.position_RBT), np.asarray(piece.start_B))
+        results: list[RowResult | None] = [None] * len(self.step.pieces)
+        for i, row in enumerate(self.step.pieces):
+            if row is not None:
+                logits_TV = host[i, : len(row.tokens)]
+                results[i] = RowResult(ended=row.last, failed=not np.isfinite(logits_TV).all())
+                outputs[row.request] = RowOutput(logits_TV=logits_TV.copy())
+        return tuple(results)
+
+    def _read_burst(self, outputs: dict[int, RowOutput]) -> tuple[RowResult | None, ...]:
+        if self.burst is None:
+            return ()
+        rows = self.step.rows
+        wanted = self.burst.logprobs if self._wanted(rows) else None
+        token_sB, done_B, logprobs, counted = jax.device_get((self.burst.token_sB, self.burst.done_B, wanted, self.counted))
+        results: list[RowResult | None] = [None] * len(rows)
+        for i, row in enumerate(rows):
+            if row is None:
+                continue
+            own = token_sB[:, i]
+            count = int((own != -1).argmin()) if (own == -1).any() else len(own)
+            tokens = tuple(own[:count].tolist())
+            failed = NOT_FINITE in tokens
+            results[i] = RowResult(failed=True) if failed else RowResult(tokens, ended=bool(done_B[i]))
+            if not failed:
+                own_logprobs = self._logprobs(row, jax.tree.map(lambda leaf, i=i, count=count: leaf[:count, i], logprobs))
+                outputs[row.request] = RowOutput(own_logprobs, NO_ROUNDS if counted is None else _rounds(counted, i))
+        return tuple(results)
+
+    def _logprobs(self, row: PieceRow | BurstRow, own: Logprobs | None) -> list[TokenLogprob] | None:
+        wanted = self.wanted[row.request]
+        if wanted is None or own is None:
+            return None
+        listed = zip(own.chosen_B.tolist(), own.top_id_Bj[:, :wanted].tolist(), own.top_Bj[:, :wanted].tolist(), strict=True)
+        return [TokenLogprob(chosen, tuple(zip(ids, values, strict=True))) for chosen, ids, values in listed]
+
+
+def _rounds(counted: RoundCounts, row: int) -> Rounds:
+    return Rounds(int(counted.rounds_B[row]), int(counted.drafted_B[row]), tuple(counted.accepted_Bd[row].tolist()))

@@ -1,0 +1,56 @@
+"""Each slot's page tables, as arrays that grow with the sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from l4jax.cache import PageTables
+from l4jax.engine.step import BurstRow, PieceRow, Table
+from l4jax.parallel.arrays import host_array
+
+Row = PieceRow | BurstRow | None
+
+
+class _Kind:
+    """The tables of one kind of page: of each slot the table, and the array that it was written to, padded with its last page."""
+
+    def __init__(self, slots: int, width: int) -> None:
+        self._known: list[Table] = [()] * slots
+        self._pages_UW = np.zeros((slots, width), np.int32)
+
+    def rows(self, numbered: list[tuple[int, int, Table]], rows: int) -> np.ndarray:
+        """The tables of these (row, slot, table), among ``rows`` rows; those of padding rows list page 0."""
+        pages_BW = np.zeros((rows, self._pages_UW.shape[1]), np.int32)
+        for row, slot, table in numbered:
+            self._write(slot, table)
+            pages_BW[row] = self._pages_UW[slot]
+        return pages_BW
+
+    def _write(self, slot: int, table: Table) -> None:
+        known = self._known[slot]
+        if table == known or not table:
+            return
+        same = min(len(known), len(table))
+        if table[:same] != known[:same]:
+            same = 0
+        pages_W = self._pages_UW[slot]
+        pages_W[same : len(table)] = table[same:]
+        pages_W[len(table) :] = table[-1]
+        self._known[slot] = table
+
+
+class SlotTables:
+    """The page tables of all slots. What a step's rows need is copied out, for programs may read their inputs later."""
+
+    def __init__(self, slots: int, full_width: int, local_width: int) -> None:
+        self._full, self._local = _Kind(slots, full_width), _Kind(slots, local_width)
+
+    def of(self, rows: Iterable[Row]) -> PageTables:
+        """The tables of these rows."""
+        listed = list(rows)
+        full = [(i, row.slot, row.full) for i, row in enumerate(listed) if row is not None]
+        local = [(i, row.slot, row.local) for i, row in enumerate(listed) if row is not None]
+        tables = (self._full.rows(full, len(listed)), self._local.rows(local, len(listed)))
+        return PageTables(*(host_array(table, np.int32) for table in tables))

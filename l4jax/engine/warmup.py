@@ -1,0 +1,44 @@
+"""Run every program that requests can need once, with rows of padding only: it is compiled, or loaded, and changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from l4jax.engine.options import Options
+from l4jax.engine.runner import Runner
+from l4jax.engine.step import Burst, Plan, Prefill
+
+
+def warm_up(runner: Runner, options: Options, longest: int, check: Callable[[], None]) -> None:
+    """For requests of up to ``longest`` tokens. ``check`` is called after each program."""
+    runner.begin_nobody()
+    check()
+    for prefill in prefills(options):
+        for padding in runner.spreads(prefill.length, longest):
+            runner.prefill(prefill, padding=padding)
+            check()
+    for burst in bursts(options, longest):
+        runner.burst(burst)
+        check()
+
+
+def prefills(options: Options) -> Iterator[Prefill]:
+    """The sizes of prefill calls."""
+    for length in options.piece_lengths:
+        for rows in options.piece_rows:
+            if rows <= options.most_piece_rows(length):
+                yield Prefill(length, (None,) * (rows * options.data_ranks), scores=False)
+
+
+def bursts(options: Options, longest: int) -> Iterator[Burst]:
+    """The sizes and plans of bursts."""
+    plans: dict[Plan | None, set[int]] = {}
+    for rows in range(1, options.slots + 1):
+        # A burst may have fewer rows than decided on its plan; and where nobody can be drafted for it has none.
+        buckets = {bucket for bucket in options.row_buckets if bucket < rows} | {next(b for b in options.row_buckets if b >= rows)}
+        plans.setdefault(options.plan(rows), set()).update(buckets)
+        if longest > options.drafts_up_to:
+            plans.setdefault(None, set()).update(buckets)
+    for plan, sizes in plans.items():
+        for rows in sorted(sizes):
+            yield Burst(1, plan, (None,) * (rows * options.data_ranks))

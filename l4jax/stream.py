@@ -1,0 +1,52 @@
+"""An answer's text, as it is generated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from l4jax.engine.engine import Engine, Handle
+from l4jax.interrupts import kept_interrupts
+from l4jax.request import Completion
+from sharding import hosts
+
+
+class Stream(Iterator[str]):
+    """Text as it is generated: an iterator of strings, empty ones left out. ``completion`` is set once it has ended.
+
+    Several streams, and other calls, go on together. A stream that is closed, or dropped, is not computed any further; on several
+    hosts a dropped one is, for they may not drop it at the same moment.
+    """
+
+    def __init__(self, engine: Engine, handle: Handle) -> None:
+        self._engine = engine
+        self._handle = handle
+
+    @property
+    def completion(self) -> Completion | None:
+        """The whole answer, once it has ended."""
+        return self._handle.completion
+
+    def __next__(self) -> str:
+        """The next piece. Raises RuntimeError if the generation has failed or was closed."""
+        handle, text = self._handle, ""
+
+        def came() -> bool:
+            nonlocal text
+            text = text or handle.new_text()
+            return bool(text) or handle.over
+
+        with kept_interrupts() as check_interrupts:
+            self._engine.run_until(came, check_interrupts)
+        if text:
+            return text
+        if handle.error is not None:
+            raise handle.error
+        raise StopIteration
+
+    def close(self) -> None:
+        """End it here: nothing more is computed for it."""
+        self._handle.cancel()
+
+    def __del__(self) -> None:
+        if hosts.process_count() == 1:
+            self._handle.cancel()

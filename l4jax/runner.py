@@ -50,6 +50,14 @@ class _Piece:
 
 
 @dataclasses.dataclass(frozen=True)
+class Room:
+    """Room for ``rows`` sequences of up to ``capacity`` tokens each."""
+
+    rows: int
+    capacity: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Speculator:
     """A drafter on its target's mesh, how to speculate with it, and what it does beyond the length it was trained at.
 
@@ -100,14 +108,14 @@ class Runner:
         self.prefill_lengths = tuple(
             sorted((length * self._ranks for length in PREFILL_LENGTHS) if prefill_lengths is None else prefill_lengths)
         )
-        self._shape = CacheShape(rows=0, capacity=0)
+        self._room = Room(0, 0)
         self._resident: Resident | None = None
         self._claim: object | None = None
 
     @property
-    def cache_shape(self) -> CacheShape:
+    def room(self) -> Room:
         """What the resident cache has room for."""
-        return self._shape
+        return self._room
 
     @property
     def weights(self) -> dict[str, Array]:
@@ -143,47 +151,53 @@ class Runner:
         rows = self.row_bucket(rows)
         context = -(-self.config.max_position_embeddings // PAGE_SIZE) * PAGE_SIZE
         capacity = max(tokens, min(context, max(_MIN_CAPACITY, 1 << (tokens - 1).bit_length())))
-        shape = CacheShape(max(self._shape.rows, rows), max(self._shape.capacity, capacity), self._ranks)
+        room = Room(max(self._room.rows, rows), max(self._room.capacity, capacity))
         # A call that was interrupted may have donated it and never received the new one.
         lost = self._resident is None or any(leaf.is_deleted() for leaf in jax.tree.leaves(self._resident))
-        if shape == self._shape and not lost:
+        if room == self._room and not lost:
             return
         available = self._available_bytes()
-        if self._needed_bytes(shape) > available:  # give up what earlier calls needed, and room to grow, before refusing this one
-            shape = CacheShape(rows, capacity, self._ranks)
-        if self._needed_bytes(shape) > available:
-            shape = CacheShape(rows, tokens, self._ranks)
-        needed = self._needed_bytes(shape)
+        if self._needed_bytes(room) > available:  # give up what earlier calls needed, and room to grow, before refusing this one
+            room = Room(rows, capacity)
+        if self._needed_bytes(room) > available:
+            room = Room(rows, tokens)
+        needed = self._needed_bytes(room)
         refused = (
-            f"a KV cache for {shape.rows} sequences of {shape.capacity} tokens takes {needed / 1e9:.1f} GB, and beside the weights "
+            f"a KV cache for {room.rows} sequences of {room.capacity} tokens takes {needed / 1e9:.1f} GB, and beside the weights "
             f"this device has {available / 1e9:.1f} GB; lower max_tokens or the number of prompts, or shorten the prompt"
         )
         if needed > available:
             raise ValueError(refused)
         self.discard_cache()  # freed before the new one is allocated
         try:
-            self._resident = Resident.empty(self._abstract(shape))
+            self._resident = Resident.empty(self._abstract(room))
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             raise ValueError(refused) from error
-        self._shape = shape
+        self._room = room
 
     def discard_cache(self) -> None:
         """Free the cache; the next call has a new one, and generations that used it are lost."""
         self._claim = None
         self._resident = None
-        self._shape = CacheShape(rows=0, capacity=0)
+        self._room = Room(0, 0)
 
-    def _needed_bytes(self, shape: CacheShape) -> int:
-        leaves = jax.tree.leaves(self._abstract(shape))
+    def _needed_bytes(self, room: Room) -> int:
+        leaves = jax.tree.leaves(self._abstract(room))
         if self._device.platform == "cpu":  # all of its devices share the machine's memory
             return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
         return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
-    def _abstract(self, shape: CacheShape) -> Resident:
+    def _abstract(self, room: Room) -> Resident:
         drafter = self._speculator.placement if self._speculator else None
-        return Resident.abstract(self._placement, drafter, shape, self._dtype)
+        return Resident.abstract(self._placement, drafter, self._shape(room), self._dtype)
+
+    def _shape(self, room: Room) -> CacheShape:
+        return CacheShape.for_rows(self.config, room.rows, room.capacity, self._placement.spec)
+
+    def _tables(self, rows: np.ndarray) -> PageTables:
+        return self._shape(self._room).identity_tables(rows)
 
     def _available_bytes(self) -> float:
         """What a device of the least favoured process has beside the weights."""
@@ -249,7 +263,7 @@ class Runner:
     @property
     def _a_rank(self) -> int:
         """Slots of each rank along ``data``."""
-        return self._shape.rows // self._data
+        return self._room.rows // self._data
 
     def _slots(self, number_b: np.ndarray, per_rank: int) -> np.ndarray:
         """Slots, counted on their own rank, of a batch's rows; past the last one for numbers below 0, which are padding."""
@@ -261,7 +275,7 @@ class Runner:
         """Give the slots of these rows, of a batch of ``batch`` rows, to new requests; none is decoded until it has been prefilled."""
         per_rank = self.row_bucket(batch) // self._data
         slots = [row // per_rank * self._a_rank + row % per_rank for row in rows]
-        update = slot_update(self._shape.rows, self._data, slots, params, seeds, stop_ids, self.config.vocab_size)
+        update = slot_update(self._room.rows, self._data, slots, params, seeds, stop_ids, self.config.vocab_size)
         resident = self._held
         self._resident = dataclasses.replace(resident, slots=self.programs.update_slots(resident.slots, update))
 
@@ -294,24 +308,21 @@ class Runner:
 
     def _inputs(self, piece: _Piece, prompts: Sequence[Sequence[int]], per_rank: int, *, drafting: bool) -> tuple[Piece, Spread | None]:
         rows, lengths = list(zip(piece.prompt_B, piece.start_B + piece.new_B, strict=True)), [*map(len, prompts)]
-        tables = self._shape.identity_tables(self.config, piece.prompt_B % per_rank)
+        tables = self._tables(piece.prompt_B % per_rank)
         layout, spread = self._spreader.spread(piece.start_B, piece.new_B, piece.token_BT.shape[1], tables)
         inputs = Piece(
             token_BT=host_array(piece.token_BT, np.int32),
             start_B=host_array(piece.start_B, np.int32),
             new_B=host_array(piece.new_B, np.int32),
+            prompt_length_B=host_array([lengths[p] if p >= 0 else 0 for p, _ in rows], np.int32),
             ends_B=host_array([p >= 0 and end == lengths[p] for p, end in rows], np.bool_),
             following_B=host_array([-1 if p < 0 or end == lengths[p] else prompts[p][end] for p, end in rows], np.int32),
             slot_B=host_array(self._slots(piece.prompt_B, per_rank), np.int32),
             tables=tables,
-            draft_tables=self._draft_tables(piece.prompt_B % per_rank) if drafting else None,
+            draft_tables=tables if drafting else None,
             layout=layout,
         )
         return inputs, spread
-
-    def _draft_tables(self, rows: np.ndarray) -> PageTables:
-        assert self._speculator is not None
-        return self._shape.identity_tables(self._speculator.placement.config, rows)
 
     def check_tokens(self, tokens: np.ndarray) -> None:
         """Raise ValueError where the logits were not finite. The cache is discarded: it has NaNs, which do not stay in their row."""
@@ -319,25 +330,27 @@ class Runner:
             self.discard_cache()
             raise ValueError(NOT_FINITE_ADVICE)
 
-    def _burst(self, batch: int, steps: int, *, drafting: bool) -> Burst:
+    def _burst(self, batch: int, steps: int) -> Burst:
         B = self.row_bucket(batch)
-        numbers = np.arange(B) % (B // self._data)
+        tables = self._tables(np.arange(B) % (B // self._data))
         return Burst(
             slot_B=host_array(self._slots(np.where(np.arange(B) < batch, np.arange(B), -1), B // self._data), np.int32),
-            tables=self._shape.identity_tables(self.config, numbers),
-            draft_tables=self._draft_tables(numbers) if drafting else None,
+            limit_B=host_array(np.full(B, self._room.capacity), np.int32),
+            tables=tables,
+            draft_tables=tables if self._speculator else None,
             steps=host_array(steps, np.int32),
         )
 
     def decode(self, batch: int, steps: int) -> DecodeTokens:
         """Up to ``steps`` tokens of each of the batch's rows that is not done."""
-        self._resident, tokens = self.programs.decode(self._weights, self._held, self._burst(batch, steps, drafting=False))
+        beyond = self._speculator.beyond if self._speculator else None
+        self._resident, tokens = self.programs.decode(self._weights, self._held, self._burst(batch, steps), beyond=beyond)
         return tokens
 
     def speculate(self, batch: int, steps: int, plan: Speculation) -> tuple[DecodeTokens, RoundCounts]:
-        """As :meth:`decode`, by rounds of speculation."""
+        """As :meth:`decode`, by ``steps`` rounds of speculation."""
         assert self._speculator is not None
-        burst = self._burst(batch, steps, drafting=True)
+        burst = self._burst(batch, steps)
         self._resident, tokens, counted = self.programs.speculate(
             self._weights, self._held, burst, plan=plan, beyond=self._speculator.beyond
         )

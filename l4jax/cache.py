@@ -12,7 +12,6 @@ boundary although the cache holds only one chunk.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import jax
@@ -22,6 +21,7 @@ from jaxtyping import Array, Float, Int32
 
 from l4jax.config import ModelConfig
 from l4jax.parallel.arrays import host_array
+from sharding.mesh import MeshSpec
 
 PAGE_SIZE = 128
 """Tokens in a page."""
@@ -37,6 +37,10 @@ class LayerCache:
 
     k_PKph: Float[Array, "P K p h"]
     v_PKph: Float[Array, "P K p h"]
+
+    def zeroed(self, page_W: Int32[Array, "W"]) -> LayerCache:
+        """The cache with zeros in these pages; a number past the last page changes nothing."""
+        return jax.tree.map(lambda pool_PKph: pool_PKph.at[page_W].set(0, mode="drop"), self)
 
 
 @jax.tree_util.register_dataclass
@@ -76,40 +80,39 @@ class PageTables:
 
 @dataclasses.dataclass(frozen=True)
 class CacheShape:
-    """Room for ``rows`` sequences of up to ``capacity`` tokens each.
+    """The slots and pages of each rank along ``data``.
 
-    On a mesh the rows are spread evenly over the ``data`` axis, and each row's positions over the ``ranks`` that share a
-    sequence's tokens (see :func:`rank_of`).
+    A full page holds PAGE_SIZE tokens on each rank that shares a sequence's tokens, in the layers that keep everything (see
+    :func:`rank_of`). A local page holds PAGE_SIZE tokens of one attention chunk, in the chunk-local layers: chunks go to the token ranks
+    in turn, each whole to one, so page ``i`` is reserved on every one of them.
     """
 
-    rows: int
-    capacity: int
-    ranks: int = 1
+    slots: int
+    full_pages: int
+    local_pages: int
 
-    def pages_per_row(self, config: ModelConfig, *, local: bool) -> int:
-        """Pages that one row needs on each rank, in a chunk-local layer or in a layer that keeps everything."""
-        if local and config.attention_chunk_size is not None:
-            # Chunks go to the ranks in turn, each whole to one rank: every rank needs room for one.
-            return -(-min(self.capacity, config.attention_chunk_size) // PAGE_SIZE)
-        return -(-self.capacity // (PAGE_SIZE * self.ranks))
+    @classmethod
+    def for_rows(cls, config: ModelConfig, rows: int, capacity: int, spec: MeshSpec) -> CacheShape:
+        """Room for ``rows`` sequences of up to ``capacity`` tokens each, spread evenly over the data ranks."""
+        slots, chunk = -(-rows // spec.data), config.attention_chunk_size
+        full = -(-capacity // (PAGE_SIZE * spec.token_ranks.count))
+        local = 0 if chunk is None else -(-min(capacity, chunk) // PAGE_SIZE)
+        return cls(slots, slots * full, slots * local)
 
-    def identity_tables(self, config: ModelConfig, rows: Sequence[int] | np.ndarray) -> PageTables:
-        """Page tables (host arrays) that give row ``rows[i]``, counted on its own ``data`` rank, a run of consecutive pages."""
+    def identity_tables(self, rows: Sequence[int] | np.ndarray) -> PageTables:
+        """Page tables (host arrays) that give row ``rows[i]``, counted on its own data rank, its even share of pages, all consecutive."""
 
-        def table(local: bool) -> Array:
-            width = self.pages_per_row(config, local=local)
+        def table(pages: int) -> Array:
+            width = pages // self.slots
             return host_array(np.asarray(rows)[:, None] * width + np.arange(width)[None, :], np.int32)
 
-        return PageTables(table(False), table(True))
+        return PageTables(table(self.full_pages), table(self.local_pages))
 
-    def layer_shapes(self, config: ModelConfig) -> list[tuple[int, int, int, int]]:
-        """Shape of each layer's pool of keys; its pool of values has the same shape."""
-        pages = [self.rows * self.ranks * self.pages_per_row(config, local=is_local(config, i)) for i in range(config.num_layers)]
-        return [(n, config.num_kv_heads, PAGE_SIZE, config.head_dim) for n in pages]
-
-    def device_nbytes(self, config: ModelConfig, dtype: jnp.dtype, sharding: jax.sharding.Sharding) -> int:
-        """Bytes of the keys and values on one device."""
-        return sum(2 * math.prod(sharding.shard_shape(shape)) * dtype.itemsize for shape in self.layer_shapes(config))
+    def layer_shapes(self, config: ModelConfig, spec: MeshSpec) -> list[tuple[int, int, int, int]]:
+        """Shape of each layer's pool of keys, over all ranks; its pool of values has the same shape."""
+        ranks = spec.data * spec.token_ranks.count
+        pages = [self.local_pages if is_local(config, i) else self.full_pages for i in range(config.num_layers)]
+        return [(ranks * n, config.num_kv_heads, PAGE_SIZE, config.head_dim) for n in pages]
 
 
 def is_local(config: ModelConfig, layer: int) -> bool:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Int32
 from l4jax.cache import CACHE_AXES, CacheShape, LayerCache, PageTables
 from l4jax.decoding.params import SamplingParams
 from l4jax.decoding.sampling import Logprobs, TokenCounts, sampling_settings
-from l4jax.decoding.slots import Slots, SlotUpdate
+from l4jax.decoding.slots import Slots, SlotTokens, SlotUpdate
 from l4jax.model.step import PieceLayout
 from l4jax.parallel.arrays import host_array
 from l4jax.parallel.placement import DrafterPlacement, Placement
@@ -64,8 +64,9 @@ class Resident:
 
     @classmethod
     def abstract(cls, placement: Placement, drafter: DrafterPlacement | None, shape: CacheShape, dtype: jnp.dtype) -> Resident:
-        """Shapes, dtypes and shardings for this many rows and tokens."""
-        U, V = shape.rows, placement.config.vocab_size
+        """Shapes, dtypes and shardings of this many slots and pages."""
+        spec = placement.spec
+        U, V = shape.slots * spec.data, placement.config.vocab_size
         row, counts = placement.array_sharding("batch"), placement.array_sharding("batch", "vocab")
         pools = placement.array_sharding(*CACHE_AXES)
 
@@ -73,7 +74,7 @@ class Resident:
             return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=sharding)
 
         def cache(config: Any) -> Cache:
-            return tuple(LayerCache(*[array(pool, dtype, pools)] * 2) for pool in shape.layer_shapes(config))
+            return tuple(LayerCache(*[array(pool, dtype, pools)] * 2) for pool in shape.layer_shapes(config, spec))
 
         ints = array((U,), jnp.int32, row)
         settings = sampling_settings([SamplingParams()] * U, [0] * U, [[]] * U, V)
@@ -106,16 +107,17 @@ class Resident:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A piece of some rows' prompts: ``new_B[b]`` tokens that follow ``start_B[b]`` cached ones, padded.
+    """A piece of some rows' prefill: ``new_B[b]`` tokens that follow ``start_B[b]`` cached ones, padded.
 
-    ``ends_B``: whether the prompt ends with this piece. ``following_B``: the prompt's token after the piece, -1 where there is none.
-    ``slot_B``: past the last slot for rows that are padding, which have no tokens. ``layout``: where the ranks that share a sequence's
-    tokens have theirs; None if there is one rank.
+    ``prompt_length_B``: as in :class:`SlotTokens`. ``ends_B``: whether the prefill ends with this piece, so that the next token is drawn.
+    ``following_B``: the token after the piece, -1 where it is the one that is drawn. ``slot_B``: past the last slot for rows that are
+    padding, which have no tokens. ``layout``: where the ranks that share a sequence's tokens have theirs; None if there is one rank.
     """
 
     token_BT: Int32[Array, "B T"]
     start_B: Int32[Array, "B"]
     new_B: Int32[Array, "B"]
+    prompt_length_B: Int32[Array, "B"]
     ends_B: Bool[Array, "B"]
     following_B: Int32[Array, "B"]
     slot_B: Int32[Array, "B"]
@@ -129,13 +131,21 @@ class Piece:
         row = _row(spec)
         positions: Any = PartitionSpec(None, *row)
         layout: Any = PieceLayout(positions, row) if spec.token_ranks.count > 1 else PartitionSpec()
-        return cls(row, row, row, row, row, row, row, row, layout)
+        return cls(row, row, row, row, row, row, row, row, row, layout)
+
+    @property
+    def tokens(self) -> SlotTokens:
+        """Its tokens, to count."""
+        return SlotTokens(self.token_BT, self.start_B, self.new_B, self.prompt_length_B, self.slot_B)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FirstTokens:
-    """What a piece returns of the rows whose prompt ends with it: their next token, its log-probabilities, and if it is the last."""
+    """What a piece returns of the rows whose prefill ends with it: their next token, its log-probabilities, and if it is the last.
+
+    ``token_B`` is NOT_FINITE in every row whose logits at its last token are not finite, whether its prefill ends or not.
+    """
 
     token_B: Int32[Array, "B"]
     logprobs: Logprobs
@@ -145,9 +155,14 @@ class FirstTokens:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Burst:
-    """Which slots are decoded, in the order of the program's rows, and the pages that hold their keys; at most ``steps`` tokens a row."""
+    """Which slots are decoded, in the order of the program's rows, and the pages that hold their keys.
+
+    ``limit_B``: a row runs no token at this position or a later one; there it is idle, but not done. ``steps``: at most BURST; rounds, if
+    the burst speculates.
+    """
 
     slot_B: Int32[Array, "B"]
+    limit_B: Int32[Array, "B"]
     tables: PageTables
     draft_tables: PageTables | None
     steps: Int32[Array, ""]
@@ -156,7 +171,7 @@ class Burst:
     def specs(cls, spec: MeshSpec) -> Burst:
         """How it is sharded: by rows."""
         row, everywhere = _row(spec), PartitionSpec()
-        return cls(row, row, row, everywhere)  # type: ignore[arg-type]
+        return cls(row, row, row, row, everywhere)  # type: ignore[arg-type]
 
 
 def slot_update(

@@ -17,15 +17,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float32
+from jaxtyping import Array, Float32, Int32
 
-from l4jax.cache import CACHE_AXES
-from l4jax.decoding.draft import DraftState
-from l4jax.decoding.generate import DecodeTokens, decode_tokens
+from l4jax.cache import CACHE_AXES, PageTables, is_local
+from l4jax.config import ModelConfig
+from l4jax.decoding.entries import Entries
+from l4jax.decoding.generate import DecodeState, DecodeTokens, decode_tokens
 from l4jax.decoding.plan import Speculation
 from l4jax.decoding.sampling import sample, token_logprobs
-from l4jax.decoding.slots import Slots, SlotUpdate
-from l4jax.decoding.speculate import BeyondTraining, RoundCounts, SpeculationState, prefill_drafter, speculate_tokens
+from l4jax.decoding.slots import Slots, SlotTokens, SlotUpdate
+from l4jax.decoding.speculate import BeyondTraining, RoundCounts, speculate_tokens, window
 from l4jax.decoding.tree import NONE
 from l4jax.model.drafter import Drafter
 from l4jax.model.llama import Llama
@@ -58,6 +59,7 @@ class Programs:
     def __init__(self, placement: Placement, drafter: DrafterPlacement | None = None) -> None:
         model = Llama(placement.config, placement.spec, taps=drafter.drafter.aux_layers if drafter else ())
         self.model = BoundModel(model)
+        self._config, self._draft_config = placement.config, drafter.config if drafter else None
         self._mesh, spec = placement.mesh, placement.spec
         self._data, self._vocab, self._ranks = spec.along("data"), spec.along("tensor"), spec.token_ranks
         module = drafter.build(drafter.config, spec) if drafter else None
@@ -71,7 +73,10 @@ class Programs:
         self.prefill = self._program(self._prefill, (weights, resident, Piece.specs(spec)), (resident, everywhere))
         self.decode = self._program(self._decode, (weights, resident, Burst.specs(spec)), (resident, everywhere))
         self.speculate = self._program(self._speculate, (weights, resident, Burst.specs(spec)), (resident, everywhere, everywhere))
-        self.update_slots = self._program(self._update_slots, (resident.slots, partition(spec, "batch")), resident.slots, donated=0)
+        slots, row = resident.slots, partition(spec, "batch")
+        self.update_slots = self._program(self._update_slots, (slots, row), slots, donated=0)
+        self.count = self._program(self._count, (slots, row), slots, donated=0)
+        self.zero_pages = self._program(self._zero_pages, (resident, row), resident, donated=0)
         logits = PartitionSpec(self._data.axes or None, self._ranks.axes or None, self._vocab.axes or None)
         pools = partition(spec, *CACHE_AXES)
         self.logits = self._program(self._logits, (weights, pools, Piece.specs(spec)), (pools, logits))
@@ -100,59 +105,87 @@ class Programs:
         """Give slots to new requests."""
         return slots.updated(update)
 
+    def _count(self, slots: Slots, tokens: SlotTokens) -> Slots:
+        """Count tokens that are not prefilled, because other sequences' pages have them."""
+        return slots.counted(tokens, self._vocab)
+
+    def _zero_pages(self, resident: Resident, pages: PageTables) -> Resident:
+        """Zero pages of the model's cache and the drafter's: of each data rank those in its one row, on every token rank.
+
+        Numbers past the last page change nothing.
+        """
+
+        def zeroed(cache: Cache, config: ModelConfig | None) -> Cache:
+            assert config is not None or not cache
+            return tuple(
+                layer.zeroed((pages.local_Bw if config and is_local(config, i) else pages.full_BW)[0]) for i, layer in enumerate(cache)
+            )
+
+        return Resident(zeroed(resident.cache, self._config), zeroed(resident.draft_cache, self._draft_config), resident.slots)
+
     def _prefill(
         self, weights: Weights, resident: Resident, piece: Piece, *, spread: Spread | None, beyond: BeyondTraining | None
     ) -> tuple[Resident, FirstTokens]:
-        """Prefill a piece of each row's prompt; where a prompt ends with it, sample the answer's first token and write it to the slot.
+        """Prefill a piece of each row; where its prefill ends with it, sample the next token and write it to the slot.
 
         With ``beyond`` the drafter is prefilled too.
         """
         model: Llama = self.model.bind(weights.target)
-        token_BT, start_B, new_B, slot_B = piece.token_BT, piece.start_B, piece.new_B, piece.slot_B
+        token_BT, start_B, new_B = piece.token_BT, piece.start_B, piece.new_B
         x_BTD, feature_BTf, cache = model(token_BT, start_B, new_B, resident.cache, piece.tables, piece.layout, spread)
-        slots = resident.slots.prompted(slot_B, token_BT, new_B, self._vocab)
-        rows = slots.settings(slot_B)
+        slots = resident.slots.counted(piece.tokens, self._vocab)
+        rows = slots.settings(piece.slot_B)
         logits_BV = model.logits(last_state(x_BTD, start_B, new_B, piece.layout, self._ranks))
         # Ranks that do the same work may round differently, and each would choose its own token.
-        token_B = self._ranks.from_first(sample(logits_BV, rows, slots.counts, slots.decoding(slot_B, ()).produced_B, self._vocab))
+        token_B = self._ranks.from_first(sample(logits_BV, rows, slots.counts, piece.tokens.produced_B, self._vocab))
         logprobs = token_logprobs(logits_BV, token_B, rows, self._vocab)
         draft_cache, hidden_BD = resident.draft_cache, None
         if beyond is not None:
             assert piece.draft_tables is not None
-            drafter: Drafter = self.drafter.bind(weights.drafter)
+            entries = self._entries(weights, model, piece.draft_tables, beyond)
             following_B = jnp.where(piece.following_B == NONE, token_B, piece.following_B)
-            tokens = (token_BT, following_B, feature_BTf, start_B, new_B)
-            hidden_BD, draft_cache = prefill_drafter(drafter, model, draft_cache, *tokens, piece.draft_tables, piece.layout, spread, beyond)
-        ended_B = jnp.where(piece.ends_B, slot_B, len(slots.token_U))
-        slots, done_B = slots.begun(ended_B, token_B, start_B + new_B, hidden_BD, self._vocab)
+            added = entries.add(draft_cache, token_BT, following_B, feature_BTf, start_B, new_B, piece.layout, spread)
+            draft_cache, hidden_BD = added.cache, added.hidden_BD
+        slots, done_B = slots.begun(piece.tokens, piece.ends_B, token_B, hidden_BD, self._vocab)
         return Resident(cache, draft_cache, slots), FirstTokens(*self._of_all_rows((token_B, logprobs, done_B)))
 
     def _of_all_rows(self, tree: Any) -> Any:
         """Gather the rows of every rank along ``data``, because every host returns every row's tokens."""
         return jax.tree.map(lambda rows: self._data.concatenate(rows, axis=0), tree)
 
+    def _entries(self, weights: Weights, model: Llama, tables: PageTables | None, beyond: BeyondTraining) -> Entries:
+        assert tables is not None
+        drafter: Drafter = self.drafter.bind(weights.drafter)
+        return Entries(drafter, model, tables, window(drafter, beyond))
+
     def _speculate(
         self, weights: Weights, resident: Resident, burst: Burst, *, plan: Speculation, beyond: BeyondTraining
     ) -> tuple[Resident, DecodeTokens, RoundCounts]:
-        """Run rounds of speculation until a row has as many tokens as the burst asks for, in one dispatch."""
-        assert burst.draft_tables is not None and resident.slots.hidden_UD is not None
-        model: Llama = self.model.bind(weights.target)
-        drafter: Drafter = self.drafter.bind(weights.drafter)
+        """As :meth:`_decode`, by rounds of speculation."""
+        entries = self._entries(weights, self.model.bind(weights.target), burst.draft_tables, beyond)
         slots, slot_B = resident.slots, burst.slot_B
-        draft = DraftState(resident.draft_cache, resident.slots.hidden_UD.at[slot_B].get(mode="clip"))
-        state = SpeculationState(slots.decoding(slot_B, resident.cache), draft)
-        state, out, counted = speculate_tokens(
-            model, drafter, state, burst.tables, burst.draft_tables, slots.active_settings(slot_B), burst.steps, plan, beyond
-        )
-        slots = slots.after(slot_B, state.decode, state.draft.hidden_BD)
-        return Resident(state.decode.cache, state.draft.cache, slots), self._tokens_of_all_rows(out), self._of_all_rows(counted)
+        state = slots.decoding(slot_B, resident.cache, resident.draft_cache)
+        rows = slots.active_settings(slot_B)
+        state, out, counted = speculate_tokens(entries, state, burst.tables, rows, burst.limit_B, burst.steps, plan, beyond)
+        return self._after(resident, slot_B, state), self._tokens_of_all_rows(out), self._of_all_rows(counted)
 
-    def _decode(self, weights: Weights, resident: Resident, burst: Burst) -> tuple[Resident, DecodeTokens]:
-        """Decode up to as many tokens as the burst asks for, for every row that is not done, in one dispatch."""
+    def _decode(
+        self, weights: Weights, resident: Resident, burst: Burst, *, beyond: BeyondTraining | None
+    ) -> tuple[Resident, DecodeTokens]:
+        """Decode as many tokens as the burst asks for, for every row that is neither done nor at its limit, in one dispatch.
+
+        With ``beyond`` the drafter's entries of the tokens that it runs are made too.
+        """
+        model: Llama = self.model.bind(weights.target)
+        entries = None if beyond is None else self._entries(weights, model, burst.draft_tables, beyond)
         slots, slot_B = resident.slots, burst.slot_B
-        state = slots.decoding(slot_B, resident.cache)
-        state, out = decode_tokens(self.model.bind(weights.target), state, burst.tables, slots.active_settings(slot_B), burst.steps)
-        return Resident(state.cache, resident.draft_cache, slots.after(slot_B, state)), self._tokens_of_all_rows(out)
+        state = slots.decoding(slot_B, resident.cache, resident.draft_cache)
+        rows = slots.active_settings(slot_B)
+        state, out = decode_tokens(model, state, burst.tables, rows, burst.limit_B, burst.steps, entries)
+        return self._after(resident, slot_B, state), self._tokens_of_all_rows(out)
+
+    def _after(self, resident: Resident, slot_B: Int32[Array, "B"], state: DecodeState) -> Resident:
+        return Resident(state.cache, state.draft.cache if state.draft else (), resident.slots.after(slot_B, state))
 
     def _tokens_of_all_rows(self, out: DecodeTokens) -> DecodeTokens:
         token_sB, logprobs = jax.tree.map(lambda rows: self._data.concatenate(rows, axis=1), (out.token_sB, out.logprobs))

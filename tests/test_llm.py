@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from l4jax.batch import Batch
-from l4jax.runner import Runner
 
 from l4jax import LLM, SamplingParams, load
-from l4jax.cache import CacheShape
+from l4jax.batch import Batch
+from l4jax.cache import CacheShape, PageTables
 from l4jax.decoding.generate import BURST
 from l4jax.parallel.placement import Placement
 from l4jax.program_inputs import Resident
 from l4jax.request import Request
+from l4jax.runner import Room, Runner
 from l4jax.text.hf_tokenizer import HfTokenizer
 from sharding.mesh import ONE_DEVICE
 from tests.text import small
@@ -149,10 +149,10 @@ def test_the_cache_may_grow_between_calls(scout):
 def test_room_to_grow_is_given_up_before_a_request_is_refused(scout, monkeypatch):
     """1,100 tokens would have room for 2,048."""
     fresh = LLM(dataclasses.replace(scout.config, max_position_embeddings=4096), weights(scout.config))
-    exact = fresh.runner._needed_bytes(CacheShape(1, 1100))
+    exact = fresh.runner._needed_bytes(Room(1, 1100))
     monkeypatch.setattr(fresh.runner, "_own_available_bytes", lambda: exact)
     fresh.runner.reserve(1, 1100)
-    assert fresh.runner.cache_shape.capacity == 1100
+    assert fresh.runner.room.capacity == 1100
     with pytest.raises(ValueError, match="a KV cache for 1 sequences of 1200 tokens takes"):
         fresh.runner.reserve(1, 1200)
 
@@ -164,15 +164,15 @@ def test_pages_may_lie_anywhere(monkeypatch):
     plain = Runner(Placement.on(config, ONE_DEVICE), weights(config), prefill_lengths=(128,)).logits(prompt)[0]
     shuffled = Runner(Placement.on(config, ONE_DEVICE), weights(config), prefill_lengths=(128,))
     shuffled.reserve(4, 1000)
-    identity = type(shuffled.cache_shape).identity_tables
+    identity = CacheShape.identity_tables
 
-    def shuffle(self, config, rows):
-        tables = identity(self, config, rows)
+    def shuffle(self, rows):
+        tables = identity(self, rows)
         rng = np.random.default_rng(0)
-        pages = {local: rng.permutation(self.rows * self.pages_per_row(config, local=local)).astype(np.int32) for local in (False, True)}
-        return dataclasses.replace(tables, full_BW=pages[False][tables.full_BW], local_Bw=pages[True][tables.local_Bw])
+        full, local = (rng.permutation(pages).astype(np.int32) for pages in (self.full_pages, self.local_pages))
+        return PageTables(full[tables.full_BW], local[tables.local_Bw])
 
-    monkeypatch.setattr(type(shuffled.cache_shape), "identity_tables", shuffle)
+    monkeypatch.setattr(CacheShape, "identity_tables", shuffle)
     np.testing.assert_allclose(shuffled.logits(prompt)[0], plain, atol=2e-5)
 
 
@@ -219,18 +219,18 @@ def test_what_earlier_calls_needed_refuses_nothing(monkeypatch):
     """Eight short rows, then one long one: the cache holds either, not eight long rows."""
     config = shallow(llama3_like(max_position_embeddings=8192))
     fresh = LLM(config, weights(config))
-    most = fresh.runner._needed_bytes(CacheShape(rows=2, capacity=8192))
+    most = fresh.runner._needed_bytes(Room(rows=2, capacity=8192))
     monkeypatch.setattr(Runner, "_available_bytes", lambda self: most)
     fresh.runner.reserve(8, 3)
     fresh.generate([[1]], greedy(5000, stop_token_ids=range(64)))
-    assert fresh.runner.cache_shape == CacheShape(rows=1, capacity=8192)
+    assert fresh.runner.room == Room(rows=1, capacity=8192)
 
 
 def test_the_cache_is_no_longer_than_the_context():
     config = shallow(llama3_like(max_position_embeddings=5000))
     llm = LLM(config, weights(config))
     llm.runner.reserve(1, 4999)
-    assert llm.runner.cache_shape.capacity == 5120
+    assert llm.runner.room.capacity == 5120
 
 
 def test_warm_up_covers_the_longest_prompt_and_refuses_what_cannot_be(scout):

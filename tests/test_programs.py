@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from l4jax import LLM, SamplingParams
-from l4jax.cache import PAGE_SIZE, CacheShape
+from l4jax.cache import PAGE_SIZE, CacheShape, PageTables
 from l4jax.decoding.plan import Speculation, SpeculationTable
+from l4jax.decoding.slots import SlotTokens
 from l4jax.parallel.placement import Placement
 from l4jax.planning.compile import AbstractModel
 from sharding.mesh import ONE_DEVICE, MeshSpec
@@ -19,18 +20,27 @@ from tests.tiny import drafter, few_tokens, llama3_like, loaded_drafter, maveric
 
 
 def decode_memory(config, pages_per_row, plan=None):
-    """(bytes of the resident state, XLA's memory analysis of the decode program) for four rows of this many pages; or with a plan."""
+    """(bytes of the resident state, XLA's memory analysis of the decode program) for four rows of this many pages.
+
+    ``plan``: of a burst that speculates; "entries": the plain burst of a model with a drafter.
+    """
     made = None if plan is None else drafter(config, aux_layers=(0, 1, 2))
     model = AbstractModel(config, ONE_DEVICE, jax.local_devices()[:1], jnp.dtype(jnp.float32), made)
     size = (4, pages_per_row * PAGE_SIZE)
-    call = model.decode_call(*size) if plan is None else model.speculate_call(*size, Speculation.parse(plan))
+    plain = plan in (None, "entries")
+    call = model.decode_call(*size, drafting=plan is not None) if plain else model.speculate_call(*size, Speculation.parse(plan))
     resident = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(call.arguments[1]))
     return resident, call.lower().compile().memory_analysis()
 
 
-PLANS = (None, "chain:3", "dynamic:steps=3,topk=2,nodes=6")
+PLANS = (None, "entries", "chain:3", "dynamic:steps=3,topk=2,nodes=6")
 # Decoding of every model, and each way to speculate once with experts; the others run with `make test-all`.
-USUAL = {*((make, None) for make in (scout_like, maverick_like, llama3_like)), (maverick_like, PLANS[1]), (scout_like, PLANS[2])}
+USUAL = {
+    *((make, None) for make in (scout_like, maverick_like, llama3_like)),
+    (llama3_like, PLANS[1]),
+    (maverick_like, PLANS[2]),
+    (scout_like, PLANS[3]),
+}
 
 
 @pytest.mark.optimized
@@ -48,9 +58,26 @@ def test_decode_donates_all_that_is_resident_and_makes_no_second_copy(make, plan
     assert memory.temp_size_in_bytes < 0.01 * resident
 
 
+@pytest.mark.optimized
+def test_pages_are_zeroed_and_tokens_counted_in_place():
+    config = few_tokens(scout_like)
+    model = AbstractModel(config, ONE_DEVICE, jax.local_devices()[:1], jnp.dtype(jnp.float32), drafter(config, aux_layers=(0, 1, 2)))
+    resident = model.decode_call(4, 4096 * PAGE_SIZE).arguments[1]
+    pages, one = jax.ShapeDtypeStruct((1, 64), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    tokens = SlotTokens(jax.ShapeDtypeStruct((1, 512), jnp.int32), one, one, one, one)
+    zero = model.programs.zero_pages.lower(resident, PageTables(pages, pages))
+    count = model.programs.count.lower(resident.slots, tokens)
+    for lowered, donated in ((zero, resident), (count, resident.slots)):
+        nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(donated))
+        memory = lowered.compile().memory_analysis()
+        assert memory.alias_size_in_bytes >= nbytes
+        # Of the pages or tokens that it is given, not of the whole.
+        assert memory.temp_size_in_bytes < 2**17
+
+
 def test_chunk_local_layers_hold_one_chunk():
     config = scout_like(attention_chunk_size=256)
-    shapes = CacheShape(rows=2, capacity=100_000).layer_shapes(config)
+    shapes = CacheShape.for_rows(config, 2, 100_000, ONE_DEVICE).layer_shapes(config, ONE_DEVICE)
     tokens = [pages * PAGE_SIZE for pages, *_ in shapes]
     assert tokens[:3] == [2 * 256] * 3
     assert 2 * 100_000 <= tokens[3] < 2 * (100_000 + PAGE_SIZE)

@@ -19,6 +19,7 @@ from l4jax.model.drafter import build_drafter
 from l4jax.model.llama import Llama
 from l4jax.model.weights import random_weights
 from l4jax.speculator import LoadedDrafter
+from sharding.mesh import ONE_DEVICE
 
 
 def scout_like(**changes: Any) -> ModelConfig:
@@ -130,7 +131,7 @@ def prompts(config: ModelConfig, lengths: tuple[int, ...], seed: int = 0) -> lis
     return [rng.integers(0, config.vocab_size, n).tolist() for n in lengths]
 
 
-def empty_cache(shape, config, sharding=None):
+def empty_cache(shape, config, sharding=None, spec=ONE_DEVICE):
     """A float32 cache of zeros."""
-    pools = [jnp.zeros(pool, jnp.float32, device=sharding or jax.local_devices()[0]) for pool in shape.layer_shapes(config)]
+    pools = [jnp.zeros(pool, jnp.float32, device=sharding or jax.local_devices()[0]) for pool in shape.layer_shapes(config, spec)]
     return tuple(LayerCache(pool, pool) for pool in pools)

@@ -64,7 +64,7 @@ def speculate(bench: Bench, record: Record, *, rows: int, plan: str) -> None:
 def _timed_bursts(
     bench: Bench, burst: Callable[[Any, int], tuple[Any, Any, Any]], state: Any, context: int
 ) -> tuple[Any, dict[str, Any], float]:
-    """Times of a turn of the programs' loop (a step, or a round of the slowest row), over bursts of BURST tokens a row.
+    """Times of a turn of the programs' loop (a step or a round), over bursts of BURST turns.
 
     ``burst`` takes a state, which it donates, and the cached tokens; it returns the next state, the burst's turns (of each row, or
     of all) and its tokens, which are -1 beyond a row's end. Also returns the last state, and the tokens of a row a turn.
@@ -78,9 +78,8 @@ def _timed_bursts(
         return counted
 
     seconds = timing.repeated(dispatch, budget=bench.sizes.seconds)
-    # A drafter's state differs from burst to burst, and with it the number of rounds. The first burst is not timed.
+    # The first burst is not timed.
     counts = [(int(np.max(turns)), np.asarray(token_sB)) for turns, token_sB in seen[1:]]
-    # Rounds end once the fastest row has a burst.
     short = min(int((token_sB >= 0).sum(axis=0).max()) for _, token_sB in counts)
     if short < BURST:
         raise RuntimeError(f"a dispatch produced {short} tokens a row instead of {BURST}: the logits were not finite")
@@ -107,8 +106,9 @@ def prefill(bench: Bench, record: Record, *, piece: int) -> None:
                 token_BT = np.zeros((1, piece), np.int32)
                 token_BT[0, : new[0]] = token_T[start : start + new[0]]
                 ends = np.full(1, start + piece >= prompt)
-                rows = {"start_B": np.full(1, start, np.int32), "new_B": new, "ends_B": ends, "following_B": np.full(1, -1, np.int32)}
-                given = dataclasses.replace(inputs, token_BT=token_BT, slot_B=np.zeros(1, np.int32), **rows)
+                numbers = {"start_B": start, "prompt_length_B": prompt, "following_B": -1, "slot_B": 0}
+                rows = {name: np.full(1, value, np.int32) for name, value in numbers.items()}
+                given = dataclasses.replace(inputs, token_BT=token_BT, new_B=new, ends_B=ends, **rows)
                 resident, tokens = program(model.weights, resident, given)
             return tokens.token_B
 
@@ -118,8 +118,8 @@ def prefill(bench: Bench, record: Record, *, piece: int) -> None:
 
 
 def _capacity(bench: Bench) -> int:
-    """Tokens that a row's cache has room for: the longest context, and a page for new tokens."""
-    return max(*bench.sizes.contexts, *bench.sizes.prompts) + 128
+    """Tokens that a row's cache has room for: the longest context, and a burst of rounds that accept up to seven drafts each."""
+    return max(*bench.sizes.contexts, *bench.sizes.prompts) + 8 * BURST
 
 
 def read_bytes(model: Model) -> int:

@@ -10,9 +10,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float32, Int32
 
-from l4jax.cache import LayerCache, PageTables, TreeCache
+from l4jax.cache import PageTables, TreeCache
+from l4jax.decoding.entries import DraftState
 from l4jax.decoding.randomness import Purpose, gumbel, stream_keys
 from l4jax.decoding.sampling import SamplingRows, highest_tokens, log_probabilities
 from l4jax.decoding.tree import NONE, DynamicTree, StaticTree, TreeTables, tree_tables
@@ -21,18 +22,6 @@ from l4jax.model.drafter import Drafter
 from l4jax.model.llama import Llama
 from l4jax.model.step import tree_step_inputs
 from sharding.ranks import local_index
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DraftState:
-    """What a drafter carries from round to round: its cache, and its output at the last cached token, which predicts the root's children.
-
-    Its cache has an entry for each token in the target's cache.
-    """
-
-    cache: tuple[LayerCache, ...]
-    hidden_BD: Float[Array, "B D"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from l4jax.cache import LayerCache
+from l4jax.decoding.entries import DraftState
 from l4jax.decoding.generate import DecodeState, count_token, is_final
 from l4jax.decoding.sampling import SamplingRows, SamplingSettings, TokenCounts
 from sharding.ranks import Ranks, local_index
@@ -24,6 +25,32 @@ class SlotUpdate:
 
     slot_B: Int32[Array, "B"]
     sampling: SamplingSettings
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SlotTokens:
+    """Tokens of some slots' sequences, padded: ``new_B[b]`` tokens, of which the first is at position ``start_B[b]``.
+
+    Those before position ``prompt_length_B[b]`` are the prompt's; later ones are output that was produced before. A slot number past the
+    last one is padding.
+    """
+
+    token_BT: Int32[Array, "B T"]
+    start_B: Int32[Array, "B"]
+    new_B: Int32[Array, "B"]
+    prompt_length_B: Int32[Array, "B"]
+    slot_B: Int32[Array, "B"]
+
+    @property
+    def length_B(self) -> Int32[Array, "B"]:
+        """Tokens of each sequence up to the last of these."""
+        return self.start_B + self.new_B
+
+    @property
+    def produced_B(self) -> Int32[Array, "B"]:
+        """Tokens of each output up to the last of these."""
+        return jnp.maximum(self.length_B - self.prompt_length_B, 0)
 
 
 @jax.tree_util.register_dataclass
@@ -58,20 +85,28 @@ class Slots:
             temperature_B=jnp.where(active_B, rows.temperature_B, 0.0),
         )
 
-    def decoding(self, slot_B: Int32[Array, "B"], cache: tuple[LayerCache, ...]) -> DecodeState:
+    def decoding(self, slot_B: Int32[Array, "B"], cache: tuple[LayerCache, ...], draft_cache: tuple[LayerCache, ...]) -> DecodeState:
         """These slots as rows to decode. A row whose slot number is past the last one is padding, and done."""
 
         def of(values_U: Array, otherwise: bool | int) -> Array:
             return values_U.at[slot_B].get(mode="fill", fill_value=otherwise)
 
-        return DecodeState(cache, of(self.token_U, 0), of(self.length_U, 0), of(self.produced_U, 0), of(self.done_U, True), self.counts)
+        return DecodeState(
+            cache,
+            of(self.token_U, 0),
+            of(self.length_U, 0),
+            of(self.produced_U, 0),
+            of(self.done_U, True),
+            self.counts,
+            None if self.hidden_UD is None else DraftState(draft_cache, self.hidden_UD.at[slot_B].get(mode="clip")),
+        )
 
-    def after(self, slot_B: Int32[Array, "B"], state: DecodeState, hidden_BD: Float[Array, "B D"] | None = None) -> Slots:
+    def after(self, slot_B: Int32[Array, "B"], state: DecodeState) -> Slots:
         """The slots after these rows were decoded, or speculated for."""
         hidden_UD = self.hidden_UD
-        if hidden_BD is not None:
+        if state.draft is not None:
             assert hidden_UD is not None
-            hidden_UD = hidden_UD.at[slot_B].set(hidden_BD, mode="drop")
+            hidden_UD = hidden_UD.at[slot_B].set(state.draft.hidden_BD, mode="drop")
         return dataclasses.replace(
             self,
             token_U=self.token_U.at[slot_B].set(state.token_B, mode="drop"),
@@ -82,28 +117,33 @@ class Slots:
             hidden_UD=hidden_UD,
         )
 
-    def prompted(self, slot_B: Int32[Array, "B"], token_BT: Int32[Array, "B T"], new_B: Int32[Array, "B"], vocab_ranks: Ranks) -> Slots:
-        """The slots with the first ``new_B`` of these tokens counted as their prompts'."""
-        T, V = token_BT.shape[1], self.counts.in_prompt_UV.shape[1]
-        new_BT = jnp.arange(T, dtype=jnp.int32)[None, :] < new_B[:, None]
-        index_BT = jnp.where(new_BT, local_index(token_BT, V, vocab_ranks), V)
-        in_prompt_UV = self.counts.in_prompt_UV.at[slot_B[:, None], index_BT].set(True, mode="drop")
-        return dataclasses.replace(self, counts=dataclasses.replace(self.counts, in_prompt_UV=in_prompt_UV))
+    def counted(self, tokens: SlotTokens, vocab_ranks: Ranks) -> Slots:
+        """The slots with these tokens counted, as their prompts' or as their outputs'."""
+        T, V = tokens.token_BT.shape[1], self.counts.in_prompt_UV.shape[1]
+        index_1T = jnp.arange(T, dtype=jnp.int32)[None, :]
+        new_BT = index_1T < tokens.new_B[:, None]
+        prompt_BT = tokens.start_B[:, None] + index_1T < tokens.prompt_length_B[:, None]
+        token_BT, slot_B1 = local_index(tokens.token_BT, V, vocab_ranks), tokens.slot_B[:, None]
+        asked_BT, drawn_BT = (jnp.where(new_BT & kind_BT, token_BT, V) for kind_BT in (prompt_BT, ~prompt_BT))
+        in_prompt_UV = self.counts.in_prompt_UV.at[slot_B1, asked_BT].set(True, mode="drop")
+        output_UV = self.counts.output_UV.at[slot_B1, drawn_BT].add(1, mode="drop")
+        return dataclasses.replace(self, counts=TokenCounts(in_prompt_UV, output_UV))
 
     def begun(
         self,
-        slot_B: Int32[Array, "B"],
+        tokens: SlotTokens,
+        ends_B: Bool[Array, "B"],
         token_B: Int32[Array, "B"],
-        length_B: Int32[Array, "B"],
         hidden_BD: Float[Array, "B D"] | None,
         vocab_ranks: Ranks,
     ) -> tuple[Slots, Bool[Array, "B"]]:
-        """The slots with the first token of their answers, after a prompt of ``length_B`` tokens; also which answers end with it."""
-        rows, before = self.settings(slot_B), self.decoding(slot_B, ())
-        produced_B = before.produced_B + 1
+        """The slots of the rows in ``ends_B`` with the token that follows these tokens, which end their prefill; also which answers end."""
+        slot_B = jnp.where(ends_B, tokens.slot_B, len(self.token_U))
+        rows, produced_B = self.settings(slot_B), tokens.produced_B + 1
         done_B = is_final(token_B, produced_B, rows)
-        counts = count_token(self.counts, token_B, jnp.ones_like(done_B), rows, vocab_ranks)
-        return self.after(slot_B, DecodeState((), token_B, length_B, produced_B, done_B, counts), hidden_BD), done_B
+        counts = count_token(self.counts, token_B, ends_B, rows, vocab_ranks)
+        draft = None if hidden_BD is None else DraftState((), hidden_BD)
+        return self.after(slot_B, DecodeState((), token_B, tokens.length_B, produced_B, done_B, counts, draft)), done_B
 
     def updated(self, update: SlotUpdate) -> Slots:
         """The slots with new requests, none of which has been prefilled."""

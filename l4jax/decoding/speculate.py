@@ -10,30 +10,20 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Int32
 
-from l4jax.cache import LayerCache, PageTables, is_local
+from l4jax.cache import PageTables, is_local
 from l4jax.config import ModelConfig
-from l4jax.decoding.draft import Drafting, DraftState, grow, target_distribution
+from l4jax.decoding.draft import Drafting, grow, target_distribution
+from l4jax.decoding.entries import DraftState, Entries
 from l4jax.decoding.generate import BURST, DecodeState, DecodeTokens, is_final
 from l4jax.decoding.plan import Speculation
 from l4jax.decoding.sampling import SamplingRows, empty_logprobs
 from l4jax.decoding.tree import NONE, StaticTree
 from l4jax.decoding.verify import Verified, point_mass, rejection, verify
 from l4jax.model.drafter import Drafter
-from l4jax.model.llama import Llama
-from l4jax.model.step import PieceLayout, Spread, last_state, spread_step_inputs, step_inputs, tokens_at
 
 BeyondTraining = Literal["window", "stop"]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class SpeculationState:
-    """What one round passes to the next: the state of plain decoding, and the drafter's."""
-
-    decode: DecodeState
-    draft: DraftState
 
 
 @jax.tree_util.register_dataclass
@@ -71,37 +61,38 @@ def window(drafter: Drafter, beyond: BeyondTraining) -> int | None:
 
 
 def speculate_tokens(
-    model: Llama,
-    drafter: Drafter,
-    state: SpeculationState,
+    entries: Entries,
+    state: DecodeState,
     tables: PageTables,
-    draft_tables: PageTables,
     rows: SamplingRows,
-    steps: Int32[Array, ""],
+    limit_B: Int32[Array, "B"],
+    rounds: Int32[Array, ""],
     plan: Speculation,
     beyond: BeyondTraining,
-) -> tuple[SpeculationState, DecodeTokens, RoundCounts]:
-    """Run rounds until some row has ``steps`` new tokens (at most BURST; its last round may add more) or every row has finished.
+) -> tuple[DecodeState, DecodeTokens, RoundCounts]:
+    """Run ``rounds`` rounds (at most BURST), fewer if before that every row is done or at its limit.
 
-    The tokens have the layout of :func:`decode_tokens`: each row's are contiguous from step 0. A row with fewer tokens has -1 after them.
+    A round gives each other row one token and those of the accepted drafts. The tokens have the layout of :func:`decode_tokens`.
     """
+    model, drafter = entries.target, entries.drafter
     data, vocab_ranks = model.mesh.along("data"), model.mesh.along("tensor")
-    B, L = len(state.decode.token_B), plan.tree.depth + 1
+    B, L = len(state.token_B), plan.tree.depth + 1
     row_B1 = jnp.arange(B, dtype=jnp.int32)[:, None]
-    width = BURST - 1 + L
+    width = BURST * L
 
-    def unfinished(carry: tuple[SpeculationState, DecodeTokens, RoundCounts, Array]) -> Array:
-        state, out, _, _ = carry
-        return (data.max(out.steps) < jnp.minimum(steps, BURST)) & data.any(jnp.any(~state.decode.done_B))
+    def unfinished(carry: tuple[DecodeState, DecodeTokens, RoundCounts, Array, Array]) -> Array:
+        state, _, _, _, round_number = carry
+        return (round_number < jnp.minimum(rounds, BURST)) & data.any(jnp.any(state.active(limit_B)))
 
     def one_round(
-        carry: tuple[SpeculationState, DecodeTokens, RoundCounts, Array],
-    ) -> tuple[SpeculationState, DecodeTokens, RoundCounts, Array]:
-        state, out, counted, emitted_B = carry
-        now = state.decode
-        active_B = ~now.done_B
-        drafting = Drafting(drafter, model, state.draft, now.length_B, draft_tables, window(drafter, beyond))
-        room_B = room(model.config, drafter, now.length_B, plan.tree.depth, beyond)
+        carry: tuple[DecodeState, DecodeTokens, RoundCounts, Array, Array],
+    ) -> tuple[DecodeState, DecodeTokens, RoundCounts, Array, Array]:
+        now, out, counted, emitted_B, round_number = carry
+        assert now.draft is not None
+        active_B = now.active(limit_B)
+        drafting = Drafting(drafter, model, now.draft, now.length_B, entries.tables, entries.window)
+        # The deepest node is the last token that may be run.
+        room_B = jnp.minimum(room(model.config, drafter, now.length_B, plan.tree.depth, beyond), limit_B - now.length_B - 1)
         drawing = rows if plan.sampled else None
         draft, drawn_from = grow(drafting, plan.tree, now.token_B, room_B, active_B, drawing, now.produced_B)
         with jax.named_scope("verify"):
@@ -135,9 +126,8 @@ def speculate_tokens(
         # The drafter runs over the same tokens with the target's hidden states, which replace its own guesses of them.
         feature_BLf = jnp.take_along_axis(feature_BNf, verified.node_BL[:, :, None], axis=1)
         passed_BL = jnp.concatenate([now.token_B[:, None], verified.token_BL[:, :-1]], axis=1)
-        piece = (passed_BL, token_B, feature_BLf, now.length_B, kept_B)
-        hidden_BD, draft_cache = prefill_drafter(drafter, model, state.draft.cache, *piece, draft_tables, None, None, beyond)
-        hidden_BD = jnp.where(active_B[:, None], hidden_BD, state.draft.hidden_BD)
+        added = entries.add(now.draft.cache, passed_BL, token_B, feature_BLf, now.length_B, kept_B)
+        draft_state = DraftState(added.cache, jnp.where(active_B[:, None], added.hidden_BD, now.draft.hidden_BD))
 
         emitted_BL = jnp.arange(L, dtype=jnp.int32)[None, :] < kept_B[:, None]
         place_BL = jnp.where(emitted_BL, emitted_B[:, None] + jnp.arange(L, dtype=jnp.int32)[None, :], width)
@@ -158,14 +148,14 @@ def speculate_tokens(
             drafted_B=counted.drafted_B + jnp.sum(draft.valid_BN[:, 1:], axis=1, dtype=jnp.int32),
             accepted_Bd=counted.accepted_Bd + (reached_Bd & active_B[:, None]).astype(jnp.int32),
         )
-        decode = DecodeState(cache, token_B, now.length_B + kept_B, now.produced_B + kept_B, out.done_B, verified.counts)
-        return SpeculationState(decode, DraftState(draft_cache, hidden_BD)), out, counted, emitted_B
+        state = DecodeState(cache, token_B, now.length_B + kept_B, now.produced_B + kept_B, out.done_B, verified.counts, draft_state)
+        return state, out, counted, emitted_B, round_number + 1
 
     logprobs = empty_logprobs((width, B), model.config.vocab_size)
-    nothing = DecodeTokens(jnp.full((width, B), NONE, jnp.int32), logprobs, jnp.int32(0), state.decode.done_B)
+    nothing = DecodeTokens(jnp.full((width, B), NONE, jnp.int32), logprobs, jnp.int32(0), state.done_B)
     zeros_B = jnp.zeros(B, jnp.int32)
-    start = (state, nothing, RoundCounts(zeros_B, zeros_B, jnp.zeros((B, L - 1), jnp.int32)), zeros_B)
-    state, out, counted, _ = jax.lax.while_loop(unfinished, one_round, start)
+    start = (state, nothing, RoundCounts(zeros_B, zeros_B, jnp.zeros((B, L - 1), jnp.int32)), zeros_B, jnp.int32(0))
+    state, out, counted, _, _ = jax.lax.while_loop(unfinished, one_round, start)
     return state, dataclasses.replace(out, steps=data.max(out.steps)), counted
 
 
@@ -179,39 +169,3 @@ def _until_final(verified: Verified, produced_B: Array, rows: SamplingRows, acti
     done_B = jnp.any(final_BL, axis=1)
     kept_B = jnp.where(done_B, jnp.argmax(final_BL, axis=1).astype(jnp.int32) + 1, verified.accepted_B + 1)
     return jnp.where(active_B, kept_B, 0), done_B
-
-
-def prefill_drafter(
-    drafter: Drafter,
-    model: Llama,
-    cache: tuple[LayerCache, ...],
-    token_BT: Int32[Array, "B T"],
-    following_B: Int32[Array, "B"],
-    feature_Btf: Float[Array, "B t f"],
-    start_B: Int32[Array, "B"],
-    new_B: Int32[Array, "B"],
-    tables: PageTables,
-    layout: PieceLayout | None,
-    spread: Spread | None,
-    beyond: BeyondTraining,
-) -> tuple[Float[Array, "B D"], tuple[LayerCache, ...]]:
-    """Add the drafter's cache entries of ``new_B[b]`` tokens after the ``start_B[b]`` cached ones, given the target's features at them.
-
-    ``following_B``: the token after the last of them. With a ``layout``, each rank has the features of its own tokens. Returns the
-    drafter's output at the last token, and its cache.
-    """
-    with jax.named_scope("draft_entries"):
-        config, T = drafter.config.decoder, token_BT.shape[1]
-        last_BT = jnp.arange(T, dtype=jnp.int32)[None, :] == new_B[:, None] - 1
-        next_BT = jnp.where(last_BT, following_B[:, None], jnp.roll(token_BT, -1, axis=1))
-        if layout is None:
-            step = step_inputs(config, start_B, new_B, T, tables, drafter.ranks, window=window(drafter, beyond))
-        else:
-            assert spread is not None
-            step = spread_step_inputs(
-                config, layout, start_B, tables, drafter.ranks, aligned=spread.aligned, window=window(drafter, beyond)
-            )
-            next_BT = tokens_at(next_BT, layout.position_RBT[drafter.ranks.index()], start_B)
-        # NOT_FINITE is negative and ends its row, so any embedding will do.
-        hidden_BTD, cache = drafter(model, jnp.maximum(next_BT, 0), drafter.read(feature_Btf), step, cache, spread)
-        return last_state(hidden_BTD, start_B, new_B, layout, drafter.ranks), cache

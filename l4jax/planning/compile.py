@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from l4jax.cache import CACHE_AXES, CacheShape
+from l4jax.cache import CacheShape
 from l4jax.config import DrafterConfig, ModelConfig
 from l4jax.decoding.generate import BURST
 from l4jax.decoding.params import SamplingParams
@@ -103,8 +103,12 @@ class Call:
     @property
     def device_bytes(self) -> int:
         """Bytes of the arrays on each device; the small inputs from the host are left out."""
-        abstract = [leaf for leaf in jax.tree.leaves(self.arguments) if isinstance(leaf, jax.ShapeDtypeStruct)]
-        return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in abstract)
+        return _device_bytes(self.arguments)
+
+
+def _device_bytes(tree: Any) -> int:
+    abstract = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.ShapeDtypeStruct)]
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in abstract)
 
 
 class AbstractModel:
@@ -126,13 +130,14 @@ class AbstractModel:
         self._weights = Weights(self.programs.model.leaves(self.placement.abstract_weights(dtype)), draft_leaves)
 
     def decode(self, rows: int, capacity: int, params: SamplingParams) -> CompiledProgram:
-        """The decode program for ``rows`` sequences of up to ``capacity`` tokens; the same for all ``params``."""
+        """The decode program for ``rows`` sequences of up to ``capacity`` tokens; the same for all ``params``. Nothing is drafted."""
         del params  # one program serves all
         return self._compiled(self.decode_call(rows, capacity))
 
-    def decode_call(self, rows: int, capacity: int) -> Call:
-        """As :meth:`decode`; arguments: weights, resident state, burst."""
-        return Call(self.programs.decode, (self._weights, self._resident(rows, capacity), self._burst(rows, capacity, drafting=False)), {})
+    def decode_call(self, rows: int, capacity: int, *, drafting: bool = False) -> Call:
+        """As :meth:`decode`; arguments: weights, resident state, burst. With ``drafting`` each step makes the drafter's entry too."""
+        arguments = (self._weights, self._resident(rows, capacity), self._burst(rows, capacity, drafting=drafting))
+        return Call(self.programs.decode, arguments, {"beyond": "window" if drafting else None})
 
     def speculate(self, rows: int, capacity: int, plan: Speculation) -> CompiledProgram:
         """The program that runs rounds of speculation with the model's drafter, for ``rows`` sequences of up to ``capacity`` tokens."""
@@ -169,28 +174,25 @@ class AbstractModel:
 
     def _burst(self, rows: int, capacity: int, *, drafting: bool) -> Burst:
         shape, a_rank = self._shape(rows, capacity), np.arange(rows) % (rows // self.placement.spec.data)
-        draft_tables = shape.identity_tables(self.draft_placement.config, a_rank) if drafting and self.draft_placement else None
-        return Burst(
-            host_array(a_rank, np.int32), shape.identity_tables(self.placement.config, a_rank), draft_tables, host_array(BURST, np.int32)
-        )
+        tables, limit_B = shape.identity_tables(a_rank), host_array(np.full(rows, capacity), np.int32)
+        return Burst(host_array(a_rank, np.int32), limit_B, tables, tables if drafting else None, host_array(BURST, np.int32))
 
     def _piece(self, tokens: int, cached: int, capacity: int, variant: Variant | None) -> tuple[Piece, Spread | None]:
         rows = self.placement.spec.data
-        tables = self._shape(rows, capacity).identity_tables(self.placement.config, [0] * rows)
+        tables = self._shape(rows, capacity).identity_tables([0] * rows)
         layout, spread = Spreader(self.placement, self._dtype).spread(np.full(rows, cached), np.full(rows, tokens), tokens, tables)
         if spread is not None and variant is not None:
             spread = dataclasses.replace(spread, variant=variant)
         ints = self._rows(rows)
         ends_B = self._rows(rows, dtype=jnp.bool_)
-        return Piece(self._rows(rows, tokens), ints, ints, ends_B, ints, ints, tables, None, layout), spread
+        return Piece(self._rows(rows, tokens), ints, ints, ints, ends_B, ints, ints, tables, None, layout), spread
 
     def cache_bytes(self, rows: int, capacity: int) -> int:
         """Bytes of the cache on each device."""
-        shape = self._shape(rows, capacity)
-        return shape.device_nbytes(self.placement.config, self._dtype, self.placement.array_sharding(*CACHE_AXES))
+        return _device_bytes(self._resident(rows, capacity).cache)
 
     def _shape(self, rows: int, capacity: int) -> CacheShape:
-        return CacheShape(rows, capacity, self.placement.spec.token_ranks.count)
+        return CacheShape.for_rows(self.placement.config, rows, capacity, self.placement.spec)
 
     def _rows(self, *shape: int, dtype: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self.placement.array_sharding("batch"))

@@ -260,12 +260,12 @@ class Steps:
         self._placement = placement = Placement.on(config, mesh)
         self._model = BoundModel(placement.build(placement.config, placement.spec))
         self._leaves = self._model.leaves(placement.place_all(weights(config)))
-        self._shape = CacheShape(1, 384, placement.spec.token_ranks.count)
-        self._tables = self._shape.identity_tables(config, [0])
+        self._shape = CacheShape.for_rows(config, 1, 384, placement.spec)
+        self._tables = self._shape.identity_tables([0])
         self._tree, self._one = (self._on_mesh(body) for body in (self._tree_step, self._one_step))
 
     def cache(self):
-        return empty_cache(self._shape, self.config, self._placement.array_sharding(*CACHE_AXES))
+        return empty_cache(self._shape, self.config, self._placement.array_sharding(*CACHE_AXES), self._placement.spec)
 
     def _on_mesh(self, body):
         everywhere, vocab = PartitionSpec(), PartitionSpec(None, self._placement.spec.along("tensor").axes or None)

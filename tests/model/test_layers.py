@@ -87,7 +87,7 @@ def test_qk_norm_follows_the_rotation_and_has_the_models_epsilon(scale):
     module = Attention(config, 0, ONE_DEVICE)
     weights = random_weights(module, jax.random.key(0), jnp.dtype(jnp.float32))
     x = (scale * np.random.default_rng(0).normal(size=(1, config.attention_chunk_size, config.hidden_size))).astype(np.float32)
-    shape, bound = CacheShape(rows=1, capacity=128), BoundModel(module)
+    shape, bound = CacheShape(1, 1, 1), BoundModel(module)
     start, new = np.array([0], np.int32), np.array([x.shape[1]], np.int32)
     cache = empty_cache(shape, config)[0]
 
@@ -96,7 +96,7 @@ def test_qk_norm_follows_the_rotation_and_has_the_models_epsilon(scale):
         step = step_inputs(config, start, new, x.shape[1], tables)
         return bound.bind(leaves)(x, step, cache)[0]
 
-    out = run(bound.leaves(weights), x, cache, shape.identity_tables(config, [0]))
+    out = run(bound.leaves(weights), x, cache, shape.identity_tables([0]))
     expected = attention_reference(config, weights, x[0].astype(np.float64))
     np.testing.assert_allclose(out[0], expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 

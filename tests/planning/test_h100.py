@@ -13,6 +13,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax._src import compilation_cache
 from jax._src import config as jax_config
@@ -20,11 +21,12 @@ from jax._src.lru_cache import LRUCache
 
 from benchmarks.h100.launches import compiled
 from l4jax import SamplingParams
+from l4jax.cache import PageTables
 from l4jax.config import Eagle3Config
 from l4jax.config_formats import config_from_hf
 from l4jax.data import configs_path
 from l4jax.decoding.plan import Speculation
-from l4jax.planning.compile import AbstractModel, CompiledProgram, first_layers
+from l4jax.planning.compile import AbstractModel, Call, CompiledProgram, first_layers
 from l4jax.planning.target import H100_MEMORY_BYTES, h100_devices
 from sharding.mesh import MeshSpec
 
@@ -220,8 +222,8 @@ def test_scout_caches_a_million_tokens_on_eight_ranks():
     assert abs(spread - expected) <= 0.03 * expected
 
 
-def test_rounds_of_speculation_keep_the_cache_in_place_and_gather_no_logits():
-    """Two layers of Scout, one of each kind, with an EAGLE-3 head of the size of the public ones, a tree of 26 nodes, top-p on."""
+def with_a_head():
+    """Two layers of Scout, one of each kind, with an EAGLE-3 head of the size of the public ones, on eight devices."""
     config = one_of_each_kind(read_config(SCOUT))
     one_dense_layer = {"num_layers": 1, "rope_layers": (True,), "moe": None, "attention_chunk_size": None, "use_qk_norm": False}
     own = {"intermediate_size": 32768, "rope_scaling": None, "max_position_embeddings": 2048, "attn_temperature_tuning": False}
@@ -233,8 +235,13 @@ def test_rounds_of_speculation_keep_the_cache_in_place_and_gather_no_logits():
         target_hidden_size=config.hidden_size,
         aux_layers=(0, 1, 2),
     )
+    return config, abstract_model(config, "tensor=8", drafter)
+
+
+def test_rounds_of_speculation_keep_the_cache_in_place_and_gather_no_logits():
+    """A tree of 26 nodes, top-p on."""
+    config, model = with_a_head()
     plan = Speculation.parse("tree:eagle26")
-    model = abstract_model(config, "tensor=8", drafter)
     program = model.speculate(ROWS, 8 * CAPACITY, plan)
     assert program.donated_bytes >= model.cache_bytes(ROWS, 8 * CAPACITY)
     # The nodes' logits and their like; a second copy of the keys of the layer that keeps everything would be more.
@@ -243,6 +250,19 @@ def test_rounds_of_speculation_keep_the_cache_in_place_and_gather_no_logits():
     assert {collective.strategy for collective in program.collectives if collective.kind == "all-reduce"} <= {"one-shot", "two-shot"}
     # What every node of the tree sums up is the largest message: logits of the nodes, or their candidates, are not sent.
     assert max(max(collective.nbytes) for collective in program.collectives) <= ROWS * plan.tree.size * config.hidden_size * BF16.itemsize
+
+
+def test_plain_steps_of_a_model_with_a_drafter_and_zeroing_keep_both_caches_in_place():
+    _, model = with_a_head()
+    call = model.decode_call(ROWS, 8 * CAPACITY, drafting=True)
+    resident = call.arguments[1]
+    pages = np.zeros((1, 64), np.int32)
+    zero = Call(model.programs.zero_pages, (resident, PageTables(pages, pages)), {})
+    caches = Call(None, (resident.cache, resident.draft_cache), {}).device_bytes
+    pool = min(leaf.size * BF16.itemsize for leaf in jax.tree.leaves((resident.cache, resident.draft_cache))) // 8
+    for program in (CompiledProgram.of(each.lower().compile(), MeshSpec(tensor=8)) for each in (call, zero)):
+        assert program.donated_bytes >= caches
+        assert program.temporary_bytes < pool
 
 
 @pytest.mark.parametrize("variant", ["pass_kv", "pass_q"])

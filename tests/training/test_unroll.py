@@ -8,8 +8,8 @@ import pytest
 
 from l4jax.cache import CacheShape
 from l4jax.config import ModelConfig
-from l4jax.decoding.draft import Drafting, DraftState
-from l4jax.decoding.speculate import prefill_drafter
+from l4jax.decoding.draft import Drafting
+from l4jax.decoding.entries import Entries
 from l4jax.model.drafter import Drafter, build_drafter
 from l4jax.model.llama import Llama
 from l4jax.model.weights import BoundModel, random_weights
@@ -30,17 +30,17 @@ def bound(target: ModelConfig, version: Version, seed: int = 1) -> tuple[Drafter
 
 def drafted(drafter: Drafter, target: Llama, token_1T: jax.Array, root: jax.Array) -> list[jax.Array]:
     """Logits at each depth of the chain after token ``root``, by the modules and cache that inference uses; the chain is the text's."""
-    shape = CacheShape(1, 128)
+    shape = CacheShape(1, 1, 1)
     start_B, new_B = jnp.zeros(1, jnp.int32), root[None]
     config = drafter.config.decoder
-    tables, draft_tables = jax.tree.map(jnp.asarray, [shape.identity_tables(c, [0]) for c in (target.config, config)])
+    tables = jax.tree.map(jnp.asarray, shape.identity_tables([0]))
     cache, draft_cache = (tiny.empty_cache(shape, c) for c in (target.config, config))
     _, feature_BTf, _ = target(token_1T, start_B, new_B, cache, tables)
     piece = (token_1T, token_1T[:, root], feature_BTf, start_B, new_B)
-    hidden_BD, draft_cache = prefill_drafter(drafter, target, draft_cache, *piece, draft_tables, None, None, "window")
-    drafting = Drafting(drafter, target, DraftState(draft_cache, hidden_BD), new_B, draft_tables, config.max_position_embeddings)
-    logits = [drafting.logits(hidden_BD)[0]]
-    nodes, hidden_BMD = drafting.start(), hidden_BD[:, None]
+    state = Entries(drafter, target, tables, config.max_position_embeddings).add(draft_cache, *piece)
+    drafting = Drafting(drafter, target, state, new_B, tables, config.max_position_embeddings)
+    logits = [drafting.logits(state.hidden_BD)[0]]
+    nodes, hidden_BMD = drafting.start(), state.hidden_BD[:, None]
     for depth in range(1, PASSES):
         token_11 = jnp.take(token_1T, root[None] + depth, axis=1, mode="clip")
         hidden_BMD, nodes = drafting.run(token_11, hidden_BMD, depth, jnp.ones((1, 1, depth), bool), nodes)

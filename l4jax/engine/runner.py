@@ -10,10 +10,11 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from l4jax.cache import PAGE_SIZE, CacheShape
+from l4jax.cache import PAGE_SIZE, CacheShape, PageTables
 from l4jax.decoding.generate import DecodeTokens
 from l4jax.decoding.params import SamplingParams
 from l4jax.decoding.plan import Speculation, SpeculationTable
+from l4jax.decoding.slots import SlotTokens
 from l4jax.decoding.speculate import BeyondTraining, RoundCounts
 from l4jax.engine.memory import CacheMemory
 from l4jax.engine.results import Dispatched
@@ -24,7 +25,7 @@ from l4jax.model.step import Spread
 from l4jax.parallel.arrays import host_array
 from l4jax.parallel.placement import DrafterPlacement, Placement
 from l4jax.parallel.spread import Spreader
-from l4jax.program_inputs import Burst, CountedTokens, FirstTokens, Piece, Resident, Weights, ZeroedPages, slot_update
+from l4jax.program_inputs import Burst, FirstTokens, Piece, Resident, Weights, slot_update
 from l4jax.programs import Programs
 from l4jax.request import Request
 from sharding.select import RingHardware
@@ -137,7 +138,7 @@ class Runner:
 
     def _zero(self, full: list[PageOnRank], local: list[PageOnRank]) -> None:
         while full or local:
-            pages = ZeroedPages(self._pages_to_zero(full, self._shape.full_pages), self._pages_to_zero(local, self._shape.local_pages))
+            pages = PageTables(self._pages_to_zero(full, self._shape.full_pages), self._pages_to_zero(local, self._shape.local_pages))
             self._resident = self.programs.zero_pages(self.resident, pages)
 
     def _pages_to_zero(self, pages: list[PageOnRank], past: int) -> Array:
@@ -169,13 +170,13 @@ class Runner:
                     )
         self._resident = dataclasses.replace(self.resident, slots=changed)
 
-    def _counted(self, slot: int, tokens: Sequence[int], start: int, prompt_length: int) -> CountedTokens:
+    def _counted(self, slot: int, tokens: Sequence[int], start: int, prompt_length: int) -> SlotTokens:
         """Tokens from position ``start`` on, to be counted in a slot; in none if ``slot`` is -1."""
         rank, D = slot // self._shape.slots, self._data
         token_BT = np.zeros((D, _COUNTED), np.int32)
         token_BT[rank, : len(tokens)] = tokens  # a rank of -1 has none
         own = np.arange(D) == rank
-        return CountedTokens(
+        return SlotTokens(
             token_BT=host_array(token_BT, np.int32),
             start_B=host_array(np.full(D, start), np.int32),
             new_B=host_array(own * len(tokens), np.int32),

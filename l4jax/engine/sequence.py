@@ -38,11 +38,12 @@ class Flight:
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Sequence:
-    """A request as the scheduler sees it. The first three fields are the caller's, ``scope`` too; the rest is the scheduler's.
+    """A request as the scheduler sees it. The first five fields are the caller's; the rest is the scheduler's.
 
     ``request``: a number that names it, different from those of all others. ``tokens``: the prompt, to which the output is added.
     ``max_length``: the most tokens that it may have with its output. The last one is never run, so at most ``max_length`` - 1 are in
-    the cache. ``scope``: requests share prefixes only within a scope; None: it neither uses nor leaves any (scoring computes all).
+    the cache. ``scope``: requests share prefixes only within a scope; None: it neither uses nor leaves any.
+    ``scores``: its prompt is run for its logits, and nothing is generated: it ends with its last piece, and has no ``scope``.
 
     ``hit``: tokens that it found in the prefix cache. ``target``: tokens of the prefill; those of the prompt, and after a preemption
     of the output too. ``committed`` tokens are in the cache and verified: results say so. ``low`` and ``high`` bound how many are in the
@@ -57,6 +58,7 @@ class Sequence:
     tokens: list[int]
     max_length: int
     scope: bytes | None = b""
+    scores: bool = False
     state: State = State.WAITING
     prompt_length: int = dataclasses.field(init=False)
     arrival: int = -1
@@ -80,6 +82,11 @@ class Sequence:
             raise ValueError(
                 f"request {self.request} has {self.prompt_length} prompt tokens and at most {self.max_length} in all; expected at least "
                 "one prompt token and room for one more"
+            )
+        if self.scores and (self.scope is not None or self.max_length != self.prompt_length + 1):
+            raise ValueError(
+                f"request {self.request} is scored, with scope {self.scope!r} and at most {self.max_length} tokens; expected scope None, for all "
+                f"of its tokens are computed, and {self.prompt_length + 1}, for nothing is generated"
             )
 
     @property

@@ -76,7 +76,7 @@ class PieceRow:
     prompt, which the slot's counts take in as such. Later ones, of ``before`` as of ``tokens``, are output of an earlier
     stay in the cache: the slot counts each as drawn and produced. ``last``: the piece ends the prefill, so its
     program draws output token number ``start + len(tokens) - prompt_length``, counted from 0, and writes it to the slot; the row
-    decodes from the next step on. ``following``: the token after the piece, which the drafter's last entry is made of; -1: the token
+    decodes from the next step on; of a scored sequence it draws nothing, and the sequence ends. ``following``: the token after the piece, which the drafter's last entry is made of; -1: the token
     that is drawn. ``local``: the pages of the chunk that the piece's last token is in. A piece begins at a chunk's boundary, or
     ends in its first token's chunk.
     """
@@ -96,10 +96,15 @@ class PieceRow:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Prefill:
-    """One call of a prefill program: rows, each padded to ``length`` tokens. With a drafter it also makes the drafter's entries."""
+    """One call of a prefill program: rows, each padded to ``length`` tokens. With a drafter it also makes the drafter's entries.
+
+    ``scores``: all rows are of scored sequences, and the program returns logits instead: it draws no token and makes no drafter
+    entries. A scored sequence that was preempted begins anew, with ``first`` again: what its earlier pieces returned no longer counts.
+    """
 
     length: int
     rows: tuple[PieceRow | None, ...]
+    scores: bool
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -169,7 +174,8 @@ class Step:
 class RowResult:
     """What a row got: its new tokens, whether it is done, and whether its logits were not finite (then its tokens do not count).
 
-    A piece that is not its prefill's last has no tokens, but ``failed`` if the logits at its last token were not finite.
+    A piece that is not its prefill's last has no tokens, but ``failed`` if the logits at its last token were not finite. A scored
+    sequence has none either, and its last piece has ``ended``.
     """
 
     tokens: tuple[int, ...] = ()
@@ -196,7 +202,7 @@ class News:
 class StepDraft:
     """A step that is being put together: of each data rank, the rows of its prefill and of its burst.
 
-    ``length``: of its pieces, 0 before the first. ``lack_pages``: data ranks on which a sequence has to sit it out.
+    ``length``: of its pieces, 0 before the first. ``scores``: whether they are scored. ``lack_pages``: data ranks on which a sequence has to sit it out.
     """
 
     def __init__(self, number: int, ranks: int) -> None:
@@ -207,6 +213,7 @@ class StepDraft:
         self.zero_local: list[PageOnRank] = []
         self.loads: list[Load] = []
         self.length = 0
+        self.scores = False
         self.pieces: list[list[PieceRow]] = [[] for _ in range(ranks)]
         self.steps = 0
         self.plan: Plan | None = None
@@ -219,7 +226,7 @@ class StepDraft:
 
     def step(self, piece_rows: tuple[int, ...], row_buckets: tuple[int, ...]) -> Step | None:
         """The step, with rows padded to one of these numbers on each data rank; None if there is nothing in it."""
-        prefill = Prefill(self.length, _with_padding(self.pieces, piece_rows)) if any(self.pieces) else None
+        prefill = Prefill(self.length, _with_padding(self.pieces, piece_rows), self.scores) if any(self.pieces) else None
         burst = Burst(self.steps, self.plan, _with_padding(self.rows, row_buckets)) if any(self.rows) else None
         copies = tuple(self.drops), tuple(self.saves), tuple(self.zero_full), tuple(self.zero_local), tuple(self.loads)
         return Step(self.number, *copies, prefill, burst) if any(copies) or prefill or burst else None

@@ -31,6 +31,7 @@ class Truth:
 
     def __init__(self, options: Options, sequence: Sequence, fails_at: int | None) -> None:
         self.request, self.prompt_length, self.fails_at = sequence.request, sequence.prompt_length, fails_at
+        self.scores = sequence.scores
         self.tokens = list(sequence.tokens)
         self.prompt = Counter(self.tokens)
         self.prefix: list[int] = []
@@ -134,6 +135,7 @@ class FakeDevice:
                 self.slots[row.slot].count(row.before, 0, row.prompt_length)
         live = self._live(step.pieces)
         self._check_not_spoilt(live, step.pieces)
+        assert all(self.truths[row.request].scores == step.prefill.scores for row in step.pieces if row)
         results = [row and self._piece(row) for row in step.pieces]
         self._check_not_spoilt(live, step.pieces)
         return results
@@ -155,6 +157,9 @@ class FakeDevice:
         if slot.failed:
             slot.done = row.last
             return RowResult(failed=True)
+        if truth.scores:
+            slot.done = row.last
+            return RowResult(ended=row.last)
         if not row.last:
             return RowResult()
         slot.count(truth.tokens[end : end + 1], end, row.prompt_length)
@@ -221,7 +226,7 @@ class FakeDevice:
         block, page_size = shape.block, shape.page_size
         assert row.full and bool(row.local) == bool(shape.chunk), (row, "has no page")
         expected = [(self.full, row.full, block, 0, truth.kept)]
-        if self.options.drafter:
+        if self.options.drafter and not truth.scores:
             expected.append((self.drafted, row.full, block, 0, truth.drafted))
         # The table is that of the chunk in which the new tokens are kept; a row that begins a chunk reads none of it.
         if shape.chunk and length % shape.chunk > 0:
@@ -241,7 +246,7 @@ class FakeDevice:
                 value = drafted = NAN
             page = row.full[position // shape.block]
             self.full[rank][page][position % shape.block] = value
-            if options.drafter:
+            if options.drafter and not truth.scores:
                 self.drafted[rank][page][position % shape.block] = drafted
             if shape.chunk and position // shape.chunk == (end - 1) // shape.chunk:
                 place = position % shape.chunk

@@ -37,6 +37,7 @@ CHANGES: dict[str, object] = {
     "rank": 1,
     "slot": 7,
     "target": 77,
+    "scores": True,
     "hit": 4,
     "committed": 77,
     "low": 77,

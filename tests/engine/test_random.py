@@ -28,6 +28,8 @@ EVENTS = (
     "drafts",
     "two deep",
     "idle",
+    "scored",
+    "scored in pieces",
     "refused",
 )
 """What each part of the test must have come by, or it would show nothing."""
@@ -92,7 +94,9 @@ class World:
         prompt = common + [dice.randrange(3) for _ in range(dice.randint(0 if common else 1, 9))]
         answer = dice.choice([1, dice.randint(1, 30), dice.randint(1, self.longest_answer)])
         self.requests += 1
-        sequence = Sequence(self.requests, prompt, len(prompt) + answer, dice.choice([b"", b"", b"", b"a", None]))
+        scores = dice.random() < 0.1
+        most, scope = (1, None) if scores else (answer, dice.choice([b"", b"", b"", b"a", None]))
+        sequence = Sequence(self.requests, prompt, len(prompt) + most, scope, scores)
         if sequence.max_length - 1 > longest:
             with pytest.raises(ValueError, match=r"may need .* pages"):
                 self.scheduler.add(sequence)
@@ -100,7 +104,7 @@ class World:
             return
         self.scheduler.add(sequence)
         if self.host is not None:
-            self.host_alive[sequence.request] = Sequence(sequence.request, list(prompt), sequence.max_length, sequence.scope)
+            self.host_alive[sequence.request] = Sequence(sequence.request, list(prompt), sequence.max_length, sequence.scope, scores)
             self.host.add(self.host_alive[sequence.request])
         fails_at = dice.randrange(sequence.max_length) if dice.random() < self.fails else None
         self.device.truths[sequence.request] = Truth(self.options, sequence, fails_at)
@@ -135,8 +139,9 @@ class World:
             assert sequence.tokens == truth.tokens[: len(sequence.tokens)]
             assert tuple(sequence.tokens[len(sequence.tokens) - len(news.tokens) :]) == news.tokens
             if sequence.state is State.DONE:
-                assert sequence.tokens == truth.tokens
+                assert sequence.tokens == truth.tokens[: truth.prompt_length if truth.scores else None]
                 assert truth.fails_at is None or truth.fails_at >= len(truth.tokens) - 1
+                self.seen["scored"] += truth.scores
             elif sequence.state is State.FAILED:
                 assert truth.fails_at is not None
             elif self.stops and news.tokens and sum(news.tokens) % 7 == 6:  # a stop string
@@ -181,6 +186,7 @@ class World:
             self.seen["hit"] += row.first and row.start > 0
             self.seen["hit in a chunk"] += row.first and shape.chunk is not None and row.start % shape.chunk > 0
             self.seen["output computed again"] += row.start + len(row.tokens) > row.prompt_length
+            self.seen["scored in pieces"] += step.prefill.scores and row.start > 0
         for row in filter(None, burst):
             self.seen["drafts"] += step.burst.plan is not None
             self.seen["failed twice"] += self.device.slots[row.slot].failed

@@ -8,8 +8,8 @@ import pytest
 
 from l4jax.engine.scheduler import Scheduler
 from l4jax.engine.sequence import State
-from l4jax.engine.step import News, Plan
-from tests.engine.calls import CHUNKED, DRAFTED, SMALL, added, finish, output, prefilled, told
+from l4jax.engine.step import News, Plan, Results, RowResult
+from tests.engine.calls import CHUNKED, DRAFTED, LATEST, SMALL, added, finish, output, prefilled, told
 
 
 def test_one_request_from_its_first_piece_to_its_end():
@@ -171,3 +171,28 @@ def test_a_number_names_one_request_at_a_time():
 def test_options_that_do_not_fit_together_are_refused(change, line):
     with pytest.raises(ValueError, match=f"^{line}$"):
         dataclasses.replace(SMALL, **change)
+
+
+def test_a_scored_sequence_ends_with_its_last_piece_and_its_pieces_go_alone():
+    scheduler = Scheduler(dataclasses.replace(SMALL, full_pages=16, slots=2, row_buckets=(1, 2)))
+    added(scheduler, 1, range(3))
+    scored = added(scheduler, 2, range(12), most=1, scope=None, scores=True)
+    kinds = []
+    while scored.state is not State.DONE:
+        step = scheduler.next()
+        if step.prefill is not None:
+            kinds.append((step.prefill.scores, {row.request for row in step.pieces if row}))
+        results = [row and RowResult((), row.last) if step.prefill.scores else row and RowResult((7,) * row.last) for row in step.pieces]
+        bursts = [row and RowResult((7,) * (row.limit - LATEST[row.request].committed)) for row in step.rows]
+        assert all(row is None or row.request == 1 for row in step.rows), "a scored sequence decodes"
+        scheduler.finish(step, Results(tuple(results), tuple(bursts)))
+    assert kinds[0] == (False, {1})
+    assert kinds[1:] == [(True, {2})] * len(kinds[1:])
+    assert scored.tokens == list(range(12))
+    assert (scored.slot, scored.full) == (-1, [])
+
+
+@pytest.mark.parametrize("changes", [{"scope": b""}, {"most": 2}])
+def test_a_scored_sequence_shares_nothing_and_generates_nothing(changes):
+    with pytest.raises(ValueError, match=r"request 1 is scored, with scope .*; expected scope None"):
+        added(Scheduler(SMALL), 1, range(3), **{"most": 1, "scope": None, "scores": True, **changes})

@@ -72,7 +72,7 @@ def test_pages_are_zeroed_and_tokens_counted_in_place():
         memory = lowered.compile().memory_analysis()
         assert memory.alias_size_in_bytes >= nbytes
         # Of the pages or tokens that it is given, not of the whole.
-        assert memory.temp_size_in_bytes < 2**17
+        assert memory.temp_size_in_bytes < 2**20
 
 
 def test_chunk_local_layers_hold_one_chunk():

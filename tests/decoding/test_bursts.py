@@ -194,8 +194,8 @@ def test_a_piece_says_that_it_is_not_finite_before_its_prefill_ends():
 def test_pages_are_zeroed_in_both_caches_and_no_others(mesh):
     config = few_tokens(scout_like)
     placement = Placement.on(config, mesh)
-    decoder = dataclasses.replace(drafter(config).decoder, attention_chunk_size=8, num_layers=2, rope_layers=(True, False))
-    draft_placement = DrafterPlacement(drafter(config, decoder=decoder, aux_layers=(0, 1, 2)), placement.mesh)
+    decoder = dataclasses.replace(config, architecture="llama", moe=None, use_qk_norm=False)
+    draft_placement = DrafterPlacement(drafter(config, "eagle1", decoder=decoder), placement.mesh)
     full_pages, local_pages, data = 5, 3, placement.spec.data
     resident = Resident.empty(Resident.abstract(placement, draft_placement, CacheShape(2, full_pages, local_pages), jnp.dtype(jnp.float32)))
     resident = jax.tree.map(lambda leaf: jnp.ones_like(leaf, device=leaf.sharding), resident)

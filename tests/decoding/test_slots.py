@@ -28,7 +28,6 @@ def slots():
     ).slots
     assert free.done_U.all()
     used = free.updated(slot_update(SLOTS, 1, range(SLOTS), [PARAMS] * SLOTS, range(SLOTS), [[7]] * SLOTS, V))
-    every = jnp.arange(SLOTS, dtype=jnp.int32)
     prompts = slot_tokens(range(SLOTS), [[1, 2, 3]] * SLOTS, prompt_length=[3] * SLOTS)
     return used.counted(prompts, ONE).begun(prompts, jnp.ones(SLOTS, bool), jnp.full(SLOTS, 9, jnp.int32), None, ONE)[0]
 

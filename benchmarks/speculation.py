@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import platform
@@ -35,11 +36,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
-from l4jax.batch import Batch
 from worker import Work, Worker
 
 import l4jax
-from l4jax.request import Request
 
 PEERS = Path(__file__).parent / "peers"
 DTYPES = ("float32", "bfloat16")
@@ -62,17 +61,18 @@ class Result:
 def answer(llm: l4jax.LLM, prompts: list[list[int]], new_tokens: int) -> Result:
     """Answer one batch. Prefill and first token are not timed: they are the same for every plan."""
     params = l4jax.SamplingParams(max_tokens=new_tokens, temperature=0.0)
-    ends = sorted(llm.stop_token_ids)
-    batch = Batch(llm.runner, [Request(tokens, params, 0, ends) for tokens in prompts])
-    rows = [new.token_ids for new in batch.step(1)]
+    handles = [llm.add(tokens, params) for tokens in prompts]
+    while not all(handle.tokens for handle in handles):
+        llm.step()
     start = time.perf_counter()
-    while not all(batch.done):
-        for row, new in zip(rows, batch.step(32), strict=True):
-            row += new.token_ids
+    while llm.step():
+        pass
     seconds = time.perf_counter() - start
-    lengths = [1 + sum(r.accepted) / r.rounds if r.rounds else 1.0 for r in batch.rounds]
-    accepted = tuple(map(sum, zip(*(r.accepted for r in batch.rounds), strict=True)))
-    return Result(rows, seconds, sum(r.rounds for r in batch.rounds), accepted, lengths)
+    completions = [handle.completion for handle in handles if handle.completion is not None]
+    each = [completion.stats for completion in completions]
+    accepted = tuple(map(sum, itertools.zip_longest(*(stats.accepted for stats in each), fillvalue=0)))
+    rates = [stats.acceptance_length for stats in each]
+    return Result([c.token_ids for c in completions], seconds, sum(stats.rounds for stats in each), accepted, rates)
 
 
 def peers(arguments: argparse.Namespace, dtype: str) -> dict[str, Callable[[list[int], str], float]]:

@@ -11,7 +11,6 @@ import weakref
 from collections.abc import Iterator
 
 import pytest
-from l4jax.runner import Runner
 
 from l4jax import LLM, SamplingParams
 from l4jax.checkpoints import convert as convert_module
@@ -19,6 +18,7 @@ from l4jax.checkpoints import store
 from l4jax.checkpoints.convert import convert
 from l4jax.checkpoints.store import open_checkpoint
 from l4jax.cli import main
+from l4jax.engine.runner import Runner
 from l4jax.interrupts import kept_interrupts
 from l4jax.training.trainer import Trainer
 from tests import tiny
@@ -130,7 +130,7 @@ def test_ctrl_c_ends_reading(place, work, tmp_path, monkeypatch, capfd):
 
 
 CALLS = {
-    "logits": lambda llm: llm.logits([[1], [2], [3]]),
+    "dispatch": lambda llm: llm.logits([[1], [2], [3]]),
     "prefill": lambda llm: llm.generate([[1], [2], [3]], SamplingParams(max_tokens=2)),
     "decode": lambda llm: list(llm.stream([1], SamplingParams(max_tokens=100, ignore_eos=True))),
     "admit": lambda llm: llm.warmup(max_length=100),

@@ -3,7 +3,6 @@
 import dataclasses
 import re
 import threading
-import types
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +10,11 @@ import numpy as np
 import pytest
 
 from l4jax import LLM, SamplingParams, load
-from l4jax.batch import Batch
-from l4jax.cache import CacheShape, PageTables
-from l4jax.decoding.generate import BURST
-from l4jax.parallel.placement import Placement
+from l4jax.answer import Answer, NewTokens
+from l4jax.engine.runner import Runner
 from l4jax.program_inputs import Resident
 from l4jax.request import Request
-from l4jax.runner import Room, Runner
 from l4jax.text.hf_tokenizer import HfTokenizer
-from sharding.mesh import ONE_DEVICE
 from tests.text import small
 from tests.tiny import llama3_like, maverick_like, prompts, scout_like, shallow, weights
 
@@ -139,108 +134,6 @@ def test_more_prompts_than_the_batch_holds():
     assert [c.token_ids for c in narrow.generate(many, greedy(5))] == [c.token_ids for c in llama.generate(many, greedy(5))]
 
 
-def test_the_cache_may_grow_between_calls(scout):
-    fresh = LLM(scout.config, weights(scout.config))
-    short = fresh.generate([[1, 2, 3]], greedy(5))[0].token_ids
-    fresh.runner.reserve(4, 5000)
-    assert fresh.generate([[1, 2, 3]], greedy(5))[0].token_ids == short
-
-
-def test_room_to_grow_is_given_up_before_a_request_is_refused(scout, monkeypatch):
-    """1,100 tokens would have room for 2,048."""
-    fresh = LLM(dataclasses.replace(scout.config, max_position_embeddings=4096), weights(scout.config))
-    exact = fresh.runner._needed_bytes(Room(1, 1100))
-    monkeypatch.setattr(fresh.runner, "_own_available_bytes", lambda: exact)
-    fresh.runner.reserve(1, 1100)
-    assert fresh.runner.room.capacity == 1100
-    with pytest.raises(ValueError, match="a KV cache for 1 sequences of 1200 tokens takes"):
-        fresh.runner.reserve(1, 1200)
-
-
-def test_pages_may_lie_anywhere(monkeypatch):
-    """Shuffled page tables give the same logits: nothing relies on pages being in order."""
-    config = shallow(scout_like(attention_chunk_size=256, max_position_embeddings=1024))
-    prompt = prompts(config, (600,))
-    plain = Runner(Placement.on(config, ONE_DEVICE), weights(config), prefill_lengths=(128,)).logits(prompt)[0]
-    shuffled = Runner(Placement.on(config, ONE_DEVICE), weights(config), prefill_lengths=(128,))
-    shuffled.reserve(4, 1000)
-    identity = CacheShape.identity_tables
-
-    def shuffle(self, rows):
-        tables = identity(self, rows)
-        rng = np.random.default_rng(0)
-        full, local = (rng.permutation(pages).astype(np.int32) for pages in (self.full_pages, self.local_pages))
-        return PageTables(full[tables.full_BW], local[tables.local_Bw])
-
-    monkeypatch.setattr(CacheShape, "identity_tables", shuffle)
-    np.testing.assert_allclose(shuffled.logits(prompt)[0], plain, atol=2e-5)
-
-
-def test_a_generation_that_lost_the_cache_says_so(scout):
-    runner = scout.runner
-    batch = Batch(runner, [Request([1, 2], greedy(9), 0, ())])
-    batch.step(1)
-    scout.generate([[3]], greedy(2))
-    with pytest.raises(RuntimeError, match="left unfinished"):
-        batch.step(4)
-
-
-def test_an_interrupted_call_leaves_a_usable_model(scout):
-    expected = scout.generate([[1, 2, 3]], greedy(5))[0].token_ids
-    for leaf in jax.tree.leaves(scout.runner._resident):
-        leaf.delete()
-    assert scout.generate([[1, 2, 3]], greedy(5))[0].token_ids == expected
-
-
-def test_a_cache_larger_than_the_machine_is_refused(monkeypatch):
-    config = shallow(llama3_like(max_position_embeddings=2**20))
-    monkeypatch.setattr(Runner, "_available_bytes", lambda self: 1e8)
-    with pytest.raises(ValueError, match=r"a KV cache for 1 sequences of \d+ tokens takes .* GB, and .* has 0\.1 GB; lower max_tokens"):
-        LLM(config, weights(config)).generate([[1]], greedy(2**19))
-
-
-def test_a_failed_allocation_leaves_a_usable_model(monkeypatch):
-    config = shallow(llama3_like(max_position_embeddings=8192))
-    fresh = LLM(config, weights(config))
-    expected = fresh.generate([[1, 2, 3]], greedy(5))[0].token_ids
-
-    def out_of_memory(*_):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Resident, "empty", out_of_memory)
-        with pytest.raises(ValueError, match="a KV cache for 1 sequences of 8192 tokens takes") as refused:
-            fresh.generate([[1]], greedy(5000))
-    assert "\n" not in str(refused.value)
-    assert fresh.generate([[1, 2, 3]], greedy(5))[0].token_ids == expected
-
-
-def test_what_earlier_calls_needed_refuses_nothing(monkeypatch):
-    """Eight short rows, then one long one: the cache holds either, not eight long rows."""
-    config = shallow(llama3_like(max_position_embeddings=8192))
-    fresh = LLM(config, weights(config))
-    most = fresh.runner._needed_bytes(Room(rows=2, capacity=8192))
-    monkeypatch.setattr(Runner, "_available_bytes", lambda self: most)
-    fresh.runner.reserve(8, 3)
-    fresh.generate([[1]], greedy(5000, stop_token_ids=range(64)))
-    assert fresh.runner.room == Room(rows=1, capacity=8192)
-
-
-def test_the_cache_is_no_longer_than_the_context():
-    config = shallow(llama3_like(max_position_embeddings=5000))
-    llm = LLM(config, weights(config))
-    llm.runner.reserve(1, 4999)
-    assert llm.runner.room.capacity == 5120
-
-
-def test_warm_up_covers_the_longest_prompt_and_refuses_what_cannot_be(scout):
-    for length in (0, 1, 257):
-        with pytest.raises(ValueError, match=rf"max_length is {length}; expected 2 .* to 256"):
-            scout.warmup(max_length=length)
-    with pytest.raises(ValueError, match="max_batch is 0"):
-        scout.warmup(max_length=10, max_batch=0)
-
-
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_stays_close_to_float32(dtype):
     config = CONFIGS["maverick"]
@@ -306,7 +199,8 @@ def test_half_precision_stays_close_to_float32(dtype):
         (lambda llm: llm.generate([np.zeros((3, 1))]), "expected text or a list of token ids"),
         (lambda llm: llm.warmup(max_length="10"), "max_length is '10'; expected 2 (a prompt and a token) to 256"),
         (lambda llm: llm.warmup(max_length=2.5), "max_length is 2.5; expected 2"),
-        (lambda llm: llm.warmup(max_length=10, max_batch="8"), "max_batch is '8'; expected a whole number of at least 1"),
+        (lambda llm: LLM(llm.config, {}, kv_tokens=0), "kv_tokens is 0; expected a whole number of at least 1"),
+        (lambda llm: load("folder", kv_tokens=2.5), "kv_tokens is 2.5; expected a whole number of at least 1"),
         (lambda llm: LLM(3, {}), "the configuration is 3; expected an l4jax.ModelConfig"),
         (lambda llm: LLM(llm.config, {**llm.weights, "embed": 3}), "weight embed is 3; expected an array of shape (64, 32)"),
         (
@@ -356,7 +250,8 @@ def test_numbers_and_lists_may_be_numpys_and_jaxs():
     """Numpy's integers lack methods of Python's, and an array of several numbers is neither true nor false."""
     config, w = CONFIGS["scout"], weights(CONFIGS["scout"])
     llm = LLM(config, w, max_batch=np.int64(2), prefill_lengths=np.array([16, 8]))
-    assert llm.runner.prefill_lengths == LLM(config, w, prefill_lengths=jnp.array([8, 16])).runner.prefill_lengths == (8, 16)
+    of_jax = LLM(config, w, prefill_lengths=jnp.array([8, 16]))
+    assert llm.engine.options.piece_lengths == of_jax.engine.options.piece_lengths == (8, 16)
     llm.warmup(max_length=np.int64(10))
     expected = llm.generate([[1, 2]], greedy(2))[0].token_ids
     assert llm.generate([[1, 2]], greedy(np.int64(2)))[0].token_ids == expected
@@ -390,59 +285,163 @@ class Paused:
         return self.result[0]
 
 
-def test_a_second_thread_s_call_is_refused_at_once_and_spoils_nothing(scout, monkeypatch):
+def test_pages_may_lie_anywhere():
+    """Shuffled pages give the same logits: nothing relies on pages being in order."""
+    config = shallow(scout_like(attention_chunk_size=256, max_position_embeddings=1024))
+    prompt, made = prompts(config, (600,)), weights(config)
+    plain, shuffled = (LLM(config, made, max_batch=4, prefill_lengths=(128,)) for _ in range(2))
+    for pages in (shuffled.engine._scheduler.ranks[0].pool.full, shuffled.engine._scheduler.ranks[0].pool.local):
+        np.random.default_rng(0).shuffle(pages._free)
+    np.testing.assert_allclose(shuffled.logits(prompt)[0], plain.logits(prompt)[0], atol=2e-5)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_a_call_that_ends_in_an_error_leaves_a_usable_model(scout, monkeypatch, error):
+    expected = scout.generate([[1, 2, 3]], greedy(5))[0].token_ids
+    dispatch = Runner.dispatch
+
+    def fail(runner, *arguments):
+        dispatch(runner, *arguments)
+        runner._resident = None  # as where a program was given it, and has returned nothing
+        raise error
+
+    with monkeypatch.context() as patch:
+        other = scout.add([1], greedy(9))
+        patch.setattr(Runner, "dispatch", fail)
+        with pytest.raises(error):
+            scout.generate([[1, 2, 3]], greedy(5))
+    assert other.over and other.completion is None and isinstance(other.error, RuntimeError if error is KeyboardInterrupt else error)
+    assert scout.generate([[1, 2, 3]], greedy(5))[0].token_ids == expected
+
+
+def test_a_failed_allocation_leaves_a_usable_model(scout, monkeypatch):
+    fresh = LLM(scout.config, weights(scout.config))
+
+    def out_of_memory(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Resident, "empty", out_of_memory)
+        with pytest.raises(ValueError, match="there is no memory for a KV cache of 2048 tokens; set a lower kv_tokens, or max_batch"):
+            fresh.generate([[1]], greedy(5))
+    assert fresh.generate([[1, 2, 3]], greedy(5))[0].token_ids == scout.generate([[1, 2, 3]], greedy(5))[0].token_ids
+
+
+def test_warm_up_refuses_what_cannot_be(scout):
+    for length in (0, 1, 257):
+        with pytest.raises(ValueError, match=rf"max_length is {length}; expected 2 .* to 256"):
+            scout.warmup(max_length=length)
+
+
+def test_requests_of_several_threads_and_streams_go_on_together(scout):
     talking = LLM(scout.config, scout.weights, tokenizer=TOKENIZER)
-    expected = talking.generate([[1, 2, 3]], greedy(20))[0]
-    stream = talking.stream([1, 2, 3], greedy(20))
-    beginning = next(stream)  # between its steps a stream holds nothing
-    paused = Paused(monkeypatch, lambda: talking.generate([[1, 2, 3]], greedy(20))[0])
-    for call in (
-        lambda: talking.generate([[4]], greedy(2)),
-        lambda: talking.logits([[4]]),
-        lambda: talking.warmup(max_length=10),
-        lambda: talking.stream([4], greedy(2)),
-        lambda: next(stream),
-    ):
-        with pytest.raises(
-            RuntimeError, match=r"^this LLM is in use by another thread's call; it takes one call at a time: make the calls"
-        ):
-            call()
-    assert paused.end().token_ids == expected.token_ids
-    whole = talking.stream([1, 2, 3], greedy(20))
-    assert "".join(whole) == expected.text and expected.text.startswith(beginning)
-    with pytest.raises(RuntimeError, match="left unfinished"):
-        next(stream)
+    asked = {n: ([n, n + 1, 3], SamplingParams(max_tokens=20 + n, seed=n)) for n in range(1, 9)}
+    expected = {n: scout.generate([prompt], params)[0].token_ids for n, (prompt, params) in asked.items()}
+    found = {}
+
+    def answer(n):
+        prompt, params = asked[n]
+        if n % 2:
+            stream = talking.stream(prompt, params)
+            text = "".join(stream)
+            assert text == stream.completion.text
+            found[n] = stream.completion.token_ids
+        else:
+            found[n] = talking.generate([prompt], params)[0].token_ids
+
+    threads = [threading.Thread(target=answer, args=(n,)) for n in asked]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == expected
 
 
-@pytest.fixture
-def clock(monkeypatch):
-    """Times that are read one after the other."""
-
-    def read(*times):
-        monkeypatch.setattr("l4jax.llm.time", types.SimpleNamespace(perf_counter=iter(times).__next__))
-
-    return read
-
-
-def test_stats_say_when_the_first_token_came_and_how_fast_the_others(scout, clock):
-    clock(10.0, 13.0, 15.0, 19.0, 20.0)  # the start, then each burst
-    stats = scout.generate([[1, 2, 3]], greedy(1 + 2 * BURST + 5))[0].stats
-    assert (stats.first_token_seconds, stats.decode_seconds) == (3.0, 7.0)
-    assert stats.decode_tokens_per_second == (BURST + 5) / 5.0  # a program may be compiled during the first burst
-    clock(10.0, 13.0, 15.0)
-    assert scout.generate([[1, 2, 3]], greedy(1 + 6))[0].stats.decode_tokens_per_second == 3.0
-    clock(10.0, 13.0)
-    stats = scout.generate([[1, 2, 3]], greedy(1))[0].stats
-    assert (stats.first_token_seconds, stats.decode_seconds, stats.decode_tokens_per_second) == (3.0, 0.0, 0.0)
+def test_a_request_joins_those_under_way_and_others_drive_it(scout):
+    expected = [completion.token_ids for completion in scout.generate([[1, 2], [3]], greedy(30))]
+    assert not scout.step()
+    first = scout.add([1, 2], greedy(30))
+    while not first.tokens:
+        assert scout.step()
+    assert not first.over
+    second = scout.add([3], greedy(30))
+    scout.generate([[9]], greedy(30))
+    while not (first.over and second.over):
+        assert scout.step()
+    assert [handle.completion.token_ids for handle in (first, second)] == [first.tokens, second.tokens] == expected
+    assert not scout.step()
+    first.cancel()
+    assert first.error is None and first.completion is not None
 
 
-def test_a_stream_begins_with_short_bursts(scout, monkeypatch):
-    steps, step = [], Batch.step
-    monkeypatch.setattr(Batch, "step", lambda batch, n: steps.append(n) or step(batch, n))
-    talking = LLM(scout.config, scout.weights, tokenizer=TOKENIZER)
-    for _ in talking.stream([1, 2, 3], greedy(1 + 4 + 8 + 16 + BURST + 1)):
-        pass
-    assert steps == [1, 4, 8, 16, BURST, BURST]
-    steps.clear()
-    talking.generate([[1, 2, 3]], greedy(1 + BURST + 1))
-    assert steps == [1, BURST, BURST]
+def test_a_cancelled_request_ends_and_gives_its_slot_back(scout):
+    narrow = LLM(scout.config, scout.weights, max_batch=1)
+    for _ in range(3):
+        handle = narrow.add([1, 2], greedy(200))
+        narrow.step()
+        handle.cancel()
+    waiting = narrow.add([5], greedy(3))
+    while not waiting.over:
+        narrow.step()
+    assert handle.over and handle.completion is None and str(handle.error) == "this request was cancelled"
+    assert waiting.completion.token_ids == scout.generate([[5]], greedy(3))[0].token_ids
+
+
+def test_step_belongs_to_one_thread(scout):
+    scout.step()
+    refused = []
+
+    def step():
+        with pytest.raises(RuntimeError, match=r"llm.step\(\) was called from another thread before; call it from that one"):
+            scout.step()
+        refused.append(True)
+
+    thread = threading.Thread(target=step)
+    thread.start()
+    thread.join()
+    assert refused == [True]
+
+
+def test_a_prompt_whose_prefix_is_cached_is_not_computed_again(scout):
+    """Of the layers that keep everything pages are shared; what is generated is the same, whatever was cached."""
+    config = dataclasses.replace(scout.config, max_position_embeddings=1024, attention_chunk_size=256)
+    llm, fresh = (LLM(config, scout.weights, prefill_lengths=(64,), max_batch=2) for _ in range(2))
+    common, params = prompts(config, (400,))[0], SamplingParams(max_tokens=5, temperature=0.7, seed=3, repetition_penalty=1.4)
+    llm.generate([common], params)
+    for end in ([7], [9, 1]):
+        prompt, pieces = [*common[:390], *end], []
+        dispatch = Runner.dispatch
+
+        def watch(runner, step, requests, pieces=pieces, dispatch=dispatch):
+            pieces.extend(row.start for row in step.pieces if row)
+            return dispatch(runner, step, requests)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Runner, "dispatch", watch)
+            found = llm.generate([prompt], params)[0].token_ids
+        assert min(pieces) == 384
+        assert found == fresh.generate([prompt], params)[0].token_ids
+
+
+def test_stats_say_when_the_first_token_came_and_how_fast_the_others():
+    def stats(*steps):
+        answer = Answer(None, Request([1, 2, 3], SamplingParams(), 0, ()))
+        for i, (tokens, elapsed) in enumerate(steps):
+            answer.extend(NewTokens([7] * tokens, None), i == len(steps) - 1, elapsed)
+        return answer.completion().stats
+
+    some = stats((1, 3.0), (32, 5.0), (32, 9.0), (5, 10.0))
+    assert (some.first_token_seconds, some.decode_seconds) == (3.0, 7.0)
+    assert some.decode_tokens_per_second == 37 / 5.0  # a program may be compiled during the first burst
+    assert stats((1, 3.0), (6, 5.0)).decode_tokens_per_second == 3.0
+    alone = stats((1, 3.0))
+    assert (alone.first_token_seconds, alone.decode_seconds, alone.decode_tokens_per_second) == (3.0, 0.0, 0.0)
+
+
+def test_a_burst_takes_no_longer_than_it_may(scout):
+    """As far as the last one tells; before the first there is nothing to go by."""
+    engine = LLM(scout.config, scout.weights).engine
+    assert engine._most_steps() > 1000
+    for seconds, steps in ((0.01, 5), (0.004, 12), (3.0, 1)):
+        engine._round_seconds = seconds
+        assert engine._most_steps() == steps

@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from l4jax.batch import Batch
-from l4jax.runner import Runner
 
 from l4jax import LLM, SamplingParams, load
 from l4jax.config import MoEConfig
@@ -183,10 +181,13 @@ def test_a_smaller_batch_after_a_larger_one_has_slots_of_its_own_on_every_data_r
 def test_results_said_to_be_equal_on_every_device_are():
     """shard_map is told that some results are the same on every device, and does not check it: the copies must be equal to the bit."""
     llm = model("scout", "data=2,sequence=2,tensor=2")
-    batch = Batch(llm.runner, [llm.requests.request(p, params) for p, params in zip(prompts(llm.config, LENGTHS), PARAMS, strict=True)])
-    batch.step(1)
-    batch.step(4)
-    assert_copies_are_equal(llm.runner._resident)
+    for prompt, params in zip(prompts(llm.config, LENGTHS), PARAMS, strict=True):
+        llm.add(prompt, params)
+    for _ in range(3):
+        llm.step()
+    assert_copies_are_equal(llm.engine.runner.resident)
+    while llm.step():
+        pass
 
 
 def assert_copies_are_equal(tree):
@@ -208,10 +209,10 @@ def test_ranks_that_round_differently_agree_on_every_token():
     placed["norm.scale"] = jax.make_array_from_single_device_arrays(scale.shape, scale.sharding, differing)
     llm = LLM(config, placed, mesh="sequence=2")
     for seed in range(4):
-        batch = Batch(llm.runner, [llm.requests.request(p, SamplingParams(max_tokens=40, seed=seed)) for p in prompts(config, (3, 9))])
-        while not all(batch.done):
-            batch.step(8)
-            assert_copies_are_equal(llm.runner._resident.slots)
+        for prompt in prompts(config, (3, 9)):
+            llm.add(prompt, SamplingParams(max_tokens=40, seed=seed))
+        while llm.step():
+            assert_copies_are_equal(llm.engine.runner.resident.slots)
 
 
 def test_bfloat16_is_as_exact_on_a_mesh():
@@ -245,8 +246,8 @@ def test_either_ring_continues_a_long_prompt(name, variant, piece):
     values, long = weights(config), prompts(config, (1100, 1000))
     # Hardware on which one or the other always pays.
     ring = RingHardware(1e-3 if variant == "pass_kv" else 1e30, 1.0)
-    runner = Runner(Placement.on(config, MeshSpec(sequence=4)), values, prefill_lengths=(piece,), ring_hardware=ring)
-    assert_close(runner.logits(long), LLM(config, values, prefill_lengths=(640,)).logits(long))
+    llm = LLM(config, values, mesh="sequence=4", prefill_lengths=(piece,), ring_hardware=ring)
+    assert_close(llm.logits(long), LLM(config, values, prefill_lengths=(640,)).logits(long))
 
 
 @pytest.mark.more_meshes  # the command line's tests run it over three

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,10 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from l4jax import LLM
 from l4jax.cache import LayerCache
 from l4jax.checkpoints.store import StoredWeight, checksum, save_group, write_manifest
 from l4jax.config import DrafterConfig, Eagle1Config, Eagle3Config, ModelConfig, MoEConfig, RopeScaling
 from l4jax.decoding.plan import SpeculationTable
+from l4jax.engine.engine import Engine
 from l4jax.model.drafter import build_drafter
 from l4jax.model.llama import Llama
 from l4jax.model.weights import random_weights
@@ -135,3 +138,11 @@ def empty_cache(shape, config, sharding=None, spec=ONE_DEVICE):
     """A float32 cache of zeros."""
     pools = [jnp.zeros(pool, jnp.float32, device=sharding or jax.local_devices()[0]) for pool in shape.layer_shapes(config, spec)]
     return tuple(LayerCache(pool, pool) for pool in pools)
+
+
+def with_options(llm: LLM, **changes: Any) -> LLM:
+    """The same model and programs with other options of the scheduler."""
+    other, engine = copy.copy(llm), llm.engine
+    options = dataclasses.replace(engine.options, **changes)
+    other.engine = Engine(engine.runner, engine._memory, engine.shape, options, engine._tokenizer)
+    return other

@@ -1,4 +1,4 @@
-"""A worker (see ``worker.py``) that times l4jax on the CPU, through the same batches that ``LLM.generate`` runs."""
+"""A worker (see ``worker.py``) that times l4jax on the CPU, by the engine that ``LLM.generate`` runs."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ import os
 import time
 
 import jax
-from l4jax.batch import Batch
 from worker import Ready, Repetition, Work, argument_parser, serve
 
 import l4jax
-from l4jax.decoding.generate import BURST
-from l4jax.request import Request
 
 
 def main() -> None:
@@ -26,13 +23,13 @@ def main() -> None:
     def repeat(work: Work) -> Repetition:
         params = l4jax.SamplingParams(max_tokens=work.new_tokens + 1, temperature=0.0, ignore_eos=True)
         start = time.perf_counter()
-        batch = Batch(llm.runner, [Request(tokens, params, 0, ()) for tokens in work.prompts])
-        rows = [new.token_ids for new in batch.step(1)]
+        handles = [llm.add(tokens, params) for tokens in work.prompts]
+        while not all(handle.tokens for handle in handles):
+            llm.step()
         prefilled = time.perf_counter()
-        while not all(batch.done):
-            for row, new in zip(rows, batch.step(BURST), strict=True):
-                row += new.token_ids
-        return Repetition(prefilled - start, time.perf_counter() - prefilled, rows)
+        while llm.step():
+            pass
+        return Repetition(prefilled - start, time.perf_counter() - prefilled, [handle.tokens for handle in handles])
 
     library = f"l4jax {importlib.metadata.version('l4jax')}, jax {jax.__version__}"
     serve(Ready(library, arguments.dtype, arguments.dtype, llm.weight_bytes), repeat)

@@ -136,7 +136,12 @@ class Engine:
 
     def discard(self) -> None:
         """Free the cache, unless a request is under way; the next one allocates it again, and no prefix is known then."""
-        self._take_turn(lambda: self._handles or self._added or self._restart())
+
+        def discard() -> None:
+            if not self._handles and not self._added:
+                self._restart()
+
+        self._take_turn(discard)
 
     def _take_turn[Result](self, act: Callable[[], Result], unless: Callable[[], bool] = lambda: False) -> Result | None:
         """Do something that one thread at a time may do, ``unless`` another thread's turn makes it unnecessary."""

@@ -8,8 +8,8 @@ The rules:
 
 - First come, first served: a request is admitted when a data rank has a slot and the pages for its prompt and one burst, and none
   before an older one. While a sequence under way lacks pages, nobody is admitted to its rank.
-- A step has at most one prefill call, of pieces of one length and one kind (scored or not), and one burst. A sequence whose prefill ends is decoded from the next
-  step on.
+- A step has at most one prefill call, of pieces of one length and one kind (scored or not), and one burst. A sequence whose prefill
+  ends is decoded from the next step on.
 - A burst's pages are reserved when it is planned: from the upper bound on, its rounds times (depth + 1). What it did not need
   comes back with its results.
 - If pages lack, the newest sequence on the data rank loses its own, never one that is older than the one that needs them.

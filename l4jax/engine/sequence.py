@@ -85,8 +85,8 @@ class Sequence:
             )
         if self.scores and (self.scope is not None or self.max_length != self.prompt_length + 1):
             raise ValueError(
-                f"request {self.request} is scored, with scope {self.scope!r} and at most {self.max_length} tokens; expected scope None, for all "
-                f"of its tokens are computed, and {self.prompt_length + 1}, for nothing is generated"
+                f"request {self.request} is scored, with scope {self.scope!r} and at most {self.max_length} tokens; expected scope None, "
+                f"for all of its tokens are computed, and {self.prompt_length + 1}, for nothing is generated"
             )
 
     @property

@@ -76,9 +76,9 @@ class PieceRow:
     prompt, which the slot's counts take in as such. Later ones, of ``before`` as of ``tokens``, are output of an earlier
     stay in the cache: the slot counts each as drawn and produced. ``last``: the piece ends the prefill, so its
     program draws output token number ``start + len(tokens) - prompt_length``, counted from 0, and writes it to the slot; the row
-    decodes from the next step on; of a scored sequence it draws nothing, and the sequence ends. ``following``: the token after the piece, which the drafter's last entry is made of; -1: the token
-    that is drawn. ``local``: the pages of the chunk that the piece's last token is in. A piece begins at a chunk's boundary, or
-    ends in its first token's chunk.
+    decodes from the next step on. Of a scored sequence nothing is drawn, and it ends. ``following``: the token after the piece, which
+    the drafter's last entry is made of; -1: the token that is drawn. ``local``: the pages of the chunk that the
+    piece's last token is in. A piece begins at a chunk's boundary, or ends in its first token's chunk.
     """
 
     request: int
@@ -202,7 +202,8 @@ class News:
 class StepDraft:
     """A step that is being put together: of each data rank, the rows of its prefill and of its burst.
 
-    ``length``: of its pieces, 0 before the first. ``scores``: whether they are scored. ``lack_pages``: data ranks on which a sequence has to sit it out.
+    ``length``: of its pieces, 0 before the first; ``scores``: whether they are scored. ``lack_pages``: data ranks on which a sequence
+    has to sit it out.
     """
 
     def __init__(self, number: int, ranks: int) -> None:

@@ -188,10 +188,6 @@ def answer(llm: LLM, examples: Sequence[Example], how: Generation, file: Path, p
     missing = [example for example in examples if example.answer is None and example.asked not in answers]
     done = len(examples) - len(missing)
     progress(done, len(examples))
-    if missing:
-        # A cache that grows midway recompiles every program, and may not fit: better known now.
-        longest = max(len(example.prompt) + how.most_tokens(example) for example in missing)
-        llm.runner.reserve(min(llm.max_batch, len(missing)), longest)
     with file.open("a", encoding="utf-8") as out:
         for start in range(0, len(missing), llm.max_batch):
             group = missing[start : start + llm.max_batch]

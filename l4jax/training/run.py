@@ -167,7 +167,7 @@ def train_drafter(
             progress(done, total)
 
         examples = answer(llm, fitting, how, folder.answers, report)
-        llm.runner.discard_cache()
+        llm.engine.discard()
         single = sum(len(example.answer or ()) < 2 for example in examples)
         log(
             f"{counted(len(examples), 'answer')}; {counted(too_long, 'prompt')} left no room for one in {settings.length} tokens; "

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
-from l4jax.batch import Batch
 
 from l4jax import LLM, SamplingParams
 from l4jax.cache import CACHE_AXES, CacheShape
@@ -20,7 +19,6 @@ from l4jax.decoding.sampling import TokenCounts, probabilities
 from l4jax.decoding.tree import StaticTree, tree_tables
 from l4jax.model.weights import BoundModel
 from l4jax.parallel.placement import Placement
-from l4jax.request import Request
 from tests.decoding.limits import chi_square_limit
 from tests.decoding.rows import sampling_rows
 from tests.tiny import drafter, empty_cache, few_tokens, llama3_like, loaded_drafter, maverick_like, prompts, scout_like, weights
@@ -242,9 +240,8 @@ def test_a_window_is_all_that_a_drafter_sees(mesh):
         llm = LLM(config, weights(config), mesh=mesh, drafter=loaded_drafter(made), speculation="chain:2")
         states = []
         for beginning in ([1] * 20, [2, 4] * 10):
-            request = Request([*beginning, 5, 9, 2, 7, 11], SamplingParams(temperature=0.0, logit_bias={0: 1e9}), 0, ())
-            Batch(llm.runner, [request])
-            states.append(np.asarray(llm.runner._resident.slots.hidden_UD))
+            llm.generate([[*beginning, 5, 9, 2, 7, 11]], SamplingParams(max_tokens=1, temperature=0.0, logit_bias={0: 1e9}))
+            states.append(np.asarray(llm.engine.runner.resident.slots.hidden_UD))
         assert np.allclose(*states, rtol=1e-5, atol=1e-6) == same
 
 

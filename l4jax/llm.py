@@ -129,7 +129,7 @@ class LLM:
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
         """Continue one prompt, returning text as it comes."""
-        return self._stream(self.requests.encode(prompt), params)
+        return self._stream(self.requests.encode(prompt), arguments.one_sampling_params(params))
 
     def chat(self, messages: Sequence[Message], params: SamplingParams | None = None, **options: Unpack[ChatOptions]) -> Completion:
         """Answer a conversation: a list of ``{"role": ..., "content": ...}``, put in the model's chat format with :class:`ChatOptions`."""
@@ -137,11 +137,11 @@ class LLM:
 
     def stream_chat(self, messages: Sequence[Message], params: SamplingParams | None = None, **options: Unpack[ChatOptions]) -> Stream:
         """Answer a conversation as :meth:`chat` does, returning text as it comes."""
-        return self._stream(self.requests.encode_chat(messages, options), params)
+        return self._stream(self.requests.encode_chat(messages, options), arguments.one_sampling_params(params))
 
     def add(self, prompt: Prompt, params: SamplingParams | None = None) -> Handle:
         """Let a prompt join those under way. It goes on while :meth:`step`, or any other call, runs."""
-        return self.engine.add(self._agreed_request(self.requests.encode(prompt), params))
+        return self._add(self.requests.encode(prompt), arguments.one_sampling_params(params))
 
     def step(self) -> bool:
         """Run one step for all requests under way; False, at once, if there are none.
@@ -186,12 +186,12 @@ class LLM:
                 raise handle.error if len(handles) == 1 else type(handle.error)(f"prompt {number}: {handle.error}")
         return handles
 
-    def _stream(self, token_ids: list[int], params: SamplingParams | None) -> Stream:
+    def _stream(self, token_ids: list[int], params: SamplingParams) -> Stream:
         self.requests.check_streams()
-        return Stream(self.engine, self.engine.add(self._agreed_request(token_ids, params)))
+        return Stream(self.engine, self._add(token_ids, params))
 
-    def _agreed_request(self, token_ids: list[int], params: SamplingParams | None) -> Request:
-        return _agreed([self.requests.request(token_ids, arguments.one_sampling_params(params))])[0]
+    def _add(self, token_ids: list[int], params: SamplingParams) -> Handle:
+        return self.engine.add(_agreed([self.requests.request(token_ids, params)])[0])
 
 
 def _check_agreed(prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams] = ()) -> None:

@@ -122,7 +122,7 @@ def test_a_stop_string_ends_a_stream_and_others_go_on(llm):
 
 def test_a_stream_left_early_does_no_harm(llm):
     expected = llm.generate("fox", PARAMS)[0].token_ids
-    stream = llm.stream("the dog", PARAMS)
+    stream = llm.stream("the dog", changed(max_tokens=150, ignore_eos=True))
     next(stream)
     assert llm.generate("fox", PARAMS)[0].token_ids == expected
     stream.close()

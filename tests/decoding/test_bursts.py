@@ -15,6 +15,7 @@ from l4jax.cache import CacheShape, PageTables, is_local
 from l4jax.decoding.plan import Speculation
 from l4jax.decoding.sampling import NOT_FINITE
 from l4jax.parallel.placement import DrafterPlacement, Placement
+from l4jax.parallel.spread import Spreader
 from l4jax.program_inputs import Burst, Piece, Resident, Weights, slot_update
 from l4jax.programs import Programs
 from tests.tiny import drafter, few_tokens, llama3_like, loaded_drafter, prompts, scout_like, weights
@@ -34,10 +35,10 @@ def ints(*values):
 class Device:
     """Two slots, the pages of two rows, and what the rows have produced."""
 
-    def __init__(self, make, version="eagle3", damage=None):
+    def __init__(self, make, version="eagle3", mesh="tensor=1", damage=None):
         self.config = few_tokens(make)
         taps = {} if version == "eagle1" else {"aux_layers": (0, 1, 2)}
-        placement, loaded = Placement.on(self.config, "tensor=1"), loaded_drafter(drafter(self.config, version, **taps))
+        placement, loaded = Placement.on(self.config, mesh), loaded_drafter(drafter(self.config, version, **taps))
         draft_placement = DrafterPlacement(loaded.config, placement.mesh)
         self.programs = Programs(placement, draft_placement)
         made = weights(self.config)
@@ -49,12 +50,15 @@ class Device:
         )
         shape = CacheShape.for_rows(self.config, ROWS, CAPACITY, placement.spec)
         self._abstract = Resident.abstract(placement, draft_placement, shape, jnp.dtype(jnp.float32))
-        self._tables = shape.identity_tables(range(ROWS))
+        self.spec = placement.spec
+        self._numbers = ints(*range(ROWS)) % shape.slots
+        self._tables = shape.identity_tables(self._numbers)
+        self._spreader = Spreader(placement, jnp.dtype(jnp.float32))
 
     def start(self):
         """Empty everything, and give the slots to two requests."""
         self.resident = Resident.empty(self._abstract)
-        update = slot_update(ROWS, 1, range(ROWS), PARAMS, range(ROWS), [[]] * ROWS, self.config.vocab_size)
+        update = slot_update(ROWS, self.spec.data, range(ROWS), PARAMS, range(ROWS), [[]] * ROWS, self.config.vocab_size)
         self.resident = dataclasses.replace(self.resident, slots=self.programs.update_slots(self.resident.slots, update))
         self.tokens = [[], []]
         return self
@@ -69,19 +73,19 @@ class Device:
             row[: len(text)] = text
         new_B = ints(*map(len, texts))
         tokens = (token_BT, ints(*start), new_B, ints(*prompt_lengths), np.asarray(following) < 0, ints(*following))
-        return Piece(*tokens, ints(*range(ROWS)), self._tables, self._tables, None)
+        layout, spread = self._spreader.spread(ints(*start), new_B, PIECE, self._tables)
+        return Piece(*tokens, self._numbers, self._tables, self._tables, layout), spread
 
     def prefill(self, *texts, **of_piece):
-        self.resident, first = self.programs.prefill(
-            self.weights, self.resident, self.piece(*texts, **of_piece), spread=None, beyond="window"
-        )
+        piece, spread = self.piece(*texts, **of_piece)
+        self.resident, first = self.programs.prefill(self.weights, self.resident, piece, spread=spread, beyond="window")
         for own, token in zip(self.tokens, first.token_B.tolist(), strict=True):
             own.append(token)
         return first
 
     def burst(self, steps, limits=(CAPACITY, CAPACITY), plan=None):
         """Returns what the program does besides the state; the tokens are kept."""
-        burst = Burst(ints(*range(ROWS)), ints(*limits), self._tables, self._tables, np.int32(steps))
+        burst = Burst(self._numbers, ints(*limits), self._tables, self._tables, np.int32(steps))
         if plan is None:
             self.resident, *out = self.programs.decode(self.weights, self.resident, burst, beyond="window")
         else:
@@ -101,8 +105,8 @@ class Device:
 
 
 @functools.cache
-def device(make, version="eagle3"):
-    return Device(make, version)
+def device(make, version="eagle3", mesh="tensor=1"):
+    return Device(make, version, mesh)
 
 
 def texts(on):
@@ -148,10 +152,13 @@ def test_a_burst_of_rounds_ends_after_as_many():
     assert [len(own) - 1 for own in on.tokens] == (5 + accepted_B).tolist() and out.steps == 5 + accepted_B.max()
 
 
-@pytest.mark.parametrize(("make", "version"), [(scout_like, "eagle3"), (llama3_like, "eagle1")])
-def test_output_that_is_prefilled_again_leaves_what_decoding_it_left(make, version):
+@pytest.mark.parametrize(
+    ("make", "version", "mesh"),
+    [(scout_like, "eagle3", "tensor=1"), (llama3_like, "eagle1", "tensor=1"), (scout_like, "eagle3", "data=2,sequence=2")],
+)
+def test_output_that_is_prefilled_again_leaves_what_decoding_it_left(make, version, mesh):
     """Counts, the number of tokens produced, the drafter's entries: so both go on with the same tokens, drafted by the same rounds."""
-    on, steps = device(make, version).start(), 9
+    on, steps = device(make, version, mesh).start(), 9
     on.prefill(texts(on))
     on.burst(steps)
     decoded, produced = on.resident, [own[:steps] for own in on.tokens]
@@ -162,9 +169,9 @@ def test_output_that_is_prefilled_again_leaves_what_decoding_it_left(make, versi
     again.prefill([text + own for text, own in zip(texts(on), produced, strict=True)])
     for found, wanted in zip(jax.tree.leaves(again.slots), jax.tree.leaves(decoded.slots), strict=True):
         np.testing.assert_allclose(found, wanted, atol=1e-5)
-    # Page 0 of each row has its first tokens, in the drafter's layer, which has no chunks.
+    # Each row has one page on each rank, of which the first rank's has its first tokens: the drafter's layer has no chunks.
     for found, wanted in zip(jax.tree.leaves(again.resident.draft_cache), jax.tree.leaves(decoded.draft_cache), strict=True):
-        for row, length in enumerate(PROMPTS):
+        for row, length in zip((0, on.spec.token_ranks.count), PROMPTS, strict=True):
             np.testing.assert_allclose(found[row, :, : length + steps], wanted[row, :, : length + steps], atol=1e-5)
     np.testing.assert_array_equal(again.finish("chain:3"), accepted)
     assert [own + rest for own, rest in zip(produced, again.tokens, strict=True)] == expected(make, version)
@@ -176,7 +183,7 @@ def test_counting_tokens_leaves_the_counts_of_prefilling_them():
     made = prompts(on.config, (5, 20), seed=1)
     on.prefill(made, prompt_lengths=lengths, following=(1, 1))
     prefilled = jax.tree.map(np.asarray, on.slots.counts)
-    tokens = on.start().piece(made, prompt_lengths=lengths).tokens
+    tokens = on.start().piece(made, prompt_lengths=lengths)[0].tokens
     counted = on.programs.count(on.slots, tokens)
     jax.tree.map(np.testing.assert_array_equal, counted.counts, prefilled)
     assert counted.counts.output_UV.sum(axis=1).tolist() == [3, 0] and counted.counts.in_prompt_UV.any(axis=1).all()

@@ -19,6 +19,7 @@ from jax._src import compilation_cache
 from jax._src import config as jax_config
 from jax._src.lru_cache import LRUCache
 
+from benchmarks.h100.bench import eagle3_head
 from benchmarks.h100.launches import compiled
 from l4jax import SamplingParams
 from l4jax.cache import PageTables
@@ -162,13 +163,14 @@ def test_every_sum_of_a_decode_step_within_a_host_is_a_one_shot_kernel(name, mes
         print(f"\n{name} on {mesh}, one decode step of {ROWS} rows, first {layers} layers:\n{program.collective_table()}")
 
 
-@pytest.mark.parametrize("mesh", ["tensor=1", "tensor=8"])
-def test_a_decode_step_is_in_one_cuda_graph(mesh, tmp_path):
+@pytest.mark.parametrize(("mesh", "drafting"), [("tensor=1", False), ("tensor=8", False), ("tensor=1", True)])
+def test_a_decode_step_is_in_one_cuda_graph(mesh, drafting, tmp_path):
     """Its loops too: the host neither launches a kernel nor waits for a condition until the burst has ended."""
-    model = abstract_model(first_layers(read_config("llama-3.1-8b"), 2), mesh)
-    launches = compiled(model.decode_call(ROWS, CAPACITY), tmp_path)
-    # A loop over blocks of pages in each layer, and two that find the cuts of sampling.
-    assert launches.kernels > 50 and launches.loops == 4
+    config = first_layers(read_config("llama-3.1-8b"), 2)
+    model = abstract_model(config, mesh, eagle3_head(config, 32000) if drafting else None)
+    launches = compiled(model.decode_call(ROWS, CAPACITY, drafting=drafting), tmp_path)
+    # A loop over blocks of pages in each layer, the drafter's too, and two that find the cuts of sampling.
+    assert launches.kernels > 50 and launches.loops == 4 + drafting
     assert launches.single == launches.graphs == launches.graphs_a_turn == 0  # so all is in a graph around the outermost loop
 
 

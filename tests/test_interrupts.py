@@ -132,10 +132,10 @@ def test_ctrl_c_ends_reading(place, work, tmp_path, monkeypatch, capfd):
 CALLS = {
     "dispatch": lambda llm: llm.logits([[1], [2], [3]]),
     "prefill": lambda llm: llm.generate([[1], [2], [3]], SamplingParams(max_tokens=2)),
-    "decode": lambda llm: list(llm.stream([1], SamplingParams(max_tokens=100, ignore_eos=True))),
-    "admit": lambda llm: llm.warmup(max_length=100),
+    "burst": lambda llm: list(llm.stream([1], SamplingParams(max_tokens=100, ignore_eos=True))),
+    "begin_nobody": lambda llm: llm.warmup(max_length=100),
 }
-"""Calls, by what the runner does in them more than once."""
+"""Calls, by what the runner does in them first of all, or more than once."""
 
 
 @pytest.fixture(scope="module")

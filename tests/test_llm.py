@@ -442,6 +442,6 @@ def test_a_burst_takes_no_longer_than_it_may(scout):
     """As far as the last one tells; before the first there is nothing to go by."""
     engine = LLM(scout.config, scout.weights).engine
     assert engine._most_steps() > 1000
-    for seconds, steps in ((0.01, 5), (0.004, 12), (3.0, 1)):
+    for seconds, steps in ((0.02, 5), (0.008, 12), (3.0, 1)):
         engine._round_seconds = seconds
         assert engine._most_steps() == steps

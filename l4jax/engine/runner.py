@@ -84,6 +84,11 @@ class Runner:
         return self._weights.target[0].dtype
 
     @property
+    def platform(self) -> str:
+        """What it runs on: "cpu" or "gpu"."""
+        return next(iter(self._weights.target[0].devices())).platform
+
+    @property
     def weights(self) -> dict[str, Array]:
         """The model's weights by name, as they lie on the mesh."""
         return dict(zip(self.programs.model.names, self._weights.target, strict=True))

@@ -182,8 +182,10 @@ class LLM:
                     handle.cancel()
             check_interrupts()
         for number, handle in enumerate(handles):
+            if isinstance(handle.error, ValueError) and len(handles) > 1:
+                raise ValueError(f"prompt {number} of {len(handles)}, counted from 0: {handle.error}") from handle.error
             if handle.error is not None:
-                raise handle.error if len(handles) == 1 else type(handle.error)(f"prompt {number}: {handle.error}")
+                raise handle.error
         return handles
 
     def _stream(self, token_ids: list[int], params: SamplingParams) -> Stream:

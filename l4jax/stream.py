@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 
 from l4jax.engine.engine import Engine, Handle
@@ -20,6 +21,8 @@ class Stream(Iterator[str]):
     def __init__(self, engine: Engine, handle: Handle) -> None:
         self._engine = engine
         self._handle = handle
+        if hosts.process_count() == 1:
+            weakref.finalize(self, handle.cancel).atexit = False
 
     @property
     def completion(self) -> Completion | None:
@@ -46,7 +49,3 @@ class Stream(Iterator[str]):
     def close(self) -> None:
         """End it here: nothing more is computed for it."""
         self._handle.cancel()
-
-    def __del__(self) -> None:
-        if hosts.process_count() == 1:
-            self._handle.cancel()

@@ -9,10 +9,12 @@ if TYPE_CHECKING:
     from l4jax.checkpoints.source import CheckpointError
     from l4jax.config import ConfigError, ModelConfig
     from l4jax.decoding.params import SamplingParams
+    from l4jax.engine.engine import Handle
     from l4jax.files import FileError
     from l4jax.llm import LLM
     from l4jax.loading import load
     from l4jax.request import Completion
+    from l4jax.stream import Stream
     from l4jax.text.template import ChatError, TemplateRefusal
     from sharding.hosts import join
     from sharding.mesh import MeshSpec
@@ -24,9 +26,11 @@ __all__ = [
     "Completion",
     "ConfigError",
     "FileError",
+    "Handle",
     "MeshSpec",
     "ModelConfig",
     "SamplingParams",
+    "Stream",
     "TemplateRefusal",
     "join",
     "load",
@@ -40,9 +44,11 @@ _HOMES = {
     "Completion": "l4jax.request",
     "ConfigError": "l4jax.config",
     "FileError": "l4jax.files",
+    "Handle": "l4jax.engine.engine",
     "MeshSpec": "sharding.mesh",
     "ModelConfig": "l4jax.config",
     "SamplingParams": "l4jax.decoding.params",
+    "Stream": "l4jax.stream",
     "TemplateRefusal": "l4jax.text.template",
     "join": "sharding.hosts",
     "load": "l4jax.loading",

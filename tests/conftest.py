@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Union
 
@@ -81,9 +81,28 @@ def _few_programs() -> Iterator[None]:
     jax.clear_caches()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _real_row_buckets() -> Iterator[Callable[[int], tuple[int, ...]]]:
+    """Have programs for one number of rows, whatever is under way: most tests are of something else, and each number is compiled anew."""
+    from l4jax.engine import build
+
+    real = build.row_buckets
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "row_buckets", lambda slots: (slots,))
+        yield real
+
+
+@pytest.fixture
+def row_buckets(monkeypatch: pytest.MonkeyPatch, _real_row_buckets: Callable[[int], tuple[int, ...]]) -> None:
+    """Have programs for as many numbers of rows as users do."""
+    monkeypatch.setattr("l4jax.engine.build.row_buckets", _real_row_buckets)
+
+
 @pytest.fixture(autouse=True)
 def _compiler_effort(request: pytest.FixtureRequest) -> Iterator[None]:
     """Compile without LLVM's optimisations, which takes half the time, unless the test reads the compiled program or runs a real model."""
+    if "smollm2_checkpoint" in request.fixturenames:
+        request.getfixturevalue("row_buckets")
     needed = any(request.node.get_closest_marker(name) for name in ("optimized", "h100"))
     optimized = needed or "smollm2_checkpoint" in request.fixturenames
     jax.config.update("jax_disable_most_optimizations", not optimized)

@@ -117,7 +117,7 @@ def test_nothing_compiles_after_warm_up_on_a_mesh_whose_ranks_share_out_tokens()
 
 
 @pytest.mark.parametrize("beyond", [pytest.param("window", marks=pytest.mark.more_meshes), "stop"])
-def test_nothing_compiles_after_warm_up_with_a_drafter(beyond):
+def test_nothing_compiles_after_warm_up_with_a_drafter(beyond, row_buckets):
     """Warm-up compiles every plan of the drafter's table, and plain decoding for texts that grow longer than the drafter drafts for."""
     config = llama3_like(num_layers=1, rope_layers=(True,))
     table = SpeculationTable.from_json({"float32": {"1": "off", "2": "chain:2"}}, "float32")
@@ -137,7 +137,7 @@ def test_nothing_compiles_after_warm_up_with_a_drafter(beyond):
         assert compiled == [] and rounds > 0
 
 
-def test_nothing_compiles_after_warm_up():
+def test_nothing_compiles_after_warm_up(row_buckets):
     config = scout_like(**SHALLOW)
     with count_compilations() as compiled:
         # Committed to their device, as a checkpoint's weights are: programs tell such arrays from others.

@@ -43,7 +43,7 @@ class DecodeState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeTokens:
-    """What one dispatch produced: each row's tokens from step 0 on, and -1 after them. Entries from ``steps`` on are undefined.
+    """What one dispatch produced: each row's tokens from step 0 on, and -1 after them. Log-probabilities after them are undefined.
 
     ``done_B`` does not include rows that have only reached their limit.
     """

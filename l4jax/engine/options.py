@@ -100,7 +100,8 @@ class Options:
             ("chunk-local ", shape.local_pages(0, room), self.local_pages),
         ):
             if needed > there:
+                shorter = "shorten the prompt, lower max_tokens," if max_length > tokens + 1 else "shorten the prompt"
                 raise ValueError(
                     f"request {request} ({tokens} prompt tokens, at most {max_length} in all) may need {needed} {what}pages of the KV "
-                    f"cache, and there are {there}; shorten the prompt, lower max_tokens, or load with a larger kv_tokens"
+                    f"cache, and there are {there}; {shorter} or load with a larger kv_tokens"
                 )

@@ -8,8 +8,8 @@ The rules:
 
 - First come, first served: a request is admitted when a data rank has a slot and the pages for its prompt and one burst, and none
   before an older one. While a sequence under way lacks pages, nobody is admitted to its rank.
-- A step has at most one prefill call, of pieces of one length and one kind (scored or not), and one burst. A sequence whose prefill
-  ends is decoded from the next step on.
+- A step has at most one prefill call, of pieces of one length and one kind, scored or not, and one burst. The oldest that can have a
+  piece decides both; the others wait for it. A sequence whose prefill ends is decoded from the next step on; a scored one ends with it.
 - A burst's pages are reserved when it is planned: from the upper bound on, its rounds times (depth + 1). What it did not need
   comes back with its results.
 - If pages lack, the newest sequence on the data rank loses its own, never one that is older than the one that needs them.
@@ -183,7 +183,7 @@ class Scheduler:
         length = options.piece_length(end - begin)
         step_length = draft.length or length
         # A rank without a piece of the step's length takes a shorter one, for its row would be padding.
-        fits = (length == step_length or (length < step_length and not rows)) and (not draft.length or draft.scores == sequence.scores)
+        fits = draft.takes(sequence) and (length == step_length or (length < step_length and not rows))
         start = options.shape.chunk_start(end - 1)
         if not fits or len(rows) == options.most_piece_rows(step_length) or not self._reserve(draft, sequence, start, end):
             return
@@ -266,7 +266,8 @@ class Scheduler:
             return
         sequence.tokens += result.tokens
         if isinstance(row, PieceRow):
-            assert (len(result.tokens), result.ended) == (0, row.last) if sequence.scores else len(result.tokens) == row.last
+            assert len(result.tokens) == (row.last and not sequence.scores), "only a prefill's last piece draws a token, and no scored one"
+            assert not sequence.scores or result.ended == row.last, "a scored sequence ends with its last piece"
             committed = flight.limit
         else:
             committed = sequence.committed + len(result.tokens)

@@ -10,7 +10,8 @@ from l4jax.engine.pages import PageShape, block_digest, digest_numbers, scope_di
 
 
 class State(enum.Enum):
-    """Where a sequence is: it waits, is prefilled, decodes, waits after it was preempted; or how it ended."""
+    """Where a sequence is: it waits, is prefilled, decodes (a scored one: awaits its last results), waits after it was preempted; or how
+    it ended."""
 
     WAITING = "waiting"
     PREFILL = "prefill"
@@ -43,7 +44,8 @@ class Sequence:
     ``request``: a number that names it, different from those of all others. ``tokens``: the prompt, to which the output is added.
     ``max_length``: the most tokens that it may have with its output. The last one is never run, so at most ``max_length`` - 1 are in
     the cache. ``scope``: requests share prefixes only within a scope; None: it neither uses nor leaves any.
-    ``scores``: its prompt is run for its logits, and nothing is generated: it ends with its last piece, and has no ``scope``.
+    ``scores``: its prompt is run for the logits of all its positions, and nothing is generated: it ends with the results of its last
+    piece. It has no drafter entries, so it can have no ``scope``, and its ``max_length`` is one more than its tokens.
 
     ``hit``: tokens that it found in the prefix cache. ``target``: tokens of the prefill; those of the prompt, and after a preemption
     of the output too. ``committed`` tokens are in the cache and verified: results say so. ``low`` and ``high`` bound how many are in the
@@ -96,7 +98,10 @@ class Sequence:
 
     @property
     def decodes(self) -> bool:
-        """Whether the next step may decode it: its prefill is dispatched, and it has not surely reached its most tokens."""
+        """Whether the next step may decode it: its prefill is dispatched, and it has not surely reached its most tokens.
+
+        Never of a scored one: its prefill ends where its room does.
+        """
         return self.target <= self.low < self.room
 
     def chain(self, shape: PageShape, ahead: int) -> list[bytes]:

@@ -76,9 +76,13 @@ class PieceRow:
     prompt, which the slot's counts take in as such. Later ones, of ``before`` as of ``tokens``, are output of an earlier
     stay in the cache: the slot counts each as drawn and produced. ``last``: the piece ends the prefill, so its
     program draws output token number ``start + len(tokens) - prompt_length``, counted from 0, and writes it to the slot; the row
-    decodes from the next step on. Of a scored sequence nothing is drawn, and it ends. ``following``: the token after the piece, which
-    the drafter's last entry is made of; -1: the token that is drawn. ``local``: the pages of the chunk that the
-    piece's last token is in. A piece begins at a chunk's boundary, or ends in its first token's chunk.
+    decodes from the next step on. ``following``: the token after the piece, which the drafter's last entry is made of; -1: the token
+    that is drawn. ``local``: the pages of the chunk that the piece's last token is in. A piece begins at a chunk's boundary, or
+    ends in its first token's chunk.
+
+    A scored sequence's pieces draw nothing: it ends with its ``last``, whose ``following`` is -1 too. It has no hits, so its ``first``
+    is at position 0. If it is preempted, all its pieces come again from there: what it got before a ``first`` piece is void, and the
+    engine drops it when it reads that piece's results. Until then results of older pieces may still come.
     """
 
     request: int
@@ -98,8 +102,8 @@ class PieceRow:
 class Prefill:
     """One call of a prefill program: rows, each padded to ``length`` tokens. With a drafter it also makes the drafter's entries.
 
-    ``scores``: all rows are of scored sequences, and the program returns logits instead: it draws no token and makes no drafter
-    entries. A scored sequence that was preempted begins anew, with ``first`` again: what its earlier pieces returned no longer counts.
+    ``scores``: all rows are of scored sequences, and another program runs them: it returns the logits of all positions, or numbers
+    made of them, draws no token and makes no drafter entries. Otherwise none is.
     """
 
     length: int
@@ -174,8 +178,8 @@ class Step:
 class RowResult:
     """What a row got: its new tokens, whether it is done, and whether its logits were not finite (then its tokens do not count).
 
-    A piece that is not its prefill's last has no tokens, but ``failed`` if the logits at its last token were not finite. A scored
-    sequence has none either, and its last piece has ``ended``.
+    A piece that is not its prefill's last has no tokens, but ``failed`` if the logits at its last token were not finite. A scored piece
+    has none either: it has ``ended`` if it is the last, and ``failed`` if the logits at any of its tokens were not finite.
     """
 
     tokens: tuple[int, ...] = ()
@@ -202,8 +206,8 @@ class News:
 class StepDraft:
     """A step that is being put together: of each data rank, the rows of its prefill and of its burst.
 
-    ``length``: of its pieces, 0 before the first; ``scores``: whether they are scored. ``lack_pages``: data ranks on which a sequence
-    has to sit it out.
+    ``length``: of its pieces, 0 before the first; ``scores``: whether they are those of scored sequences. ``lack_pages``: data ranks on
+    which a sequence has to sit it out.
     """
 
     def __init__(self, number: int, ranks: int) -> None:
@@ -220,6 +224,10 @@ class StepDraft:
         self.plan: Plan | None = None
         self.rows: list[list[BurstRow]] = [[] for _ in range(ranks)]
         self.lack_pages: set[int] = set()
+
+    def takes(self, sequence: Sequence) -> bool:
+        """Whether the step's prefill call may have a piece of the sequence's kind: the first piece decides, scored or not."""
+        return not self.length or self.scores == sequence.scores
 
     def has(self, sequence: Sequence) -> bool:
         """Whether the sequence has a row in this step."""

@@ -39,7 +39,7 @@ def told(step: Step | None) -> list[str]:
     for row in step.pieces:
         words.append("-")
         if row is not None:
-            marks = " first" * row.first + " last" * row.last
+            marks = " first" * row.first + " last" * row.last + " scored" * step.prefill.scores
             place = f"{row.start}-{row.start + len(row.tokens)} of {step.prefill.length}"
             words[-1] = f"piece {row.request} in {row.slot}: {place} {row.full} {row.local}{marks}"
     for row in step.rows:
@@ -53,11 +53,16 @@ def told(step: Step | None) -> list[str]:
 def finish(
     scheduler: Scheduler, step: Step, *, ended: tuple[int, ...] = (), failed: tuple[int, ...] = (), tokens: int | None = None
 ) -> list[News]:
-    """Results of a step: a last piece gets one token, a burst's row one a round (or ``tokens``); these requests end or fail."""
+    """Results of a step: a last piece gets one token, a burst's row one a round (or ``tokens``); these requests end or fail.
+
+    A scored piece gets none, and the last one ends.
+    """
 
     def result(row: PieceRow | BurstRow | None) -> RowResult | None:
         if row is None:
             return None
+        if isinstance(row, PieceRow) and step.prefill.scores:
+            return RowResult((), row.last, row.request in failed)
         if isinstance(row, PieceRow):
             count = int(row.last)
         else:

@@ -5,6 +5,7 @@ it), so a page that holds another sequence's tokens, other positions, or nothing
 ``deterministic`` options the number is also made of which program computed it. A request may fail at a position: what it writes from there
 on is :data:`NAN`, which no page that another row reads may hold, not even after that row's tokens: neither when the program begins, nor
 when it ends. All rows of a program read as many pages as the longest needs. Each slot counts the tokens of its prompt and of its output.
+A scored prefill neither reads nor writes the drafter's entries.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ def mixed(*values: int) -> int:
 
 
 class Truth:
-    """What a request gets alone: its tokens, and what the cache must hold at each position."""
+    """What a request gets alone: its tokens, and what the cache must hold at each position.
+
+    Without a scope the contents are its own, whatever the tokens. A scored one gets no tokens and has no drafter entries.
+    """
 
     def __init__(self, options: Options, sequence: Sequence, fails_at: int | None) -> None:
         self.request, self.prompt_length, self.fails_at = sequence.request, sequence.prompt_length, fails_at
@@ -35,15 +39,17 @@ class Truth:
         self.tokens = list(sequence.tokens)
         self.prompt = Counter(self.tokens)
         self.prefix: list[int] = []
-        value = mixed(*(b"alone" if sequence.scope is None else sequence.scope))
+        value = mixed(0, sequence.request) if sequence.scope is None else mixed(*sequence.scope)
         for position in range(sequence.max_length - 1):
             value = mixed(value, self.tokens[position])
             self.prefix.append(value)
-            if position + 1 >= self.prompt_length:
+            if position + 1 >= self.prompt_length and not self.scores:
                 self.tokens.append(value % 3)
                 if value % 61 == 0:  # a stop token
                     break
-        self.drafted = [mixed(value, token) for value, token in zip(self.prefix, self.tokens[1:], strict=True)]
+        self.drafted: list[int] = []
+        if not self.scores:
+            self.drafted = [mixed(value, token) for value, token in zip(self.prefix, self.tokens[1:], strict=True)]
         self.kept = self.prefix
         if options.deterministic:
             self.kept = [mixed(value, program) for value, program in zip(self.prefix, self._programs(options), strict=True)]
@@ -133,9 +139,9 @@ class FakeDevice:
             if row.first:
                 self.slots[row.slot] = Slot(self.truths[row.request], row.start)
                 self.slots[row.slot].count(row.before, 0, row.prompt_length)
+        assert all(self.truths[row.request].scores == step.prefill.scores for row in step.pieces if row), "pieces of both kinds"
         live = self._live(step.pieces)
         self._check_not_spoilt(live, step.pieces)
-        assert all(self.truths[row.request].scores == step.prefill.scores for row in step.pieces if row)
         results = [row and self._piece(row) for row in step.pieces]
         self._check_not_spoilt(live, step.pieces)
         return results
@@ -145,7 +151,8 @@ class FakeDevice:
         slot = self.slots[row.slot]
         assert slot.truth is truth and slot.length == row.start and not slot.done
         assert list(row.tokens) == truth.tokens[row.start : end] and row.prompt_length == truth.prompt_length
-        assert row.last if row.following < 0 else row.following == truth.tokens[end]
+        assert row.following == (-1 if row.last else truth.tokens[end])
+        assert not truth.scores or (row.first, row.last) == (row.start == 0, end == len(truth.tokens)), (row, "is scored in part")
         chunk = self.options.shape.chunk
         assert chunk is None or row.start % chunk == 0 or (end - 1) // chunk == row.start // chunk
         slot.count(row.tokens, row.start, row.prompt_length)
@@ -174,7 +181,7 @@ class FakeDevice:
         assert len(got) == sum(row is not None for row in step.rows)
         for row in filter(None, step.rows):
             slot = self.slots[row.slot]
-            assert slot.truth.request == row.request and slot.length <= row.limit
+            assert slot.truth.request == row.request and slot.length <= row.limit and not slot.truth.scores
         live = self._live(step.rows)
         self._check_not_spoilt(live, step.rows)
         for row in live:
@@ -214,8 +221,9 @@ class FakeDevice:
         for row in live:
             rank = row.slot // self.options.slots
             if not self.slots[row.slot].failed:
+                pools = (self.full,) if self.truths[row.request].scores else (self.full, self.drafted)
                 found = itertools.chain(
-                    *(pool[rank][page] for pool in (self.full, self.drafted) for page in set(padded(row.full, full))),
+                    *(pool[rank][page] for pool in pools for page in set(padded(row.full, full))),
                     *(self.local[rank][page] for page in set(padded(row.local, local))),
                 )
                 assert NAN not in found, (row, "may read NaN")
@@ -241,13 +249,13 @@ class FakeDevice:
         rank, shape, options = row.slot // self.options.slots, self.options.shape, self.options
         for position in range(begin, end):
             value: int | str = mixed(truth.prefix[position], program) if options.deterministic else truth.prefix[position]
-            drafted: int | str = truth.drafted[position]
-            if truth.fails_at is not None and position >= truth.fails_at:
-                value = drafted = NAN
+            fails = truth.fails_at is not None and position >= truth.fails_at
+            if fails:
+                value = NAN
             page = row.full[position // shape.block]
             self.full[rank][page][position % shape.block] = value
             if options.drafter and not truth.scores:
-                self.drafted[rank][page][position % shape.block] = drafted
+                self.drafted[rank][page][position % shape.block] = NAN if fails else truth.drafted[position]
             if shape.chunk and position // shape.chunk == (end - 1) // shape.chunk:
                 place = position % shape.chunk
                 self.local[rank][row.local[place // shape.page_size]][place % shape.page_size] = value

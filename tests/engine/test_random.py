@@ -30,6 +30,8 @@ EVENTS = (
     "idle",
     "scored",
     "scored in pieces",
+    "scored again",
+    "waits for the other kind",
     "refused",
 )
 """What each part of the test must have come by, or it would show nothing."""
@@ -82,7 +84,10 @@ class World:
         self.streams = [[dice.randrange(3) for _ in range(60)] for _ in range(2)]
         self.longest_prompt, self.longest_answer = dice.choice([(50, 30), (12, 30), (12, 60)])
         self.fails, self.cancels, self.stops = dice.choice([0, 0.1, 0.3]), dice.choice([0, 0.03, 0.1]), dice.random() < 0.5
+        self.scored = dice.choice([0, 0, 0.1, 0.4])
         self.alive: dict[int, Sequence] = {}
+        self.begun: set[int] = set()  # scored, and the first piece was dispatched
+        self.scores: dict[int, list[int]] = {}  # positions whose scores have come
         self.flying: list[tuple[Step, Step | None, Results]] = []
         self.requests = self.steps = 0
         self.progress: tuple[int, ...] = ()
@@ -94,7 +99,7 @@ class World:
         prompt = common + [dice.randrange(3) for _ in range(dice.randint(0 if common else 1, 9))]
         answer = dice.choice([1, dice.randint(1, 30), dice.randint(1, self.longest_answer)])
         self.requests += 1
-        scores = dice.random() < 0.1
+        scores = dice.random() < self.scored
         most, scope = (1, None) if scores else (answer, dice.choice([b"", b"", b"", b"a", None]))
         sequence = Sequence(self.requests, prompt, len(prompt) + most, scope, scores)
         if sequence.max_length - 1 > longest:
@@ -133,20 +138,28 @@ class World:
         step, replayed, results = self.flying.pop(0)
         if self.host is not None:
             self.host.finish(replayed, results)
+        for row in filter(None, step.pieces):
+            if step.prefill.scores and row.first:
+                self.scores.pop(row.request, None)
         for news in self.scheduler.finish(step, results):
             sequence, truth = news.sequence, self.device.truths[news.sequence.request]
             assert self.alive[sequence.request] is sequence, "news of a sequence that has ended"
             assert sequence.tokens == truth.tokens[: len(sequence.tokens)]
             assert tuple(sequence.tokens[len(sequence.tokens) - len(news.tokens) :]) == news.tokens
+            if sequence.scores:
+                row = next(row for row in step.pieces if row and row.request == sequence.request)
+                self.scores.setdefault(row.request, []).extend(range(row.start, row.start + len(row.tokens)))
             if sequence.state is State.DONE:
-                assert sequence.tokens == truth.tokens[: truth.prompt_length if truth.scores else None]
-                assert truth.fails_at is None or truth.fails_at >= len(truth.tokens) - 1
-                self.seen["scored"] += truth.scores
+                assert sequence.tokens == truth.tokens
+                assert truth.fails_at is None or truth.fails_at >= len(truth.prefix)
+                assert not sequence.scores or self.scores.pop(sequence.request) == [*range(sequence.prompt_length)]
+                self.seen["scored"] += sequence.scores
             elif sequence.state is State.FAILED:
                 assert truth.fails_at is not None
             elif self.stops and news.tokens and sum(news.tokens) % 7 == 6:  # a stop string
                 self.cancel(sequence)
             if sequence.state.is_over:
+                assert (sequence.slot, sequence.full, sequence.local) == (-1, [], {}), "an ended sequence owns something"
                 del self.alive[sequence.request]
             elif sequence.state is State.RUNNING and sequence.committed >= sequence.target:
                 self.check_surplus(sequence)
@@ -186,7 +199,14 @@ class World:
             self.seen["hit"] += row.first and row.start > 0
             self.seen["hit in a chunk"] += row.first and shape.chunk is not None and row.start % shape.chunk > 0
             self.seen["output computed again"] += row.start + len(row.tokens) > row.prompt_length
-            self.seen["scored in pieces"] += step.prefill.scores and row.start > 0
+            if step.prefill.scores:
+                self.seen["scored in pieces"] += row.start > 0
+                self.seen["scored again"] += row.first and row.request in self.begun
+                self.begun.add(row.request)
+        if step.prefill:
+            held_up = [s for s in self.alive.values() if s.state is State.PREFILL and s.scores != step.prefill.scores]
+            self.seen["waits for the other kind"] += bool(held_up)
+            assert all(s.flights[-1:] == [] or s.flights[-1].step != step.number for s in held_up)
         for row in filter(None, burst):
             self.seen["drafts"] += step.burst.plan is not None
             self.seen["failed twice"] += self.device.slots[row.slot].failed
@@ -195,7 +215,11 @@ class World:
         for row in rows:
             sequence = self.alive[row.request]  # fails for one that has ended
             assert sequence.slot == row.slot
+            assert not sequence.scores or (row in prefill and step.prefill.scores), "a scored sequence decodes"
             pool = self.scheduler.ranks[row.slot // options.slots].pool
+            if sequence.scores:
+                assert not any(pool.full._key[page] for page in row.full), "scored pages are in the prefix cache"
+                assert not any(pool.local._key[page] for page in row.local), "scored local pages are in the prefix cache"
             begin, end = sequence.committed, sequence.high
             assert len(row.full) * shape.block >= end
             written = row.full[begin // shape.block : -(-end // shape.block)]

@@ -70,7 +70,14 @@ CONFIGS = {
     "llama4 in chunks of 256": shallow(scout_like(attention_chunk_size=256, **SIZES)),
 }
 FAMILIES = {
-    name + (", with a drafter" if drafts else ""): Family(config, drafts) for name, config in CONFIGS.items() for drafts in (False, True)
+    name + (", with a drafter" if drafts else ""): Family(CONFIGS[name], drafts)
+    for name, drafts in (
+        ("llama3", False),
+        ("llama3", True),
+        ("llama4 in chunks of 16", False),
+        ("llama4 in chunks of 16", True),
+        ("llama4 in chunks of 256", True),
+    )
 }
 
 

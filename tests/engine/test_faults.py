@@ -72,7 +72,7 @@ def test_a_row_whose_logits_are_not_finite_ends_alone(name: str) -> None:
             assert found[:2] + found[3:] == expected
             assert failing.completion is None and isinstance(failing.error, ValueError)
             assert str(failing.error).startswith("the model's logits are not finite; expected numbers, not NaN or infinity")
-            assert BAD in [*prompt, *failing.tokens] and len(failing.tokens) < 30
+            assert len(failing.tokens) < 30
             assert_whole(llm)
     with pytest.raises(ValueError, match=r"^prompt 1: the model's logits are not finite"):
         llm.generate([good[0], [BAD], good[3]], params(0))

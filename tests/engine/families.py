@@ -1,0 +1,137 @@
+"""Tiny real models with small pools, for tests of the engine; what a request gets alone, and how near two answers must be."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from l4jax import LLM, Completion, SamplingParams
+from l4jax.config import ModelConfig
+from l4jax.decoding.plan import Speculation, SpeculationTable
+from l4jax.engine.step import Step
+from l4jax.text.hf_tokenizer import HfTokenizer
+from tests.decoding.noise import token_noise
+from tests.text import small
+from tests.tiny import drafter, llama3_like, loaded_drafter, scout_like, shallow, weights, with_options
+
+TOKENIZER = HfTokenizer(small.backend(), {})
+CONTEXT, VOCABULARY, SLOTS = 512, 16, 3
+NEAR = 1e-4
+"""Sums in float32 are taken in another order for other rows, pieces and trees: two tokens whose scores are nearer than this tie."""
+SIZES = {"vocab_size": VOCABULARY, "max_position_embeddings": CONTEXT, "tie_word_embeddings": False}
+CHAIN = Speculation.parse("chain:3")
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A model, perhaps with a drafter. In chunks of 256 tokens a prefix can end inside one, at a page's end; in shorter ones it cannot."""
+
+    config: ModelConfig
+    drafts: bool
+
+    @functools.cached_property
+    def llm(self) -> LLM:
+        """Three slots, and pages for two and a half requests of the longest context."""
+        table = SpeculationTable(((1, CHAIN), (2, None), (3, CHAIN)))
+        made = dataclasses.replace(loaded_drafter(drafter(self.config, aux_layers=(0, 1, 2))), table=table) if self.drafts else None
+        size = {"max_batch": SLOTS, "kv_tokens": 10 * 128, "prefill_lengths": (32, 128)}
+        llm = LLM(self.config, weights(self.config), drafter=made, tokenizer=TOKENIZER, **size)
+        # One row of 128 tokens, or two of 32; a burst of two rows has one of padding.
+        return with_options(llm, row_buckets=(1, SLOTS), piece_rows=(1, 2), piece_tokens=64)
+
+    @functools.cached_property
+    def plain(self) -> LLM:
+        """The same model without a drafter, for one request at a time."""
+        return alone(self.config)
+
+    def expected(self, prompt: list[int], params: SamplingParams) -> Completion:
+        """What the request gets alone, nothing being cached."""
+        handle = self.plain.add(prompt, params)
+        handle._sequence.scope = None
+        while not handle.over:
+            self.plain.step()
+        assert handle.completion is not None
+        return handle.completion
+
+
+@functools.cache
+def alone(config: ModelConfig) -> LLM:
+    return LLM(config, weights(config), max_batch=1, prefill_lengths=(CONTEXT,), tokenizer=TOKENIZER)
+
+
+CONFIGS = {
+    "llama3": shallow(llama3_like(**SIZES)),
+    "llama4 in chunks of 16": shallow(scout_like(attention_chunk_size=16, **SIZES)),
+    "llama4 in chunks of 256": shallow(scout_like(attention_chunk_size=256, **SIZES)),
+}
+FAMILIES = {
+    name + (", with a drafter" if drafts else ""): Family(CONFIGS[name], drafts)
+    for name, drafts in (
+        ("llama3", False),
+        ("llama3", True),
+        ("llama4 in chunks of 16", False),
+        ("llama4 in chunks of 16", True),
+        ("llama4 in chunks of 256", True),
+    )
+}
+
+
+def watched(llm: LLM, see: Callable[[Step], None], **options: Any) -> LLM:
+    """The same model with other options, its prefix cache empty; ``see`` is called with each step before it is dispatched."""
+    other = with_options(llm, **options)
+    runner = other.engine.runner = copy.copy(llm.engine.runner)
+    vars(runner).pop("dispatch", None)  # that of an LLM that is watched itself
+    dispatch = runner.dispatch
+
+    def seen(step: Step, requests: Any) -> Any:
+        see(step)
+        return dispatch(step, requests)
+
+    runner.dispatch = seen  # type: ignore[method-assign]
+    return other
+
+
+def parts(family: Family, prompt: list[int], params: SamplingParams, expected: Completion, found: Sequence[int]) -> bool:
+    """Whether tokens differ from those that were expected; AssertionError unless the first that does is nearly as good."""
+    at = next((i for i, (a, b) in enumerate(zip(expected.token_ids, found, strict=False)) if a != b), None)
+    if at is None:
+        return False
+    produced = expected.token_ids[:at]
+    logits_V = family.plain.logits([[*prompt, *produced]])[0][-1].astype(np.float64)
+    score_V = scores(logits_V, prompt, produced, params)
+    apart = score_V.max() - score_V[[expected.token_ids[at], found[at]]].min()
+    assert apart < NEAR, f"{params}: {expected.token_ids} and {found} part at {at}, where scores are {apart:.1e} apart"
+    return True
+
+
+def scores(logits_V: np.ndarray, prompt: list[int], produced: list[int], params: SamplingParams) -> np.ndarray:
+    """What the next token is the highest of, apart from the cuts."""
+    for token, bias in params.logit_bias.items():
+        logits_V[token] += bias
+    count_V = np.bincount(produced, minlength=len(logits_V))
+    repeated_V = np.bincount([*prompt, *produced], minlength=len(logits_V)) > 0
+    penalty_V = np.where(repeated_V, params.repetition_penalty, 1.0)
+    logits_V = np.where(logits_V > 0, logits_V / penalty_V, logits_V * penalty_V)
+    logits_V -= params.presence_penalty * (count_V > 0) + params.frequency_penalty * count_V
+    if params.temperature == 0:
+        return logits_V
+    assert params.seed is not None
+    return logits_V / params.temperature + token_noise(params.seed, len(produced), len(logits_V))
+
+
+def assert_whole(llm: LLM) -> None:
+    """Nothing is left of the requests that ended: every slot is free, and every page is, or is cached."""
+    engine = llm.engine
+    scheduler, options = engine._scheduler, engine.options
+    scheduler.check()
+    assert scheduler.idle and not scheduler.in_flight
+    held = engine._handles, engine._added, engine._cancelled, engine._in_flight, scheduler._by_request, scheduler._waiting
+    assert [len(each) for each in held] == [0] * len(held)
+    for rank in scheduler.ranks:
+        assert len(rank._slots) == options.slots
+        assert (rank.pool.full.available, rank.pool.local.available) == (options.full_pages, options.local_pages)

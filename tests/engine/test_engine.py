@@ -1,0 +1,230 @@
+"""The oracle: whatever else a real engine runs, each request gets the tokens that it gets alone."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from l4jax import Completion, SamplingParams
+from l4jax.engine.engine import Handle
+from l4jax.engine.step import Step
+from l4jax.stream import Stream
+from tests.engine.families import CONTEXT, FAMILIES, NEAR, SLOTS, VOCABULARY, Family, assert_whole, parts, watched
+
+EVENTS = (
+    "hit",
+    "preempted",
+    "output computed again",
+    "cancelled while it waited",
+    "cancelled under way",
+    "closed stream",
+    "logits beside others",
+    "several rows",
+    "two deep",
+    "zeroed",
+)
+OF_DRAFTERS = ("drafted", "plain", "drafted and plain", "accepted")
+"""What each family must have come by, or the test would show nothing."""
+LENGTHS = (1, 15, 16, 17, 33, 90, 100, 110, 110, 127, 128, 129, 143, 145, 210, 230, 230, 255, 256, 257, 271, 384, 385)
+"""Tokens that prompts share: at pages' and chunks' ends, just before, just after; and where the answer comes to the next page."""
+
+
+class World:
+    """Some callers of a real model, from the first request to the last one's end."""
+
+    def __init__(self, family: Family, dice: random.Random, seen: Counter[str]) -> None:
+        self.family, self.dice, self.seen = family, dice, seen
+        self.chunk = family.config.attention_chunk_size
+        options = family.llm.engine.options
+        tree = options.plans[0][1]
+        plans = [((1, tree), (2, None)), ((1, None), (2, tree)), ((1, tree), (2, None), (3, tree))] if tree else [((1, None),)]
+        self.llm = watched(
+            family.llm,
+            self.see,
+            full_pages=dice.choice([4, 4, 4, 5]),
+            local_pages=0 if self.chunk is None else dice.choice([2, 3, 4, options.local_pages]),
+            slots=SLOTS,
+            short_steps=dice.choice([1, 2, 4]),
+            long_steps=dice.choice([2, 4, 8, 32]),
+            plans=dice.choice(plans),
+        )
+        self.stems = [[dice.randrange(VOCABULARY) for _ in range(max(LENGTHS))] for _ in range(2)]
+        self.steps = 0
+        self.begun: set[int] = set()
+        self.ways: defaultdict[int, set[bool]] = defaultdict(set)
+        self.asked: list[tuple[list[int], SamplingParams, Handle | Completion]] = []
+        self.alive: list[Handle] = []
+        self.streams: list[Stream] = []
+
+    def see(self, step: Step) -> None:
+        self.steps += 1
+        seen, chunk = self.seen, self.chunk
+        for row in filter(None, step.pieces):
+            again = row.first and row.request in self.begun
+            self.begun.add(row.request)
+            seen["preempted"] += again
+            seen["hit"] += row.first and row.start > 0
+            seen["hit in a chunk"] += row.first and chunk is not None and row.start % chunk > 0
+            seen["output computed again"] += row.start + len(row.tokens) > row.prompt_length
+            seen["logits beside others"] += step.prefill.scores and len(self.llm.engine._handles) > 1
+        for row in filter(None, step.rows):
+            self.ways[row.request].add(step.burst.plan is not None)
+            seen["drafted" if step.burst.plan else "plain"] += 1
+        seen["several rows"] += sum(row is not None for row in step.rows) > 1
+        seen["zeroed"] += len(step.zero_full)
+        seen["two deep"] += len(self.llm.engine._in_flight)
+
+    def prompt(self) -> list[int]:
+        dice = self.dice
+        tail = [dice.randrange(VOCABULARY) for _ in range(dice.choice([1, 1, dice.randint(1, 30)]))]
+        return dice.choice(self.stems)[: dice.choice([0, *LENGTHS])] + tail
+
+    def params(self) -> SamplingParams:
+        dice = self.dice
+
+        def sometimes[Value](usual: Value, other: Value) -> Value:
+            return other if dice.random() < 0.2 else usual
+
+        return SamplingParams(
+            max_tokens=dice.choice([1, dice.randint(1, 40), dice.randint(20, 90)]),
+            temperature=dice.choice([0.0, 0.8, 1.3]),
+            seed=dice.getrandbits(64),
+            top_k=sometimes(0, 5),
+            min_p=sometimes(0.0, 0.05),
+            repetition_penalty=sometimes(1.0, 1.4),
+            presence_penalty=sometimes(0.0, 0.6),
+            frequency_penalty=sometimes(0.0, 0.3),
+            logit_bias=sometimes({}, {dice.randrange(VOCABULARY): dice.choice([-5.0, 2.0])}),
+            stop_token_ids=sometimes([], [dice.randrange(VOCABULARY)]),
+            stop=sometimes([], ["#"]),
+            logprobs=dice.choice([None, 0, 3]),
+        )
+
+    def turn(self) -> None:
+        dice = self.dice
+        if len(self.alive) < 6 and dice.random() < 0.5:
+            self.add()
+        action = dice.random()
+        if action < 0.08:
+            self.cancel()
+        elif action < 0.12:
+            self.read()
+        elif action < 0.14:
+            self.generate()
+        elif action < 0.16:
+            self.logits()
+        else:
+            self.llm.step()
+        self.alive = [handle for handle in self.alive if not handle.over]
+        self.llm.engine._scheduler.check()
+
+    def add(self) -> None:
+        prompt, params = self.prompt(), self.params()
+        if self.dice.random() < 0.3:
+            stream = self.llm.stream(prompt, params)
+            self.streams.append(stream)
+            handle = stream._handle
+        else:
+            handle = self.llm.add(prompt, params)
+        self.asked.append((prompt, params, handle))
+        self.alive.append(handle)
+
+    def cancel(self) -> None:
+        if self.alive:
+            handle = self.dice.choice(self.alive)
+            streams = [stream for stream in self.streams if stream._handle is handle]
+            waits = handle._sequence.slot == -1
+            handle.cancel() if not streams else streams[0].close()
+            self.seen["closed stream" if streams else "cancelled while it waited" if waits else "cancelled under way"] += 1
+            self.llm.step()
+            assert handle.over
+
+    def read(self) -> None:
+        """Some pieces of a stream, or all that is left."""
+        streams = [stream for stream in self.streams if stream._handle.error is None]
+        if streams:
+            stream, text = self.dice.choice(streams), ""
+            for _, piece in zip(range(self.dice.choice([1, 5, 1000])), stream, strict=False):
+                assert piece
+                text += piece
+            if stream.completion is not None:
+                assert stream.completion.text is not None and stream.completion.text.endswith(text)
+
+    def generate(self) -> None:
+        several = [(self.prompt(), self.params()) for _ in range(self.dice.randint(1, 4))]
+        completions = self.llm.generate([prompt for prompt, _ in several], [params for _, params in several])
+        self.asked += [(*asked, completion) for asked, completion in zip(several, completions, strict=True)]
+
+    def logits(self) -> None:
+        prompt = self.prompt()
+        np.testing.assert_allclose(self.llm.logits([prompt])[0], self.family.plain.logits([prompt])[0], atol=NEAR)
+
+    def crowd(self) -> None:
+        """As many requests as there are slots come to their second page at about the same time; together they need more than there are."""
+        for seed in range(SLOTS):
+            prompt = [self.dice.randrange(VOCABULARY) for _ in range(self.dice.randint(105, 115))]
+            params = SamplingParams(max_tokens=90, seed=seed)
+            self.asked.append((prompt, params, self.llm.add(prompt, params)))
+
+    def run(self, steps: int) -> None:
+        self.crowd()
+        while self.steps < steps:
+            self.turn()
+        while self.llm.step():
+            pass
+        assert_whole(self.llm)
+
+    def check(self) -> int:
+        """How many answers part from what the request gets alone."""
+        return sum(self.parts(*asked) for asked in self.asked)
+
+    def parts(self, prompt: list[int], params: SamplingParams, answer: Handle | Completion) -> bool:
+        completion = answer.completion if isinstance(answer, Handle) else answer
+        expected = self.family.expected(prompt, params)
+        if completion is None:
+            assert isinstance(answer, Handle) and answer.over and str(answer.error) == "this request was cancelled"
+            assert len(answer.tokens) <= len(expected.token_ids)
+            return parts(self.family, prompt, params, expected, answer.tokens)
+        parted = parts(self.family, prompt, params, expected, completion.token_ids)
+        assert parted or (completion.token_ids, completion.text) == (expected.token_ids, expected.text)
+        self.check_logprobs(expected, completion)
+        self.seen["accepted"] += sum(completion.stats.accepted)
+        return parted
+
+    @staticmethod
+    def check_logprobs(expected: Completion, found: Completion) -> None:
+        """As far as the tokens are the same."""
+        assert (expected.logprobs is None) == (found.logprobs is None)
+        if expected.logprobs is None or found.logprobs is None:
+            return
+        assert len(found.logprobs) == len(found.token_ids)
+        for token, other, a, b in zip(expected.token_ids, found.token_ids, expected.logprobs, found.logprobs, strict=False):
+            if token != other:
+                break
+            values = [[one.logprob, *(value for _, value in one.top)] for one in (a, b)]
+            np.testing.assert_allclose(*values, atol=NEAR)
+
+
+def check_family(name: str, steps: int, seeds: Sequence[int]) -> None:
+    """``steps`` of the engine, in worlds with options of their own."""
+    family, seen, ran, answers, parted = FAMILIES[name], Counter[str](), 0, 0, 0
+    for seed in seeds:
+        world = World(family, random.Random(f"{name}, {seed}"), seen)
+        world.run(steps // len(seeds))
+        parted += world.check()
+        seen["drafted and plain"] += sum(len(ways) == 2 for ways in world.ways.values())
+        ran, answers = ran + world.steps, answers + len(world.asked)
+    print(f"{name}: {ran} steps, {answers} requests, {parted} part; {dict(seen)}")
+    wanted = [*EVENTS, *(OF_DRAFTERS if family.drafts else ()), *(["hit in a chunk"] if family.config.attention_chunk_size == 256 else ())]
+    assert [event for event in wanted if not seen[event]] == []
+    assert parted <= max(1, answers / 50)
+    assert ran >= steps and max(len(prompt) + params.max_tokens for prompt, params, _ in world.asked) < CONTEXT
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_requests_get_what_they_get_alone(name: str) -> None:
+    check_family(name, 800, range(8))

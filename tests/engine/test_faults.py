@@ -20,8 +20,8 @@ NAMES = ("llama3", "llama4 in chunks of 16", "llama4 in chunks of 256, with a dr
 
 
 def damaged(family: Family) -> LLM:
-    """The family's model and programs; whoever runs the bad token has logits that are not finite."""
-    llm = watched(family.llm, lambda _: None)
+    """The family's model and programs; whoever runs the bad token has logits that are not finite. Nothing is drafted: it would be, too."""
+    llm = watched(family.llm, lambda _: None, plans=((1, None),))
     runner = llm.engine.runner
     at, leaves = runner.programs.model.names.index("embed"), list(runner._weights.target)
     leaves[at] = leaves[at].at[BAD].set(math.nan)
@@ -74,7 +74,7 @@ def test_a_row_whose_logits_are_not_finite_ends_alone(name: str) -> None:
             assert str(failing.error).startswith("the model's logits are not finite; expected numbers, not NaN or infinity")
             assert len(failing.tokens) < 30
             assert_whole(llm)
-    with pytest.raises(ValueError, match=r"^prompt 1: the model's logits are not finite"):
+    with pytest.raises(ValueError, match=r"^prompt 1 of 3, counted from 0: the model's logits are not finite"):
         llm.generate([good[0], [BAD], good[3]], params(0))
     with pytest.raises(ValueError, match=r"^the model's logits are not finite"):
         llm.logits([[1, BAD]])

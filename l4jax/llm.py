@@ -7,7 +7,8 @@ import hashlib
 import json
 import math
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Unpack
 
 import jax
@@ -93,7 +94,7 @@ class LLM:
         self.max_batch = self.engine.options.slots * parts.placement.spec.data
         asked_for = parts.speculator is not None and parts.speculator.asked_for
         self.requests = RequestMaker(parts.config, parts.text, drafts_up_to=self.engine.options.drafts_up_to if asked_for else math.inf)
-        self._stepping_thread: int | None = None
+        self._stepping_thread: threading.Thread | None = None
 
     @property
     def weights(self) -> dict[str, jax.Array]:
@@ -146,11 +147,12 @@ class LLM:
     def step(self) -> bool:
         """Run one step for all requests under way; False, at once, if there are none.
 
-        It belongs to the first thread that calls it: raises RuntimeError in another.
+        It belongs to the first thread that calls it, as long as that lives: raises RuntimeError in another.
         """
-        if self._stepping_thread is None:
-            self._stepping_thread = threading.get_ident()
-        elif self._stepping_thread != threading.get_ident():
+        me = threading.current_thread()
+        if self._stepping_thread is None or not self._stepping_thread.is_alive():
+            self._stepping_thread = me
+        elif self._stepping_thread is not me:
             raise RuntimeError("llm.step() was called from another thread before; call it from that one, or use generate, stream or add")
         with kept_interrupts() as check_interrupts:
             stepped = self.engine.step()
@@ -172,6 +174,9 @@ class LLM:
     def _run(self, requests: Sequence[Request], *, scores: bool = False) -> list[Handle]:
         """Run requests to their ends. Raises the error of the first that has one."""
         with kept_interrupts() as check_interrupts:
+            for number, request in enumerate(requests):
+                with _naming(number, len(requests)):
+                    self.engine.check(request, scores=scores)
             handles: list[Handle] = []
             try:
                 for request in requests:
@@ -182,10 +187,9 @@ class LLM:
                     handle.cancel()
             check_interrupts()
         for number, handle in enumerate(handles):
-            if isinstance(handle.error, ValueError) and len(handles) > 1:
-                raise ValueError(f"prompt {number} of {len(handles)}, counted from 0: {handle.error}") from handle.error
-            if handle.error is not None:
-                raise handle.error
+            with _naming(number, len(handles)):
+                if handle.error is not None:
+                    raise handle.error
         return handles
 
     def _stream(self, token_ids: list[int], params: SamplingParams) -> Stream:
@@ -194,6 +198,17 @@ class LLM:
 
     def _add(self, token_ids: list[int], params: SamplingParams) -> Handle:
         return self.engine.add(_agreed([self.requests.request(token_ids, params)])[0])
+
+
+@contextmanager
+def _naming(number: int, count: int) -> Iterator[None]:
+    """Say in a ValueError which prompt it is about, if there are several."""
+    try:
+        yield
+    except ValueError as error:
+        if count == 1:
+            raise
+        raise ValueError(f"prompt {number} of {count}, counted from 0: {error}") from error
 
 
 def _check_agreed(prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams] = ()) -> None:

@@ -1,8 +1,8 @@
 """The compiled programs: what is traced, what is donated, and which shapes exist.
 
 A program is a pure function of the weights, the state that stays on the devices (donated), and small inputs. Every distinct combination
-of input shapes is compiled once; the buckets below keep the number of combinations small. Settings of sampling decide at run time what
-is computed, so no setting needs a program of its own.
+of input shapes is compiled once; ``l4jax.engine.options`` keeps their number small. Settings of sampling decide at run time what is
+computed, so no setting needs a program of its own.
 
 Programs run inside ``jax.shard_map``: every device computes on its own share of weights, rows, cache and vocabulary, and
 every transfer between devices is an explicit call in the code. A single device is a mesh of one.
@@ -35,9 +35,6 @@ from l4jax.model.weights import BoundModel, weight_specs
 from l4jax.parallel.placement import DrafterPlacement, Placement
 from l4jax.program_inputs import Burst, Cache, FirstTokens, Piece, Resident, Weights
 from sharding.rules import partition
-
-PREFILL_LENGTHS = (32, 128, 512)
-"""A prefill piece is padded to one of these lengths times the ranks that share its tokens; longer prompts take several pieces."""
 
 _CAPTURED = ["FUSION", "CUBLAS", "CUBLASLT", "CUDNN", "CUSTOM_CALL", "DYNAMIC_SLICE_FUSION", "CONDITIONAL", "WHILE"]
 if jax.__version_info__ >= (0, 12):

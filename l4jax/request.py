@@ -43,8 +43,8 @@ class Stats:
 
     ``first_token_seconds``: from when the request was made until its first token was there; ``decode_seconds``: from then until the
     last was. Both include the compilation of programs that the call is the first to need; :meth:`l4jax.LLM.warmup` compiles them before.
-    ``decode_tokens_per_second``: the rate after the first burst, of up to 32 steps, during which a program may have been compiled; of
-    all tokens after the first, compilation included, if there was but one burst, and 0 if there was none.
+    ``decode_tokens_per_second``: the rate after the first burst, during which a program may have been compiled; of all tokens after
+    the first, compilation included, if there was but one burst, and 0 if there was none.
     ``rounds``: of speculation, in which ``drafted`` tokens were drafted; ``accepted[i]``: rounds that accepted the one at depth i + 1.
     They count what was computed: stop strings are checked once a burst, and rounds after the stop string are counted.
     """

@@ -35,8 +35,9 @@ class Stream(Iterator[str]):
 
         def came() -> bool:
             nonlocal text
+            over = handle.over  # first: what comes with the end is there before it
             text = text or handle.new_text()
-            return bool(text) or handle.over
+            return bool(text) or over
 
         with kept_interrupts() as check_interrupts:
             self._engine.run_until(came, check_interrupts)

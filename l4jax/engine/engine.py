@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -17,8 +17,8 @@ from l4jax.engine.results import Dispatched, RowOutput
 from l4jax.engine.runner import Runner
 from l4jax.engine.scheduler import Scheduler
 from l4jax.engine.sequence import Sequence, State
-from l4jax.engine.step import Step
-from l4jax.engine.warmup import warm_up
+from l4jax.engine.step import Results, Step
+from l4jax.engine.warmup import warm_ups
 from l4jax.request import Completion, Request
 from l4jax.text.tokenizer import Tokenizer
 from sharding import hosts
@@ -64,10 +64,11 @@ class Handle:
     @property
     def logits(self) -> np.ndarray:
         """Of a request for scores that is over: float32 [T, vocabulary]."""
+        assert self.over and self._logits
         return np.concatenate(self._logits)
 
     def cancel(self) -> None:
-        """End it, unless it has ended: within two bursts nothing more is computed for it. May be called from any thread."""
+        """End it, unless it has ended. May be called from any thread; whoever drives the engine next computes nothing more for it."""
         if not self.over:
             self._engine.cancel(self)
 
@@ -86,42 +87,44 @@ class Engine:
         self._scheduler = Scheduler(options)
         self._in_flight: deque[tuple[Dispatched, float]] = deque()
         self._handles: dict[int, Handle] = {}
-        self._added: deque[Handle] = deque()
-        self._cancelled: deque[Handle] = deque()
+        self._calls: deque[tuple[Handle, bool]] = deque()  # to add, or (True) to cancel
         self._numbers = 0
         self._started = False
         self._burst_seconds = CPU_BURST_SECONDS if runner.platform == "cpu" else BURST_SECONDS
         self._round_seconds = 0.0
         self._last_read = 0.0
         self._turn = threading.Condition()
-        self._driving = False
+        self._driver: int | None = None
+
+    def check(self, request: Request, *, scores: bool = False) -> None:
+        """Raise ValueError if the cache could never hold the request."""
+        length = len(request.token_ids)
+        self.options.check_fits(length, length + (1 if scores else request.params.max_tokens))
 
     def add(self, request: Request, *, scores: bool = False) -> Handle:
-        """Take a request; with ``scores`` its prompt's logits are computed, and nothing is generated.
-
-        Raises ValueError if the cache could never hold it.
-        """
+        """Take a request; with ``scores`` its prompt's logits are computed, and nothing is generated. See :meth:`check`."""
+        self.check(request, scores=scores)
         with self._turn:
             self._numbers += 1
             handle = Handle(self, self._numbers, request, self._tokenizer, scores=scores)
-        sequence = handle._sequence
-        self.options.check_fits(sequence.request, len(sequence.tokens), sequence.max_length)
-        self._added.append(handle)
+            self._handles[handle._number] = handle
+            self._calls.append((handle, False))
         return handle
 
     def cancel(self, handle: Handle) -> None:
         """End a request; see :meth:`Handle.cancel`."""
-        self._cancelled.append(handle)
+        self._calls.append((handle, True))
 
     def run_until(self, over: Callable[[], bool], check: Callable[[], None]) -> None:
         """Drive the engine until ``over()``, calling ``check`` after each step; while another thread drives it, wait for that one."""
         while not over():
-            self._take_turn(lambda: self._or_fail(self._advance), unless=over)
+            advanced = self._take_turn(self._advance, unless=over)
+            assert advanced is not False or over(), "a request is lost"
             check()
 
     def step(self) -> bool:
         """Drive the engine for one step; False, at once, if there is nothing to do."""
-        return bool(self._take_turn(lambda: self._or_fail(self._advance)))
+        return bool(self._take_turn(self._advance))
 
     @property
     def kv_tokens(self) -> int:
@@ -129,37 +132,44 @@ class Engine:
         return self.shape.full_pages * self.options.shape.block
 
     def warm_up(self, longest: int, check: Callable[[], None]) -> None:
-        """Compile, or load, every program that requests of up to ``longest`` tokens can need; requests under way wait meanwhile."""
-
-        def run() -> None:
-            self._start()
-            warm_up(self.runner, self.options, longest, check)
-
-        self._take_turn(lambda: self._or_fail(run))
+        """Compile, or load, every program that requests of up to ``longest`` tokens can need, one after the other."""
+        self._take_turn(self._start)
+        for run in warm_ups(self.runner, self.options, longest):
+            self._take_turn(run)
+            check()
 
     def discard(self) -> None:
         """Free the cache, unless a request is under way; the next one allocates it again, and no prefix is known then."""
 
         def discard() -> None:
-            if not self._handles and not self._added:
+            self._take_in()
+            if not self._handles:
                 self._restart()
 
         self._take_turn(discard)
 
     def _take_turn[Result](self, act: Callable[[], Result], unless: Callable[[], bool] = lambda: False) -> Result | None:
-        """Do something that one thread at a time may do, ``unless`` another thread's turn makes it unnecessary."""
-        mine = False
+        """Do something that one thread at a time may do, ``unless`` another thread's turn makes it unnecessary: then return None.
+
+        If it raises, every request under way ends with an error, and the cache begins anew.
+        """
+        me, mine = threading.get_ident(), False
         try:
             with self._turn:
-                self._turn.wait_for(lambda: unless() or not self._driving)
+                # A thread that Ctrl-C interrupted just here may have its turn still.
+                self._turn.wait_for(lambda: unless() or self._driver in (None, me))
                 if unless():
                     return None
-                mine = self._driving = True
+                mine, self._driver = True, me
             return act()
+        except BaseException as error:
+            if mine:
+                self._fail(error)
+            raise
         finally:
             if mine:
                 with self._turn:
-                    self._driving = False
+                    self._driver = None
                     self._turn.notify_all()
 
     def _start(self) -> None:
@@ -168,26 +178,23 @@ class Engine:
             self.runner.start(self._memory, self.shape)
             self._started = True
 
-    def _or_fail[Result](self, act: Callable[[], Result]) -> Result:
-        """Do something on the devices. If it raises, every request under way ends with that error, and the cache begins anew."""
-        try:
-            return act()
-        except BaseException as error:
-            # Programs may have been given what stays on the devices, and have returned nothing.
-            reason = error if isinstance(error, Exception) else RuntimeError("the engine was interrupted; make the request again")
-            for handle in (*self._handles.values(), *self._added):
-                handle.error, handle.over = reason, True
+    def _fail(self, error: BaseException) -> None:
+        """End all requests: programs may have been given what stays on the devices, and have returned nothing."""
+        why = f"failed: {type(error).__name__}: {error}" if isinstance(error, Exception) else "was interrupted"
+        with self._turn:
+            for handle in self._handles.values():
+                handle.error = RuntimeError(f"a step that this request shared with others {why}; make the request again")
+                handle.error.__cause__ = error
+                handle.over = True
             self._handles.clear()
-            self._added.clear()
-            self._restart()
-            raise
+            self._calls.clear()
+        self._restart()
 
     def _restart(self) -> None:
-        self.runner.stop()
         self._started = False
+        self.runner.stop()
         self._scheduler = Scheduler(self.options)
         self._in_flight.clear()
-        self._cancelled.clear()
 
     def _advance(self) -> bool:
         self._take_in()
@@ -199,8 +206,11 @@ class Engine:
             self._in_flight.append((self.runner.dispatch(step, requests), time.perf_counter()))
         assert self._in_flight, "requests wait, and there is nothing to do for any of them"
         dispatched, sent = self._in_flight.popleft()
+        waited = not dispatched.is_ready
         results, outputs = dispatched.read()
-        self._measure(dispatched.step, sent)
+        if dispatched.step.prefill is None:
+            self._measure(results, outputs, sent, waited=waited)
+        self._last_read = time.perf_counter()
         for row in dispatched.step.pieces:
             if row is not None and row.first and row.request in self._handles:
                 self._handles[row.request]._logits.clear()
@@ -210,22 +220,24 @@ class Engine:
         return True
 
     def _take_in(self) -> None:
-        while self._added:
-            handle = self._added.popleft()
-            self._handles[handle._number] = handle
-            self._scheduler.add(handle._sequence)
-        while self._cancelled:
-            handle = self._cancelled.popleft()
-            if not handle.over:
+        while self._calls:
+            handle, cancelled = self._calls.popleft()
+            if not cancelled:
+                self._scheduler.add(handle._sequence)
+            elif not handle.over:
                 self._scheduler.cancel(handle._sequence)
-                del self._handles[handle._number]
-                handle.error, handle.over = RuntimeError("this request was cancelled"), True
+                self._end(handle, RuntimeError("this request was cancelled"))
+
+    def _end(self, handle: Handle, error: Exception | None = None) -> None:
+        handle.error, handle.over = error, True
+        del self._handles[handle._number]
 
     def _deliver(self, handle: Handle, tokens: tuple[int, ...], output: RowOutput) -> None:
         sequence, answer = handle._sequence, handle._answer
         if sequence.state is State.FAILED:
-            handle.error = ValueError(NOT_FINITE_ADVICE)
-        elif sequence.scores:
+            self._end(handle, ValueError(NOT_FINITE_ADVICE))
+            return
+        if sequence.scores:
             assert output.logits_TV is not None
             handle._logits.append(output.logits_TV)
         elif tokens:
@@ -236,10 +248,9 @@ class Engine:
             if answer.stopped and not done:
                 self._scheduler.cancel(sequence)
         if sequence.state.is_over:
-            if handle.error is None and not sequence.scores:
+            if not sequence.scores:
                 handle.completion = answer.completion()
-            handle.over = True
-            del self._handles[handle._number]
+            self._end(handle)
 
     def _most_steps(self) -> int:
         """The rounds of a burst that is not too long; on several hosts, whose clocks differ, any number."""
@@ -247,12 +258,17 @@ class Engine:
             return _MANY
         return max(1, int(self._burst_seconds / self._round_seconds))
 
-    def _measure(self, step: Step, sent: float) -> None:
-        """Take down how long a round of the burst took: the devices began it after the step before it, or when it was dispatched."""
+    def _measure(self, results: Results, outputs: Mapping[int, RowOutput], begun: float, *, waited: bool) -> None:
+        """Take down how long a round of the burst took, from when the devices began it, or less.
+
+        If the results were there before they were asked for (not ``waited``), it took no longer than this.
+        """
         now = time.perf_counter()
-        if step.burst is not None and step.prefill is None:
-            self._round_seconds = (now - max(sent, self._last_read)) / step.burst.steps
-        self._last_read = now
+        rounds = max((output.rounds.rounds for output in outputs.values()), default=0)
+        rounds = rounds or max((len(row.tokens) for row in results.burst if row is not None), default=0)
+        if rounds and (waited or self._round_seconds):
+            seconds = (now - max(begun, self._last_read)) / rounds
+            self._round_seconds = seconds if waited else min(seconds, self._round_seconds)
 
 
 def _named(step: Step) -> set[int]:

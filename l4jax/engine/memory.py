@@ -16,7 +16,7 @@ from l4jax.program_inputs import Resident
 from sharding import hosts
 
 _CPU_SHARE = 0.25
-"""The part of free memory that a cache takes on CPUs unless told otherwise: the machine is not ours alone."""
+"""The part of a machine's memory, beside the weights, that a cache takes on CPUs unless told otherwise: the machine is not ours alone."""
 _GPU_SHARE = 0.9
 """The part of a GPU's memory that weights and cache may take: the rest is for the programs and their temporaries."""
 

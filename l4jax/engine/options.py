@@ -92,7 +92,7 @@ class Options:
         """The most rows of pieces of this length that a step prefills."""
         return max((rows for rows in self.piece_rows if rows * length <= self.piece_tokens), default=self.piece_rows[0])
 
-    def check_fits(self, request: int, tokens: int, max_length: int) -> None:
+    def check_fits(self, tokens: int, max_length: int) -> None:
         """Raise ValueError if a request of up to ``max_length`` tokens can never have the pages that it may need."""
         shape, room = self.shape, max_length - 1
         for what, needed, there in (
@@ -102,6 +102,6 @@ class Options:
             if needed > there:
                 shorter = "shorten the prompt, lower max_tokens," if max_length > tokens + 1 else "shorten the prompt"
                 raise ValueError(
-                    f"request {request} ({tokens} prompt tokens, at most {max_length} in all) may need {needed} {what}pages of the KV "
+                    f"a request of {tokens} prompt tokens, and at most {max_length} in all, may need {needed} {what}pages of the KV "
                     f"cache, and there are {there}; {shorter} or load with a larger kv_tokens"
                 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -40,11 +41,25 @@ class Dispatched:
     burst: DecodeTokens | None = None
     counted: RoundCounts | None = None
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether the devices are through with its burst, if it has one."""
+        return self.burst is None or cast(Any, self.burst.done_B).is_ready()
+
     def read(self) -> tuple[Results, dict[int, RowOutput]]:
         """Wait for the devices; the results, and what else each request got."""
         outputs: dict[int, RowOutput] = {}
         prefill = self._read_scores(outputs) if self.scored else self._read_first(outputs)
         return Results(prefill, self._read_burst(outputs)), outputs
+
+    @property
+    def to_read(self) -> Any:
+        """The arrays that :meth:`read` copies to the host, but for scores."""
+        first, burst = self.first, self.burst
+        return (
+            first and (first.token_B, first.done_B, first.logprobs if self._wanted(self.step.pieces) else None),
+            burst and (burst.token_sB, burst.done_B, burst.logprobs if self._wanted(self.step.rows) else None, self.counted),
+        )
 
     def _wanted(self, rows: Sequence[PieceRow | BurstRow | None]) -> bool:
         return any(row is not None and self.wanted[row.request] is not None for row in rows)
@@ -53,8 +68,7 @@ class Dispatched:
         if self.first is None:
             return ()
         rows = self.step.pieces
-        wanted = self.first.logprobs if self._wanted(rows) else None
-        token_B, done_B, logprobs = jax.device_get((self.first.token_B, self.first.done_B, wanted))
+        token_B, done_B, logprobs = jax.device_get(self.to_read[0])
         results: list[RowResult | None] = [None] * len(rows)
         for i, row in enumerate(rows):
             if row is None:
@@ -86,8 +100,7 @@ class Dispatched:
         if self.burst is None:
             return ()
         rows = self.step.rows
-        wanted = self.burst.logprobs if self._wanted(rows) else None
-        token_sB, done_B, logprobs, counted = jax.device_get((self.burst.token_sB, self.burst.done_B, wanted, self.counted))
+        token_sB, done_B, logprobs, counted = jax.device_get(self.to_read[1])
         results: list[RowResult | None] = [None] * len(rows)
         for i, row in enumerate(rows):
             if row is None:

@@ -137,9 +137,11 @@ class Runner:
             sent["scored" if step.prefill.scores else "first"] = self.prefill(step.prefill)
         if step.burst is not None:
             sent["burst"], sent["counted"] = self.burst(step.burst)
-        for leaf in jax.tree.leaves((sent.get("first"), sent.get("burst"), sent.get("counted"))):
+        wanted = {request: requests[request].params.logprobs for request in named}
+        dispatched = Dispatched(step, wanted, **sent)
+        for leaf in jax.tree.leaves(dispatched.to_read):
             leaf.copy_to_host_async()
-        return Dispatched(step, {request: requests[request].params.logprobs for request in named}, **sent)
+        return dispatched
 
     def _zero(self, full: list[PageOnRank], local: list[PageOnRank]) -> None:
         while full or local:

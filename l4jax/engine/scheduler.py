@@ -69,7 +69,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Let a new sequence wait for its turn. Raises ValueError if it could never have the pages that it may need."""
-        self.options.check_fits(sequence.request, len(sequence.tokens), sequence.max_length)
+        self.options.check_fits(len(sequence.tokens), sequence.max_length)
         if sequence.request in self._by_request:
             raise ValueError(f"request {sequence.request} is under way already; expected another number for each request")
         self._arrivals += 1

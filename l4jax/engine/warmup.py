@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 from l4jax.engine.options import Options
@@ -9,17 +10,14 @@ from l4jax.engine.runner import Runner
 from l4jax.engine.step import Burst, Plan, Prefill
 
 
-def warm_up(runner: Runner, options: Options, longest: int, check: Callable[[], None]) -> None:
-    """For requests of up to ``longest`` tokens. ``check`` is called after each program."""
-    runner.begin_nobody()
-    check()
+def warm_ups(runner: Runner, options: Options, longest: int) -> Iterator[Callable[[], object]]:
+    """What to call, for requests of up to ``longest`` tokens."""
+    yield runner.begin_nobody
     for prefill in prefills(options):
         for padding in runner.spreads(prefill.length, longest):
-            runner.prefill(prefill, padding=padding)
-            check()
+            yield functools.partial(runner.prefill, prefill, padding=padding)
     for burst in bursts(options, longest):
-        runner.burst(burst)
-        check()
+        yield functools.partial(runner.burst, burst)
 
 
 def prefills(options: Options) -> Iterator[Prefill]:

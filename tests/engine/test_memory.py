@@ -101,7 +101,7 @@ def test_a_request_longer_than_the_cache_is_refused_and_nothing_else_is_lost(mes
     joined = llm.add([1, 2, 3], PARAMS)
     for ask in (llm.generate, llm.add, lambda prompt, params: llm.generate([[5], prompt], [params] * 2)):
         with pytest.raises(
-            ValueError, match=rf"\({held} prompt tokens, at most {held + 4} in all\) may need .* larger kv_tokens$"
+            ValueError, match=rf"a request of {held} prompt tokens, and at most {held + 4} in all, may need .* larger kv_tokens$"
         ) as refused:
             ask([7] * held, PARAMS)
         assert "\n" not in str(refused.value)

@@ -134,7 +134,12 @@ def test_the_plan_is_that_of_the_fullest_data_rank():
 @pytest.mark.parametrize(
     ("options", "prompt", "most", "line"),
     [
-        (SMALL, 60, 6, r"request 1 \(60 prompt tokens, at most 66 in all\) may need 17 pages of the KV cache, and there are 16; shorten.*"),
+        (
+            SMALL,
+            60,
+            6,
+            r"a request of 60 prompt tokens, and at most 66 in all, may need 17 pages of the KV cache, and there are 16; shorten.*",
+        ),
         (dataclasses.replace(CHUNKED, local_pages=1), 6, 2, ".* may need 2 chunk-local pages of the KV cache, and there are 1; .*"),
         (SMALL, 0, 4, "request 1 has 0 prompt tokens and at most 4 in all; expected at least one prompt token and room for one more"),
         (SMALL, 4, 0, "request 1 has 4 prompt tokens and at most 4 in all; expected .*"),

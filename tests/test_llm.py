@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import threading
+import types
 
 import jax
 import jax.numpy as jnp

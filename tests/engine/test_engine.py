@@ -233,4 +233,4 @@ def check_family(name: str, steps: int, seeds: Sequence[int]) -> None:
     "name", [pytest.param(name, marks=() if family.drafts else pytest.mark.more_meshes) for name, family in FAMILIES.items()]
 )
 def test_requests_get_what_they_get_alone(name: str) -> None:
-    check_family(name, 400, range(4))
+    check_family(name, 600, range(6))

@@ -48,7 +48,7 @@ def load(
     checkpoint's bytes are stored in.
 
     ``drafter``: the folder of one that was trained for this model (default: ``drafter`` in the
-    checkpoint's folder, if it is there); ``speculation``: "auto" (what the drafter's table says for the number of prompts), "off",
+    checkpoint's folder, if it is there); ``speculation``: "auto" (what the drafter's table says for the rows that decode), "off",
     "chain:5", "tree:eagle26" (both may end in ",sampled") or "dynamic:steps=5,topk=4,nodes=16"; ``beyond_training``: what a drafter
     does where the text is longer than what it was trained on, "window" (look back that far) or "stop".
 

@@ -263,30 +263,6 @@ def test_numbers_and_lists_may_be_numpys_and_jaxs():
         assert completion.prompt_token_ids == [1, 2] and completion.token_ids == expected
 
 
-class Paused:
-    """A call whose batch waits before its first step, in another thread."""
-
-    def __init__(self, monkeypatch, call):
-        self.started, self.going_on = threading.Event(), threading.Event()
-        step = Batch.step
-
-        def wait(batch, steps):
-            self.started.set()
-            self.going_on.wait(20)
-            return step(batch, steps)
-
-        monkeypatch.setattr(Batch, "step", wait)
-        self.result = []
-        self.thread = threading.Thread(target=lambda: self.result.append(call()))
-        self.thread.start()
-        self.started.wait()
-
-    def end(self):
-        self.going_on.set()
-        self.thread.join()
-        return self.result[0]
-
-
 def test_pages_may_lie_anywhere():
     """Shuffled pages give the same logits: nothing relies on pages being in order."""
     config = shallow(scout_like(attention_chunk_size=256, max_position_embeddings=1024))

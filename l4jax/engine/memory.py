@@ -18,7 +18,7 @@ from sharding import hosts
 _CPU_SHARE = 0.25
 """The part of a machine's memory, beside the weights, that a cache takes on CPUs unless told otherwise: the machine is not ours alone."""
 _GPU_SHARE = 0.9
-"""The part of a GPU's memory that weights and cache may take: the rest is for the programs and their temporaries."""
+"""The part of a GPU's memory beside the weights that a cache takes unless told otherwise: the rest is for programs and temporaries."""
 
 
 class CacheMemory:

@@ -86,6 +86,7 @@ class Engine:
         self._tokenizer = tokenizer
         self._scheduler = Scheduler(options)
         self._in_flight: deque[tuple[Dispatched, float]] = deque()
+        self._held: tuple[Step, dict[int, Request]] | None = None  # planned, and not dispatched yet
         self._handles: dict[int, Handle] = {}
         self._calls: deque[tuple[Handle, bool]] = deque()  # to add, or (True) to cancel
         self._numbers = 0
@@ -195,15 +196,19 @@ class Engine:
         self.runner.stop()
         self._scheduler = Scheduler(self.options)
         self._in_flight.clear()
+        self._held = None
 
     def _advance(self) -> bool:
         self._take_in()
-        if self._scheduler.idle and not self._in_flight:
+        if self._scheduler.idle and not self._in_flight and not self._held:
             return False
         self._start()
-        while (step := self._scheduler.next(self._most_steps())) is not None:
-            requests = {number: self._handles[number].request for number in _named(step)}
-            self._in_flight.append((self.runner.dispatch(step, requests), time.perf_counter()))
+        while (planned := self._held or self._plan()) is not None:
+            # What is in flight is read before a program is compiled: it may be an answer's first token.
+            self._held = planned if self._in_flight and not self.runner.has_run(planned[0]) else None
+            if self._held:
+                break
+            self._in_flight.append((self.runner.dispatch(*planned), time.perf_counter()))
         assert self._in_flight, "requests wait, and there is nothing to do for any of them"
         dispatched, sent = self._in_flight.popleft()
         waited = not dispatched.is_ready
@@ -218,6 +223,10 @@ class Engine:
             handle = self._handles[news.sequence.request]
             self._deliver(handle, news.tokens, outputs.get(news.sequence.request, RowOutput()))
         return True
+
+    def _plan(self) -> tuple[Step, dict[int, Request]] | None:
+        step = self._scheduler.next(self._most_steps())
+        return None if step is None else (step, {number: self._handles[number].request for number in _named(step)})
 
     def _take_in(self) -> None:
         while self._calls:
@@ -253,9 +262,11 @@ class Engine:
             self._end(handle)
 
     def _most_steps(self) -> int:
-        """The rounds of a burst that is not too long; on several hosts, whose clocks differ, any number."""
-        if hosts.process_count() > 1 or self._round_seconds == 0.0:
+        """The rounds of a burst that is not too long, few if nothing is known; on several hosts, whose clocks differ, any number."""
+        if hosts.process_count() > 1:
             return _MANY
+        if self._round_seconds == 0.0:
+            return self.options.short_steps
         return max(1, int(self._burst_seconds / self._round_seconds))
 
     def _measure(self, results: Results, outputs: Mapping[int, RowOutput], begun: float, *, waited: bool) -> None:

@@ -77,6 +77,7 @@ class Runner:
         self._beyond = speculator.beyond if speculator else None
         self._plans = speculator.plans()[0] if speculator else {}
         self._resident: Resident | None = None
+        self._ran: set[tuple[object, ...]] = set()
 
     @property
     def dtype(self) -> Any:
@@ -124,6 +125,10 @@ class Runner:
         assert self._resident is not None
         return self._resident
 
+    def has_run(self, step: Step) -> bool:
+        """Whether programs of this step's sizes have been dispatched before; if not, dispatching it may compile them."""
+        return _programs(step) <= self._ran
+
     def dispatch(self, step: Step, requests: Mapping[int, Request]) -> Dispatched:
         """Dispatch a step, in the order that :class:`Step` gives. ``requests``: those that it names."""
         assert not step.saves and not step.loads, "only deterministic schedulers save sequences"
@@ -137,6 +142,7 @@ class Runner:
             sent["scored" if step.prefill.scores else "first"] = self.prefill(step.prefill)
         if step.burst is not None:
             sent["burst"], sent["counted"] = self.burst(step.burst)
+        self._ran |= _programs(step)
         wanted = {request: requests[request].params.logprobs for request in named}
         dispatched = Dispatched(step, wanted, **sent)
         for leaf in jax.tree.leaves(dispatched.to_read):
@@ -270,3 +276,9 @@ class Runner:
     def _draft_tables(self, tables: Any) -> Any:
         """The drafter's pages have the numbers of the model's."""
         return tables if self._beyond is not None else None
+
+
+def _programs(step: Step) -> set[tuple[object, ...]]:
+    """What tells a step's programs apart, but for how a mesh's token ranks share a piece."""
+    pieces = {(step.prefill.length, len(step.pieces), step.prefill.scores)} if step.prefill else set()
+    return pieces | ({(step.burst.plan, len(step.rows))} if step.burst else set())

@@ -59,6 +59,7 @@ class Resident:
         """How it is sharded: pages and slots over the ranks that share out rows, heads and vocabulary over ``tensor``."""
         pools: Any = partition(spec, *CACHE_AXES)
         row, counts = _row(spec), partition(spec, "batch", "vocab")
+        # Ignored, for a tree of specs has the dataclass of the arrays, with a spec in the place of each array or tree.
         slots = Slots(row, row, row, row, sampling=row, counts=TokenCounts(counts, counts), hidden_UD=row)  # type: ignore[arg-type]
         return cls(pools, pools, slots)
 
@@ -171,7 +172,7 @@ class Burst:
     def specs(cls, spec: MeshSpec) -> Burst:
         """How it is sharded: by rows."""
         row, everywhere = _row(spec), PartitionSpec()
-        return cls(row, row, row, row, everywhere)  # type: ignore[arg-type]
+        return cls(row, row, row, row, everywhere)  # type: ignore[arg-type]  # specs in the place of arrays
 
 
 def slot_update(

@@ -92,7 +92,7 @@ def watched(llm: LLM, see: Callable[[Step], None], **options: Any) -> LLM:
         see(step)
         return dispatch(step, requests)
 
-    runner.dispatch = seen  # type: ignore[method-assign]
+    runner.dispatch = seen  # type: ignore[method-assign]  # of this copy alone
     return other
 
 

@@ -180,7 +180,7 @@ def test_a_long_prompt_holds_up_nobody(name: str) -> None:
                 pieces[row] = bursts[row] = 0
         return news
 
-    runner.dispatch, scheduler.finish = dispatched, finished  # type: ignore[method-assign]
+    runner.dispatch, scheduler.finish = dispatched, finished  # type: ignore[method-assign]  # of this object alone
     while min(got.values()) < 10:
         llm.step()
     gaps.clear()
@@ -214,7 +214,7 @@ def test_what_is_drafted_does_not_depend_on_how_the_text_before_was_computed(nam
                 plain[one.sequence.request] += len(one.tokens)
         return news
 
-    scheduler.finish = finished  # type: ignore[method-assign]
+    scheduler.finish = finished  # type: ignore[method-assign]  # of this object alone
     drafted, accepted = 0, 0
     for seed, length in enumerate((10, 100, 125, 250)):
         prompt, other = good_prompts(family, (length, 4), seed)

@@ -83,7 +83,7 @@ def test_a_cache_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -
         with pytest.raises(ValueError, match=message) as refused:
             LLM(CONFIG, weights(CONFIG), mesh=mesh, kv_tokens=10**12)
         assert "\n" not in str(refused.value)
-    # All that there is may be asked for, not only a quarter.
+    # All of the memory may be asked for, not only a quarter.
     size = LLM(CONFIG, weights(CONFIG), kv_tokens=2048).engine
     resident = size._memory.abstract(size.shape)
     everything = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(resident))

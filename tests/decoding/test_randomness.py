@@ -207,7 +207,8 @@ def test_a_round_uses_no_key_for_two_things(monkeypatch, tmp_path):
         seed_B2, position_B = seeds_2(seeds.ravel().tolist()), jnp.asarray(positions.ravel(), jnp.int32)
         return {tuple(key) for index in range(4) for key in np.asarray(stream_keys(seed_B2, position_B, purpose, index)).tolist()}
 
-    after_first = range(1, 24 + 3)  # a tree's drafts may be for positions after the last
+    # A tree's drafts may be for positions after the last. Rows of padding are as if at position 0, which has no drafts in a real row.
+    after_first = range(24 + 3)
     assert used["draft"] <= streams(Purpose.DRAFT, after_first)
     assert used["accept"] <= streams(Purpose.ACCEPTANCE, after_first)
     # The prompt's pass draws the first token, without drafts.

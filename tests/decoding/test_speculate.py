@@ -198,7 +198,8 @@ def test_beyond_its_training_a_drafter_looks_back_so_far_or_stops(beyond):
     else:
         # The rounds' first tokens are at positions 3 to 14, 15 and 16; the last draft of each is guessed at position 15 at most.
         assert found.stats.drafted == 12 * 3 + 2 + 1
-        assert found.stats.rounds == BURST  # in the next burst nothing would be drafted
+        # Drafting ends with the 14th round; the burst that has it is the last with rounds, for in the next nothing would be drafted.
+        assert 14 <= found.stats.rounds < 14 + BURST < 59
         with pytest.raises(
             ValueError, match="a prompt has 17 tokens, and the drafter was trained at lengths up to 16 and is told to stop there"
         ):

@@ -1,64 +1,232 @@
-"""Compiled programs, kept on disk from one process to the next: JAX's cache, in a folder that works and without damaged entries."""
+"""Programs, compiled once for each set of shapes, and kept on disk from one process to the next."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
 import os
+import pickle
+import stat
+import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
-
-# JAX has no public way to read an entry.
-from jax._src.compilation_cache import decompress_executable
+from jax.experimental import serialize_executable, topologies
 
 from l4jax.paths import cache_root
+from l4jax.program_inputs import Burst, Piece, Weights
+from sharding.words import counted
+
+_KEPT_BYTES = 4 * 2**30
+"""What a folder may take before the programs that were used longest ago are removed."""
+_SUFFIX = ".program"
+_DIGEST_BYTES = 32
 
 
-def keep_compiled_programs() -> None:
-    """Keep what JAX compiles in the user's cache, unless JAX's own setting already says where.
+@dataclasses.dataclass(frozen=True)
+class ProgramInfo:
+    """A compiled program: its kind, its sizes (as "4 rows of 128 tokens"), and bytes on one device.
 
-    Warns and does without if that folder cannot be used.
+    ``code``: of the program itself, 0 where XLA does not say (CPUs); ``temporaries``: what it needs while it runs; ``arguments``: what it
+    is given, of which ``donated`` comes back in place; ``results``: what it returns beside that.
     """
-    if jax.config.jax_compilation_cache_dir is not None:
-        return
-    try:
-        folder = cache_root() / "compiled"
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_damaged(folder)
-    except (OSError, RuntimeError, ValueError) as error:
-        warnings.warn(
-            f"programs are compiled at every start, because they cannot be kept ({error}); set XDG_CACHE_HOME to a folder that can be "
-            "written, with space left",
-            stacklevel=3,
-        )
-        return
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    # JAX's defaults leave out programs that compile within a second, which on a CPU are most of ours.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+    kind: str
+    sizes: str
+    code: int
+    temporaries: int
+    arguments: int
+    donated: int
+    results: int
 
 
-def remove_damaged(folder: Path) -> None:
-    """Remove entries that were written in part: by a process that was killed, or on a disk that was full.
+class Program:
+    """A function, compiled for each set of shapes and static arguments when it is first called with them.
 
-    JAX would warn of them at every start and never replace them. Entries older than the last check are not read again. Raises OSError if
-    the folder cannot be written.
+    ``context``: what the function depends on beside its arguments. With a ``folder``, what another process compiled is loaded from there.
     """
-    checked = folder / "checked"
-    since = checked.stat().st_mtime_ns if checked.exists() else 0
-    newest = since
-    for entry in folder.glob("*-cache"):
+
+    def __init__(self, kind: str, function: jax.stages.Wrapped, context: str, devices: Sequence[jax.Device], folder: Folder | None) -> None:
+        self.kind = kind
+        self._function, self._context, self._devices, self._folder = function, context, list(devices), folder
+        self._compiled: dict[object, tuple[jax.stages.Compiled, str]] = {}
+
+    def __call__(self, *arguments: Any, **static: Any) -> Any:
+        """Run it. The arguments must be the same in number, dtypes and shardings each time, and weights in shapes too."""
+        changing = [argument for argument in arguments if not isinstance(argument, Weights)]
+        key = (*static.values(), *[leaf.shape for leaf in jax.tree.leaves(changing)])
+        if key not in self._compiled:
+            self._compiled[key] = self._make(arguments, static), _sizes(arguments[-1], static)
+        return self._compiled[key][0](*arguments)
+
+    def lower(self, *arguments: Any, **static: Any) -> jax.stages.Lowered:
+        """Trace it for these arguments, of which only shapes, dtypes and shardings matter, as ``jax.jit`` does."""
+        return self._function.lower(*arguments, **static)
+
+    def compiled(self) -> list[ProgramInfo]:
+        """What is compiled, or loaded, so far."""
+        return [_info(self.kind, sizes, compiled) for compiled, sizes in self._compiled.values()]
+
+    def _make(self, arguments: tuple[Any, ...], static: dict[str, Any]) -> jax.stages.Compiled:
+        if self._folder is None:
+            return self.lower(*arguments, **static).compile()
+        leaves, tree = jax.tree.flatten(arguments)
+        shapes = [(leaf.shape, str(leaf.dtype), str(getattr(leaf, "sharding", None))) for leaf in leaves]
+        name = _digest(self.kind, self._context, static, shapes, tree, _surroundings(self._devices))
+        kept = self._folder.load(name, self._devices)
+        if kept is None:
+            kept = self.lower(*arguments, **static).compile()
+            self._folder.save(name, kept)
+        return kept
+
+
+class Folder:
+    """Compiled programs on disk, each in a file that only this user can write: who could write it could run code in this process."""
+
+    def __init__(self, path: Path) -> None:
+        """Make the folder. Raises OSError if that fails, or if others could write in it."""
+        self.path = path
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _check_own(path, os.lstat(path))
+        descriptor, name = tempfile.mkstemp(dir=path)
+        os.close(descriptor)
+        os.unlink(name)
+
+    @classmethod
+    def of_user(cls) -> Folder | None:
+        """The user's, unless JAX's own setting has JAX keep what it compiles. If it cannot be used, warns and returns None."""
+        if jax.config.jax_compilation_cache_dir is not None:
+            return None
         try:
-            written = entry.stat().st_mtime_ns
-            if written < since:
-                continue
-            content = entry.read_bytes()
-        except FileNotFoundError:  # another process has removed it
-            continue
-        newest = max(newest, written)
+            return cls(cache_root() / "programs")
+        except (OSError, ValueError) as error:
+            _warn(error)
+            return None
+
+    def load(self, name: str, devices: Sequence[jax.Device]) -> jax.stages.Compiled | None:
+        """The program of this name, for these devices; None if there is none, or if it is not what was saved."""
+        path = self.path / (name + _SUFFIX)
         try:
-            decompress_executable(content)
-        except Exception:  # what it raises depends on the compressor
-            entry.unlink(missing_ok=True)
-    checked.touch()
-    os.utime(checked, ns=(newest, newest))
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            return None
+        with open(descriptor, "rb") as file:
+            try:
+                _check_own(path, os.fstat(descriptor))
+                content = file.read()
+                payload = content[_DIGEST_BYTES:]
+                if content[:_DIGEST_BYTES] != _checksum(name, payload):
+                    return None
+                os.utime(descriptor)
+                serialized, in_tree, out_tree = pickle.loads(payload)
+                return serialize_executable.deserialize_and_load(serialized, in_tree, out_tree, execution_devices=devices)
+            except Exception:  # what it raises depends on JAX, XLA and the file
+                return None
+
+    def save(self, name: str, compiled: jax.stages.Compiled) -> None:
+        """Keep a program; warns if it cannot be written. One that JAX cannot serialise is not kept."""
+        try:
+            payload = pickle.dumps(serialize_executable.serialize(compiled))
+        except (NotImplementedError, ValueError, pickle.PicklingError, jax.errors.JaxRuntimeError):
+            return
+        try:
+            descriptor, written = tempfile.mkstemp(dir=self.path)
+            try:
+                with open(descriptor, "wb") as file:
+                    file.write(_checksum(name, payload) + payload)
+                os.replace(written, self.path / (name + _SUFFIX))
+            except BaseException:
+                os.unlink(written)
+                raise
+            self._make_room()
+        except OSError as error:
+            _warn(error)
+
+    def _make_room(self) -> None:
+        """Remove the programs that were used longest ago if there are too many."""
+        found = []
+        for path in self.path.glob("*" + _SUFFIX):
+            with contextlib.suppress(FileNotFoundError):  # another process has removed it
+                about = path.stat()
+                found.append((about.st_mtime_ns, about.st_size, path))
+        kept = 0
+        for _, size, path in sorted(found, reverse=True):
+            kept += size
+            if kept > _KEPT_BYTES:
+                path.unlink(missing_ok=True)
+
+
+def _sizes(inputs: Any, static: dict[str, Any]) -> str:
+    """What tells a program from others of its kind, in words."""
+    rows = counted(len(inputs.slot_B), "row") if isinstance(inputs, Piece | Burst) else ""
+    length = f" of {inputs.token_BT.shape[1]} tokens" if isinstance(inputs, Piece) else ""
+    spread, plan = static.get("spread"), static.get("plan")
+    ring = "" if spread is None else f", {spread.variant}{', whole chunks' if spread.aligned else ''}"
+    return rows + length + ring + ("" if plan is None else f", {plan}")
+
+
+def _info(kind: str, sizes: str, compiled: jax.stages.Compiled) -> ProgramInfo:
+    about: Any = compiled.memory_analysis()
+    return ProgramInfo(
+        kind=kind,
+        sizes=sizes,
+        code=about.generated_code_size_in_bytes,
+        temporaries=about.temp_size_in_bytes,
+        arguments=about.argument_size_in_bytes,
+        donated=about.alias_size_in_bytes,
+        results=about.output_size_in_bytes - about.alias_size_in_bytes,
+    )
+
+
+def _check_own(path: Path, about: os.stat_result) -> None:
+    """Raise PermissionError if others can write a file or folder, or own it."""
+    if about.st_uid != os.geteuid():
+        raise PermissionError(f"{path} belongs to another user")
+    if about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(f"others can write {path}: chmod go-w {path}")
+
+
+def _warn(error: Exception) -> None:
+    warnings.warn(
+        f"programs are compiled at every start, because they cannot be kept ({error}); set XDG_CACHE_HOME to a folder that only you can "
+        "write, with space left",
+        stacklevel=2,
+    )
+
+
+def _checksum(name: str, payload: bytes) -> bytes:
+    return hashlib.blake2b(name.encode() + payload, digest_size=_DIGEST_BYTES).digest()
+
+
+def _digest(*of: object) -> str:
+    return hashlib.blake2b(repr(of).encode(), digest_size=20).hexdigest()
+
+
+def _surroundings(devices: Sequence[jax.Device]) -> object:
+    """All that a program's code depends on beside what it is asked to compute: versions, settings, machine and devices."""
+    settings = {name: getattr(jax.config, name, value) for name, value in jax.config.values.items()}
+    return (
+        [importlib.metadata.version(package) for package in ("l4jax", "jax", "jaxlib")],
+        _sources(),
+        settings,
+        os.environ.get("XLA_FLAGS"),
+        devices[0].client.platform_version,
+        topologies.TopologyDescription(list(devices)).serialize(),  # a CPU's has its instruction sets
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        jax.process_index(),
+        devices,
+    )
+
+
+@functools.cache
+def _sources() -> str:
+    """A digest of the code that programs are made of, which may change while its version does not."""
+    root = Path(__file__).parents[1]
+    files = sorted(path for package in ("l4jax", "sharding", "pallas_kernels") for path in (root / package).rglob("*.py"))
+    return _digest([(str(path.relative_to(root)), path.read_bytes()) for path in files])

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from l4jax import arguments
 from l4jax.checkpoints.store import open_checkpoint
-from l4jax.compiled import keep_compiled_programs
+from l4jax.compiled import Folder
 from l4jax.decoding.plan import SpeculationTable
 from l4jax.decoding.speculate import BeyondTraining
 from l4jax.engine.build import Parts
@@ -66,7 +66,7 @@ def load(
     prefill_lengths = None if prefill_lengths is None else arguments.piece_lengths(prefill_lengths)
     max_batch = None if max_batch is None else arguments.batch_size(max_batch)
     kv_tokens = None if kv_tokens is None else arguments.cache_tokens(kv_tokens)
-    keep_compiled_programs()
+    folder = Folder.of_user()
     checkpoint = open_checkpoint(path)
     placement = Placement.on(checkpoint.config, mesh)
     held_in = jnp.dtype(dtype or checkpoint.dtype)
@@ -96,5 +96,5 @@ def load(
     if choice is not None and opened is not None:
         drafter_placement = DrafterPlacement(opened.config, placement.mesh)
         speculator = choice.speculator(drafter_placement, opened.restore(drafter_placement, held_in))
-    parts = Parts(checkpoint.config, placement, weights, speculator, text, max_batch, kv_tokens, prefill_lengths, ring_hardware)
+    parts = Parts(checkpoint.config, placement, weights, speculator, text, max_batch, kv_tokens, prefill_lengths, ring_hardware, folder)
     return LLM.of(parts)

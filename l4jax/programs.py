@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float32, Int32
 
 from l4jax.cache import CACHE_AXES, PageTables, is_local
+from l4jax.compiled import Folder, Program, ProgramInfo
 from l4jax.config import ModelConfig
 from l4jax.decoding.entries import Entries
 from l4jax.decoding.generate import DecodeState, DecodeTokens, decode_tokens
@@ -53,11 +54,12 @@ _FOR_GPUS = {
 class Programs:
     """The programs of one model, and of its drafter if there is one, on one mesh. Each is compiled on first use for each set of shapes."""
 
-    def __init__(self, placement: Placement, drafter: DrafterPlacement | None = None) -> None:
+    def __init__(self, placement: Placement, drafter: DrafterPlacement | None = None, folder: Folder | None = None) -> None:
+        """``folder``: where programs that are compiled are kept from one process to the next."""
         model = Llama(placement.config, placement.spec, taps=drafter.drafter.aux_layers if drafter else ())
         self.model = BoundModel(model)
         self._config, self._draft_config = placement.config, drafter.config if drafter else None
-        self._mesh, spec = placement.mesh, placement.spec
+        self._mesh, spec, self._folder = placement.mesh, placement.spec, folder
         self._data, self._vocab, self._ranks = spec.along("data"), spec.along("tensor"), spec.token_ranks
         module = drafter.build(drafter.config, spec) if drafter else None
         self._drafter = BoundModel(module) if module else None
@@ -67,6 +69,7 @@ class Programs:
 
         weights, resident = Weights(leaves(model), leaves(module)), Resident.specs(spec)
         everywhere: Any = PartitionSpec()
+        self._all: list[Program] = []
         self.prefill = self._program(self._prefill, (weights, resident, Piece.specs(spec)), (resident, everywhere))
         self.decode = self._program(self._decode, (weights, resident, Burst.specs(spec)), (resident, everywhere))
         self.speculate = self._program(self._speculate, (weights, resident, Burst.specs(spec)), (resident, everywhere, everywhere))
@@ -84,19 +87,28 @@ class Programs:
         assert self._drafter is not None
         return self._drafter
 
-    def _program(self, body: Callable[..., Any], in_specs: Any, out_specs: Any, *, donated: int = 1) -> jax.stages.Wrapped:
+    def compiled(self) -> list[ProgramInfo]:
+        """All that are compiled, or loaded, so far."""
+        return [info for program in self._all for info in program.compiled()]
+
+    def _program(self, body: Callable[..., Any], in_specs: Any, out_specs: Any, *, donated: int = 1) -> Program:
         def program(*arguments: Any, **static: Any) -> Any:
             on_device = functools.partial(body, **static)
             # Unchecked: tests show that replicated results are equal on every device; shard_map cannot infer it.
             mapped = jax.shard_map(on_device, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
             return mapped(*arguments)
 
-        return jax.jit(
+        devices = list(self._mesh.devices.flat)
+        function = jax.jit(
             program,
             donate_argnums=donated,
             static_argnames=("spread", "plan", "beyond"),
-            compiler_options=None if self._mesh.devices.flat[0].platform == "cpu" else _FOR_GPUS,
+            compiler_options=None if devices[0].platform == "cpu" else _FOR_GPUS,
         )
+        context = repr((self._config, self._draft_config, self._mesh))
+        made = Program(body.__name__.removeprefix("_"), function, context, devices, self._folder)
+        self._all.append(made)
+        return made
 
     def _update_slots(self, slots: Slots, update: SlotUpdate) -> Slots:
         """Give slots to new requests."""

@@ -28,6 +28,9 @@ class Speculation:
                 "the chosen ones no longer have the distribution that verification relies on; expected a chain or a static tree"
             )
 
+    def __str__(self) -> str:
+        return f"{self.tree}{',sampled' if self.sampled else ''}"
+
     @classmethod
     def parse(cls, text: str) -> Speculation | None:
         """Read "chain:5", "tree:eagle26" (of ``configs/trees``, or a .json file) or "dynamic:steps=5,topk=4,nodes=16"; None for "off".

@@ -37,6 +37,10 @@ class StaticTree:
         if list(depths) != sorted(depths) or list(self.parents) != sorted(self.parents):
             raise ValueError(f"a tree's parents are {self.parents}; expected nodes ordered by depth, siblings together")
 
+    def __str__(self) -> str:
+        drafts = len(self.parents) - 1
+        return f"chain:{drafts}" if self == self.chain(drafts) else f"tree of {drafts}"
+
     @classmethod
     def chain(cls, length: int) -> StaticTree:
         """Make a chain of ``length`` drafted tokens."""
@@ -129,6 +133,9 @@ class DynamicTree:
         if not 2 <= self.nodes <= most:
             drafted = f"what steps={self.steps} and topk={self.topk} can draft"
             raise ValueError(f"a dynamic tree has nodes={self.nodes}; expected 2 to {most}, which is {drafted}")
+
+    def __str__(self) -> str:
+        return f"dynamic:steps={self.steps},topk={self.topk},nodes={self.nodes}"
 
     @property
     def size(self) -> int:

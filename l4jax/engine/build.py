@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import jax
 
 from l4jax.cache import PAGE_SIZE
+from l4jax.compiled import Folder
 from l4jax.config import ModelConfig
 from l4jax.decoding.generate import BURST
 from l4jax.engine.engine import Engine
@@ -32,7 +33,10 @@ _SHORT_BURST = 4
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What an LLM is made of, checked, with everything decided: where its weights go, and how it speculates, if at all."""
+    """What an LLM is made of, checked, with everything decided: where its weights go, and how it speculates, if at all.
+
+    ``folder``: where programs are kept.
+    """
 
     config: ModelConfig
     placement: Placement
@@ -43,6 +47,7 @@ class Parts:
     kv_tokens: int | None
     prefill_lengths: Sequence[int] | None
     ring_hardware: RingHardware
+    folder: Folder | None = None
 
 
 def build_engine(parts: Parts) -> Engine:
@@ -51,22 +56,21 @@ def build_engine(parts: Parts) -> Engine:
     Raises ValueError if a weight is missing or has another shape, or if the cache does not fit beside the weights.
     """
     placement, speculator, spec = parts.placement, parts.speculator, parts.placement.spec
-    runner = Runner(placement, parts.weights, speculator, parts.ring_hardware)
+    runner = Runner(placement, parts.weights, speculator, parts.ring_hardware, parts.folder)
     slots = SLOTS if parts.max_batch is None else -(-parts.max_batch // spec.data)
     memory = CacheMemory(placement, speculator.placement if speculator else None, runner.dtype, slots)
     shape = memory.shape(parts.kv_tokens, runner.all_weights)
     ranks = spec.token_ranks.count
     lengths = tuple(sorted([n * ranks for n in PREFILL_LENGTHS] if parts.prefill_lengths is None else parts.prefill_lengths))
-    rows = row_buckets(slots)
     beyond_training = speculator is not None and speculator.beyond == "stop"
     options = Options(
         shape=PageShape(PAGE_SIZE, ranks, placement.config.attention_chunk_size),
         full_pages=shape.full_pages,
         local_pages=shape.local_pages,
         slots=slots,
-        row_buckets=rows,
+        row_buckets=row_buckets(slots),
         piece_lengths=lengths,
-        piece_rows=rows,
+        piece_rows=piece_rows(slots),
         piece_tokens=PREFILL_TOKENS * ranks,
         short_steps=_SHORT_BURST,
         long_steps=BURST,
@@ -79,5 +83,11 @@ def build_engine(parts: Parts) -> Engine:
 
 
 def row_buckets(slots: int) -> tuple[int, ...]:
-    """Rows that programs are compiled for: powers of two, and all slots."""
+    """Rows that bursts are compiled for: powers of two, and all slots."""
     return tuple(sorted({slots, *(1 << i for i in range(slots.bit_length()) if 1 << i < slots)}))
+
+
+def piece_rows(slots: int) -> tuple[int, ...]:
+    """Rows that prefills are compiled for, each for every length of a piece, scored or not: every second number of :func:`row_buckets`."""
+    powers = row_buckets(slots)
+    return tuple(sorted({*powers[::2], slots}))

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from l4jax.cache import PAGE_SIZE, CacheShape, PageTables
+from l4jax.compiled import Folder
 from l4jax.decoding.generate import DecodeTokens
 from l4jax.decoding.params import SamplingParams
 from l4jax.decoding.plan import Speculation, SpeculationTable
@@ -65,11 +66,16 @@ class Runner:
     """A model's programs, its weights, and what stays on the devices from one step to the next; a drafter's too, if there is one."""
 
     def __init__(
-        self, placement: Placement, weights: Mapping[str, jax.Array], speculator: Speculator | None, ring_hardware: RingHardware
+        self,
+        placement: Placement,
+        weights: Mapping[str, jax.Array],
+        speculator: Speculator | None,
+        ring_hardware: RingHardware,
+        folder: Folder | None = None,
     ) -> None:
         """``weights`` (the drafter's too) as they are stored, or as their placement has placed them."""
         self.config = placement.config
-        self.programs = Programs(placement, speculator.placement if speculator else None)
+        self.programs = Programs(placement, speculator.placement if speculator else None, folder)
         draft_leaves = self.programs.drafter.leaves(speculator.placement.place_all(speculator.weights)) if speculator else ()
         self._weights = Weights(self.programs.model.leaves(placement.place_all(weights)), draft_leaves)
         self._data, self._ranks = placement.spec.data, placement.spec.token_ranks.count

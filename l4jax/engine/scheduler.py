@@ -155,7 +155,8 @@ class Scheduler:
             if sequence.decodes:
                 rows[sequence.rank] += 1
                 can_draft = can_draft or sequence.low <= options.drafts_up_to
-        draft.plan = options.plan(max(rows)) if can_draft else None
+        draft.active_rows = max(rows)
+        draft.plan = options.plan(draft.active_rows) if can_draft else None
         draft.steps = max(1, min(options.short_steps if anyone_waits else options.long_steps, most_steps))
 
     def _add(self, draft: StepDraft, sequence: Sequence) -> None:

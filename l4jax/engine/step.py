@@ -206,8 +206,8 @@ class News:
 class StepDraft:
     """A step that is being put together: of each data rank, the rows of its prefill and of its burst.
 
-    ``length``: of its pieces, 0 before the first; ``scores``: whether they are those of scored sequences. ``lack_pages``: data ranks on
-    which a sequence has to sit it out.
+    ``length``: of its pieces, 0 before the first; ``scores``: whether they are those of scored sequences. ``active_rows``: rows that the
+    burst has on the fullest data rank if none sits it out. ``lack_pages``: data ranks on which a sequence has to sit it out.
     """
 
     def __init__(self, number: int, ranks: int) -> None:
@@ -222,6 +222,7 @@ class StepDraft:
         self.pieces: list[list[PieceRow]] = [[] for _ in range(ranks)]
         self.steps = 0
         self.plan: Plan | None = None
+        self.active_rows = 0
         self.rows: list[list[BurstRow]] = [[] for _ in range(ranks)]
         self.lack_pages: set[int] = set()
 
@@ -235,15 +236,19 @@ class StepDraft:
 
     def step(self, piece_rows: tuple[int, ...], row_buckets: tuple[int, ...]) -> Step | None:
         """The step, with rows padded to one of these numbers on each data rank; None if there is nothing in it."""
-        prefill = Prefill(self.length, _with_padding(self.pieces, piece_rows), self.scores) if any(self.pieces) else None
-        burst = Burst(self.steps, self.plan, _with_padding(self.rows, row_buckets)) if any(self.rows) else None
+        prefill = burst = None
+        if any(self.pieces):
+            prefill = Prefill(self.length, _with_padding(self.pieces, max(map(len, self.pieces)), piece_rows), self.scores)
+        if any(self.rows):
+            # As many as decided on the plan: otherwise each plan would need a program for each smaller number too.
+            burst = Burst(self.steps, self.plan, _with_padding(self.rows, self.active_rows, row_buckets))
         copies = tuple(self.drops), tuple(self.saves), tuple(self.zero_full), tuple(self.zero_local), tuple(self.loads)
         return Step(self.number, *copies, prefill, burst) if any(copies) or prefill or burst else None
 
 
-def _with_padding[Row](rows: abc.Sequence[abc.Sequence[Row]], buckets: tuple[int, ...]) -> tuple[Row | None, ...]:
-    """The rows of each data rank after one another, each rank's padded to the bucket of the fullest."""
-    bucket = next(bucket for bucket in buckets if bucket >= max(map(len, rows)))
+def _with_padding[Row](rows: abc.Sequence[abc.Sequence[Row]], least: int, buckets: tuple[int, ...]) -> tuple[Row | None, ...]:
+    """The rows of each data rank after one another, each rank's padded to the lowest bucket of at least this many."""
+    bucket = next(bucket for bucket in buckets if bucket >= least)
     padded: list[Row | None] = []
     for own in rows:
         padded += [*own, *[None] * (bucket - len(own))]

@@ -32,11 +32,10 @@ def bursts(options: Options, longest: int) -> Iterator[Burst]:
     """The sizes and plans of bursts."""
     plans: dict[Plan | None, set[int]] = {}
     for rows in range(1, options.slots + 1):
-        # A burst may have fewer rows than decided on its plan; and where nobody can be drafted for it has none.
-        buckets = {bucket for bucket in options.row_buckets if bucket < rows} | {next(b for b in options.row_buckets if b >= rows)}
-        plans.setdefault(options.plan(rows), set()).update(buckets)
-        if longest > options.drafts_up_to:
-            plans.setdefault(None, set()).update(buckets)
+        bucket = next(bucket for bucket in options.row_buckets if bucket >= rows)
+        plans.setdefault(options.plan(rows), set()).add(bucket)
+        if longest > options.drafts_up_to:  # where nobody can be drafted for there is no plan
+            plans.setdefault(None, set()).add(bucket)
     for plan, sizes in plans.items():
         for rows in sorted(sizes):
             yield Burst(1, plan, (None,) * (rows * options.data_ranks))

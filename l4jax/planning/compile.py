@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from l4jax.cache import CacheShape
+from l4jax.compiled import Program
 from l4jax.config import DrafterConfig, ModelConfig
 from l4jax.decoding.generate import BURST
 from l4jax.decoding.params import SamplingParams
@@ -92,7 +93,7 @@ def first_layers(config: ModelConfig, layers: int) -> ModelConfig:
 class Call:
     """A program and its arguments: abstract weights, caches and rows, and the small inputs that come from the host."""
 
-    program: jax.stages.Wrapped
+    program: Program
     arguments: tuple[Any, ...]
     static: Mapping[str, Any]
 

@@ -23,7 +23,7 @@ def crowded(**options: object) -> tuple[Scheduler, Sequence, Sequence]:
 def test_the_newest_is_preempted_and_computes_its_output_again():
     scheduler, _, new = crowded()
     step = scheduler.next()
-    assert told(step) == ["1 rounds 1 in 0: before 9 (0, 1, 3) ()"]
+    assert told(step) == ["1 rounds 1 in 0: before 9 (0, 1, 3) ()", "-"]
     assert (new.state, new.full, new.slot) == (State.PREEMPTED, [], -1)
     finish(scheduler, step, ended=(1,))
     step = scheduler.next()
@@ -47,7 +47,7 @@ def contested(**options: object) -> tuple[Scheduler, Sequence, Sequence, Step]:
 
 def test_what_a_preempted_sequence_has_in_flight_is_dropped_and_what_it_may_write_is_zeroed():
     scheduler, old, new, one = contested()
-    assert told(scheduler.next()) == ["zero ((0, 3),)", "1 rounds 1 in 0: before 9 (0, 1, 3) ()"]
+    assert told(scheduler.next()) == ["zero ((0, 3),)", "1 rounds 1 in 0: before 9 (0, 1, 3) ()", "-"]
     assert finish(scheduler, one) == [News(old, (7,))]
     assert (new.state, output(new)) == (State.PREEMPTED, [7])
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from l4jax.checkpoints.source import CheckpointError
+    from l4jax.compiled import ProgramInfo
     from l4jax.config import ConfigError, ModelConfig
     from l4jax.decoding.params import SamplingParams
     from l4jax.engine.engine import Handle
@@ -29,6 +30,7 @@ __all__ = [
     "Handle",
     "MeshSpec",
     "ModelConfig",
+    "ProgramInfo",
     "SamplingParams",
     "Stream",
     "TemplateRefusal",
@@ -47,6 +49,7 @@ _HOMES = {
     "Handle": "l4jax.engine.engine",
     "MeshSpec": "sharding.mesh",
     "ModelConfig": "l4jax.config",
+    "ProgramInfo": "l4jax.compiled",
     "SamplingParams": "l4jax.decoding.params",
     "Stream": "l4jax.stream",
     "TemplateRefusal": "l4jax.text.template",

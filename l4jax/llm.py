@@ -16,6 +16,8 @@ import numpy as np
 
 from l4jax import arguments
 from l4jax.arguments import Prompt
+from l4jax.bar import bar_if
+from l4jax.compiled import ProgramInfo
 from l4jax.config import ModelConfig
 from l4jax.decoding.params import SamplingParams
 from l4jax.decoding.speculate import BeyondTraining
@@ -111,21 +113,29 @@ class LLM:
         """The tokens that end an answer: the configuration's, the tokenizer's and the chat template's."""
         return self.requests.stop_token_ids
 
-    def logits(self, prompts: Prompt | Sequence[Prompt]) -> list[np.ndarray]:
-        """Next-token logits at every position of each prompt: float32 [T, vocab_size] each."""
+    def logits(self, prompts: Prompt | Sequence[Prompt], *, progress: bool = False) -> list[np.ndarray]:
+        """Next-token logits at every position of each prompt: float32 [T, vocab_size] each. ``progress``: show a bar on stderr."""
         encoded = [self.requests.encode(p) for p in arguments.several(prompts)]
         _check_agreed(encoded)
-        return [handle.logits for handle in self._run([self.requests.scoring(token_ids) for token_ids in encoded], scores=True)]
+        requests = [self.requests.scoring(token_ids) for token_ids in encoded]
+        return [handle.logits for handle in self._run(requests, scores=True, progress=progress)]
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Iterable[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Iterable[SamplingParams] | None = None,
+        *,
+        progress: bool = False,
     ) -> list[Completion]:
-        """Continue each prompt (text or token ids). One ``params`` serves all prompts, or there is one for each."""
+        """Continue each prompt (text or token ids). One ``params`` serves all prompts, or there is one for each.
+
+        ``progress``: show a bar on stderr.
+        """
         each = arguments.several(prompts)
         params_of_each = arguments.sampling_params_of_each(params, len(each))
         make = self.requests
         requests = _agreed([make.request(make.encode(prompt), p) for prompt, p in zip(each, params_of_each, strict=True)])
-        completions = [handle.completion for handle in self._run(requests)]
+        completions = [handle.completion for handle in self._run(requests, progress=progress)]
         return [completion for completion in completions if completion is not None]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
@@ -159,29 +169,40 @@ class LLM:
             check_interrupts()
         return stepped
 
-    def warmup(self, *, max_length: int | None = None) -> None:
+    def warmup(self, *, max_length: int | None = None, progress: bool = False) -> None:
         """Compile, or load, every program that requests of up to ``max_length`` tokens (prompt and output) can need.
 
-        Covers every setting of sampling, but not :meth:`logits`. ``max_length``, by default what the context and the cache hold, matters
-        only where tokens are spread over ranks: there, programs depend on how much is cached.
+        ``max_length``, by default what the context and the cache hold, matters only where tokens are spread over ranks: there, programs
+        depend on how much is cached. ``progress``: show a bar on stderr.
         """
         context = min(self.config.max_position_embeddings, self.engine.kv_tokens)
         wanted = f"2 (a prompt and a token) to {context}, what the context and the cache hold"
         longest = context if max_length is None else arguments.whole("max_length", max_length, wanted, 2, context)
-        with kept_interrupts() as check_interrupts:
-            self.engine.warm_up(longest, check_interrupts)
+        with kept_interrupts() as check_interrupts, bar_if(progress) as show:
+            for done, total in self.engine.warm_up(longest):
+                show("programs", done, total)
+                check_interrupts()
 
-    def _run(self, requests: Sequence[Request], *, scores: bool = False) -> list[Handle]:
+    def programs(self) -> list[ProgramInfo]:
+        """The programs that are compiled or loaded so far, with their bytes; after :meth:`warmup`, all that there are."""
+        return self.engine.runner.programs.compiled()
+
+    def _run(self, requests: Sequence[Request], *, scores: bool = False, progress: bool = False) -> list[Handle]:
         """Run requests to their ends. Raises the error of the first that has one."""
-        with kept_interrupts() as check_interrupts:
+        with kept_interrupts() as check_interrupts, bar_if(progress) as show:
             for number, request in enumerate(requests):
                 with _naming(number, len(requests)):
                     self.engine.check(request, scores=scores)
             handles: list[Handle] = []
+
+            def check() -> None:
+                show("prompts", sum(handle.over for handle in handles), len(handles))
+                check_interrupts()
+
             try:
                 for request in requests:
                     handles.append(self.engine.add(request, scores=scores))
-                self.engine.run_until(lambda: all(handle.over for handle in handles), check_interrupts)
+                self.engine.run_until(lambda: all(handle.over for handle in handles), check)
             finally:
                 for handle in handles:
                     handle.cancel()

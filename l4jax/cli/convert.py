@@ -44,9 +44,9 @@ def _layers(text: str) -> tuple[int, ...]:
 
 def run(arguments: argparse.Namespace) -> int:
     """Convert, with a progress bar on stderr; or print the mapping."""
+    from l4jax.bar import Bar
     from l4jax.checkpoints.convert import convert, open_checked
     from l4jax.checkpoints.partial import check_destination
-    from l4jax.cli.bar import Bar
     from l4jax.config_formats.eagle import NO_ANSWERS, HeadAnswers
 
     yes = {None: None, "yes": True, "no": False}

@@ -33,11 +33,21 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="a folder made by l4jax convert, a source that it converts, a config.json, or the name of a shipped configuration",
     )
     parser.add_argument("--verify", action="store_true", help="for a converted checkpoint: read all weights and compare their checksums")
+    parser.add_argument(
+        "--programs",
+        action="store_true",
+        help="for a converted checkpoint: compile, or load, every program that a server would run, and print their sizes",
+    )
+    parser.add_argument("--mesh", help="with --programs: devices to run on, as for l4jax generate (default: one)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="with --programs: as for l4jax generate")
+    parser.add_argument("--max-batch", type=int, help="with --programs: prompts decoded together (default: 8 for each data rank)")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print tables on a terminal, aligned text elsewhere."""
+    if not arguments.programs and (arguments.mesh, arguments.dtype, arguments.max_batch) != (None, None, None):
+        raise ValueError("--mesh, --dtype and --max-batch need --programs; add it or leave them out")
     about, config = _describe(arguments.checkpoint)
     _print("Checkpoint", ("", ""), about)
     _print("Configuration", *_configuration(config))
@@ -48,7 +58,20 @@ def run(arguments: argparse.Namespace) -> int:
         opened = open_drafter if isinstance(config, DrafterConfig) else open_checkpoint
         opened(arguments.checkpoint).verify()
         print("every weight is what was written")
+    if arguments.programs:
+        _print("Programs", ("kind", "sizes", "code", "temporaries", "arguments", "results"), _programs(arguments))
     return 0
+
+
+def _programs(arguments: argparse.Namespace) -> list[Row]:
+    import l4jax
+
+    mesh = arguments.mesh or "tensor=1"
+    llm = l4jax.load(arguments.checkpoint, mesh=mesh, dtype=arguments.dtype, max_batch=arguments.max_batch)
+    llm.warmup(progress=sys.stderr.isatty())
+    programs = llm.programs()
+    rows = [(p.kind, p.sizes, *(f"{size / 1e6:,.1f} MB" for size in (p.code, p.temporaries, p.arguments, p.results))) for p in programs]
+    return [*rows, (counted(len(programs), "program"), *[""] * 5)]
 
 
 def _describe(name: str) -> tuple[list[Row], ModelConfig | DrafterConfig]:

@@ -68,8 +68,8 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace) -> int:
     """Train, and report on stderr."""
     import l4jax
+    from l4jax.bar import Bar
     from l4jax.checkpoints.store import open_checkpoint
-    from l4jax.cli.bar import Bar
     from l4jax.speculator import open_fitting_drafter
     from l4jax.training.data import check_readable
     from l4jax.training.run import Settings, train_drafter

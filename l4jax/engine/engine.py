@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
@@ -132,12 +132,13 @@ class Engine:
         """The most tokens of one sequence that the cache holds: those of a data rank."""
         return self.shape.full_pages * self.options.shape.block
 
-    def warm_up(self, longest: int, check: Callable[[], None]) -> None:
-        """Compile, or load, every program that requests of up to ``longest`` tokens can need, one after the other."""
+    def warm_up(self, longest: int) -> Iterator[tuple[int, int]]:
+        """Compile, or load, every program that requests of up to ``longest`` tokens can need; after each, how many of all are ready."""
         self._take_turn(self._start)
-        for run in warm_ups(self.runner, self.options, longest):
+        runs = list(warm_ups(self.runner, self.options, longest))
+        for done, run in enumerate(runs, start=1):
             self._take_turn(run)
-            check()
+            yield done, len(runs)
 
     def discard(self) -> None:
         """Free the cache, unless a request is under way; the next one allocates it again, and no prefix is known then."""

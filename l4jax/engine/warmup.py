@@ -21,11 +21,12 @@ def warm_ups(runner: Runner, options: Options, longest: int) -> Iterator[Callabl
 
 
 def prefills(options: Options) -> Iterator[Prefill]:
-    """The sizes of prefill calls."""
-    for length in options.piece_lengths:
-        for rows in options.piece_rows:
-            if rows <= options.most_piece_rows(length):
-                yield Prefill(length, (None,) * (rows * options.data_ranks), scores=False)
+    """The sizes of prefill calls, scored and not."""
+    for scores in (False, True):
+        for length in options.piece_lengths:
+            for rows in options.piece_rows:
+                if rows <= options.most_piece_rows(length):
+                    yield Prefill(length, (None,) * (rows * options.data_ranks), scores)
 
 
 def bursts(options: Options, longest: int) -> Iterator[Burst]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
@@ -38,3 +40,13 @@ class Bar:
     def say(self, line: str) -> None:
         """Print a line above the bar."""
         self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def bar_if(wanted: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar's ``update``; if none is wanted, a function that does nothing."""
+    if not wanted:
+        yield lambda what, done, total: None
+        return
+    with Bar() as bar:
+        yield bar.update

@@ -7,12 +7,13 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
+import math
 import os
 import pickle
 import stat
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,15 @@ class Program:
 
     def __call__(self, *arguments: Any, **static: Any) -> Any:
         """Run it. The arguments must be the same in number, dtypes and shardings each time, and weights in shapes too."""
+        return self.prepare(*arguments, **static)(*arguments)
+
+    def prepare(self, *arguments: Any, **static: Any) -> jax.stages.Compiled:
+        """What runs for such arguments: compiled, or loaded, now if it was not before."""
         changing = [argument for argument in arguments if not isinstance(argument, Weights)]
         key = (*static.values(), *[leaf.shape for leaf in jax.tree.leaves(changing)])
         if key not in self._compiled:
             self._compiled[key] = self._make(arguments, static), _sizes(arguments[-1], static)
-        return self._compiled[key][0](*arguments)
+        return self._compiled[key][0]
 
     def lower(self, *arguments: Any, **static: Any) -> jax.stages.Lowered:
         """Trace it for these arguments, of which only shapes, dtypes and shardings matter, as ``jax.jit`` does."""
@@ -77,13 +82,42 @@ class Program:
         if self._folder is None:
             return self.lower(*arguments, **static).compile()
         leaves, tree = jax.tree.flatten(arguments)
-        shapes = [(leaf.shape, str(leaf.dtype), str(getattr(leaf, "sharding", None))) for leaf in leaves]
+        shapes = [(leaf.shape, str(leaf.dtype)) for leaf in leaves]
         name = _digest(self.kind, self._context, static, shapes, tree, _surroundings(self._devices))
         kept = self._folder.load(name, self._devices)
         if kept is None:
             kept = self.lower(*arguments, **static).compile()
             self._folder.save(name, kept)
         return kept
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A program and its arguments: weights, what stays on the devices, and the small inputs that come from the host.
+
+    Arrays may be abstract (``jax.ShapeDtypeStruct``), but not in a call that is run.
+    """
+
+    program: Program
+    arguments: tuple[Any, ...]
+    static: Mapping[str, Any]
+
+    def run(self) -> Any:
+        """Dispatch it; returns what the program returns."""
+        return self.program(*self.arguments, **self.static)
+
+    def prepare(self) -> None:
+        """Compile, or load, the program."""
+        self.program.prepare(*self.arguments, **self.static)
+
+    def lower(self) -> jax.stages.Lowered:
+        """The program traced for these arguments."""
+        return self.program.lower(*self.arguments, **self.static)
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of the abstract arrays on each device; the small inputs from the host are left out."""
+        return device_bytes(self.arguments)
 
 
 class Folder:
@@ -133,7 +167,7 @@ class Folder:
         """Keep a program; warns if it cannot be written. One that JAX cannot serialise is not kept."""
         try:
             payload = pickle.dumps(serialize_executable.serialize(compiled))
-        except (NotImplementedError, ValueError, pickle.PicklingError, jax.errors.JaxRuntimeError):
+        except Exception:  # what it raises depends on JAX, XLA and the program
             return
         try:
             descriptor, written = tempfile.mkstemp(dir=self.path)
@@ -160,6 +194,12 @@ class Folder:
             kept += size
             if kept > _KEPT_BYTES:
                 path.unlink(missing_ok=True)
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes of the abstract arrays of a tree on each device."""
+    abstract = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.ShapeDtypeStruct)]
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in abstract)
 
 
 def _sizes(inputs: Any, static: dict[str, Any]) -> str:

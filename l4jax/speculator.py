@@ -13,7 +13,7 @@ from l4jax.checkpoints.store import Checkpoint, DrafterCheckpoint, open_drafter
 from l4jax.config import ConfigError, DrafterConfig, ModelConfig, check_fits
 from l4jax.decoding.plan import Speculation, SpeculationTable
 from l4jax.decoding.speculate import BeyondTraining
-from l4jax.engine.runner import Speculator
+from l4jax.engine.speculator import Speculator
 from l4jax.parallel.placement import DrafterPlacement, Placement
 from sharding.kinds import shown
 

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Union
+from weakref import WeakSet
 
 # Before JAX is imported anywhere: what the tests check must not depend on the machine's accelerator.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -77,7 +78,19 @@ def _few_programs() -> Iterator[None]:
     """Forget a file's programs after its tests: on CPUs each takes some hundred memory mappings, and a process that reaches Linux's
     65,530 (``vm.max_map_count``) ends in a segmentation fault while it compiles.
     """
-    yield
+    from l4jax.compiled import Program
+
+    made, initialise = WeakSet[Program](), Program.__init__
+
+    def noted(self: Program, *arguments: Any) -> None:
+        initialise(self, *arguments)
+        made.add(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Program, "__init__", noted)
+        yield
+    for program in made:
+        program._compiled.clear()
     jax.clear_caches()
 
 

@@ -1,87 +1,201 @@
-"""Compiled programs kept on disk: damaged entries are replaced, and a folder that cannot be used costs no more than a warning."""
+"""Programs: compiled once for each set of shapes, and kept on disk, where others cannot write and damage is harmless."""
 
 from __future__ import annotations
 
 import os
+import pickle
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
-from l4jax.compiled import keep_compiled_programs, remove_damaged
+from l4jax import compiled
+from l4jax.compiled import Folder, Program
 
-SETTINGS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", "jax_persistent_cache_min_entry_size_bytes")
+CANNOT_BE_KEPT = r"^programs are compiled at every start, because they cannot be kept \(.*%s.*\); set XDG_CACHE_HOME to a folder that only"
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where compiled programs go: not to the folder that the other tests share."""
-    before = {name: getattr(jax.config, name) for name in SETTINGS}
+    """Where programs are kept. JAX keeps none, as for most users: what it has kept cannot be serialised again."""
+    before = jax.config.jax_compilation_cache_dir
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     jax.config.update("jax_compilation_cache_dir", None)
-    yield tmp_path / "l4jax" / "compiled"
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    yield tmp_path / "l4jax" / "programs"
+    jax.config.update("jax_compilation_cache_dir", before)
 
 
-def compile_once(x: float) -> float:
-    """As a process that has just started would."""
-    compilation_cache.reset_cache()
-    return float(jax.jit(lambda x: 3.0 * x + 1.0)(x))
+class Traced:
+    """A program as a process that has just started makes it, and how often it was traced."""
+
+    def __init__(self, folder: Folder | None, context: str = "", factor: float = 3.0) -> None:
+        self.times = 0
+
+        def function(weights: jax.Array, kept: jax.Array, x: jax.Array, *, plan: float = 1.0) -> tuple[jax.Array, jax.Array]:
+            self.times += 1
+            return kept + 1, factor * plan * (weights + x)
+
+        jitted = jax.jit(function, donate_argnums=1, static_argnames="plan")
+        self.program = Program("triple", jitted, context, jax.local_devices()[:1], folder)
+
+    def __call__(self, x: float = 2.0, size: int = 1, **static: float) -> float:
+        kept, result = self.program(jnp.zeros(size), jnp.zeros(size), np.full(size, x, np.float32), **static)
+        assert kept.tolist() == [1.0] * size
+        return float(result[0])
 
 
-def entries(folder: Path) -> dict[str, bytes]:
-    return {entry.name: entry.read_bytes() for entry in folder.glob("*-cache")}
+def test_a_program_is_traced_once_for_each_set_of_shapes_and_static_arguments() -> None:
+    traced = Traced(None)
+    assert [traced(2.0), traced(5.0), traced(2.0, size=4), traced(2.0, plan=2.0), traced(1.0, size=4)] == [6.0, 15.0, 6.0, 12.0, 3.0]
+    assert traced.times == 3
+    assert [info.kind for info in traced.program.compiled()] == ["triple"] * 3
+    assert [info.arguments for info in traced.program.compiled()] == [12, 48, 12]
+    assert [info.donated for info in traced.program.compiled()] == [4, 16, 4]
 
 
-def test_an_entry_that_was_cut_off_is_replaced_without_a_word(folder: Path) -> None:
-    keep_compiled_programs()
-    assert compile_once(2.0) == 7.0
-    whole = entries(folder)
-    assert whole
-    for name, content in whole.items():
-        (folder / name).write_bytes(content[: len(content) // 2])
-    jax.config.update("jax_compilation_cache_dir", None)
-    keep_compiled_programs()
-    assert not entries(folder)
-    assert compile_once(2.0) == 7.0  # JAX's warning of a damaged entry would be an error here
-    assert entries(folder).keys() == whole.keys()
+def test_what_one_process_compiled_the_next_loads_without_tracing(folder: Path) -> None:
+    assert Traced(Folder.of_user())() == 6.0
+    again = Traced(Folder.of_user())
+    assert (again(), again(4.0), again.times) == (6.0, 12.0, 0)
+    assert [info.donated for info in again.program.compiled()] == [4]
+    # Others are not mistaken for it.
+    assert (Traced(Folder.of_user(), context="another", factor=2.0)(), Traced(Folder.of_user())(size=2)) == (4.0, 6.0)
+    assert len(list(folder.iterdir())) == 3
 
 
-def test_an_entry_is_read_once_and_again_after_it_has_changed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[bytes] = []
-    monkeypatch.setattr("l4jax.compiled.decompress_executable", read.append)
+def test_other_settings_make_another_program(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Traced(Folder.of_user())()
+    for count, setting in enumerate((jax.default_matmul_precision("float32"), jax.debug_nans(True)), start=2):
+        with setting:
+            other = Traced(Folder.of_user())
+            assert (other(), other.times, len(list(folder.iterdir()))) == (6.0, 1, count)
+    monkeypatch.setattr(compiled, "_sources", lambda: "changed")
+    assert (other := Traced(Folder.of_user()))() == 6.0 and other.times == 1
+
+
+@pytest.mark.parametrize("damage", ["cut off", "a bit", "empty", "another's name", "a pickle of our own"])
+def test_a_damaged_file_is_replaced_without_a_word(damage: str, folder: Path) -> None:
+    Traced(Folder.of_user())()
+    (file,) = folder.iterdir()
+    content = file.read_bytes()
+    made = pickle.dumps((b"nothing", None, None))
+    file.write_bytes(
+        {
+            "cut off": content[:-1],
+            "a bit": content[:100] + bytes([content[100] ^ 1]) + content[101:],
+            "empty": b"",
+            "another's name": compiled._checksum("other", content[32:]) + content[32:],
+            "a pickle of our own": compiled._checksum(file.stem, made) + made,
+        }[damage]
+    )
+    traced = Traced(Folder.of_user())
+    assert (traced(), traced.times) == (6.0, 1)
+    assert len(list(folder.iterdir())) == 1
+    traced = Traced(Folder.of_user())
+    assert (traced(), traced.times) == (6.0, 0)
+
+
+class Opened:
+    """Reading it runs code."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (pytest.fail, ("what others could have written was unpickled",))
+
+
+@pytest.mark.parametrize("writable_by", ["group", "others", "a link"])
+def test_what_others_could_have_written_is_not_read(writable_by: str, folder: Path, tmp_path: Path) -> None:
+    Traced(Folder.of_user())()
+    (file,) = folder.iterdir()
+    payload = pickle.dumps(Opened())
+    target = tmp_path / "elsewhere" if writable_by == "a link" else file
+    target.write_bytes(compiled._checksum(file.stem, payload) + payload)
+    if writable_by == "a link":
+        file.unlink()
+        file.symlink_to(target)
+    else:
+        file.chmod(0o620 if writable_by == "group" else 0o602)
+    traced = Traced(Folder.of_user())
+    assert (traced(), traced.times) == (6.0, 1)
+    traced = Traced(Folder.of_user())
+    assert (traced(), traced.times) == (6.0, 0)  # it was replaced
+
+
+def test_another_users_file_is_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Traced(kept := Folder.of_user())()
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    traced = Traced(kept)
+    assert (traced(), traced.times) == (6.0, 1)
+
+
+def refused(why: str) -> None:
+    with pytest.warns(UserWarning, match=CANNOT_BE_KEPT % why):
+        assert Folder.of_user() is None
+
+
+def test_a_folder_that_cannot_be_used_costs_no_more_than_a_warning(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder.mkdir(parents=True)
-    (folder / "old-cache").write_bytes(b"old")
-    remove_damaged(folder)
-    later = (folder / "old-cache").stat().st_mtime_ns + 10**9
-    (folder / "new-cache").write_bytes(b"new")
-    os.utime(folder / "new-cache", ns=(later, later))
-    remove_damaged(folder)
-    read.clear()
-    remove_damaged(folder)
-    assert read == [b"new"]  # as old as the last check: it may have been written during it
-
-
-def test_without_a_folder_that_can_be_written_programs_are_not_kept(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.chmod(0o777)
+    refused("others can write .*programs: chmod go-w")
+    folder.chmod(0o700)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+        refused("programs belongs to another user")
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    message = r"^programs are compiled at every start, because they cannot be kept \(.*Not a directory.*\); set XDG_CACHE_HOME to a folder"
-    with pytest.warns(UserWarning, match=message):
-        keep_compiled_programs()
-    assert jax.config.jax_compilation_cache_dir is None
-    assert compile_once(2.0) == 7.0
+    refused("Not a directory")
 
 
-def test_a_user_without_a_home_goes_without(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_without_a_home_goes_without(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_home() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", no_home)
-    with pytest.warns(UserWarning, match="they cannot be kept"):
-        keep_compiled_programs()
-    assert jax.config.jax_compilation_cache_dir is None
+    refused("no home directory")
+
+
+def test_a_full_disk_costs_no_more_than_a_warning(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(source: str, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    kept = Folder.of_user()
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.warns(UserWarning, match=CANNOT_BE_KEPT % "No space left"):
+        assert Traced(kept)() == 6.0
+    assert not list(folder.iterdir())
+
+
+def test_where_jax_keeps_what_it_compiles_we_do_not(folder: Path, tmp_path: Path) -> None:
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "jax"))
+    assert Folder.of_user() is None
+    assert not folder.exists()
+
+
+def test_what_cannot_be_serialised_is_compiled_each_time(folder: Path) -> None:
+    def function(weights: jax.Array, kept: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        jax.debug.callback(lambda x: None, x)
+        return kept, x
+
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+        program = Program("calls back", jax.jit(function), "", jax.local_devices()[:1], Folder.of_user())
+        assert program(jnp.zeros(1), jnp.zeros(1), jnp.ones(1))[1] == 1.0
+    assert not list(folder.iterdir())
+
+
+def test_the_programs_that_were_used_longest_ago_make_room(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = Folder.of_user()
+    for size in (1, 2, 3):
+        Traced(kept)(size=size)
+        for file in folder.iterdir():  # time passes
+            os.utime(file, ns=(about := file.stat().st_mtime_ns - 10**9, about))
+    assert (again := Traced(kept))(size=1) == 6.0 and again.times == 0  # the oldest is used
+    monkeypatch.setattr(compiled, "_KEPT_BYTES", 3 * max(file.stat().st_size for file in folder.iterdir()))
+    Traced(kept)(size=4)
+    assert len(list(folder.iterdir())) == 3
+    loaded = {size: Traced(kept) for size in (4, 1, 3)}
+    assert [traced(size=size) for size, traced in loaded.items()] == [6.0] * 3
+    assert [traced.times for traced in loaded.values()] == [0] * 3

@@ -131,9 +131,9 @@ def test_ctrl_c_ends_reading(place, work, tmp_path, monkeypatch, capfd):
 
 CALLS = {
     "dispatch": lambda llm: llm.logits([[1], [2], [3]]),
-    "prefill": lambda llm: llm.generate([[1], [2], [3]], SamplingParams(max_tokens=2)),
-    "burst": lambda llm: list(llm.stream([1], SamplingParams(max_tokens=100, ignore_eos=True))),
-    "begin_nobody": lambda llm: llm.warmup(max_length=100),
+    "prefill_call": lambda llm: llm.generate([[1], [2], [3]], SamplingParams(max_tokens=2)),
+    "burst_call": lambda llm: list(llm.stream([1], SamplingParams(max_tokens=100, ignore_eos=True))),
+    "small_calls": lambda llm: llm.warmup(max_length=100),
 }
 """Calls, by what the runner does in them first of all, or more than once."""
 
@@ -141,7 +141,9 @@ CALLS = {
 @pytest.fixture(scope="module")
 def llm():
     config = tiny.shallow(tiny.llama3_like())
-    return LLM(config, tiny.weights(config), max_batch=2, tokenizer=TOKENIZER)
+    made = LLM(config, tiny.weights(config), max_batch=2, tokenizer=TOKENIZER)
+    made.generate([[1]], SamplingParams(max_tokens=4))  # a step waits for those in flight if its programs may have to be compiled
+    return made
 
 
 @pytest.mark.parametrize("place", PLACES)

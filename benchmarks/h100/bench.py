@@ -17,13 +17,14 @@ from jax import Array
 
 from benchmarks.h100.errors import DeviceBroken, TooLittleMemory
 from benchmarks.h100.sizes import Sizes
+from l4jax.compiled import Call
 from l4jax.config import DrafterConfig, Eagle3Config, ModelConfig
 from l4jax.config_formats import config_from_hf
 from l4jax.data import configs_path
 from l4jax.decoding.params import SamplingParams
 from l4jax.decoding.sampling import sampling_settings
 from l4jax.model.weights import random_weights
-from l4jax.planning.compile import AbstractModel, Call
+from l4jax.planning.compile import AbstractModel
 from l4jax.program_inputs import Resident, Weights
 from sharding.mesh import MeshSpec
 

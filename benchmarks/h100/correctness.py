@@ -11,10 +11,10 @@ import numpy as np
 
 from benchmarks.h100.bench import Bench, Model, Record, eagle3_head, llama_and_head, rows_at
 from benchmarks.h100.sizes import TOY
+from l4jax.compiled import Call
 from l4jax.config import ModelConfig, MoEConfig
 from l4jax.decoding.generate import BURST
 from l4jax.decoding.plan import Speculation
-from l4jax.planning.compile import Call
 
 ROWS, CACHED, CAPACITY, PIECE = 3, 150, 384, 24
 TOLERANCE = 1e-4

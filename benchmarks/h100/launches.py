@@ -15,8 +15,9 @@ import jax.numpy as jnp
 
 from benchmarks.h100.bench import Bench, Record, eagle3_head, llama_and_head
 from benchmarks.h100.errors import NotHere
+from l4jax.compiled import Call
 from l4jax.decoding.plan import Speculation
-from l4jax.planning.compile import AbstractModel, Call, first_layers
+from l4jax.planning.compile import AbstractModel, first_layers
 from sharding.mesh import MeshSpec
 
 # XLA writes the second only if its passes change the first, by gathering thunks into CUDA graphs.

@@ -16,7 +16,8 @@ from l4jax.engine.engine import Engine
 from l4jax.engine.memory import CacheMemory
 from l4jax.engine.options import Options
 from l4jax.engine.pages import PageShape
-from l4jax.engine.runner import Runner, Speculator
+from l4jax.engine.runner import Runner
+from l4jax.engine.speculator import Speculator
 from l4jax.parallel.placement import Placement
 from l4jax.text.load import Text
 from sharding.select import RingHardware

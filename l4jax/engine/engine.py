@@ -206,7 +206,7 @@ class Engine:
         self._start()
         while (planned := self._held or self._plan()) is not None:
             # What is in flight is read before a program is compiled: it may be an answer's first token.
-            self._held = planned if self._in_flight and not self.runner.has_run(planned[0]) else None
+            self._held = planned if self._in_flight and not self.runner.is_ready_for(planned[0]) else None
             if self._held:
                 break
             self._in_flight.append((self.runner.dispatch(*planned), time.perf_counter()))

@@ -11,22 +11,20 @@ import numpy as np
 from jaxtyping import Array
 
 from l4jax.cache import PAGE_SIZE, CacheShape, PageTables
-from l4jax.compiled import Folder
-from l4jax.decoding.generate import DecodeTokens
+from l4jax.compiled import Call, Folder
 from l4jax.decoding.params import SamplingParams
-from l4jax.decoding.plan import Speculation, SpeculationTable
 from l4jax.decoding.slots import SlotTokens
-from l4jax.decoding.speculate import BeyondTraining, RoundCounts
 from l4jax.engine.memory import CacheMemory
 from l4jax.engine.results import Dispatched
+from l4jax.engine.speculator import Speculator
 from l4jax.engine.step import Burst as BurstStep
-from l4jax.engine.step import BurstRow, PageOnRank, PieceRow, Plan, Prefill, Step
+from l4jax.engine.step import BurstRow, PageOnRank, PieceRow, Prefill, Step
 from l4jax.engine.tables import SlotTables
 from l4jax.model.step import Spread
 from l4jax.parallel.arrays import host_array
-from l4jax.parallel.placement import DrafterPlacement, Placement
+from l4jax.parallel.placement import Placement
 from l4jax.parallel.spread import Spreader
-from l4jax.program_inputs import Burst, FirstTokens, Piece, Resident, Weights, slot_update
+from l4jax.program_inputs import Burst, Piece, Resident, Weights, slot_update
 from l4jax.programs import Programs
 from l4jax.request import Request
 from sharding.select import RingHardware
@@ -35,31 +33,6 @@ _COUNTED = 512
 """Tokens that one call counts for a slot, of those that it need not compute."""
 _ZEROED = 32
 """Pages that one call zeroes on each data rank."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Speculator:
-    """A drafter on its target's mesh, how to speculate with it, and what it does beyond the length it was trained at.
-
-    ``asked_for``: the user has said how; then a prompt that cannot be speculated for is an error.
-    """
-
-    placement: DrafterPlacement
-    weights: Mapping[str, jax.Array]
-    table: SpeculationTable
-    beyond: BeyondTraining
-    asked_for: bool
-
-    def plans(self) -> tuple[dict[Plan, Speculation], tuple[tuple[int, Plan | None], ...]]:
-        """Its trees by what the scheduler calls them, and the scheduler's table of them."""
-        trees: dict[Plan, Speculation] = {}
-        entries: list[tuple[int, Plan | None]] = []
-        for rows, speculation in self.table.entries:
-            plan = None if speculation is None else Plan(f"{rows} rows", speculation.tree.depth)
-            if plan is not None and speculation is not None:
-                trees[plan] = speculation
-            entries.append((rows, plan))
-        return trees, tuple(entries)
 
 
 class Runner:
@@ -83,7 +56,7 @@ class Runner:
         self._beyond = speculator.beyond if speculator else None
         self._plans = speculator.plans()[0] if speculator else {}
         self._resident: Resident | None = None
-        self._ran: set[tuple[object, ...]] = set()
+        self._ready: set[tuple[object, ...]] = set()
 
     @property
     def dtype(self) -> Any:
@@ -131,9 +104,16 @@ class Runner:
         assert self._resident is not None
         return self._resident
 
-    def has_run(self, step: Step) -> bool:
-        """Whether programs of this step's sizes have been dispatched before; if not, dispatching it may compile them."""
-        return _programs(step) <= self._ran
+    def is_ready_for(self, step: Step) -> bool:
+        """Whether programs of this step's sizes have been used or prepared before; if not, dispatching it may compile them."""
+        return all(_sizes(part) in self._ready for part in (step.prefill, step.burst) if part is not None)
+
+    def prepare(self, part: Prefill | BurstStep, padding: tuple[int, bool] | None = None) -> None:
+        """Compile, or load, the program for a part of a step; ``padding`` as in :meth:`prefill_call`."""
+        resident = self.resident
+        call = self.prefill_call(part, resident, padding=padding) if isinstance(part, Prefill) else self.burst_call(part, resident)
+        call.prepare()
+        self._ready.add(_sizes(part))
 
     def dispatch(self, step: Step, requests: Mapping[int, Request]) -> Dispatched:
         """Dispatch a step, in the order that :class:`Step` gives. ``requests``: those that it names."""
@@ -145,10 +125,10 @@ class Runner:
         named = [row.request for row in (*step.pieces, *step.rows) if row is not None]
         sent: dict[str, Any] = {}
         if step.prefill is not None:
-            sent["scored" if step.prefill.scores else "first"] = self.prefill(step.prefill)
+            sent |= self._prefill(step.prefill)
         if step.burst is not None:
-            sent["burst"], sent["counted"] = self.burst(step.burst)
-        self._ran |= _programs(step)
+            sent |= self._burst(step.burst)
+        self._ready |= {_sizes(part) for part in (step.prefill, step.burst) if part is not None}
         wanted = {request: requests[request].params.logprobs for request in named}
         dispatched = Dispatched(step, wanted, **sent)
         for leaf in jax.tree.leaves(dispatched.to_read):
@@ -203,33 +183,39 @@ class Runner:
             slot_B=host_array(np.where(own, slot % self._shape.slots, self._shape.slots), np.int32),
         )
 
-    def begin_nobody(self) -> None:
-        """Run the programs that change slots and pages, and change nothing."""
-        a_rank, U = self._shape.slots, self._shape.slots * self._data
-        update = slot_update(U, self._data, [0], [SamplingParams()], [0], [[]], self.config.vocab_size)
-        nobody = dataclasses.replace(update, slot_B=host_array(np.full(U, a_rank), np.int32))
-        slots = self.programs.update_slots(self.resident.slots, nobody)
-        slots = self.programs.count(slots, self._counted(-1, (), 0, 0))
-        self._resident = dataclasses.replace(self.resident, slots=slots)
-        self._zero([(0, self._shape.full_pages)], [])
+    def small_calls(self) -> list[Call]:
+        """Calls of the programs that change slots and pages."""
+        slots, past = self._shape.slots * self._data, PageTables(*[host_array(np.zeros((self._data, _ZEROED)), np.int32)] * 2)
+        update = slot_update(slots, self._data, [0], [SamplingParams()], [0], [[]], self.config.vocab_size)
+        return [
+            Call(self.programs.update_slots, (self.resident.slots, update), {}),
+            Call(self.programs.count, (self.resident.slots, self._counted(-1, (), 0, 0)), {}),
+            Call(self.programs.zero_pages, (self.resident, past), {}),
+        ]
 
     def spreads(self, length: int, longest: int) -> list[tuple[int, bool]]:
-        """The ``padding`` of :meth:`prefill` that makes each program for pieces of this length, of up to ``longest`` tokens."""
+        """The ``padding`` of :meth:`prefill_call` that makes each program for pieces of this length, of up to ``longest`` tokens."""
         return self._spreader.programs(length, longest)
 
-    def prefill(self, prefill: Prefill, *, padding: tuple[int, bool] | None = None) -> FirstTokens | tuple[Array, Piece]:
-        """Prefill; with ``padding`` rows of padding only, by the program for this many cached pages, with whole chunks or not.
+    def prefill_call(self, prefill: Prefill, resident: Resident, *, padding: tuple[int, bool] | None = None) -> Call:
+        """The call of a prefill; with ``padding`` of rows of padding, by the program for this many cached pages, with whole chunks or not.
 
-        Returns the first tokens, or of a prefill for scores the logits and where they are.
+        It returns the first tokens and what stays; of a prefill for scores the cache and the logits.
         """
         piece, spread = self._piece(prefill, padding)
-        resident = self.resident
         if prefill.scores:
-            cache, logits_BAV = self.programs.logits(self._weights, resident.cache, piece, spread=spread)
-            self._resident = dataclasses.replace(resident, cache=cache)
-            return logits_BAV, piece
-        self._resident, first = self.programs.prefill(self._weights, resident, piece, spread=spread, beyond=self._beyond)
-        return first
+            return Call(self.programs.logits, (self._weights, resident.cache, piece), {"spread": spread})
+        return Call(self.programs.prefill, (self._weights, resident, piece), {"spread": spread, "beyond": self._beyond})
+
+    def _prefill(self, prefill: Prefill) -> dict[str, Any]:
+        """Prefill; returns the first tokens, or of a prefill for scores the logits and where they are, by their names in Dispatched."""
+        call = self.prefill_call(prefill, self.resident)
+        if prefill.scores:
+            cache, logits_BAV = call.run()
+            self._resident = dataclasses.replace(self.resident, cache=cache)
+            return {"scored": (logits_BAV, call.arguments[-1])}
+        self._resident, first = call.run()
+        return {"first": first}
 
     def _piece(self, prefill: Prefill, padding: tuple[int, bool] | None) -> tuple[Piece, Spread | None]:
         rows, T = prefill.rows, prefill.length
@@ -257,8 +243,8 @@ class Runner:
         )
         return piece, spread
 
-    def burst(self, burst: BurstStep) -> tuple[DecodeTokens, RoundCounts | None]:
-        """Decode, or speculate."""
+    def burst_call(self, burst: BurstStep, resident: Resident) -> Call:
+        """The call of a burst, which decodes or speculates: it returns what stays, the tokens, and of rounds what was drafted."""
         tables = self._tables.of(burst.rows)
         inputs = Burst(
             slot_B=self._slot_numbers(burst.rows),
@@ -267,12 +253,15 @@ class Runner:
             draft_tables=self._draft_tables(tables),
             steps=host_array(burst.steps, np.int32),
         )
+        arguments = (self._weights, resident, inputs)
         if burst.plan is None:
-            self._resident, tokens = self.programs.decode(self._weights, self.resident, inputs, beyond=self._beyond)
-            return tokens, None
-        plan = self._plans[burst.plan]
-        self._resident, tokens, counted = self.programs.speculate(self._weights, self.resident, inputs, plan=plan, beyond=self._beyond)
-        return tokens, counted
+            return Call(self.programs.decode, arguments, {"beyond": self._beyond})
+        return Call(self.programs.speculate, arguments, {"plan": self._plans[burst.plan], "beyond": self._beyond})
+
+    def _burst(self, burst: BurstStep) -> dict[str, Any]:
+        """Decode or speculate; returns the tokens, and what was drafted, by their names in Dispatched."""
+        self._resident, *out = self.burst_call(burst, self.resident).run()
+        return dict(zip(("burst", "counted"), out, strict=False))
 
     def _slot_numbers(self, rows: Sequence[PieceRow | BurstRow | None]) -> Array:
         """Each row's slot, counted on its own data rank; past the last one for padding."""
@@ -284,7 +273,6 @@ class Runner:
         return tables if self._beyond is not None else None
 
 
-def _programs(step: Step) -> set[tuple[object, ...]]:
-    """What tells a step's programs apart, but for how a mesh's token ranks share a piece."""
-    pieces = {(step.prefill.length, len(step.pieces), step.prefill.scores)} if step.prefill else set()
-    return pieces | ({(step.burst.plan, len(step.rows))} if step.burst else set())
+def _sizes(part: Prefill | BurstStep) -> tuple[object, ...]:
+    """What tells a part's program apart, but for how a mesh's token ranks share a piece."""
+    return (part.plan, len(part.rows)) if isinstance(part, BurstStep) else (part.length, len(part.rows), part.scores)

@@ -1,4 +1,4 @@
-"""Run every program that requests can need once, with rows of padding only: it is compiled, or loaded, and changes nothing."""
+"""Compile, or load, every program that requests can need."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from l4jax.engine.runner import Runner
 from l4jax.engine.step import Burst, Plan, Prefill
 
 
-def warm_ups(runner: Runner, options: Options, longest: int) -> Iterator[Callable[[], object]]:
-    """What to call, for requests of up to ``longest`` tokens."""
-    yield runner.begin_nobody
+def warm_ups(runner: Runner, options: Options, longest: int) -> Iterator[Callable[[], None]]:
+    """What to call, for requests of up to ``longest`` tokens: each makes one program ready."""
+    for call in runner.small_calls():
+        yield call.prepare
     for prefill in prefills(options):
         for padding in runner.spreads(prefill.length, longest):
-            yield functools.partial(runner.prefill, prefill, padding=padding)
+            yield functools.partial(runner.prepare, prefill, padding)
     for burst in bursts(options, longest):
-        yield functools.partial(runner.burst, burst)
+        yield functools.partial(runner.prepare, burst)
 
 
 def prefills(options: Options) -> Iterator[Prefill]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from l4jax.cache import CacheShape
-from l4jax.compiled import Program
+from l4jax.compiled import Call, device_bytes
 from l4jax.config import DrafterConfig, ModelConfig
 from l4jax.decoding.generate import BURST
 from l4jax.decoding.params import SamplingParams
@@ -87,29 +86,6 @@ def first_layers(config: ModelConfig, layers: int) -> ModelConfig:
     """The same model, cut to its first layers: layers repeat, so a few tell the cost of all and compile sooner."""
     moe = config.moe and dataclasses.replace(config.moe, moe_layers=config.moe.moe_layers[:layers])
     return dataclasses.replace(config, num_layers=layers, rope_layers=config.rope_layers[:layers], moe=moe)
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """A program and its arguments: abstract weights, caches and rows, and the small inputs that come from the host."""
-
-    program: Program
-    arguments: tuple[Any, ...]
-    static: Mapping[str, Any]
-
-    def lower(self) -> jax.stages.Lowered:
-        """The program traced for these arguments."""
-        return self.program.lower(*self.arguments, **self.static)
-
-    @property
-    def device_bytes(self) -> int:
-        """Bytes of the arrays on each device; the small inputs from the host are left out."""
-        return _device_bytes(self.arguments)
-
-
-def _device_bytes(tree: Any) -> int:
-    abstract = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.ShapeDtypeStruct)]
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in abstract)
 
 
 class AbstractModel:
@@ -190,7 +166,7 @@ class AbstractModel:
 
     def cache_bytes(self, rows: int, capacity: int) -> int:
         """Bytes of the cache on each device."""
-        return _device_bytes(self._resident(rows, capacity).cache)
+        return device_bytes(self._resident(rows, capacity).cache)
 
     def _shape(self, rows: int, capacity: int) -> CacheShape:
         return CacheShape.for_rows(self.placement.config, rows, capacity, self.placement.spec)

@@ -23,11 +23,12 @@ from benchmarks.h100.bench import eagle3_head
 from benchmarks.h100.launches import compiled
 from l4jax import SamplingParams
 from l4jax.cache import PageTables
+from l4jax.compiled import Call
 from l4jax.config import Eagle3Config
 from l4jax.config_formats import config_from_hf
 from l4jax.data import configs_path
 from l4jax.decoding.plan import Speculation
-from l4jax.planning.compile import AbstractModel, Call, CompiledProgram, first_layers
+from l4jax.planning.compile import AbstractModel, CompiledProgram, first_layers
 from l4jax.planning.target import H100_MEMORY_BYTES, h100_devices
 from sharding.mesh import MeshSpec
 

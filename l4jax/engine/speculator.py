@@ -1,0 +1,38 @@
+"""A drafter, and how to speculate with it, in a runner's terms and in the scheduler's."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+
+from l4jax.decoding.plan import Speculation, SpeculationTable
+from l4jax.decoding.speculate import BeyondTraining
+from l4jax.engine.step import Plan
+from l4jax.parallel.placement import DrafterPlacement
+
+
+@dataclasses.dataclass(frozen=True)
+class Speculator:
+    """A drafter on its target's mesh, how to speculate with it, and what it does beyond the length it was trained at.
+
+    ``asked_for``: the user has said how; then a prompt that cannot be speculated for is an error.
+    """
+
+    placement: DrafterPlacement
+    weights: Mapping[str, jax.Array]
+    table: SpeculationTable
+    beyond: BeyondTraining
+    asked_for: bool
+
+    def plans(self) -> tuple[dict[Plan, Speculation], tuple[tuple[int, Plan | None], ...]]:
+        """Its trees by what the scheduler calls them, and the scheduler's table of them."""
+        trees: dict[Plan, Speculation] = {}
+        entries: list[tuple[int, Plan | None]] = []
+        for rows, speculation in self.table.entries:
+            plan = None if speculation is None else Plan(f"{rows} rows", speculation.tree.depth)
+            if plan is not None and speculation is not None:
+                trees[plan] = speculation
+            entries.append((rows, plan))
+        return trees, tuple(entries)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from l4jax.files import FileError
     from l4jax.llm import LLM
     from l4jax.loading import load
-    from l4jax.request import Completion
+    from l4jax.request import Completion, TokenLogprob
     from l4jax.stream import Stream
     from l4jax.text.template import ChatError, TemplateRefusal
     from sharding.hosts import join
@@ -34,6 +34,7 @@ __all__ = [
     "SamplingParams",
     "Stream",
     "TemplateRefusal",
+    "TokenLogprob",
     "join",
     "load",
 ]
@@ -53,6 +54,7 @@ _HOMES = {
     "SamplingParams": "l4jax.decoding.params",
     "Stream": "l4jax.stream",
     "TemplateRefusal": "l4jax.text.template",
+    "TokenLogprob": "l4jax.request",
     "join": "sharding.hosts",
     "load": "l4jax.loading",
 }

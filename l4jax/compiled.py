@@ -67,7 +67,7 @@ class Program:
         changing = [argument for argument in arguments if not isinstance(argument, Weights)]
         key = (*static.values(), *[leaf.shape for leaf in jax.tree.leaves(changing)])
         if key not in self._compiled:
-            self._compiled[key] = self._make(arguments, static), _sizes(arguments[-1], static)
+            self._compiled[key] = self._make(arguments, static), _sizes(arguments, static)
         return self._compiled[key][0]
 
     def lower(self, *arguments: Any, **static: Any) -> jax.stages.Lowered:
@@ -202,9 +202,10 @@ def device_bytes(tree: Any) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in abstract)
 
 
-def _sizes(inputs: Any, static: dict[str, Any]) -> str:
+def _sizes(arguments: tuple[Any, ...], static: dict[str, Any]) -> str:
     """What tells a program from others of its kind, in words."""
-    rows = counted(len(inputs.slot_B), "row") if isinstance(inputs, Piece | Burst) else ""
+    inputs = next((argument for argument in arguments if isinstance(argument, Piece | Burst)), None)
+    rows = counted(len(inputs.slot_B), "row") if inputs is not None else ""
     length = f" of {inputs.token_BT.shape[1]} tokens" if isinstance(inputs, Piece) else ""
     spread, plan = static.get("spread"), static.get("plan")
     ring = "" if spread is None else f", {spread.variant}{', whole chunks' if spread.aligned else ''}"

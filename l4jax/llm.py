@@ -26,7 +26,7 @@ from l4jax.engine.engine import Handle
 from l4jax.interrupts import kept_interrupts
 from l4jax.parallel.placement import DrafterPlacement, Placement
 from l4jax.parallel.spread import H100_RING
-from l4jax.request import Completion, Message, Request, RequestMaker
+from l4jax.request import Completion, Message, Request, RequestMaker, TokenLogprob
 from l4jax.speculator import LoadedDrafter, choose_speculation
 from l4jax.stream import Stream
 from l4jax.text.chat import ChatFormat, ChatOptions
@@ -119,6 +119,16 @@ class LLM:
         _check_agreed(encoded)
         requests = [self.requests.scoring(token_ids) for token_ids in encoded]
         return [handle.logits for handle in self._run(requests, scores=True, progress=progress)]
+
+    def score(self, prompts: Prompt | Sequence[Prompt], *, top: int = 0, progress: bool = False) -> list[list[TokenLogprob]]:
+        """Log-probabilities of each prompt's tokens after the first, each with the ``top`` likeliest ones in its place (at most 20).
+
+        ``progress``: show a bar on stderr.
+        """
+        encoded = [self.requests.encode(p) for p in arguments.several(prompts)]
+        _check_agreed(encoded)
+        requests = [self.requests.scoring(token_ids, top) for token_ids in encoded]
+        return [handle.prompt_logprobs for handle in self._run(requests, scores=True, progress=progress)]
 
     def generate(
         self,

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Array, Bool, Float32, Int32
 
 from l4jax.cache import CACHE_AXES, PageTables, is_local
 from l4jax.compiled import Folder, Program, ProgramInfo
@@ -25,13 +25,13 @@ from l4jax.config import ModelConfig
 from l4jax.decoding.entries import Entries
 from l4jax.decoding.generate import DecodeState, DecodeTokens, decode_tokens
 from l4jax.decoding.plan import Speculation
-from l4jax.decoding.sampling import sample, token_logprobs
+from l4jax.decoding.sampling import Logprobs, sample, token_logprobs
 from l4jax.decoding.slots import Slots, SlotTokens, SlotUpdate
 from l4jax.decoding.speculate import BeyondTraining, RoundCounts, speculate_tokens, window
 from l4jax.decoding.tree import NONE
 from l4jax.model.drafter import Drafter
 from l4jax.model.llama import Llama
-from l4jax.model.step import Spread, last_state
+from l4jax.model.step import Spread, last_state, tokens_at
 from l4jax.model.weights import BoundModel, weight_specs
 from l4jax.parallel.placement import DrafterPlacement, Placement
 from l4jax.program_inputs import Burst, Cache, FirstTokens, Piece, Resident, Weights
@@ -77,9 +77,10 @@ class Programs:
         self.update_slots = self._program(self._update_slots, (slots, row), slots, donated=0)
         self.count = self._program(self._count, (slots, row), slots, donated=0)
         self.zero_pages = self._program(self._zero_pages, (resident, row), resident, donated=0)
-        logits = PartitionSpec(self._data.axes or None, self._ranks.axes or None, self._vocab.axes or None)
+        positions = self._data.axes or None, self._ranks.axes or None
         pools = partition(spec, *CACHE_AXES)
-        self.logits = self._program(self._logits, (weights, pools, Piece.specs(spec)), (pools, logits))
+        scored = pools, PartitionSpec(*positions, self._vocab.axes or None), PartitionSpec(*positions)
+        self.score = self._program(self._score, (weights, pools, Piece.specs(spec), row), scored)
 
     @property
     def drafter(self) -> BoundModel:
@@ -147,7 +148,7 @@ class Programs:
         logits_BV = model.logits(last_state(x_BTD, start_B, new_B, piece.layout, self._ranks))
         # Ranks that do the same work may round differently, and each would choose its own token.
         token_B = self._ranks.from_first(sample(logits_BV, rows, slots.counts, piece.tokens.produced_B, self._vocab))
-        logprobs = token_logprobs(logits_BV, token_B, rows, self._vocab)
+        logprobs = token_logprobs(logits_BV, token_B, jnp.any(rows.reported_B), self._vocab)
         draft_cache, hidden_BD = resident.draft_cache, None
         if beyond is not None:
             assert piece.draft_tables is not None
@@ -200,8 +201,19 @@ class Programs:
         token_sB, logprobs = jax.tree.map(lambda rows: self._data.concatenate(rows, axis=1), (out.token_sB, out.logprobs))
         return DecodeTokens(token_sB, logprobs, out.steps, self._data.concatenate(out.done_B, axis=0))
 
-    def _logits(self, weights: Weights, cache: Cache, piece: Piece, *, spread: Spread | None) -> tuple[Cache, Float32[Array, "B t V"]]:
-        """Compute next-token logits at every position of a piece; with a layout, in the layout's order, one rank after the other."""
+    def _score(
+        self, weights: Weights, cache: Cache, piece: Piece, wanted_B: Bool[Array, "B"], *, spread: Spread | None
+    ) -> tuple[Cache, Float32[Array, "B t V"], Logprobs]:
+        """Compute next-token logits at every position of a piece, and the log-probabilities of the tokens that follow there.
+
+        The latter are zeros if no row of the data rank wants them. With a layout all are in its order, one rank after the other.
+        """
         model: Llama = self.model.bind(weights.target)
         x_BTD, _, cache = model(piece.token_BT, piece.start_B, piece.new_B, cache, piece.tables, piece.layout, spread)
-        return cache, model.logits(x_BTD)
+        logits_BTV = model.logits(x_BTD)
+        follows_BT = jnp.roll(piece.token_BT, -1, axis=1).at[jnp.arange(len(piece.new_B)), piece.new_B - 1].set(piece.following_B)
+        if piece.layout is not None:
+            follows_BT = tokens_at(follows_BT, piece.layout.position_RBT[self._ranks.index()], piece.start_B)
+        B, T, V = logits_BTV.shape
+        logprobs = token_logprobs(logits_BTV.reshape(B * T, V), follows_BT.reshape(B * T), jnp.any(wanted_B), self._vocab)
+        return cache, logits_BTV, jax.tree.map(lambda leaf: leaf.reshape(B, T, *leaf.shape[1:]), logprobs)

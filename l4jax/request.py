@@ -11,7 +11,7 @@ from typing import Literal
 from l4jax import arguments
 from l4jax.arguments import Prompt
 from l4jax.config import ModelConfig
-from l4jax.decoding.params import MAX_STOP_IDS, SamplingParams
+from l4jax.decoding.params import MAX_LOGPROBS, MAX_STOP_IDS, SamplingParams
 from l4jax.text.chat import ChatOptions
 from l4jax.text.load import Text
 
@@ -31,7 +31,7 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class TokenLogprob:
-    """Log-probability of a generated token, and the likeliest alternatives as (token id, log-probability), best first."""
+    """Log-probability of a token, and the likeliest alternatives as (token id, log-probability), best first."""
 
     logprob: float
     top: tuple[tuple[int, float], ...]
@@ -155,9 +155,11 @@ class RequestMaker:
         seed = secrets.randbits(64) if params.seed is None else params.seed
         return Request(token_ids, dataclasses.replace(params, max_tokens=min(params.max_tokens, room)), seed, sorted(ends))
 
-    def scoring(self, token_ids: list[int]) -> Request:
-        """A request for the logits of these tokens, as ``encode`` returned them."""
-        return Request(token_ids, SamplingParams(), 0, ())
+    def scoring(self, token_ids: list[int], top: int | None = None) -> Request:
+        """A request for the logits of these tokens, as ``encode`` returned them; or for log-probabilities, with ``top`` alternatives."""
+        if top is not None:
+            arguments.whole("top", top, f"a whole number from 0 to {MAX_LOGPROBS}", 0, MAX_LOGPROBS)
+        return Request(token_ids, SamplingParams(logprobs=top), 0, ())
 
     def _checked(self, token_ids: list[int]) -> list[int]:
         context = self._config.max_position_embeddings

@@ -61,13 +61,13 @@ def family_config(family: str) -> ModelConfig:
 def _run(model: Model) -> dict[str, np.ndarray]:
     """Compute everything that is compared, from the same random cache of ``CACHED`` tokens."""
     abstract = model.abstract
-    call = abstract.logits_call(PIECE, CACHED, CAPACITY)
+    call = abstract.score_call(PIECE, CACHED, CAPACITY)
     tokens_1T = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, PIECE)).astype(np.int32)
-    _, cache, piece = call.arguments
+    _, cache, piece, _ = call.arguments
     of_one = {"start_B": CACHED, "new_B": PIECE, "prompt_length_B": CACHED + PIECE, "following_B": -1, "slot_B": 0}
     given = {name: np.full(1, value, np.int32) for name, value in of_one.items()}
     piece = dataclasses.replace(piece, token_BT=tokens_1T, ends_B=np.ones(1, bool), **given)
-    _, logits = call.lower().compile()(model.weights, _host_drawn(cache), piece)
+    _, logits, _ = call.lower().compile()(model.weights, _host_drawn(cache), piece, np.zeros(1, bool))
     seen = {"logits": np.asarray(logits)}
 
     call = abstract.decode_call(ROWS, CAPACITY)

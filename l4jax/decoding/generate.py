@@ -104,7 +104,7 @@ def decode_tokens(
 
         out = DecodeTokens(
             token_sB=record(out.token_sB, jnp.where(active_B, token_B, -1)),
-            logprobs=jax.tree.map(record, out.logprobs, token_logprobs(logits_BV, token_B, rows, vocab_ranks)),
+            logprobs=jax.tree.map(record, out.logprobs, token_logprobs(logits_BV, token_B, jnp.any(rows.reported_B), vocab_ranks)),
             steps=out.steps + 1,
             done_B=state.done_B | is_final(token_B, produced_B, rows),
         )

@@ -290,8 +290,10 @@ def empty_logprobs(leading: tuple[int, ...], vocab_size: int) -> Logprobs:
     return Logprobs(jnp.zeros(leading, jnp.float32), jnp.zeros(top, jnp.float32), jnp.zeros(top, jnp.int32))
 
 
-def token_logprobs(logits_BV: Float32[Array, "B V"], token_B: Int32[Array, "B"], rows: SamplingRows, vocab_ranks: Ranks = ONE) -> Logprobs:
-    """Log-probabilities of these tokens and of the likeliest ones; zeros if no row reports them."""
+def token_logprobs(
+    logits_BV: Float32[Array, "B V"], token_B: Int32[Array, "B"], wanted: Bool[Array, ""], vocab_ranks: Ranks = ONE
+) -> Logprobs:
+    """Log-probabilities of these tokens and of the likeliest ones; zeros unless they are ``wanted``."""
     B, V = logits_BV.shape
 
     def reported(logits_BV: Array) -> Logprobs:
@@ -301,7 +303,7 @@ def token_logprobs(logits_BV: Float32[Array, "B V"], token_B: Int32[Array, "B"],
         return Logprobs(chosen_B, *highest_tokens(logprobs_BV, min(MAX_LOGPROBS, V * vocab_ranks.count), vocab_ranks))
 
     nothing = empty_logprobs((B,), V * vocab_ranks.count)
-    return jax.lax.cond(jnp.any(rows.reported_B), reported, lambda _: nothing, logits_BV)
+    return jax.lax.cond(wanted, reported, lambda _: nothing, logits_BV)
 
 
 def log_probabilities(logits_BV: Float32[Array, "B V"], vocab_ranks: Ranks = ONE) -> Float32[Array, "B V"]:

@@ -112,7 +112,7 @@ def verify(
         logits_BV = jnp.take_along_axis(logits_BNV, node_B[:, None, None], axis=1)[:, 0]
         token_B, child_B = repeating.from_first(jnp.stack(rule(NodeState(node_B, logits_BV, out.counts, position_B + level), draft)))
         accepts_B = alive_B & (child_B != NONE)
-        of_token = token_logprobs(logits_BV, token_B, rows, vocab_ranks)
+        of_token = token_logprobs(logits_BV, token_B, jnp.any(rows.reported_B), vocab_ranks)
         out = Verified(
             token_BL=put(out.token_BL, jnp.where(alive_B, token_B, NONE), level),
             node_BL=put(out.node_BL, jnp.where(alive_B, node_B, 0), level),

@@ -19,7 +19,7 @@ from l4jax.engine.scheduler import Scheduler
 from l4jax.engine.sequence import Sequence, State
 from l4jax.engine.step import Results, Step
 from l4jax.engine.warmup import warm_ups
-from l4jax.request import Completion, Request
+from l4jax.request import Completion, Request, TokenLogprob
 from l4jax.text.tokenizer import Tokenizer
 from sharding import hosts
 
@@ -51,6 +51,7 @@ class Handle:
         self._added = time.perf_counter()
         self._text: deque[str] = deque()
         self._logits: list[np.ndarray] = []
+        self._logprobs: list[TokenLogprob] = []
         length = len(request.token_ids)
         most = 1 if scores else request.params.max_tokens
         scope = None if scores else b""
@@ -63,9 +64,15 @@ class Handle:
 
     @property
     def logits(self) -> np.ndarray:
-        """Of a request for scores that is over: float32 [T, vocabulary]."""
+        """Of a request for scores that is over, and wanted no log-probabilities: float32 [T, vocabulary]."""
         assert self.over and self._logits
         return np.concatenate(self._logits)
+
+    @property
+    def prompt_logprobs(self) -> list[TokenLogprob]:
+        """Of a request for scores that is over, and wanted them: those of the prompt's tokens after the first."""
+        assert self.over
+        return self._logprobs
 
     def cancel(self) -> None:
         """End it, unless it has ended. May be called from any thread; whoever drives the engine next computes nothing more for it."""
@@ -103,7 +110,7 @@ class Engine:
         self.options.check_fits(length, length + (1 if scores else request.params.max_tokens))
 
     def add(self, request: Request, *, scores: bool = False) -> Handle:
-        """Take a request; with ``scores`` its prompt's logits are computed, and nothing is generated. See :meth:`check`."""
+        """Take a request; with ``scores`` its prompt is scored, and nothing is generated. See :meth:`check`."""
         self.check(request, scores=scores)
         with self._turn:
             self._numbers += 1
@@ -220,6 +227,7 @@ class Engine:
         for row in dispatched.step.pieces:
             if row is not None and row.first and row.request in self._handles:
                 self._handles[row.request]._logits.clear()
+                self._handles[row.request]._logprobs.clear()
         for news in self._scheduler.finish(dispatched.step, results):
             handle = self._handles[news.sequence.request]
             self._deliver(handle, news.tokens, outputs.get(news.sequence.request, RowOutput()))
@@ -248,8 +256,8 @@ class Engine:
             self._end(handle, ValueError(NOT_FINITE_ADVICE))
             return
         if sequence.scores:
-            assert output.logits_TV is not None
-            handle._logits.append(output.logits_TV)
+            handle._logprobs += output.logprobs or ()
+            handle._logits += [] if output.logits_TV is None else [output.logits_TV]
         elif tokens:
             if output.rounds is not NO_ROUNDS:
                 answer.rounds = answer.rounds.and_then(output.rounds)

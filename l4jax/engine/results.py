@@ -23,11 +23,29 @@ from l4jax.request import TokenLogprob
 
 @dataclasses.dataclass(frozen=True)
 class RowOutput:
-    """What a row got beside its tokens: their log-probabilities, if it asked for them; its rounds of speculation; its logits, [T, V]."""
+    """What a row got beside its tokens: their log-probabilities, if it asked for them; its rounds of speculation; its logits, [T, V].
+
+    A scored row has one of the two: the log-probabilities are of the tokens that follow its piece's, or its logits.
+    """
 
     logprobs: list[TokenLogprob] | None = None
     rounds: Rounds = NO_ROUNDS
     logits_TV: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """What a scored prefill returns, in the order in which its token ranks compute it, and the piece that says which that is."""
+
+    logits_BAV: Array
+    logprobs: Logprobs
+    piece: Piece
+
+    def on_host(self, values_BA: Array) -> np.ndarray:
+        """Values of every position, in order, on the host."""
+        host = to_host(values_BA)
+        layout = self.piece.layout
+        return host if layout is None else in_order(host, np.asarray(layout.position_RBT), np.asarray(self.piece.start_B))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +55,7 @@ class Dispatched:
     step: Step
     wanted: Mapping[int, int | None]
     first: FirstTokens | None = None
-    scored: tuple[Array, Piece] | None = None
+    scored: Scored | None = None
     burst: DecodeTokens | None = None
     counted: RoundCounts | None = None
 
@@ -83,17 +101,29 @@ class Dispatched:
         return tuple(results)
 
     def _read_scores(self, outputs: dict[int, RowOutput]) -> tuple[RowResult | None, ...]:
-        assert self.scored is not None
-        logits_BAV, piece = self.scored
-        host = to_host(logits_BAV)
-        if piece.layout is not None:
-            host = in_order(host, np.asarray(piece.layout.position_RBT), np.asarray(piece.start_B))
-        results: list[RowResult | None] = [None] * len(self.step.pieces)
-        for i, row in enumerate(self.step.pieces):
-            if row is not None:
-                logits_TV = host[i, : len(row.tokens)]
-                results[i] = RowResult(ended=row.last, failed=not np.isfinite(logits_TV).all())
-                outputs[row.request] = RowOutput(logits_TV=logits_TV.copy())
+        """Logits come to the host only for requests that want no log-probabilities instead."""
+        scored, rows = self.scored, self.step.pieces
+        assert scored is not None
+        wanted = [row is not None and self.wanted[row.request] is not None for row in rows]
+        logprobs = jax.tree.map(scored.on_host, scored.logprobs) if any(wanted) else None
+        no_logits = all(is_wanted for row, is_wanted in zip(rows, wanted, strict=True) if row is not None)
+        logits_BTV = None if no_logits else scored.on_host(scored.logits_BAV)
+        results: list[RowResult | None] = [None] * len(rows)
+        for i, row in enumerate(rows):
+            if row is None:
+                continue
+            length = len(row.tokens)
+            if wanted[i]:
+                own = jax.tree.map(lambda leaf, i=i, length=length: leaf[i, :length], logprobs)
+                finite = np.isfinite(own.top_Bj).all()
+                followed = jax.tree.map(lambda leaf, length=length, last=row.last: leaf[: length - last], own)
+                outputs[row.request] = RowOutput(logprobs=self._logprobs(row, followed))
+            else:
+                assert logits_BTV is not None
+                own_TV = logits_BTV[i, :length].copy()
+                finite = np.isfinite(own_TV).all()
+                outputs[row.request] = RowOutput(logits_TV=own_TV)
+            results[i] = RowResult(ended=row.last, failed=not finite)
         return tuple(results)
 
     def _read_burst(self, outputs: dict[int, RowOutput]) -> tuple[RowResult | None, ...]:

@@ -15,7 +15,7 @@ from l4jax.compiled import Call, Folder
 from l4jax.decoding.params import SamplingParams
 from l4jax.decoding.slots import SlotTokens
 from l4jax.engine.memory import CacheMemory
-from l4jax.engine.results import Dispatched
+from l4jax.engine.results import Dispatched, Scored
 from l4jax.engine.speculator import Speculator
 from l4jax.engine.step import Burst as BurstStep
 from l4jax.engine.step import BurstRow, PageOnRank, PieceRow, Prefill, Step
@@ -122,14 +122,13 @@ class Runner:
         first = [row for row in step.pieces if row is not None and row.first]
         if first:
             self._begin(first, requests)
-        named = [row.request for row in (*step.pieces, *step.rows) if row is not None]
+        wanted = {row.request: requests[row.request].params.logprobs for row in (*step.pieces, *step.rows) if row is not None}
         sent: dict[str, Any] = {}
         if step.prefill is not None:
-            sent |= self._prefill(step.prefill)
+            sent |= self._prefill(step.prefill, wanted)
         if step.burst is not None:
             sent |= self._burst(step.burst)
         self._ready |= {_sizes(part) for part in (step.prefill, step.burst) if part is not None}
-        wanted = {request: requests[request].params.logprobs for request in named}
         dispatched = Dispatched(step, wanted, **sent)
         for leaf in jax.tree.leaves(dispatched.to_read):
             leaf.copy_to_host_async()
@@ -197,23 +196,33 @@ class Runner:
         """The ``padding`` of :meth:`prefill_call` that makes each program for pieces of this length, of up to ``longest`` tokens."""
         return self._spreader.programs(length, longest)
 
-    def prefill_call(self, prefill: Prefill, resident: Resident, *, padding: tuple[int, bool] | None = None) -> Call:
+    def prefill_call(
+        self,
+        prefill: Prefill,
+        resident: Resident,
+        wanted: Mapping[int, int | None] | None = None,
+        *,
+        padding: tuple[int, bool] | None = None,
+    ) -> Call:
         """The call of a prefill; with ``padding`` of rows of padding, by the program for this many cached pages, with whole chunks or not.
 
-        It returns the first tokens and what stays; of a prefill for scores the cache and the logits.
+        It returns the first tokens and what stays; of a prefill for scores the cache, the logits, and the log-probabilities if any row's
+        request is ``wanted`` to have them (as in :class:`Dispatched`).
         """
         piece, spread = self._piece(prefill, padding)
         if prefill.scores:
-            return Call(self.programs.logits, (self._weights, resident.cache, piece), {"spread": spread})
+            wanted_B = [row is not None and wanted is not None and wanted[row.request] is not None for row in prefill.rows]
+            arguments = (self._weights, resident.cache, piece, host_array(wanted_B, np.bool_))
+            return Call(self.programs.score, arguments, {"spread": spread})
         return Call(self.programs.prefill, (self._weights, resident, piece), {"spread": spread, "beyond": self._beyond})
 
-    def _prefill(self, prefill: Prefill) -> dict[str, Any]:
-        """Prefill; returns the first tokens, or of a prefill for scores the logits and where they are, by their names in Dispatched."""
-        call = self.prefill_call(prefill, self.resident)
+    def _prefill(self, prefill: Prefill, wanted: Mapping[int, int | None]) -> dict[str, Any]:
+        """Prefill; returns the first tokens, or of a prefill for scores these and where they are, by their names in Dispatched."""
+        call = self.prefill_call(prefill, self.resident, wanted)
         if prefill.scores:
-            cache, logits_BAV = call.run()
+            cache, logits_BAV, logprobs = call.run()
             self._resident = dataclasses.replace(self.resident, cache=cache)
-            return {"scored": (logits_BAV, call.arguments[-1])}
+            return {"scored": Scored(logits_BAV, logprobs, call.arguments[2])}
         self._resident, first = call.run()
         return {"first": first}
 

@@ -98,11 +98,11 @@ def aligned_layouts(rows: Sequence[tuple[int, int]], ranks: int, chunk: int, slo
     return layouts
 
 
-def in_order(values_BAV: np.ndarray, position_RBT: np.ndarray, start_B: np.ndarray) -> np.ndarray:
-    """Sort what the ranks computed, given one rank after the other along A, by position."""
+def in_order(values_BA: np.ndarray, position_RBT: np.ndarray, start_B: np.ndarray) -> np.ndarray:
+    """Sort what the ranks computed, given one rank after the other along A (other axes may follow it), by position."""
     position_BA = np.swapaxes(position_RBT, 0, 1).reshape(len(start_B), -1)
-    ordered_BAV = np.zeros_like(values_BAV)
+    ordered_BA = np.zeros_like(values_BA)
     for row, position_A in enumerate(position_BA):
         present_A = position_A != EMPTY
-        ordered_BAV[row, position_A[present_A] - start_B[row]] = values_BAV[row, present_A]
-    return ordered_BAV
+        ordered_BA[row, position_A[present_A] - start_B[row]] = values_BA[row, present_A]
+    return ordered_BA

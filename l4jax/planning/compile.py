@@ -91,7 +91,7 @@ def first_layers(config: ModelConfig, layers: int) -> ModelConfig:
 class AbstractModel:
     """A full-size model without values: only the shapes of its arrays exist, and its devices may be mere descriptions.
 
-    ``decode``, ``speculate`` and ``prefill`` compile a program; ``decode_call``, ``speculate_call``, ``prefill_call`` and ``logits_call``
+    ``decode``, ``speculate`` and ``prefill`` compile a program; ``decode_call``, ``speculate_call``, ``prefill_call`` and ``score_call``
     return a program with its arguments, uncompiled.
     """
 
@@ -140,11 +140,12 @@ class AbstractModel:
         arguments = (self._weights, self._resident(self.placement.spec.data, capacity), piece)
         return Call(self.programs.prefill, arguments, {"spread": spread, "beyond": None})
 
-    def logits_call(self, tokens: int, cached: int, capacity: int) -> Call:
-        """The program that computes the logits at every token of such a piece; arguments: weights, cache, piece."""
+    def score_call(self, tokens: int, cached: int, capacity: int) -> Call:
+        """The program that computes the logits at every token of such a piece; arguments: weights, cache, piece, who wants more."""
         piece, spread = self._piece(tokens, cached, capacity, None)
         cache = self._resident(self.placement.spec.data, capacity).cache
-        return Call(self.programs.logits, (self._weights, cache, piece), {"spread": spread})
+        wanted_B = self._rows(self.placement.spec.data, dtype=jnp.bool_)
+        return Call(self.programs.score, (self._weights, cache, piece, wanted_B), {"spread": spread})
 
     def _resident(self, rows: int, capacity: int) -> Resident:
         return Resident.abstract(self.placement, self.draft_placement, self._shape(rows, capacity), self._dtype)

@@ -258,12 +258,12 @@ def test_logprobs_are_of_the_model_before_any_processor():
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(1, 50)), jnp.float32)
     rows = rows_of(SamplingParams(temperature=0.5, top_k=1, logit_bias={3: 50.0}, logprobs=4))
     token = compiled_sample(logits, rows, no_counts(1), jnp.zeros(1, jnp.int32))
-    logprobs = token_logprobs(logits, token, rows)
+    logprobs = token_logprobs(logits, token, jnp.any(rows.reported_B))
     expected = np.asarray(jax.nn.log_softmax(logits))[0]
     assert int(token[0]) == 3
     np.testing.assert_allclose(logprobs.chosen_B[0], expected[3], rtol=1e-6)
     np.testing.assert_array_equal(logprobs.top_id_Bj[0, :4], np.argsort(-expected)[:4])
-    unasked = token_logprobs(logits, token, rows_of(SamplingParams()))
+    unasked = token_logprobs(logits, token, jnp.any(rows_of(SamplingParams()).reported_B))
     assert not any(leaf.any() for leaf in jax.tree.leaves(unasked))
 
 

@@ -463,7 +463,7 @@ def test_an_answers_first_token_does_not_wait_until_its_second_is_compiled(scout
     fresh = LLM(scout.config, scout.weights)
     handle = fresh.add([1, 2, 3], greedy(9))
     fresh.step()
-    assert len(handle.tokens) == 1 and len(fresh.engine.runner._ran) == 1
+    assert len(handle.tokens) == 1 and len(fresh.engine.runner._ready) == 1
     while fresh.step():
         pass
     assert handle.completion.token_ids == scout.generate([[1, 2, 3]], greedy(9))[0].token_ids

@@ -106,9 +106,10 @@ class Call:
         """Dispatch it; returns what the program returns."""
         return self.program(*self.arguments, **self.static)
 
-    def prepare(self) -> None:
-        """Compile, or load, the program."""
-        self.program.prepare(*self.arguments, **self.static)
+    def prepare(self) -> ProgramInfo:
+        """Compile, or load, the program, and say what it needs."""
+        compiled = self.program.prepare(*self.arguments, **self.static)
+        return _info(self.program.kind, _sizes(self.arguments, self.static), compiled)
 
     def lower(self) -> jax.stages.Lowered:
         """The program traced for these arguments."""
@@ -202,7 +203,7 @@ def device_bytes(tree: Any) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in abstract)
 
 
-def _sizes(arguments: tuple[Any, ...], static: dict[str, Any]) -> str:
+def _sizes(arguments: tuple[Any, ...], static: Mapping[str, Any]) -> str:
     """What tells a program from others of its kind, in words."""
     inputs = next((argument for argument in arguments if isinstance(argument, Piece | Burst)), None)
     rows = counted(len(inputs.slot_B), "row") if inputs is not None else ""

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 
-from l4jax.cache import PAGE_SIZE
+from l4jax.cache import PAGE_SIZE, CacheShape
 from l4jax.compiled import Folder
 from l4jax.config import ModelConfig
 from l4jax.decoding.generate import BURST
@@ -18,6 +18,7 @@ from l4jax.engine.options import Options
 from l4jax.engine.pages import PageShape
 from l4jax.engine.runner import Runner
 from l4jax.engine.speculator import Speculator
+from l4jax.engine.warmup import program_bytes
 from l4jax.parallel.placement import Placement
 from l4jax.text.load import Text
 from sharding.select import RingHardware
@@ -60,14 +61,13 @@ def build_engine(parts: Parts) -> Engine:
     runner = Runner(placement, parts.weights, speculator, parts.ring_hardware, parts.folder)
     slots = SLOTS if parts.max_batch is None else -(-parts.max_batch // spec.data)
     memory = CacheMemory(placement, speculator.placement if speculator else None, runner.dtype, slots)
-    shape = memory.shape(parts.kv_tokens, runner.all_weights)
     ranks = spec.token_ranks.count
     lengths = tuple(sorted([n * ranks for n in PREFILL_LENGTHS] if parts.prefill_lengths is None else parts.prefill_lengths))
     beyond_training = speculator is not None and speculator.beyond == "stop"
     options = Options(
         shape=PageShape(PAGE_SIZE, ranks, placement.config.attention_chunk_size),
-        full_pages=shape.full_pages,
-        local_pages=shape.local_pages,
+        full_pages=0,  # both are known below
+        local_pages=0,
         slots=slots,
         row_buckets=row_buckets(slots),
         piece_lengths=lengths,
@@ -80,6 +80,13 @@ def build_engine(parts: Parts) -> Engine:
         drafter=speculator is not None,
         drafts_up_to=speculator.placement.config.max_position_embeddings if speculator and beyond_training else math.inf,
     )
+
+    def needed_bytes(shape: CacheShape) -> int:
+        runner.lay_out(shape)
+        return program_bytes(runner, options, memory.abstract(shape), placement.config.max_position_embeddings)
+
+    shape = memory.shape(parts.kv_tokens, runner.all_weights, needed_bytes)
+    options = dataclasses.replace(options, full_pages=shape.full_pages, local_pages=shape.local_pages)
     return Engine(runner, memory, shape, options, parts.text.tokenizer)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +19,11 @@ from l4jax.program_inputs import Resident
 from sharding import hosts
 
 _CPU_SHARE = 0.25
-"""The part of a machine's memory, beside the weights, that a cache takes on CPUs unless told otherwise: the machine is not ours alone."""
-_GPU_SHARE = 0.9
-"""The part of a GPU's memory beside the weights that a cache takes unless told otherwise: the rest is for programs and temporaries."""
+"""The part of a machine's free memory that a cache takes on CPUs unless told otherwise: the machine is not ours alone."""
+_GPU_SHARE = 0.97
+"""The part of a GPU's memory beside weights and programs that a cache takes unless told otherwise: some is lost between allocations."""
+_GPU_GUESS = 0.9
+"""The part of a GPU's memory beside the weights that a cache takes while it is found out what programs need beside it."""
 
 
 class CacheMemory:
@@ -29,9 +34,10 @@ class CacheMemory:
         self._device = placement.mesh.local_devices[0]
         self._ranks = placement.spec.token_ranks.count
 
-    def shape(self, kv_tokens: int | None, weights: Iterable[Array]) -> CacheShape:
+    def shape(self, kv_tokens: int | None, weights: Iterable[Array], program_bytes: Callable[[CacheShape], int]) -> CacheShape:
         """Room for ``kv_tokens`` tokens of all sequences together; None: for as many as memory allows, up to the context in each slot.
 
+        ``program_bytes``: what programs need on a device beside weights and such a cache. It is asked on GPUs, if ``kv_tokens`` is None.
         Raises ValueError if the device has less memory than that takes beside the weights.
         """
         available = self._available_bytes(weights)
@@ -44,9 +50,19 @@ class CacheMemory:
                     f"{available / 1e9:.1f} GB; lower kv_tokens or max_batch, or use more devices"
                 )
             return shape
-        budget = available * (_CPU_SHARE if self._device.platform == "cpu" else _GPU_SHARE)
+        if self._device.platform == "cpu":
+            return self._largest(available * _CPU_SHARE, rounded=True)
+        guess = self._largest(available * _GPU_GUESS)
+        return self._largest((available - max(map(int, hosts.share(str(program_bytes(guess)))))) * _GPU_SHARE)
+
+    def _largest(self, budget: float, *, rounded: bool = False) -> CacheShape:
+        """The largest cache that takes no more than this many bytes, up to the context in each slot.
+
+        ``rounded``: if it has less, to a number of pages with three binary digits before its zeros. What is free changes from process to
+        process, and with it programs that could have been loaded would be compiled.
+        """
         block = PAGE_SIZE * self._ranks
-        least, most = 1, self._slots * -(-self._placement.config.max_position_embeddings // block)
+        least, most = 1, (whole := self._slots * -(-self._placement.config.max_position_embeddings // block))
         if self._bytes(self._holding(block)) > budget:
             raise ValueError(
                 f"a KV cache of {block} tokens takes {self._bytes(self._holding(block)) / 1e9:.1f} GB, and may take {budget / 1e9:.1f} GB "
@@ -55,6 +71,8 @@ class CacheMemory:
         while least < most:
             middle = (least + most + 1) // 2
             least, most = (middle, most) if self._bytes(self._holding(middle * block)) <= budget else (least, middle - 1)
+        if rounded and least < whole:
+            least -= least % (1 << max(0, least.bit_length() - 3))
         return self._holding(least * block)
 
     def abstract(self, shape: CacheShape) -> Resident:
@@ -81,9 +99,21 @@ class CacheMemory:
 
 
 def own_available_bytes(device: jax.Device, weights: Iterable[Array]) -> float:
-    """What this process's device has beside the weights."""
+    """What this process's device has beside the weights; on a CPU, whose memory has them already, what is free."""
     if device.platform == "cpu":
-        held = sum(shard.data.nbytes for leaf in weights for shard in leaf.addressable_shards)
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") - held
+        return free_bytes()
     held = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in weights)
     return (device.memory_stats() or {}).get("bytes_limit", math.inf) - held
+
+
+def free_bytes(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that the machine, or the container if it has a limit, has free or could free; where it does not say, all of its memory."""
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):
+        said = re.search(r"^MemAvailable: *(\d+) kB$", meminfo.read_text(), re.MULTILINE)
+        free = free if said is None else int(said[1]) * 1024
+    with contextlib.suppress(OSError, ValueError):  # no limit is "max"
+        limit, used = (int((cgroup / f"memory.{name}").read_text()) for name in ("max", "current"))
+        files = re.search(r"^inactive_file (\d+)$", (cgroup / "memory.stat").read_text(), re.MULTILINE)
+        free = min(free, limit - used + (0 if files is None else int(files[1])))
+    return free

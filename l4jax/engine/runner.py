@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from l4jax.cache import PAGE_SIZE, CacheShape, PageTables
-from l4jax.compiled import Call, Folder
+from l4jax.compiled import Call, Folder, ProgramInfo
 from l4jax.decoding.params import SamplingParams
 from l4jax.decoding.slots import SlotTokens
 from l4jax.engine.memory import CacheMemory
@@ -81,11 +81,7 @@ class Runner:
     def start(self, memory: CacheMemory, shape: CacheShape) -> None:
         """Allocate the cache, empty, with every slot free; what there was is lost. Raises ValueError if there is not enough memory."""
         self.stop()  # freed before the new one is allocated
-        self._shape = shape
-        tokens, chunk = self.config.max_position_embeddings, self.config.attention_chunk_size
-        full_width = min(shape.full_pages, -(-tokens // (PAGE_SIZE * self._ranks)))
-        local_width = 1 if chunk is None else -(-min(chunk, tokens) // PAGE_SIZE)
-        self._tables = SlotTables(shape.slots * self._data, full_width, local_width)
+        self.lay_out(shape)
         try:
             self._resident = Resident.empty(memory.abstract(shape))
         except jax.errors.JaxRuntimeError as error:
@@ -93,6 +89,15 @@ class Runner:
                 raise
             held = shape.full_pages * PAGE_SIZE * self._ranks * self._data
             raise ValueError(f"there is no memory for a KV cache of {held} tokens; set a lower kv_tokens, or max_batch") from error
+
+    def lay_out(self, shape: CacheShape) -> None:
+        """Make calls for a cache of this size."""
+        self._shape = shape
+        tokens, chunk = self.config.max_position_embeddings, self.config.attention_chunk_size
+        full_width = min(shape.full_pages, -(-tokens // (PAGE_SIZE * self._ranks)))
+        local_width = 1 if chunk is None else -(-min(chunk, tokens) // PAGE_SIZE)
+        self._tables = SlotTables(shape.slots * self._data, full_width, local_width)
+        self._ready.clear()
 
     def stop(self) -> None:
         """Free the cache."""
@@ -108,12 +113,12 @@ class Runner:
         """Whether programs of this step's sizes have been used or prepared before; if not, dispatching it may compile them."""
         return all(_sizes(part) in self._ready for part in (step.prefill, step.burst) if part is not None)
 
-    def prepare(self, part: Prefill | BurstStep, padding: tuple[int, bool] | None = None) -> None:
-        """Compile, or load, the program for a part of a step; ``padding`` as in :meth:`prefill_call`."""
-        resident = self.resident
+    def prepare(self, part: Prefill | BurstStep, resident: Resident, padding: tuple[int, bool] | None = None) -> ProgramInfo:
+        """Compile, or load, the program for a part of a step; ``padding`` as in :meth:`prefill_call`. ``resident`` may be abstract."""
         call = self.prefill_call(part, resident, padding=padding) if isinstance(part, Prefill) else self.burst_call(part, resident)
-        call.prepare()
+        info = call.prepare()
         self._ready.add(_sizes(part))
+        return info
 
     def dispatch(self, step: Step, requests: Mapping[int, Request]) -> Dispatched:
         """Dispatch a step, in the order that :class:`Step` gives. ``requests``: those that it names."""

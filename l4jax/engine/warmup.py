@@ -8,17 +8,29 @@ from collections.abc import Callable, Iterator
 from l4jax.engine.options import Options
 from l4jax.engine.runner import Runner
 from l4jax.engine.step import Burst, Plan, Prefill
+from l4jax.program_inputs import Resident
 
 
-def warm_ups(runner: Runner, options: Options, longest: int) -> Iterator[Callable[[], None]]:
+def warm_ups(runner: Runner, options: Options, longest: int) -> Iterator[Callable[[], object]]:
     """What to call, for requests of up to ``longest`` tokens: each makes one program ready."""
     for call in runner.small_calls():
         yield call.prepare
     for prefill in prefills(options):
         for padding in runner.spreads(prefill.length, longest):
-            yield functools.partial(runner.prepare, prefill, padding)
+            yield functools.partial(runner.prepare, prefill, runner.resident, padding)
     for burst in bursts(options, longest):
-        yield functools.partial(runner.prepare, burst)
+        yield functools.partial(runner.prepare, burst, runner.resident)
+
+
+def program_bytes(runner: Runner, options: Options, resident: Resident, longest: int) -> int:
+    """Bytes on a device that programs need beside weights and cache: the code of all, and what the largest ones compute at a time."""
+    kinds = [[prefill for prefill in prefills(options) if prefill.scores is scores] for scores in (False, True)]
+    largest = [max(kind, key=lambda prefill: len(prefill.rows) * prefill.length) for kind in kinds]
+    infos = [runner.prepare(prefill, resident, runner.spreads(prefill.length, longest)[-1]) for prefill in largest]
+    slots = options.slots * options.data_ranks
+    infos += [runner.prepare(burst, resident) for burst in bursts(options, longest) if len(burst.rows) == slots]
+    programs = sum(map(len, kinds)) + len(list(bursts(options, longest)))
+    return max(info.temporaries + info.results for info in infos) + max(info.code for info in infos) * programs
 
 
 def prefills(options: Options) -> Iterator[Prefill]:

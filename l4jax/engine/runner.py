@@ -56,6 +56,7 @@ class Runner:
         self._beyond = speculator.beyond if speculator else None
         self._plans = speculator.plans()[0] if speculator else {}
         self._resident: Resident | None = None
+        self._shape = CacheShape(0, 0, 0)
         self._ready: set[tuple[object, ...]] = set()
 
     @property
@@ -92,12 +93,13 @@ class Runner:
 
     def lay_out(self, shape: CacheShape) -> None:
         """Make calls for a cache of this size."""
+        if shape != self._shape:
+            self._ready.clear()
         self._shape = shape
         tokens, chunk = self.config.max_position_embeddings, self.config.attention_chunk_size
         full_width = min(shape.full_pages, -(-tokens // (PAGE_SIZE * self._ranks)))
         local_width = 1 if chunk is None else -(-min(chunk, tokens) // PAGE_SIZE)
         self._tables = SlotTables(shape.slots * self._data, full_width, local_width)
-        self._ready.clear()
 
     def stop(self) -> None:
         """Free the cache."""

@@ -54,10 +54,10 @@ def load(
 
     At most ``max_batch`` prompts are decoded together (default: 8 for each rank along ``data``), and others wait. ``kv_tokens``: tokens
     that the KV cache holds, of all requests together (default: ``max_batch`` times the context, but no more than fits in a quarter of a
-    machine's memory beside the weights, or in nine tenths of a GPU's). ``prefill_lengths``: prompts are computed in pieces, padded to one
-    of these lengths (default: 32, 128 and 512 for each rank that shares their tokens).
+    machine's free memory, or in what weights and programs leave of a GPU's). ``prefill_lengths``: prompts are computed in pieces, padded
+    to one of these lengths (default: 32, 128 and 512 for each rank that shares their tokens).
     ``ring_hardware``: how fast devices compute and send, which decides between the rings (``sharding.select``). Compiled programs are
-    kept on disk between processes, unless JAX's own setting says where, or that they are not.
+    kept in the user's cache from one process to the next, unless JAX's own compilation cache is configured.
     """
     arguments.check_words(dtype, speculation)
     arguments.check_kind("the checkpoint", path, str | os.PathLike, "the path of a folder that l4jax convert made")

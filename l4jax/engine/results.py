@@ -97,7 +97,7 @@ class Dispatched:
                 results[i] = RowResult()
             else:
                 results[i] = RowResult((int(token_B[i]),), ended=bool(done_B[i]))
-                outputs[row.request] = RowOutput(self._logprobs(row, jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], logprobs)))
+                outputs[row.request] = RowOutput(self._logprobs(row, logprobs, slice(i, i + 1)))
         return tuple(results)
 
     def _read_scores(self, outputs: dict[int, RowOutput]) -> tuple[RowResult | None, ...]:
@@ -114,10 +114,9 @@ class Dispatched:
                 continue
             length = len(row.tokens)
             if wanted[i]:
-                own = jax.tree.map(lambda leaf, i=i, length=length: leaf[i, :length], logprobs)
-                finite = np.isfinite(own.top_Bj).all()
-                followed = jax.tree.map(lambda leaf, length=length, last=row.last: leaf[: length - last], own)
-                outputs[row.request] = RowOutput(logprobs=self._logprobs(row, followed))
+                assert logprobs is not None
+                finite = np.isfinite(logprobs.top_Bj[i, :length]).all()
+                outputs[row.request] = RowOutput(logprobs=self._logprobs(row, logprobs, (i, slice(length - row.last))))
             else:
                 assert logits_BTV is not None
                 own_TV = logits_BTV[i, :length].copy()
@@ -132,23 +131,26 @@ class Dispatched:
         rows = self.step.rows
         token_sB, done_B, logprobs, counted = jax.device_get(self.to_read[1])
         results: list[RowResult | None] = [None] * len(rows)
+        drawn_sB = token_sB != -1
+        count_B = np.where(drawn_sB.all(axis=0), len(token_sB), drawn_sB.argmin(axis=0)).tolist()
+        done, columns = done_B.tolist(), token_sB.T.tolist()
         for i, row in enumerate(rows):
             if row is None:
                 continue
-            own = token_sB[:, i]
-            count = int((own != -1).argmin()) if (own == -1).any() else len(own)
-            tokens = tuple(own[:count].tolist())
+            tokens = tuple(columns[i][: count_B[i]])
             failed = NOT_FINITE in tokens
-            results[i] = RowResult(failed=True) if failed else RowResult(tokens, ended=bool(done_B[i]))
+            results[i] = RowResult(failed=True) if failed else RowResult(tokens, ended=done[i])
             if not failed:
-                own_logprobs = self._logprobs(row, jax.tree.map(lambda leaf, i=i, count=count: leaf[:count, i], logprobs))
-                outputs[row.request] = RowOutput(own_logprobs, NO_ROUNDS if counted is None else _rounds(counted, i))
+                rounds = NO_ROUNDS if counted is None else _rounds(counted, i)
+                outputs[row.request] = RowOutput(self._logprobs(row, logprobs, (slice(count_B[i]), i)), rounds)
         return tuple(results)
 
-    def _logprobs(self, row: PieceRow | BurstRow, own: Logprobs | None) -> list[TokenLogprob] | None:
+    def _logprobs(self, row: PieceRow | BurstRow, every: Logprobs | None, index: Any) -> list[TokenLogprob] | None:
+        """Those at this index, which are the row's."""
         wanted = self.wanted[row.request]
-        if wanted is None or own is None:
+        if wanted is None or every is None:
             return None
+        own: Logprobs = jax.tree.map(lambda leaf: leaf[index], every)
         listed = zip(own.chosen_B.tolist(), own.top_id_Bj[:, :wanted].tolist(), own.top_Bj[:, :wanted].tolist(), strict=True)
         return [TokenLogprob(chosen, tuple(zip(ids, values, strict=True))) for chosen, ids, values in listed]
 

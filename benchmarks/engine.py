@@ -2,6 +2,7 @@
 
     python benchmarks/engine.py [--against FOLDER] [--loads single full mixed prefix] [--turns 5] [--dtype bfloat16] [--new-tokens 64]
     python benchmarks/engine.py --host [--turns 5]
+    python benchmarks/engine.py --start [--requests 2000]
 
 ``--against``: another checkout of l4jax, which takes turns with this one: a process each, in the same environment. The median of its
 times is divided by the median of ours, and the tokens are compared. Prompts are random tokens, greedy, 8 rows, without speculation:
@@ -14,6 +15,9 @@ times is divided by the median of ours, and the tokens are compared. Prompts are
 results takes none. ``ours`` is measured with programs that return at once what they returned before; the rest is dispatch. The model is as
 deep as SmolLM2, so that dispatching has as much to do, but narrow: on a CPU the thread that dispatches may compute too, and it counts as
 dispatch here.
+
+``--start``: seconds from the start of a process until all programs for 16 rows and the drafter are ready, the first time and the second;
+then how often JAX compiles while random requests with every setting of sampling are answered.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -177,6 +182,65 @@ def host(turns: int) -> None:
         )
 
 
+def start(requests: int) -> None:
+    """Print how long a cold and a warm start take, and how often JAX compiles afterwards."""
+    from l4jax.smollm2 import ensure_checkpoint
+
+    checkpoint = ensure_checkpoint()
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {**os.environ, "XDG_CACHE_HOME": cache, "JAX_PLATFORMS": "cpu"}
+        for number in (0, requests):
+            command = [sys.executable, str(Path(__file__).resolve()), "--started", str(checkpoint), "--requests", str(number)]
+            begun = time.time()
+            subprocess.run([*command, "--begun", str(begun)], env=environment, check=True)
+
+
+def started(checkpoint: str, begun: float, requests: int) -> None:
+    """In a new process: make all programs ready, then answer requests."""
+    import jax
+    import numpy as np
+
+    import l4jax
+
+    compiled: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, _, **__: compiled.append(event) if "backend_compile" in event else None
+    )
+    llm = l4jax.load(checkpoint, max_batch=16, kv_tokens=16 * 1024)
+    llm.warmup()
+    print(f"{len(llm.programs())} programs ready after {time.time() - begun:.1f} s; JAX compiled {len(compiled)} times", flush=True)
+    compiled.clear()
+    rng = np.random.default_rng(0)
+    answered = 0
+    while answered < requests:
+        count = min(requests - answered, int(rng.integers(1, 33)))
+        prompts = [rng.integers(0, llm.config.vocab_size, int(rng.integers(1, 60))).tolist() for _ in range(count)]
+        params = [
+            l4jax.SamplingParams(
+                max_tokens=int(rng.integers(1, 8)),
+                temperature=float(rng.choice([0.0, 0.8])),
+                top_k=int(rng.choice([0, 5])),
+                top_p=float(rng.choice([1.0, 0.9])),
+                min_p=float(rng.choice([0.0, 0.1])),
+                repetition_penalty=float(rng.choice([1.0, 1.2])),
+                presence_penalty=float(rng.choice([0.0, 0.5])),
+                frequency_penalty=float(rng.choice([0.0, 0.5])),
+                logit_bias={int(token): 1.0 for token in rng.integers(0, 1000, int(rng.integers(0, 12)))},
+                stop_token_ids=rng.integers(0, 1000, int(rng.integers(0, 12))).tolist(),
+                stop=["e"] if rng.random() < 0.2 else [],
+                ignore_eos=bool(rng.integers(2)),
+                logprobs=None if rng.random() < 0.7 else int(rng.integers(0, 21)),
+                seed=int(rng.integers(1 << 31)),
+            )
+            for _ in range(count)
+        ]
+        if rng.random() < 0.1:
+            llm.score(prompts, top=3)
+        answered += len(llm.generate(prompts, params))
+    if requests:
+        print(f"{answered} random requests; JAX compiled {len(compiled)} times", flush=True)
+
+
 def machine() -> Iterator[str]:
     """Lines that say what this ran on."""
     import jax
@@ -194,15 +258,24 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--new-tokens", type=int, default=64, help="of single and full (default: %(default)s)")
     parser.add_argument("--host", action="store_true", help="measure what the host does for a token instead")
+    parser.add_argument("--start", action="store_true", help="measure how long all programs take to be ready instead")
+    parser.add_argument("--requests", type=int, default=2000, help="with --start (default: %(default)s)")
+    parser.add_argument("--started", help=argparse.SUPPRESS)
+    parser.add_argument("--begun", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         work(arguments.dtype, arguments.new_tokens)
         return
+    if arguments.started:
+        started(arguments.started, arguments.begun, arguments.requests)
+        return
     for line in machine():
         print(line)
     if arguments.host:
         host(arguments.turns)
+    elif arguments.start:
+        start(arguments.requests)
     else:
         compare(arguments)
 

@@ -61,8 +61,9 @@ class Commands:
         if self.decides:
             self._broadcast.send(text)
         elif text != command.text:
-            what = "would dispatch another step" if json.loads(text)[2] != json.loads(command.text)[2] else "scheduler has another state"
-            hosts.end_drifted(f"its {what} in iteration {self._count}")
+            same_steps = json.loads(text)[2] == json.loads(command.text)[2]
+            what = "its scheduler has another state" if same_steps else "it would dispatch another step"
+            hosts.end_drifted(f"{what} in iteration {self._count}")
 
 
 def _checksum(step: Step) -> int:

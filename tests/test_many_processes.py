@@ -142,7 +142,15 @@ elif process_id == "0":
 else:
     texts.receive()
 """
-# Goes on until it is killed.
+# These two go on until they are killed.
+ANSWERING = """
+llm = l4jax.load(checkpoint, mesh=mesh)
+for i in range(10**6):
+    stream = llm.stream("the dog", l4jax.SamplingParams(max_tokens=400, seed=i, ignore_eos=True))
+    next(stream)
+    open(results, "w").close()
+    list(stream)
+"""
 ENDLESS = """
 import jax  # sums alone: no model is needed to see processes end
 mesh = jax.make_mesh((int(processes),), ("x",))
@@ -311,12 +319,13 @@ def test_a_job_outlives_strangers_names_who_is_stopped_and_ends_with_the_host_of
     assert_all_name(1, ends(processes, 30))
 
 
-def test_when_process_0_is_killed_the_others_end_and_name_its_host(port, tmp_path):
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_one_of_two_is_killed_while_they_answer_the_other_ends_and_names_its_host(talking, port, tmp_path, victim):
     files = [tmp_path / str(i) for i in range(2)]
-    processes = start_all(ENDLESS, 2, "", "", port, files=files)
+    processes = start_all(ANSWERING, 2, talking, "sequence=2", port, files=files)
     wait_for(files, processes)
-    processes[0].send_signal(signal.SIGKILL)
-    assert_all_name(0, ends(processes, 30))
+    processes[victim].send_signal(signal.SIGKILL)
+    assert_all_name(victim, ends(processes, 30))
 
 
 def generate(checkpoint, *options):

@@ -69,7 +69,7 @@ BurstClock.most_steps = 3 if first else 1
 llm = l4jax.load(checkpoint, mesh=mesh)
 engine, steps = llm.engine, []
 dispatch = engine.runner.dispatch
-engine.runner.has_run = lambda _: first
+engine.runner.is_ready_for = lambda _: first
 def dispatched(step, requests):
     steps.append([step.number, step.requests, step.burst and step.burst.steps])
     return dispatch(step, requests)

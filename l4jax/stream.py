@@ -13,7 +13,8 @@ from l4jax.request import Completion
 class Stream(Iterator[str]):
     """Text as it is generated: an iterator of strings, empty ones left out. ``completion`` is set once it has ended.
 
-    Several streams, and other calls, go on together. A stream that is closed, or dropped, is not computed any further.
+    Several streams, and other calls, go on together. A stream that is closed, or dropped, is not computed any further; on
+    several hosts process 0's is the one that counts.
     """
 
     def __init__(self, engine: Engine, handle: Handle) -> None:

@@ -94,7 +94,7 @@ json.dump(found, open(results, "w"))
 # Process 1 has other free pages, shorter bursts, or is not asked for the request at all.
 DRIFT = """
 from l4jax import SamplingParams
-from l4jax.engine import engine as module
+from l4jax.engine import commands
 from l4jax.engine.clock import BurstClock
 llm = l4jax.load(checkpoint, mesh=mesh)
 engine = llm.engine
@@ -106,7 +106,7 @@ if process_id == "1" and drift == "pages":
 if process_id == "1" and drift == "rounds":
     plan = scheduler.next
     scheduler.next = lambda most_steps: plan(1)
-module._ASKED_SECONDS = 1
+commands.ASKED_SECONDS = 1
 if process_id == "0" or drift != "requests":
     engine.add(request)
 while engine.step():

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 import zlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from l4jax.engine.scheduler import Scheduler
 from l4jax.engine.step import Step
@@ -19,6 +20,8 @@ from sharding import hosts
 
 _CHECKED = 64
 """After as many iterations the schedulers' states are compared."""
+ASKED_SECONDS = 60
+"""How much later than process 0 another may be asked for a request."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +53,12 @@ class Commands:
         text = self._broadcast.receive()
         taken_in, most_steps, steps, _ = json.loads(text)
         return Command(taken_in, most_steps, len(steps), text)
+
+    def await_request(self, number: int, asked: Container[int], changed: threading.Condition) -> None:
+        """Wait until this process is asked for a request that process 0 has taken in; end the job if it is not."""
+        with changed:
+            if not changed.wait_for(lambda: number in asked, ASKED_SECONDS):
+                hosts.end_drifted(f"for {ASKED_SECONDS} s it has not been asked for request {number}")
 
     def settle(self, command: Command, steps: Sequence[Step], scheduler: Scheduler) -> None:
         """Before its steps are dispatched: send the command, or end the job if this process would do something else."""

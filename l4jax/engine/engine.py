@@ -23,14 +23,11 @@ from l4jax.engine.step import Step
 from l4jax.engine.warmup import warm_ups
 from l4jax.request import Completion, Request, TokenLogprob
 from l4jax.text.tokenizer import Tokenizer
-from sharding import hosts
 
 NOT_FINITE_ADVICE = (
     "the model's logits are not finite; expected numbers, not NaN or infinity: its values overflow (float16 does first: load with "
     'dtype="float32" or "bfloat16"), or its weights are damaged (`l4jax show --verify` checks them)'
 )
-_ASKED_SECONDS = 60
-"""On several hosts: how much later than process 0 a process may be asked for a request."""
 Planned = tuple[Step, dict[int, Request]]
 """A step that is to be dispatched, and the requests that it names."""
 
@@ -76,7 +73,10 @@ class Handle:
         return self._logprobs
 
     def cancel(self) -> None:
-        """End it, unless it has ended. May be called from any thread; whoever drives the engine next computes nothing more for it."""
+        """End it, unless it has ended. May be called from any thread; whoever drives the engine next computes nothing more for it.
+
+        On several hosts it ends, in all of them, when process 0 calls this; another's call does nothing.
+        """
         if not self.over:
             self._engine.cancel(self)
 
@@ -239,17 +239,12 @@ class Engine:
         command = self._commands.begin(self._calls, self._clock.most_steps)
         for number in command.calls:
             if number > 0:
-                self._scheduler.add(self._asked(number)._sequence)
+                self._commands.await_request(number, self._handles, self._turn)
+                self._scheduler.add(self._handles[number]._sequence)
             elif (handle := self._handles.get(-number)) is not None:
                 self._scheduler.cancel(handle._sequence)
                 self._end(handle, RuntimeError("this request was cancelled"))
         return command
-
-    def _asked(self, number: int) -> Handle:
-        with self._turn:
-            if not self._turn.wait_for(lambda: number in self._handles, _ASKED_SECONDS):
-                hosts.end_drifted(f"for {_ASKED_SECONDS} s it has not been asked for request {number}")
-            return self._handles[number]
 
     def _plan(self, command: Command) -> list[Planned]:
         """The steps to dispatch now."""

@@ -8,21 +8,19 @@ from collections.abc import Iterator
 from l4jax.engine.engine import Engine, Handle
 from l4jax.interrupts import kept_interrupts
 from l4jax.request import Completion
-from sharding import hosts
 
 
 class Stream(Iterator[str]):
     """Text as it is generated: an iterator of strings, empty ones left out. ``completion`` is set once it has ended.
 
-    Several streams, and other calls, go on together. A stream that is closed, or dropped, is not computed any further; on several
-    hosts a dropped one is, for they may not drop it at the same moment.
+    Several streams, and other calls, go on together. A stream that is closed, or dropped, is not computed any further; on
+    several hosts process 0's is the one that counts.
     """
 
     def __init__(self, engine: Engine, handle: Handle) -> None:
         self._engine = engine
         self._handle = handle
-        if hosts.process_count() == 1:
-            weakref.finalize(self, handle.cancel).atexit = False
+        weakref.finalize(self, handle.cancel).atexit = False
 
     @property
     def completion(self) -> Completion | None:

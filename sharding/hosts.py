@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
-import itertools
 import json
 import operator
 import os
@@ -22,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 
@@ -35,22 +34,23 @@ from sharding.rendezvous import Arrival, Rendezvous, check_alone, check_in
 from sharding.words import counted
 
 _EXCHANGE_SECONDS = 3600
+_APART_SECONDS = 30
+"""How long a process may stay in another call than process 0, which a thread of its own may make a little later."""
+_BLOCK = 64
+"""Texts that are deleted together, once all have read them."""
 # When JAX's own timeout expires it aborts the process; ours raises an exception, and expires first.
 _NEVER_SECONDS = 10**6
 _COORDINATOR = "HOST:PORT of process 0, as in gpu-01:8476, or auto"
 
-_exchanges = itertools.count()
-
 
 @dataclasses.dataclass
 class _Group:
-    """The processes that have joined: the host of each, and this one's monitor if there are others."""
+    """The processes that have joined: the host of each, this one's monitor if there are others, and what they have told each other."""
 
     hosts: list[str]
     monitor: subprocess.Popen[str] | None = None
-
-
-_group = _Group([socket.gethostname()])
+    exchanges: int = 0
+    broadcasts: list[Broadcast] = dataclasses.field(default_factory=list)
 
 
 def join(coordinator: str, processes: int | None = None, process_id: int | None = None, *, timeout_seconds: float = 300) -> None:
@@ -110,12 +110,54 @@ def share(value: str) -> list[str]:
     client = global_state.client
     if client is None:
         return [value]
-    exchange = next(_exchanges)
+    exchange = _group.exchanges
     client.key_value_set(f"l4jax/{exchange}/{process_id()}", value)
-    values = [client.blocking_key_value_get(f"l4jax/{exchange}/{i}", _EXCHANGE_SECONDS * 1000) for i in range(process_count())]
+    _group.exchanges += 1
+    values = [_wait_for(f"l4jax/{exchange}/{i}", _unread) for i in range(process_count())]
     # A process that has set a value in this exchange has read all values of the one before.
     client.key_value_delete(f"l4jax/{exchange - 1}/{process_id()}")
     return values
+
+
+class Broadcast:
+    """Texts from process 0 to all others, which read them in order. All processes must make them in the same order.
+
+    Process 0 sends one in 0.2 ms, and waits only for a process that is more than 64 texts behind.
+    """
+
+    def __init__(self) -> None:
+        self._name = f"l4jax/broadcast {len(_group.broadcasts)}"
+        self._count = 0
+        _group.broadcasts.append(self)
+
+    def send(self, text: str) -> None:
+        """As process 0: send the next text."""
+        block, place = divmod(self._count, _BLOCK)
+        if place == 0 and block > 1:
+            for other in range(1, process_count()):
+                _wait_for(f"{self._name}/read/{block - 2}/{other}")
+            _client().key_value_delete(f"{self._name}/sent/{block - 2}")
+            _client().key_value_delete(f"{self._name}/read/{block - 2}")
+        _client().key_value_set(self.next_key, text)
+        self._count += 1
+
+    def receive(self) -> str:
+        """As another process: wait for the next text."""
+        text = _wait_for(self.next_key, _exchange_begun)
+        block, place = divmod(self._count, _BLOCK)
+        self._count += 1
+        if place == _BLOCK - 1:
+            _client().key_value_set(f"{self._name}/read/{block}/{process_id()}", "all")
+        return text
+
+    @property
+    def next_key(self) -> str:
+        """Where the next text is, or will be."""
+        block, place = divmod(self._count, _BLOCK)
+        return f"{self._name}/sent/{block}/{place}"
+
+
+_group = _Group([socket.gethostname()])
 
 
 def check_same(values: Mapping[str, str], advice: str) -> None:
@@ -154,6 +196,55 @@ def end_with_error(status: int) -> None:
             with contextlib.suppress(OSError):
                 _read_monitor()
     os._exit(status)  # JAX would wait for the others
+
+
+def end_drifted(reason: str) -> NoReturn:
+    """End all processes, because this one, not process 0, has noticed that they do not compute the same; each prints one line."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    _tell_monitor(f"{monitor.DRIFTED} {reason}")
+    os._exit(1)
+
+
+def _client() -> Any:
+    assert global_state.client is not None
+    return global_state.client
+
+
+def _wait_for(key: str, other_call: Callable[[], str | None] = lambda: None) -> str:
+    """Wait for a value in the coordinator's store. ``other_call``: what shows, if it stays the same, that process 0 is in another call."""
+    deadline, before = time.monotonic() + _EXCHANGE_SECONDS, None
+    while True:
+        try:
+            return str(_client().blocking_key_value_get(key, _APART_SECONDS * 1000))
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error) or time.monotonic() > deadline:
+                raise
+        before, last = other_call(), before
+        if before is not None and before == last and not _is_set(key):
+            end_drifted(f"for more than {_APART_SECONDS} s it has been in another call of l4jax")
+
+
+def _is_set(key: str) -> bool:
+    try:
+        _client().key_value_try_get(key)
+    except jax.errors.JaxRuntimeError as error:
+        if "NOT_FOUND" not in str(error):
+            raise
+        return False
+    return True
+
+
+def _unread() -> str | None:
+    """A text that process 0 has sent, and that this one, in :func:`share`, has not read."""
+    others = [] if process_id() == 0 else _group.broadcasts
+    return next((each.next_key for each in others if _is_set(each.next_key)), None)
+
+
+def _exchange_begun() -> str | None:
+    """The call of :func:`share` in which process 0 waits, and this one does not."""
+    key = f"l4jax/{_group.exchanges}/0"
+    return key if _is_set(key) else None
 
 
 def _waiting_time(timeout_seconds: float) -> float:

@@ -34,6 +34,9 @@ GRACE_SECONDS = 3.0
 DONE, FAILED = "done", "failed"
 """The watched process's last word: it has finished, or it ends with an error that it has shown."""
 
+DRIFTED = "drifted"
+"""Begins the last word of a process that computes something else than process 0; the reason follows."""
+
 READY = "ready"
 """What a monitor tells its process once it is connected: process 0's monitor to all others, any other monitor to process 0's."""
 
@@ -195,7 +198,14 @@ class Monitor:
             _tell(_ALONE)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._gone.wait(), max(1.0, started + GRACE_SECONDS - time.monotonic()))
-        if first != me and self._last_word != FAILED:
+        word, _, reason = how.partition(" ")
+        if word == DRIFTED:
+            _warn(
+                f"error: process {first} (host {hosts[first]}) has drifted from process 0 (host {hosts[0]}): {reason}; every process must "
+                "make the same calls with the same arguments; if they do, this is a fault of l4jax: please report it; "
+                f"process {me} (host {hosts[me]}) stops"
+            )
+        elif first != me and self._last_word != FAILED:
             what = "died" if how == _DIED else "stopped with an error"
             _warn(f"error: process {first} (host {hosts[first]}) {what}; process {me} (host {hosts[me]}) stops")
         if not self._gone.is_set():

@@ -12,6 +12,7 @@ import pytest
 
 from l4jax import LLM, SamplingParams, load
 from l4jax.answer import Answer, NewTokens
+from l4jax.engine.clock import BurstClock
 from l4jax.engine.runner import Runner
 from l4jax.engine.step import Results, RowResult
 from l4jax.program_inputs import Resident
@@ -452,11 +453,11 @@ def test_stats_say_when_the_first_token_came_and_how_fast_the_others():
 
 def test_a_burst_takes_no_longer_than_it_may(scout):
     """As far as the last one tells; before the first there is nothing to go by, and it is short."""
-    engine = LLM(scout.config, scout.weights).engine
-    assert engine._most_steps() == 4
+    clock = LLM(scout.config, scout.weights).engine._clock
+    assert clock.most_steps == 4
     for seconds, steps in ((0.02, 5), (0.008, 12), (3.0, 1)):
-        engine._round_seconds = seconds
-        assert engine._most_steps() == steps
+        clock._round_seconds = seconds
+        assert clock.most_steps == steps
 
 
 def test_an_answers_first_token_does_not_wait_until_its_second_is_compiled(scout):
@@ -469,13 +470,12 @@ def test_an_answers_first_token_does_not_wait_until_its_second_is_compiled(scout
     assert handle.completion.token_ids == scout.generate([[1, 2, 3]], greedy(9))[0].token_ids
 
 
-def test_a_slow_reader_does_not_shorten_bursts(scout, monkeypatch):
+def test_a_slow_reader_does_not_shorten_bursts(monkeypatch):
     """Results that were there before they were asked for say only that the burst took no longer."""
-    engine = LLM(scout.config, scout.weights).engine
-    monkeypatch.setattr("l4jax.engine.engine.time", types.SimpleNamespace(perf_counter=lambda: 10.0))
-    engine._last_read, engine._round_seconds = 2.0, 0.5
+    monkeypatch.setattr("l4jax.engine.clock.time", types.SimpleNamespace(perf_counter=lambda: 10.0))
+    clock = BurstClock("cpu", 4)
     results, begun = Results(burst=(RowResult((1, 2, 3, 4)), None)), 1.0
     for waited, before, after in ((False, 0.0, 0.0), (False, 0.5, 0.5), (False, 3.0, 2.0), (True, 0.5, 2.0)):
-        engine._round_seconds = before
-        engine._measure(results, {}, begun, waited=waited)
-        assert engine._round_seconds == after
+        clock._last_read, clock._round_seconds = 2.0, before
+        clock.measure(results, {}, begun, waited=waited)
+        assert clock._round_seconds == after

@@ -59,7 +59,98 @@ completions = llm.generate(PROMPTS, PARAMS)
 found = {"tokens": [c.token_ids for c in completions], "seed": np.uint64(completions[-1].seed)}
 np.savez(results, *logits, refused=refused, **found)
 """
-# Goes on until it is killed.
+# Clocks, holds, cancels and dropped streams differ: those of process 0 count.
+COMMANDED = """
+import json
+from l4jax import SamplingParams
+from l4jax.engine.clock import BurstClock
+first = process_id == "0"
+BurstClock.most_steps = 3 if first else 1
+llm = l4jax.load(checkpoint, mesh=mesh)
+engine, steps = llm.engine, []
+dispatch = engine.runner.dispatch
+engine.runner.is_ready_for = lambda _: first
+def dispatched(step, requests):
+    steps.append([step.number, step.requests, step.burst and step.burst.steps])
+    return dispatch(step, requests)
+engine.runner.dispatch = dispatched
+params = SamplingParams(max_tokens=240, ignore_eos=True, temperature=0)
+stream, dropped = llm.stream("the dog", params), llm.stream("the cat", params)
+begun = next(stream) + next(dropped)
+joined = llm.add([1, 2, 3], params)
+while len(joined.tokens) < 5:
+    llm.step()
+ended = [dropped._handle, joined]
+if first:
+    joined.cancel()
+    del dropped
+rest = list(stream)
+while llm.step():
+    pass
+found = {"text": stream.completion.text, "begun": begun, "rest": rest, "steps": steps, "iterations": engine._commands._count}
+found["ended"] = [[handle.over, str(handle.error), handle.tokens] for handle in ended]
+json.dump(found, open(results, "w"))
+"""
+# Process 1 has other free pages, shorter bursts, or is not asked for the request at all.
+DRIFT = """
+from l4jax import SamplingParams
+from l4jax.engine import commands
+from l4jax.engine.clock import BurstClock
+llm = l4jax.load(checkpoint, mesh=mesh)
+engine = llm.engine
+scheduler, request = engine._scheduler, llm.requests.request([1, 2, 3], SamplingParams(max_tokens=100, ignore_eos=True, seed=0))
+if drift == "pages":
+    BurstClock.most_steps = 1
+if process_id == "1" and drift == "pages":
+    scheduler.ranks[0].pool.full._free.reverse()
+if process_id == "1" and drift == "rounds":
+    plan = scheduler.next
+    scheduler.next = lambda most_steps: plan(1)
+commands.ASKED_SECONDS = 1
+if process_id == "0" or drift != "requests":
+    engine.add(request)
+while engine.step():
+    pass
+"""
+BROADCAST = """
+import json, time
+from sharding import hosts
+texts, sent = hosts.Broadcast(), 300
+begun = time.monotonic()
+if process_id == "0":
+    for i in range(sent):
+        texts.send(str(i))
+    found = time.monotonic() - begun
+else:
+    time.sleep(2)  # process 0 waits before it is 128 texts ahead
+    found = [texts.receive() for _ in range(sent)]
+hosts.share("all have sent and read")
+kept = [key for key, _ in hosts._client().key_value_dir_get("l4jax/broadcast 0/")]
+json.dump([found, len(kept)], open(results, "w"))
+"""
+# Each in another call.
+APART = """
+import time
+from sharding import hosts
+hosts._APART_SECONDS = 1
+texts = hosts.Broadcast()
+if {swapped} == int(process_id):
+    hosts.share("asked")
+elif process_id == "0":
+    texts.send("a step")
+    time.sleep(600)  # the devices wait for those of process 1
+else:
+    texts.receive()
+"""
+# These two go on until they are killed.
+ANSWERING = """
+llm = l4jax.load(checkpoint, mesh=mesh)
+for i in range(10**6):
+    stream = llm.stream("the dog", l4jax.SamplingParams(max_tokens=400, seed=i, ignore_eos=True))
+    next(stream)
+    open(results, "w").close()
+    list(stream)
+"""
 ENDLESS = """
 import jax  # sums alone: no model is needed to see processes end
 mesh = jax.make_mesh((int(processes),), ("x",))
@@ -103,6 +194,14 @@ def checkpoint(tmp_path_factory):
     manifest = folder / "scout_other" / "checkpoint.json"
     manifest.write_text(manifest.read_text().replace('"source_format": "', '"source_format": "another '))
     return folder / "scout"
+
+
+@pytest.fixture(scope="module")
+def talking(tmp_path_factory):
+    """A shallow dense model with a tokenizer."""
+    tokenizer = small.backend()
+    config = shallow(llama3_like(vocab_size=tokenizer.get_vocab_size(), max_position_embeddings=512))
+    return save(tmp_path_factory.mktemp("talking"), config, {"tokenizer.json": tokenizer.to_str()})
 
 
 @pytest.fixture
@@ -220,12 +319,13 @@ def test_a_job_outlives_strangers_names_who_is_stopped_and_ends_with_the_host_of
     assert_all_name(1, ends(processes, 30))
 
 
-def test_when_process_0_is_killed_the_others_end_and_name_its_host(port, tmp_path):
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_one_of_two_is_killed_while_they_answer_the_other_ends_and_names_its_host(talking, port, tmp_path, victim):
     files = [tmp_path / str(i) for i in range(2)]
-    processes = start_all(ENDLESS, 2, "", "", port, files=files)
+    processes = start_all(ANSWERING, 2, talking, "sequence=2", port, files=files)
     wait_for(files, processes)
-    processes[0].send_signal(signal.SIGKILL)
-    assert_all_name(0, ends(processes, 30))
+    processes[victim].send_signal(signal.SIGKILL)
+    assert_all_name(victim, ends(processes, 30))
 
 
 def generate(checkpoint, *options):
@@ -237,11 +337,8 @@ def together(port, process_id, processes=2, timeout=60):
     return "--coordinator", f"127.0.0.1:{port}", "--processes", processes, "--process-id", process_id, "--coordinator-timeout", timeout
 
 
-def test_the_command_line_prints_the_text_once(port, tmp_path):
+def test_the_command_line_prints_the_text_once(talking, port):
     """The prompt is what process 0 reads, without the newline at its end."""
-    tokenizer = small.backend()
-    config = shallow(llama3_like(vocab_size=tokenizer.get_vocab_size()))
-    talking = save(tmp_path / "talking", config, {"tokenizer.json": tokenizer.to_str()})
     options = "--mesh", "tensor=1,sequence=2", "--max-tokens", 12, "-p", "-"
     processes = [start(generate(talking, *options, *together(port, i)), stdin=subprocess.PIPE) for i in range(2)]
     for process, text in zip(processes, ("the dog\n", ""), strict=True):
@@ -253,6 +350,60 @@ def test_the_command_line_prints_the_text_once(port, tmp_path):
     (expected,) = load(talking).generate("the dog", SamplingParams(max_tokens=12, temperature=0.0))
     assert first[1] == f"{expected.text}\n" and "12 tokens, " in first[2]
     assert second[1] == "" and "tokens/s" not in second[2]
+
+
+def test_process_0_decides_for_all(talking, port, tmp_path):
+    """How long bursts are, what is held until the step before it is read, who is cancelled, and which stream is dropped."""
+    files = [tmp_path / str(i) for i in range(2)]
+    for status, _, errors in ends(start_all(COMMANDED, 2, talking, "sequence=2", port, files=files), 300):
+        assert status == 0, errors
+    first, second = (json.loads(file.read_text()) for file in files)
+    assert first == second and first["iterations"] > 64  # the schedulers' states were compared
+    assert {rounds for *_, rounds in first["steps"]} == {None, 3}
+    (expected,) = load(talking).generate("the dog", SamplingParams(max_tokens=240, temperature=0.0, ignore_eos=True))
+    assert first["text"] == expected.text and expected.text.endswith("".join(first["rest"]))
+    for over, error, tokens in first["ended"]:
+        assert over and error == "this request was cancelled" and len(tokens) < 60
+
+
+@pytest.mark.parametrize(
+    ("drift", "reason"),
+    [
+        ("pages", "its scheduler has another state in iteration 64"),
+        ("rounds", r"it would dispatch another step in iteration \d"),
+        ("requests", "for 1 s it has not been asked for request 1"),
+    ],
+)
+def test_a_drifted_job_ends_and_both_hosts_are_named(talking, port, tmp_path, drift, reason):
+    processes = start_all(f"drift = {drift!r}\n" + DRIFT, 2, talking, "sequence=2", port, files=[tmp_path / str(i) for i in range(2)])
+    assert_drifted(ends(processes, 120), reason)
+
+
+def assert_drifted(outcomes, reason):
+    process = [f"process {i} (host {HOST})" for i in range(2)]
+    advice = "every process must make the same calls with the same arguments; if they do, this is a fault of l4jax: please report it; "
+    for i, (status, _, errors) in enumerate(outcomes):
+        (line,) = (line for line in errors.splitlines() if line.startswith("l4jax: error: "))
+        assert status != 0 and "Traceback" not in errors
+        beginning, ending = f"l4jax: error: {process[1]} has drifted from {process[0]}: ", f"; {advice}{process[i]} stops"
+        assert line.startswith(beginning) and line.endswith(ending)
+        assert re.fullmatch(reason, line[len(beginning) : -len(ending)])
+
+
+@pytest.mark.parametrize("swapped", [0, 1])
+def test_processes_in_different_calls_end(port, tmp_path, swapped):
+    processes = start_all(APART.format(swapped=swapped), 2, "", "", port, files=[tmp_path / str(i) for i in range(2)])
+    assert_drifted(ends(processes, 60), "for more than 1 s it has been in another call of l4jax")
+
+
+def test_all_read_what_process_0_sends_and_what_was_read_is_deleted(port, tmp_path):
+    files = [tmp_path / str(i) for i in range(3)]
+    for status, _, errors in ends(start_all(BROADCAST, 3, "", "", port, files=files), 60):
+        assert status == 0, errors
+    (seconds, kept), *others = (json.loads(file.read_text()) for file in files)
+    assert seconds > 1.5 and kept < 3 * 64 + 2 * 3
+    for found, _ in others:
+        assert found == [str(i) for i in range(300)]
 
 
 def test_an_uncaught_exception_in_one_ends_the_others(port):

@@ -5,33 +5,31 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from l4jax.answer import NO_ROUNDS, Answer, NewTokens
 from l4jax.cache import CacheShape
+from l4jax.engine.clock import BurstClock
+from l4jax.engine.commands import Command, Commands
 from l4jax.engine.memory import CacheMemory
 from l4jax.engine.options import Options
 from l4jax.engine.results import Dispatched, RowOutput
 from l4jax.engine.runner import Runner
 from l4jax.engine.scheduler import Scheduler
 from l4jax.engine.sequence import Sequence, State
-from l4jax.engine.step import Results, Step
+from l4jax.engine.step import Step
 from l4jax.engine.warmup import warm_ups
 from l4jax.request import Completion, Request, TokenLogprob
 from l4jax.text.tokenizer import Tokenizer
-from sharding import hosts
 
 NOT_FINITE_ADVICE = (
     "the model's logits are not finite; expected numbers, not NaN or infinity: its values overflow (float16 does first: load with "
     'dtype="float32" or "bfloat16"), or its weights are damaged (`l4jax show --verify` checks them)'
 )
-BURST_SECONDS = 0.05
-"""The longest that a burst takes, as far as the last one tells."""
-CPU_BURST_SECONDS = 0.1
-"""The same on CPUs, where preparing a burst takes the cores that compute: 2 ms of two cores for SmolLM2, so shorter ones cost over 3 %."""
-_MANY = 1 << 30
+Planned = tuple[Step, dict[int, Request]]
+"""A step that is to be dispatched, and the requests that it names."""
 
 
 class Handle:
@@ -75,7 +73,10 @@ class Handle:
         return self._logprobs
 
     def cancel(self) -> None:
-        """End it, unless it has ended. May be called from any thread; whoever drives the engine next computes nothing more for it."""
+        """End it, unless it has ended. May be called from any thread; whoever drives the engine next computes nothing more for it.
+
+        On several hosts it ends, in all of them, when process 0 calls this; another's call does nothing.
+        """
         if not self.over:
             self._engine.cancel(self)
 
@@ -93,14 +94,13 @@ class Engine:
         self._tokenizer = tokenizer
         self._scheduler = Scheduler(options)
         self._in_flight: deque[tuple[Dispatched, float]] = deque()
-        self._held: tuple[Step, dict[int, Request]] | None = None  # planned, and not dispatched yet
+        self._held: Planned | None = None  # not dispatched yet
         self._handles: dict[int, Handle] = {}
-        self._calls: deque[tuple[Handle, bool]] = deque()  # to add, or (True) to cancel
+        self._calls: deque[int] = deque()  # requests to add, and negated to cancel
+        self._commands = Commands()
         self._numbers = 0
         self._started = False
-        self._burst_seconds = CPU_BURST_SECONDS if runner.platform == "cpu" else BURST_SECONDS
-        self._round_seconds = 0.0
-        self._last_read = 0.0
+        self._clock = BurstClock(runner.platform, options.short_steps)
         self._turn = threading.Condition()
         self._driver: int | None = None
 
@@ -116,12 +116,17 @@ class Engine:
             self._numbers += 1
             handle = Handle(self, self._numbers, request, self._tokenizer, scores=scores)
             self._handles[handle._number] = handle
-            self._calls.append((handle, False))
+            self._call(handle._number)
+            self._turn.notify_all()
         return handle
 
     def cancel(self, handle: Handle) -> None:
         """End a request; see :meth:`Handle.cancel`."""
-        self._calls.append((handle, True))
+        self._call(-handle._number)
+
+    def _call(self, number: int) -> None:
+        if self._commands.decides:
+            self._calls.append(number)
 
     def run_until(self, over: Callable[[], bool], check: Callable[[], None]) -> None:
         """Drive the engine until ``over()``, calling ``check`` after each step; while another thread drives it, wait for that one."""
@@ -151,7 +156,7 @@ class Engine:
         """Free the cache, unless a request is under way; the next one allocates it again, and no prefix is known then."""
 
         def discard() -> None:
-            self._take_in()
+            self._commands.settle(self._take_in(), [], self._scheduler)
             if not self._handles:
                 self._restart()
 
@@ -207,23 +212,19 @@ class Engine:
         self._held = None
 
     def _advance(self) -> bool:
-        self._take_in()
-        if self._scheduler.idle and not self._in_flight and not self._held:
+        command = self._take_in()
+        planned = self._plan(command)
+        self._commands.settle(command, [step for step, _ in planned], self._scheduler)
+        if not planned and not self._in_flight:
+            assert self._scheduler.idle, "requests wait, and there is nothing to do for any of them"
             return False
         self._start()
-        while (planned := self._held or self._plan()) is not None:
-            # What is in flight is read before a program is compiled: it may be an answer's first token.
-            self._held = planned if self._in_flight and not self.runner.is_ready_for(planned[0]) else None
-            if self._held:
-                break
-            self._in_flight.append((self.runner.dispatch(*planned), time.perf_counter()))
-        assert self._in_flight, "requests wait, and there is nothing to do for any of them"
+        for each in planned:
+            self._in_flight.append((self.runner.dispatch(*each), time.perf_counter()))
         dispatched, sent = self._in_flight.popleft()
         waited = not dispatched.is_ready
         results, outputs = dispatched.read()
-        if dispatched.step.prefill is None:
-            self._measure(results, outputs, sent, waited=waited)
-        self._last_read = time.perf_counter()
+        self._clock.measure(results, outputs, sent, waited=waited)
         for row in dispatched.step.pieces:
             if row is not None and row.first and row.request in self._handles:
                 self._handles[row.request]._logits.clear()
@@ -233,18 +234,34 @@ class Engine:
             self._deliver(handle, news.tokens, outputs.get(news.sequence.request, RowOutput()))
         return True
 
-    def _plan(self) -> tuple[Step, dict[int, Request]] | None:
-        step = self._scheduler.next(self._most_steps())
-        return None if step is None else (step, {number: self._handles[number].request for number in _named(step)})
-
-    def _take_in(self) -> None:
-        while self._calls:
-            handle, cancelled = self._calls.popleft()
-            if not cancelled:
-                self._scheduler.add(handle._sequence)
-            elif not handle.over:
+    def _take_in(self) -> Command:
+        """Take in the calls since the last iteration."""
+        command = self._commands.begin(self._calls, self._clock.most_steps)
+        for number in command.calls:
+            if number > 0:
+                self._commands.await_request(number, self._handles, self._turn)
+                self._scheduler.add(self._handles[number]._sequence)
+            elif (handle := self._handles.get(-number)) is not None:
                 self._scheduler.cancel(handle._sequence)
                 self._end(handle, RuntimeError("this request was cancelled"))
+        return command
+
+    def _plan(self, command: Command) -> list[Planned]:
+        """The steps to dispatch now."""
+        found: list[Planned] = []
+        while (planned := self._held or self._next(command.most_steps)) is not None:
+            # What is in flight is read before a program is compiled: it may be an answer's first token.
+            is_new = bool(self._in_flight or found) and not self.runner.is_ready_for(planned[0])
+            holds = is_new if command.dispatched is None else len(found) == command.dispatched
+            self._held = planned if holds else None
+            if holds:
+                break
+            found.append(planned)
+        return found
+
+    def _next(self, most_steps: int) -> Planned | None:
+        step = self._scheduler.next(most_steps)
+        return None if step is None else (step, {number: self._handles[number].request for number in _named(step)})
 
     def _end(self, handle: Handle, error: Exception | None = None) -> None:
         handle.error, handle.over = error, True
@@ -269,26 +286,6 @@ class Engine:
             if not sequence.scores:
                 handle.completion = answer.completion()
             self._end(handle)
-
-    def _most_steps(self) -> int:
-        """The rounds of a burst that is not too long, few if nothing is known; on several hosts, whose clocks differ, any number."""
-        if hosts.process_count() > 1:
-            return _MANY
-        if self._round_seconds == 0.0:
-            return self.options.short_steps
-        return max(1, int(self._burst_seconds / self._round_seconds))
-
-    def _measure(self, results: Results, outputs: Mapping[int, RowOutput], begun: float, *, waited: bool) -> None:
-        """Take down how long a round of the burst took, from when the devices began it, or less.
-
-        If the results were there before they were asked for (not ``waited``), it took no longer than this.
-        """
-        now = time.perf_counter()
-        rounds = max((output.rounds.rounds for output in outputs.values()), default=0)
-        rounds = rounds or max((len(row.tokens) for row in results.burst if row is not None), default=0)
-        if rounds and (waited or self._round_seconds):
-            seconds = (now - max(begun, self._last_read)) / rounds
-            self._round_seconds = seconds if waited else min(seconds, self._round_seconds)
 
 
 def _named(step: Step) -> set[int]:

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
 import math
+import os
 from collections import Counter, defaultdict
+from pathlib import Path
 
 import pytest
 
 from l4jax import LLM, SamplingParams
 from l4jax.engine.engine import Handle
 from l4jax.engine.step import News, Plan, Results, Step
-from tests.engine.families import CHAIN, FAMILIES, Family, assert_whole, watched
-from tests.tiny import prompts
+from tests.engine.families import CHAIN, FAMILIES, SLOTS, TOKENIZER, Family, assert_whole, watched
+from tests.tiny import prompts, weights, with_options
 
 BAD = 7
 """A token whose embedding is NaN."""
 NAMES = ("llama3", "llama4 in chunks of 16", "llama4 in chunks of 256, with a drafter")
 
 
-def damaged(family: Family) -> LLM:
-    """The family's model and programs; whoever runs the bad token has logits that are not finite. Nothing is drafted: it would be, too."""
-    llm = watched(family.llm, lambda _: None, plans=((1, None),))
+def damaged(llm: LLM) -> LLM:
+    """The same model and programs; whoever runs the bad token has logits that are not finite. Nothing is drafted: it would be, too."""
+    llm = watched(llm, lambda _: None, plans=((1, None),))
     runner = llm.engine.runner
     at, leaves = runner.programs.model.names.index("embed"), list(runner._weights.target)
     leaves[at] = leaves[at].at[BAD].set(math.nan)
@@ -51,7 +55,7 @@ def run(llm: LLM, handles: list[Handle]) -> list[list[int]]:
 def test_a_row_whose_logits_are_not_finite_ends_alone(name: str) -> None:
     """In its first piece, in a later one, and while it decodes; those that have its slot, and its pages, next are as if it had not been."""
     family = FAMILIES[name]
-    llm = damaged(family)
+    llm = damaged(family.llm)
     good = good_prompts(family, (40, 129, 250, 3, 60, 200))
     expected = [family.expected(prompt, params(i)).token_ids for i, prompt in enumerate(good)]
     bad = [
@@ -109,23 +113,64 @@ def sizes(llm: LLM) -> list[int]:
     return [*map(len, held), *named, *(len(pages._free) + len(pages._cached) for pages in pools)]
 
 
-def test_nothing_is_left_of_cancelled_streams() -> None:
-    family = FAMILIES["llama4 in chunks of 16"]
-    llm = watched(family.llm, lambda _: None)
+def memory() -> tuple[int, int]:
+    """Of this process: bytes in memory, and objects."""
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"), len(gc.get_objects())
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="only Linux says how much memory a process has")
+def test_nothing_is_left_of_a_thousand_cancelled_streams() -> None:
+    """Closed, dropped, or left by an error of who reads them; some before they were ever computed."""
+    family = FAMILIES["llama3"]
+    llm = watched(family.llm, lambda _: None, short_steps=4, long_steps=4)
     asked = good_prompts(family, (3, 130, 20))
     llm.generate(asked, params(0))
-    before = sizes(llm)
-    for i in range(300):
+
+    def cancelled(i: int) -> None:
         stream = llm.stream(asked[i % 3], params(i, max_tokens=100))
-        for _ in range(i % 4):  # some before they were ever computed
+        for _ in range(i % 4):
             next(stream)
-        if i % 2:
+        if i % 5 == 0:
             stream.close()
-        del stream
+        elif i % 5 == 1:
+            with contextlib.suppress(KeyError):
+                for _ in stream:
+                    raise KeyError
+
+    before = sizes(llm)
+    for i in range(200):
+        cancelled(i)
+    nbytes, objects = memory()
+    for i in range(1000):
+        cancelled(i)
+    nbytes_after, objects_after = memory()
+    assert nbytes_after < nbytes * 1.01 and objects_after < objects + 500
     while llm.step():
         pass
     assert sizes(llm) == before
     assert_whole(llm)
+
+
+def test_the_others_numbers_are_those_of_a_run_without_a_bad_row() -> None:
+    """Of eight rows seven have the same tokens and the same bits of log-probabilities."""
+    family = FAMILIES["llama3"]
+    sizes = {"max_batch": 8, "kv_tokens": 8 * 128, "prefill_lengths": (32,)}
+    llm = with_options(LLM(family.config, weights(family.config), **sizes), row_buckets=(8,), piece_rows=(8,), piece_tokens=8 * 32)
+    asked = good_prompts(family, (20,) * 8)
+    each = [params(i, logprobs=3) for i in range(8)]
+
+    def numbers(bad: list[int] | None) -> list[object]:
+        hurt = damaged(llm)
+        handles = [hurt.add(bad if bad and i == 3 else asked[i], each[i]) for i in range(8)]
+        run(hurt, handles)
+        assert (handles[3].error is not None) == (bad is not None)
+        return [(h.completion.token_ids, h.completion.logprobs) for i, h in enumerate(handles) if i != 3 and h.completion is not None]
+
+    without = numbers(None)
+    assert len(without) == 7
+    for bad in ([BAD, *asked[3][1:]], [*asked[3][:-1], BAD]):
+        assert numbers(bad) == without
 
 
 @pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
@@ -150,14 +195,20 @@ def test_an_error_in_the_consumer_of_a_stream_is_its_own(error: type[BaseExcepti
     assert_whole(llm)
 
 
-@pytest.mark.parametrize("name", ["llama3", "llama4 in chunks of 16, with a drafter"])
-def test_a_long_prompt_holds_up_nobody(name: str) -> None:
+def many_rows(family: Family) -> LLM:
+    """The same model with nine slots, and a context of 2,048 tokens."""
+    config = dataclasses.replace(family.config, max_position_embeddings=2048)
+    return LLM(config, weights(config), max_batch=9, kv_tokens=30 * 128, prefill_lengths=(32, 128), tokenizer=TOKENIZER)
+
+
+@pytest.mark.parametrize(("name", "count", "length"), [("llama3", 8, 1500), ("llama4 in chunks of 16, with a drafter", 2, 400)])
+def test_a_long_prompt_holds_up_nobody(name: str, count: int, length: int) -> None:
     """Between two of a row's tokens there is at most one piece, and two bursts, each short while anyone is prefilled."""
     family = FAMILIES[name]
-    llm = watched(family.llm, lambda _: None, short_steps=4, long_steps=4)
+    llm = watched(family.llm if count < SLOTS else many_rows(family), lambda _: None, short_steps=4, long_steps=4)
     runner, scheduler = llm.engine.runner, llm.engine._scheduler
     pieces, bursts, gaps = Counter[Handle](), Counter[Handle](), list[tuple[int, int]]()
-    rows = [llm.add(prompt, params(i, max_tokens=120)) for i, prompt in enumerate(good_prompts(family, (5, 9)))]
+    rows = [llm.add(prompt, params(i, max_tokens=120)) for i, prompt in enumerate(good_prompts(family, tuple(range(5, 5 + count))))]
     got = dict.fromkeys(rows, 0)
     steps: list[Step] = []
     dispatch, finish = runner.dispatch, scheduler.finish
@@ -184,11 +235,11 @@ def test_a_long_prompt_holds_up_nobody(name: str) -> None:
     while min(got.values()) < 10:
         llm.step()
     gaps.clear()
-    long = llm.add(good_prompts(family, (400,))[0], params(5))
+    long = llm.add(good_prompts(family, (length,))[0], params(5))
     while not long.tokens:
         llm.step()
-    assert sum(step.prefill is not None for step in steps) >= 2 + 400 // 128
-    assert len(gaps) >= 6 and max(p for p, _ in gaps) == 1 and max(b for _, b in gaps) <= 2
+    assert sum(step.prefill is not None for step in steps) >= 1 + length // 128
+    assert len(gaps) >= 3 * count and max(p for p, _ in gaps) == 1 and max(b for _, b in gaps) <= 2
     assert not any(row.over for row in rows), "they decoded all the while"
     run(llm, [*rows, long])
     assert_whole(llm)

@@ -93,6 +93,23 @@ def test_any_number_of_pages_is_read_and_no_other(name):
             check(found, softmax(q, k, v, start, end), 1e-5)
 
 
+@pytest.mark.parametrize("name", ["xla", "cpu", "blocks"])
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_a_row_gets_the_same_bits_whatever_is_beside_it(name, dtype):
+    """Beside rows that begin earlier and end later, each gets what it gets beside rows that attend nothing."""
+    q, k, v, _, _ = problem(0, 4, 2, 11 * 4, dtype=dtype)
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        start, end = np.sort(rng.integers(0, 11 * 4 + 1, (2, 4, 1)).repeat(2, axis=2), axis=0).astype(np.int32)
+        pools = paged(0, k, v, 4, np.zeros_like(start), np.full_like(end, 44))
+        together = program(name)(q, *pools, start, end)
+        for row in range(4):
+            alone_BT = (np.arange(4) == row)[:, None]
+            alone = program(name)(q, *pools, np.where(alone_BT, start, 0), np.where(alone_BT, end, 0))
+            for a, b in zip(together, alone, strict=True):
+                np.testing.assert_array_equal(a[row], b[row])
+
+
 @pytest.mark.parametrize("pages", [0, 1, 2])
 def test_blocks_hold_as_many_pages_as_have_room(pages, monkeypatch):
     """With many rows that may be none, and pages are attended one by one."""

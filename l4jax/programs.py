@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float32, Int32
 
-from l4jax.cache import CACHE_AXES, PageTables, is_local
+from l4jax.cache import CACHE_AXES, LayerCache, PageTables, is_local
 from l4jax.compiled import Folder, Program, ProgramInfo
 from l4jax.config import ModelConfig
 from l4jax.decoding.entries import Entries
@@ -34,7 +34,7 @@ from l4jax.model.llama import Llama
 from l4jax.model.step import Spread, last_state
 from l4jax.model.weights import BoundModel, weight_specs
 from l4jax.parallel.placement import DrafterPlacement, Placement
-from l4jax.program_inputs import Burst, Cache, FirstTokens, Piece, Resident, Weights
+from l4jax.program_inputs import Burst, Cache, FirstTokens, Piece, Place, Resident, Weights, copy_specs
 from sharding.rules import partition
 
 _CAPTURED = ["FUSION", "CUBLAS", "CUBLASLT", "CUDNN", "CUSTOM_CALL", "DYNAMIC_SLICE_FUSION", "CONDITIONAL", "WHILE"]
@@ -77,6 +77,9 @@ class Programs:
         self.update_slots = self._program(self._update_slots, (slots, row), slots, donated=0)
         self.count = self._program(self._count, (slots, row), slots, donated=0)
         self.zero_pages = self._program(self._zero_pages, (resident, row), resident, donated=0)
+        copy, place = copy_specs(spec), Place.specs(spec)
+        self.save = self._program(self._save, (resident, place), copy, donated=())
+        self.load = self._program(self._load, (resident, copy, place), resident, donated=0)
         logits = PartitionSpec(self._data.axes or None, self._ranks.axes or None, self._vocab.axes or None)
         pools = partition(spec, *CACHE_AXES)
         self.logits = self._program(self._logits, (weights, pools, Piece.specs(spec)), (pools, logits))
@@ -91,7 +94,7 @@ class Programs:
         """All that are compiled, or loaded, so far."""
         return [info for program in self._all for info in program.compiled()]
 
-    def _program(self, body: Callable[..., Any], in_specs: Any, out_specs: Any, *, donated: int = 1) -> Program:
+    def _program(self, body: Callable[..., Any], in_specs: Any, out_specs: Any, *, donated: int | tuple[()] = 1) -> Program:
         def program(*arguments: Any, **static: Any) -> Any:
             on_device = functools.partial(body, **static)
             # Unchecked: tests show that replicated results are equal on every device; shard_map cannot infer it.
@@ -124,13 +127,40 @@ class Programs:
         Numbers past the last page change nothing.
         """
 
-        def zeroed(cache: Cache, config: ModelConfig | None) -> Cache:
-            assert config is not None or not cache
-            return tuple(
-                layer.zeroed((pages.local_Bw if config and is_local(config, i) else pages.full_BW)[0]) for i, layer in enumerate(cache)
-            )
+        cache, draft_cache = self._each_pages(resident, pages)
+        zeroed = [tuple(layer.zeroed(page_W) for layer, page_W in pools) for pools in (cache, draft_cache)]
+        return Resident(*zeroed, resident.slots)
 
-        return Resident(zeroed(resident.cache, self._config), zeroed(resident.draft_cache, self._draft_config), resident.slots)
+    def _each_pages(self, resident: Resident, pages: PageTables) -> list[list[tuple[LayerCache, Array]]]:
+        """Of the model's cache and the drafter's each layer, and which of its pages are in this data rank's one row."""
+        full_W, local_w = pages.full_BW[0], pages.local_Bw[0]
+        configs = ((resident.cache, self._config), (resident.draft_cache, self._draft_config))
+        return [
+            [(layer, local_w if config and is_local(config, i) else full_W) for i, layer in enumerate(cache)] for cache, config in configs
+        ]
+
+    def _save(self, resident: Resident, place: Place) -> Resident:
+        """Copy one slot and some pages, of the drafter's cache too. The copy is the same on all data ranks."""
+        owner = jnp.argmax(self._data.gather(place.slot_B[0] < len(resident.slots.token_U)))
+
+        def copied(tree: Any, index_W: Array) -> Any:
+            taken = jax.tree.map(lambda pool: pool.at[index_W].get(mode="fill", fill_value=0), tree)
+            return jax.tree.map(lambda part: self._data.gather(part)[owner], taken)
+
+        caches = [tuple(copied(layer, page_W) for layer, page_W in pools) for pools in self._each_pages(resident, place.pages)]
+        return Resident(*caches, copied(resident.slots, place.slot_B))
+
+    def _load(self, resident: Resident, copy: Resident, place: Place) -> Resident:
+        """Write a copy that :meth:`_save` made to a slot and to pages, of any data rank."""
+
+        def written(tree: Any, part: Any, index_W: Array) -> Any:
+            return jax.tree.map(lambda pool, values: pool.at[index_W].set(values, mode="drop"), tree, part)
+
+        caches = [
+            tuple(written(layer, part, page_W) for (layer, page_W), part in zip(pools, parts, strict=True))
+            for pools, parts in zip(self._each_pages(resident, place.pages), (copy.cache, copy.draft_cache), strict=True)
+        ]
+        return Resident(*caches, written(resident.slots, copy.slots, place.slot_B))
 
     def _prefill(
         self, weights: Weights, resident: Resident, piece: Piece, *, spread: Spread | None, beyond: BeyondTraining | None

@@ -42,9 +42,13 @@ class _Kind:
 
 
 class SlotTables:
-    """The page tables of all slots. What a step's rows need is copied out, for programs may read their inputs later."""
+    """The page tables of all slots. What a step's rows need is copied out, for programs may read their inputs later.
 
-    def __init__(self, slots: int, full_width: int, local_width: int) -> None:
+    ``rows_apart``: as in :class:`PageTables`.
+    """
+
+    def __init__(self, slots: int, full_width: int, local_width: int, *, rows_apart: bool) -> None:
+        self._rows_apart = rows_apart
         self._full, self._local = _Kind(slots, full_width), _Kind(slots, local_width)
 
     def of(self, rows: Iterable[Row]) -> PageTables:
@@ -53,4 +57,4 @@ class SlotTables:
         full = [(i, row.slot, row.full) for i, row in enumerate(listed) if row is not None]
         local = [(i, row.slot, row.local) for i, row in enumerate(listed) if row is not None]
         tables = (self._full.rows(full, len(listed)), self._local.rows(local, len(listed)))
-        return PageTables(*(host_array(table, np.int32) for table in tables))
+        return PageTables(*(host_array(table, np.int32) for table in tables), rows_apart=self._rows_apart)

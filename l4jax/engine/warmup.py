@@ -12,7 +12,7 @@ from l4jax.engine.step import Burst, Plan, Prefill
 
 def warm_ups(runner: Runner, options: Options, longest: int) -> Iterator[Callable[[], None]]:
     """What to call, for requests of up to ``longest`` tokens: each makes one program ready."""
-    for call in runner.small_calls():
+    for call in runner.small_calls(saves=options.deterministic):
         yield call.prepare
     for prefill in prefills(options):
         for padding in runner.spreads(prefill.length, longest):

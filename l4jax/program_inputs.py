@@ -189,7 +189,7 @@ class Place:
     def specs(cls, spec: MeshSpec) -> Place:
         """How it is sharded: by data ranks."""
         row = _row(spec)
-        return cls(row, row)  # type: ignore[arg-type]  # specs in the place of arrays
+        return cls(row, row)
 
 
 def copy_specs(spec: MeshSpec) -> Resident:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float32, Int32
 
-from l4jax.cache import CACHE_AXES, LayerCache, PageTables, is_local
+from l4jax.cache import CACHE_AXES, PageTables, is_local
 from l4jax.compiled import Folder, Program, ProgramInfo
 from l4jax.config import ModelConfig
 from l4jax.decoding.entries import Entries
@@ -127,17 +127,19 @@ class Programs:
         Numbers past the last page change nothing.
         """
 
-        cache, draft_cache = self._each_pages(resident, pages)
-        zeroed = [tuple(layer.zeroed(page_W) for layer, page_W in pools) for pools in (cache, draft_cache)]
-        return Resident(*zeroed, resident.slots)
+        def zeroed(cache: Cache, pages_of_layers: list[Array]) -> Cache:
+            return tuple(layer.zeroed(page_W) for layer, page_W in zip(cache, pages_of_layers, strict=True))
 
-    def _each_pages(self, resident: Resident, pages: PageTables) -> list[list[tuple[LayerCache, Array]]]:
-        """Of the model's cache and the drafter's each layer, and which of its pages are in this data rank's one row."""
-        full_W, local_w = pages.full_BW[0], pages.local_Bw[0]
-        configs = ((resident.cache, self._config), (resident.draft_cache, self._draft_config))
-        return [
-            [(layer, local_w if config and is_local(config, i) else full_W) for i, layer in enumerate(cache)] for cache, config in configs
-        ]
+        of_model, of_drafter = self._pages_of_layers(pages)
+        return Resident(zeroed(resident.cache, of_model), zeroed(resident.draft_cache, of_drafter), resident.slots)
+
+    def _pages_of_layers(self, pages: PageTables) -> tuple[list[Array], list[Array]]:
+        """Which pages of each layer of the model, and of the drafter, are in this data rank's one row."""
+
+        def of(config: ModelConfig) -> list[Array]:
+            return [(pages.local_Bw if is_local(config, i) else pages.full_BW)[0] for i in range(config.num_layers)]
+
+        return of(self._config), of(self._draft_config) if self._draft_config else []
 
     def _save(self, resident: Resident, place: Place) -> Resident:
         """Copy one slot and some pages, of the drafter's cache too. The copy is the same on all data ranks."""
@@ -147,8 +149,12 @@ class Programs:
             taken = jax.tree.map(lambda pool: pool.at[index_W].get(mode="fill", fill_value=0), tree)
             return jax.tree.map(lambda part: self._data.gather(part)[owner], taken)
 
-        caches = [tuple(copied(layer, page_W) for layer, page_W in pools) for pools in self._each_pages(resident, place.pages)]
-        return Resident(*caches, copied(resident.slots, place.slot_B))
+        def of_layers(cache: Cache, pages_of_layers: list[Array]) -> Cache:
+            return tuple(copied(layer, page_W) for layer, page_W in zip(cache, pages_of_layers, strict=True))
+
+        of_model, of_drafter = self._pages_of_layers(place.pages)
+        caches = of_layers(resident.cache, of_model), of_layers(resident.draft_cache, of_drafter)
+        return Resident(*caches, slots=copied(resident.slots, place.slot_B))
 
     def _load(self, resident: Resident, copy: Resident, place: Place) -> Resident:
         """Write a copy that :meth:`_save` made to a slot and to pages, of any data rank."""
@@ -156,11 +162,12 @@ class Programs:
         def written(tree: Any, part: Any, index_W: Array) -> Any:
             return jax.tree.map(lambda pool, values: pool.at[index_W].set(values, mode="drop"), tree, part)
 
-        caches = [
-            tuple(written(layer, part, page_W) for (layer, page_W), part in zip(pools, parts, strict=True))
-            for pools, parts in zip(self._each_pages(resident, place.pages), (copy.cache, copy.draft_cache), strict=True)
-        ]
-        return Resident(*caches, written(resident.slots, copy.slots, place.slot_B))
+        def of_layers(cache: Cache, parts: Cache, pages_of_layers: list[Array]) -> Cache:
+            return tuple(written(*layer) for layer in zip(cache, parts, pages_of_layers, strict=True))
+
+        of_model, of_drafter = self._pages_of_layers(place.pages)
+        caches = of_layers(resident.cache, copy.cache, of_model), of_layers(resident.draft_cache, copy.draft_cache, of_drafter)
+        return Resident(*caches, slots=written(resident.slots, copy.slots, place.slot_B))
 
     def _prefill(
         self, weights: Weights, resident: Resident, piece: Piece, *, spread: Spread | None, beyond: BeyondTraining | None

@@ -66,7 +66,7 @@ class Options:
 
     @property
     def one_piece(self) -> bool:
-        """Whether a step may have only one piece on all data ranks together, for the longest of several decides how ranks share them all."""
+        """Whether a step has one piece on all data ranks together: the longest of several would decide how token ranks share them all."""
         return self.deterministic and self.data_ranks > 1 and self.shape.token_ranks > 1
 
     @property

@@ -200,12 +200,12 @@ class Runner:
 
     def small_calls(self, *, saves: bool) -> list[Call]:
         """Calls of the programs that change slots and pages, and with ``saves`` of those that save them and load them again."""
-        slots, past = self._shape.slots * self._data, PageTables(*[host_array(np.zeros((self._data, _ZEROED)), np.int32)] * 2)
+        slots, page_BW = self._shape.slots * self._data, host_array(np.zeros((self._data, _ZEROED)), np.int32)
         update = slot_update(slots, self._data, [0], [SamplingParams()], [0], [[]], self.config.vocab_size)
         return [
             Call(self.programs.update_slots, (self.resident.slots, update), {}),
             Call(self.programs.count, (self.resident.slots, self._counted(-1, (), 0, 0)), {}),
-            Call(self.programs.zero_pages, (self.resident, past), {}),
+            Call(self.programs.zero_pages, (self.resident, PageTables(page_BW, page_BW)), {}),
             *(self._saved.calls(self.resident) if saves else ()),
         ]
 

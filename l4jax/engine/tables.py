@@ -56,5 +56,5 @@ class SlotTables:
         listed = list(rows)
         full = [(i, row.slot, row.full) for i, row in enumerate(listed) if row is not None]
         local = [(i, row.slot, row.local) for i, row in enumerate(listed) if row is not None]
-        tables = (self._full.rows(full, len(listed)), self._local.rows(local, len(listed)))
-        return PageTables(*(host_array(table, np.int32) for table in tables), rows_apart=self._rows_apart)
+        full_BW, local_Bw = self._full.rows(full, len(listed)), self._local.rows(local, len(listed))
+        return PageTables(host_array(full_BW, np.int32), host_array(local_Bw, np.int32), self._rows_apart)

@@ -8,6 +8,7 @@ zeros and -inf, which change nothing when :func:`pallas_kernels.merge.merge_atte
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 from jaxtyping import Array, Bool, Float, Int32
 
@@ -60,5 +61,5 @@ def attend_pages(
     is the same to the last bit whatever the other rows are; that may take longer.
     """
     # On other devices it always is.
-    implementations = [functools.partial(cpu.attend_pages, apart=apart), gpu.attend_pages, xla.attend_pages]
+    implementations: list[Callable[..., Partial]] = [functools.partial(cpu.attend_pages, apart=apart), gpu.attend_pages, xla.attend_pages]
     return first_supported(implementations, q_BTKGh, k_PKph, v_PKph, pages_BW, start_BT, end_BT, scale=scale)

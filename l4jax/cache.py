@@ -72,10 +72,14 @@ class TreeCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PageTables:
-    """The pages that hold each row's slots, for the layers that keep everything and for the chunk-local layers."""
+    """The pages that hold each row's slots, for the layers that keep everything and for the chunk-local layers.
+
+    ``rows_apart``: what a row reads from them must be the same to the last bit whatever the other rows are.
+    """
 
     full_BW: Int32[Array, "B W"]
     local_Bw: Int32[Array, "B w"]
+    rows_apart: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 @dataclasses.dataclass(frozen=True)

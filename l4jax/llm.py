@@ -56,6 +56,7 @@ class LLM:
         max_batch: int | None = None,
         kv_tokens: int | None = None,
         prefill_lengths: Sequence[int] | None = None,
+        deterministic: bool = False,
         ring_hardware: RingHardware = H100_RING,
     ) -> None:
         """``weights`` by the names of ``l4jax.model.weights.weight_specs``; the other arguments are those of :func:`l4jax.load`.
@@ -67,6 +68,7 @@ class LLM:
         arguments.check_kind("the drafter", drafter, LoadedDrafter | None, "an l4jax.speculator.LoadedDrafter, or load with drafter=PATH")
         arguments.check_kind("the tokenizer", tokenizer, Tokenizer | None, "an l4jax.text.tokenizer.Tokenizer")
         arguments.check_kind("the chat format", chat_format, ChatFormat | None, "an l4jax.text.chat.ChatFormat")
+        arguments.check_kind("deterministic", deterministic, bool, "True or False")
         arguments.check_kind("ring_hardware", ring_hardware, RingHardware, "a sharding.select.RingHardware")
         prefill_lengths = None if prefill_lengths is None else arguments.piece_lengths(prefill_lengths)
         max_batch = None if max_batch is None else arguments.batch_size(max_batch)
@@ -78,7 +80,8 @@ class LLM:
         if choice is not None and drafter is not None:
             speculator = choice.speculator(DrafterPlacement(drafter.config, placement.mesh), drafter.weights)
         text = Text(tokenizer, chat_format, no_tokenizer, no_chat)
-        self._begin(Parts(config, placement, weights, speculator, text, max_batch, kv_tokens, prefill_lengths, ring_hardware))
+        sizes = (max_batch, kv_tokens, prefill_lengths)
+        self._begin(Parts(config, placement, weights, speculator, text, *sizes, ring_hardware, deterministic))
 
     @classmethod
     def of(cls, parts: Parts) -> LLM:

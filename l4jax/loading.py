@@ -15,7 +15,7 @@ from l4jax.checkpoints.store import open_checkpoint
 from l4jax.compiled import Folder
 from l4jax.decoding.plan import SpeculationTable
 from l4jax.decoding.speculate import BeyondTraining
-from l4jax.engine.build import Parts
+from l4jax.engine.build import Parts, piece_lengths
 from l4jax.llm import LLM
 from l4jax.parallel.placement import DrafterPlacement, Placement
 from l4jax.parallel.spread import H100_RING
@@ -39,6 +39,7 @@ def load(
     max_batch: int | None = None,
     kv_tokens: int | None = None,
     prefill_lengths: Sequence[int] | None = None,
+    deterministic: bool = False,
     ring_hardware: RingHardware = H100_RING,
 ) -> LLM:
     """Load a checkpoint made by ``l4jax convert``.
@@ -56,12 +57,18 @@ def load(
     that the KV cache holds, of all requests together (default: ``max_batch`` times the context, but no more than fits in a quarter of a
     machine's free memory, or in what weights and programs leave of a GPU's). ``prefill_lengths``: prompts are computed in pieces, padded
     to one of these lengths (default: 32, 128 and 512 for each rank that shares their tokens).
+
+    ``deterministic``: a request's tokens and log-probabilities are the same to the last bit whatever else runs: those that it gets alone
+    in a model loaded with the same arguments. Then bursts always have ``max_batch`` rows, speculation is what the drafter's table says for
+    that many, pieces have one length (default: 512), and a request that has to wait with its output begun is kept in host memory.
+
     ``ring_hardware``: how fast devices compute and send, which decides between the rings (``sharding.select``). Compiled programs are
     kept in the user's cache from one process to the next, unless JAX's own compilation cache is configured.
     """
     arguments.check_words(dtype, speculation)
     arguments.check_kind("the checkpoint", path, str | os.PathLike, "the path of a folder that l4jax convert made")
     arguments.check_kind("the drafter", drafter, str | os.PathLike | None, "the path of a drafter's folder")
+    arguments.check_kind("deterministic", deterministic, bool, "True or False")
     arguments.check_kind("ring_hardware", ring_hardware, RingHardware, "a sharding.select.RingHardware")
     prefill_lengths = None if prefill_lengths is None else arguments.piece_lengths(prefill_lengths)
     max_batch = None if max_batch is None else arguments.batch_size(max_batch)
@@ -69,6 +76,7 @@ def load(
     folder = Folder.of_user()
     checkpoint = open_checkpoint(path)
     placement = Placement.on(checkpoint.config, mesh)
+    piece_lengths(prefill_lengths, placement.spec, deterministic=deterministic)  # an error now, and not after the weights are read
     held_in = jnp.dtype(dtype or checkpoint.dtype)
     opened = None if speculation == "off" else open_fitting_drafter(checkpoint.drafter if drafter is None else drafter, checkpoint)
     own = None if opened is None else SpeculationTable.from_json(opened.speculation, held_in.name)
@@ -84,6 +92,7 @@ def load(
             "max_batch": str(max_batch),
             "kv_tokens": str(kv_tokens),
             "prefill_lengths": str(prefill_lengths),
+            "deterministic": str(deterministic),
             "ring_hardware": str(ring_hardware),
             "l4jax": importlib.metadata.version("l4jax"),
             "jax": jax.__version__,
@@ -96,5 +105,5 @@ def load(
     if choice is not None and opened is not None:
         drafter_placement = DrafterPlacement(opened.config, placement.mesh)
         speculator = choice.speculator(drafter_placement, opened.restore(drafter_placement, held_in))
-    parts = Parts(checkpoint.config, placement, weights, speculator, text, max_batch, kv_tokens, prefill_lengths, ring_hardware, folder)
-    return LLM.of(parts)
+    sizes = (max_batch, kv_tokens, prefill_lengths)
+    return LLM.of(Parts(checkpoint.config, placement, weights, speculator, text, *sizes, ring_hardware, deterministic, folder))

@@ -175,6 +175,28 @@ class Burst:
         return cls(row, row, row, row, everywhere)  # type: ignore[arg-type]  # specs in the place of arrays
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A slot and some pages on one data rank, a row for each rank: numbers past the last one stand in the other ranks' rows, and for
+    padding.
+    """
+
+    slot_B: Int32[Array, "B"]
+    pages: PageTables
+
+    @classmethod
+    def specs(cls, spec: MeshSpec) -> Place:
+        """How it is sharded: by data ranks."""
+        row = _row(spec)
+        return cls(row, row)
+
+
+def copy_specs(spec: MeshSpec) -> Resident:
+    """How a copy of one slot and of some pages is sharded: as they are on their own data rank, and the same on every other."""
+    return Resident.specs(dataclasses.replace(spec, data=1))
+
+
 def slot_update(
     slots: int,
     data: int,

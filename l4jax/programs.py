@@ -34,7 +34,7 @@ from l4jax.model.llama import Llama
 from l4jax.model.step import Spread, last_state, tokens_at
 from l4jax.model.weights import BoundModel, weight_specs
 from l4jax.parallel.placement import DrafterPlacement, Placement
-from l4jax.program_inputs import Burst, Cache, FirstTokens, Piece, Resident, Weights
+from l4jax.program_inputs import Burst, Cache, FirstTokens, Piece, Place, Resident, Weights, copy_specs
 from sharding.rules import partition
 
 _CAPTURED = ["FUSION", "CUBLAS", "CUBLASLT", "CUDNN", "CUSTOM_CALL", "DYNAMIC_SLICE_FUSION", "CONDITIONAL", "WHILE"]
@@ -78,6 +78,9 @@ class Programs:
         self.count = self._program(self._count, (slots, row), slots, donated=0)
         self.zero_pages = self._program(self._zero_pages, (resident, row), resident, donated=0)
         positions = self._data.axes or None, self._ranks.axes or None
+        copy, place = copy_specs(spec), Place.specs(spec)
+        self.save = self._program(self._save, (resident, place), copy, donated=())
+        self.load = self._program(self._load, (resident, copy, place), resident, donated=0)
         pools = partition(spec, *CACHE_AXES)
         scored = pools, PartitionSpec(*positions, self._vocab.axes or None), PartitionSpec(*positions)
         self.score = self._program(self._score, (weights, pools, Piece.specs(spec), row), scored)
@@ -92,7 +95,7 @@ class Programs:
         """All that are compiled, or loaded, so far."""
         return [info for program in self._all for info in program.compiled()]
 
-    def _program(self, body: Callable[..., Any], in_specs: Any, out_specs: Any, *, donated: int = 1) -> Program:
+    def _program(self, body: Callable[..., Any], in_specs: Any, out_specs: Any, *, donated: int | tuple[()] = 1) -> Program:
         def program(*arguments: Any, **static: Any) -> Any:
             on_device = functools.partial(body, **static)
             # Unchecked: tests show that replicated results are equal on every device; shard_map cannot infer it.
@@ -125,13 +128,47 @@ class Programs:
         Numbers past the last page change nothing.
         """
 
-        def zeroed(cache: Cache, config: ModelConfig | None) -> Cache:
-            assert config is not None or not cache
-            return tuple(
-                layer.zeroed((pages.local_Bw if config and is_local(config, i) else pages.full_BW)[0]) for i, layer in enumerate(cache)
-            )
+        def zeroed(cache: Cache, pages_of_layers: list[Array]) -> Cache:
+            return tuple(layer.zeroed(page_W) for layer, page_W in zip(cache, pages_of_layers, strict=True))
 
-        return Resident(zeroed(resident.cache, self._config), zeroed(resident.draft_cache, self._draft_config), resident.slots)
+        of_model, of_drafter = self._pages_of_layers(pages)
+        return Resident(zeroed(resident.cache, of_model), zeroed(resident.draft_cache, of_drafter), resident.slots)
+
+    def _pages_of_layers(self, pages: PageTables) -> tuple[list[Array], list[Array]]:
+        """Which pages of each layer of the model, and of the drafter, are in this data rank's one row."""
+
+        def of(config: ModelConfig) -> list[Array]:
+            return [(pages.local_Bw if is_local(config, i) else pages.full_BW)[0] for i in range(config.num_layers)]
+
+        return of(self._config), of(self._draft_config) if self._draft_config else []
+
+    def _save(self, resident: Resident, place: Place) -> Resident:
+        """Copy one slot and some pages, of the drafter's cache too. The copy is the same on all data ranks."""
+        owner = jnp.argmax(self._data.gather(place.slot_B[0] < len(resident.slots.token_U)))
+
+        def copied(tree: Any, index_W: Array) -> Any:
+            taken = jax.tree.map(lambda pool: pool.at[index_W].get(mode="fill", fill_value=0), tree)
+            return jax.tree.map(lambda part: self._data.gather(part)[owner], taken)
+
+        def of_layers(cache: Cache, pages_of_layers: list[Array]) -> Cache:
+            return tuple(copied(layer, page_W) for layer, page_W in zip(cache, pages_of_layers, strict=True))
+
+        of_model, of_drafter = self._pages_of_layers(place.pages)
+        caches = of_layers(resident.cache, of_model), of_layers(resident.draft_cache, of_drafter)
+        return Resident(*caches, slots=copied(resident.slots, place.slot_B))
+
+    def _load(self, resident: Resident, copy: Resident, place: Place) -> Resident:
+        """Write a copy that :meth:`_save` made to a slot and to pages, of any data rank."""
+
+        def written(tree: Any, part: Any, index_W: Array) -> Any:
+            return jax.tree.map(lambda pool, values: pool.at[index_W].set(values, mode="drop"), tree, part)
+
+        def of_layers(cache: Cache, parts: Cache, pages_of_layers: list[Array]) -> Cache:
+            return tuple(written(*layer) for layer in zip(cache, parts, pages_of_layers, strict=True))
+
+        of_model, of_drafter = self._pages_of_layers(place.pages)
+        caches = of_layers(resident.cache, copy.cache, of_model), of_layers(resident.draft_cache, copy.draft_cache, of_drafter)
+        return Resident(*caches, slots=written(resident.slots, copy.slots, place.slot_B))
 
     def _prefill(
         self, weights: Weights, resident: Resident, piece: Piece, *, spread: Spread | None, beyond: BeyondTraining | None

@@ -122,9 +122,9 @@ def drafter(config: ModelConfig, version: Literal["eagle1", "eagle3"] = "eagle3"
     return Eagle3Config(**values | changes)
 
 
-def loaded_drafter(config: DrafterConfig, seed: int = 1) -> LoadedDrafter:
-    """A drafter with random float32 weights, and with a table that says not to speculate."""
-    weights = random_weights(build_drafter(config), jax.random.key(seed), jnp.dtype(jnp.float32))
+def loaded_drafter(config: DrafterConfig, seed: int = 1, dtype: jnp.dtype | None = None) -> LoadedDrafter:
+    """A drafter with random weights, float32 unless said otherwise, and with a table that says not to speculate."""
+    weights = random_weights(build_drafter(config), jax.random.key(seed), dtype or jnp.dtype(jnp.float32))
     return LoadedDrafter(config, weights, SpeculationTable.always(None))
 
 

@@ -21,6 +21,7 @@ from l4jax.engine.speculator import Speculator
 from l4jax.engine.warmup import program_bytes
 from l4jax.parallel.placement import Placement
 from l4jax.text.load import Text
+from sharding.mesh import MeshSpec
 from sharding.select import RingHardware
 
 PREFILL_LENGTHS = (32, 128, 512)
@@ -37,7 +38,7 @@ _SHORT_BURST = 4
 class Parts:
     """What an LLM is made of, checked, with everything decided: where its weights go, and how it speculates, if at all.
 
-    ``folder``: where programs are kept.
+    ``deterministic``: what a request gets is equal to the last bit whatever else runs. ``folder``: where programs are kept.
     """
 
     config: ModelConfig
@@ -49,6 +50,7 @@ class Parts:
     kv_tokens: int | None
     prefill_lengths: Sequence[int] | None
     ring_hardware: RingHardware
+    deterministic: bool = False
     folder: Folder | None = None
 
 
@@ -57,21 +59,23 @@ def build_engine(parts: Parts) -> Engine:
 
     Raises ValueError if a weight is missing or has another shape, or if the cache does not fit beside the weights.
     """
-    placement, speculator, spec = parts.placement, parts.speculator, parts.placement.spec
-    runner = Runner(placement, parts.weights, speculator, parts.ring_hardware, parts.folder)
+    placement, spec, deterministic = parts.placement, parts.placement.spec, parts.deterministic
     slots = SLOTS if parts.max_batch is None else -(-parts.max_batch // spec.data)
+    speculator = parts.speculator and parts.speculator.pinned(slots) if deterministic else parts.speculator
+    lengths = piece_lengths(parts.prefill_lengths, spec, deterministic=deterministic)
+    runner = Runner(placement, parts.weights, speculator, parts.ring_hardware, parts.folder, rows_apart=deterministic)
     memory = CacheMemory(placement, speculator.placement if speculator else None, runner.dtype, slots)
     ranks = spec.token_ranks.count
-    lengths = tuple(sorted([n * ranks for n in PREFILL_LENGTHS] if parts.prefill_lengths is None else parts.prefill_lengths))
     beyond_training = speculator is not None and speculator.beyond == "stop"
     options = Options(
         shape=PageShape(PAGE_SIZE, ranks, placement.config.attention_chunk_size),
         full_pages=0,  # both are known below
         local_pages=0,
         slots=slots,
-        row_buckets=row_buckets(slots),
+        row_buckets=(slots,) if deterministic else row_buckets(slots),
         piece_lengths=lengths,
-        piece_rows=piece_rows(slots),
+        # One row: then a prompt alone costs no padding rows, and how token ranks share a piece depends on it alone.
+        piece_rows=(1,) if deterministic else piece_rows(slots),
         piece_tokens=PREFILL_TOKENS * ranks,
         short_steps=_SHORT_BURST,
         long_steps=BURST,
@@ -79,6 +83,7 @@ def build_engine(parts: Parts) -> Engine:
         plans=speculator.plans()[1] if speculator else ((1, None),),
         drafter=speculator is not None,
         drafts_up_to=speculator.placement.config.max_position_embeddings if speculator and beyond_training else math.inf,
+        deterministic=deterministic,
     )
 
     def needed_bytes(shape: CacheShape) -> int:
@@ -88,6 +93,20 @@ def build_engine(parts: Parts) -> Engine:
     shape = memory.shape(parts.kv_tokens, runner.all_weights, needed_bytes)
     options = dataclasses.replace(options, full_pages=shape.full_pages, local_pages=shape.local_pages)
     return Engine(runner, memory, shape, options, parts.text.tokenizer)
+
+
+def piece_lengths(asked_for: Sequence[int] | None, spec: MeshSpec, *, deterministic: bool) -> tuple[int, ...]:
+    """The lengths of prefill pieces, ascending. Raises ValueError if a deterministic engine could not compute pieces of these lengths."""
+    ranks = spec.token_ranks.count
+    if asked_for is None:
+        return tuple(n * ranks for n in (PREFILL_LENGTHS[-1:] if deterministic else PREFILL_LENGTHS))
+    block = PAGE_SIZE * ranks
+    if deterministic and (len(asked_for) > 1 or asked_for[0] % block):
+        raise ValueError(
+            f"prefill_lengths is {list(asked_for)} with deterministic=True; expected one length, a multiple of {block} (the tokens of a "
+            f"page{' on all ranks that share them' if ranks > 1 else ''}), such as [{PREFILL_LENGTHS[-1] * ranks}]"
+        )
+    return tuple(sorted(asked_for))
 
 
 def row_buckets(slots: int) -> tuple[int, ...]:

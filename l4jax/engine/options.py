@@ -65,6 +65,11 @@ class Options:
         return self.piece_lengths[0] if self.deterministic else self.shape.block
 
     @property
+    def one_piece(self) -> bool:
+        """Whether a step has one piece on all data ranks together: the longest of several would decide how token ranks share them all."""
+        return self.deterministic and self.data_ranks > 1 and self.shape.token_ranks > 1
+
+    @property
     def most_burst_tokens(self) -> int:
         """The most tokens that a row may get from a burst."""
         return self.long_steps * (1 + max(plan.depth if plan else 0 for _, plan in self.plans))

@@ -16,6 +16,7 @@ from l4jax.decoding.params import SamplingParams
 from l4jax.decoding.slots import SlotTokens
 from l4jax.engine.memory import CacheMemory
 from l4jax.engine.results import Dispatched, Scored
+from l4jax.engine.saved import SavedSequences
 from l4jax.engine.speculator import Speculator
 from l4jax.engine.step import Burst as BurstStep
 from l4jax.engine.step import BurstRow, PageOnRank, PieceRow, Prefill, Step
@@ -45,8 +46,13 @@ class Runner:
         speculator: Speculator | None,
         ring_hardware: RingHardware,
         folder: Folder | None = None,
+        *,
+        rows_apart: bool = False,
     ) -> None:
-        """``weights`` (the drafter's too) as they are stored, or as their placement has placed them."""
+        """``weights`` (the drafter's too) as they are stored, or as their placement has placed them.
+
+        ``rows_apart``: each row's results are the same to the last bit whatever the other rows are, if programs' sizes are.
+        """
         self.config = placement.config
         self.programs = Programs(placement, speculator.placement if speculator else None, folder)
         draft_leaves = self.programs.drafter.leaves(speculator.placement.place_all(speculator.weights)) if speculator else ()
@@ -55,8 +61,10 @@ class Runner:
         self._spreader = Spreader(placement, self.dtype, ring_hardware)
         self._beyond = speculator.beyond if speculator else None
         self._plans = speculator.plans()[0] if speculator else {}
+        self._rows_apart, self._spec = rows_apart, placement.spec
         self._resident: Resident | None = None
         self._shape = CacheShape(0, 0, 0)
+        self._saved = SavedSequences(self.programs, self._spec)
         self._ready: set[tuple[object, ...]] = set()
 
     @property
@@ -99,11 +107,12 @@ class Runner:
         tokens, chunk = self.config.max_position_embeddings, self.config.attention_chunk_size
         full_width = min(shape.full_pages, -(-tokens // (PAGE_SIZE * self._ranks)))
         local_width = 1 if chunk is None else -(-min(chunk, tokens) // PAGE_SIZE)
-        self._tables = SlotTables(shape.slots * self._data, full_width, local_width)
+        self._tables = SlotTables(shape.slots * self._data, full_width, local_width, rows_apart=self._rows_apart)
 
     def stop(self) -> None:
-        """Free the cache."""
+        """Free the cache, and drop what is saved of it."""
         self._resident = None
+        self._saved = SavedSequences(self.programs, self._spec)
 
     @property
     def resident(self) -> Resident:
@@ -113,7 +122,7 @@ class Runner:
 
     def is_ready_for(self, step: Step) -> bool:
         """Whether programs of this step's sizes have been used or prepared before; if not, dispatching it may compile them."""
-        return all(_sizes(part) in self._ready for part in (step.prefill, step.burst) if part is not None)
+        return _programs(step) <= self._ready
 
     def prepare(self, part: Prefill | BurstStep, resident: Resident, padding: tuple[int, bool] | None = None) -> ProgramInfo:
         """Compile, or load, the program for a part of a step; ``padding`` as in :meth:`prefill_call`. ``resident`` may be abstract."""
@@ -124,8 +133,14 @@ class Runner:
 
     def dispatch(self, step: Step, requests: Mapping[int, Request]) -> Dispatched:
         """Dispatch a step, in the order that :class:`Step` gives. ``requests``: those that it names."""
-        assert not step.saves and not step.loads, "only deterministic schedulers save sequences"
+        self._saved.fetch()
+        for request in step.drops:
+            self._saved.drop(request)
+        for save in step.saves:
+            self._saved.save(self.resident, save)
         self._zero(list(step.zero_full), list(step.zero_local))
+        for load in step.loads:
+            self._resident = self._saved.load(self.resident, load)
         first = [row for row in step.pieces if row is not None and row.first]
         if first:
             self._begin(first, requests)
@@ -135,7 +150,7 @@ class Runner:
             sent |= self._prefill(step.prefill, wanted)
         if step.burst is not None:
             sent |= self._burst(step.burst)
-        self._ready |= {_sizes(part) for part in (step.prefill, step.burst) if part is not None}
+        self._ready |= _programs(step)
         dispatched = Dispatched(step, wanted, **sent)
         for leaf in jax.tree.leaves(dispatched.to_read):
             leaf.copy_to_host_async()
@@ -189,14 +204,15 @@ class Runner:
             slot_B=host_array(np.where(own, slot % self._shape.slots, self._shape.slots), np.int32),
         )
 
-    def small_calls(self) -> list[Call]:
-        """Calls of the programs that change slots and pages."""
-        slots, past = self._shape.slots * self._data, PageTables(*[host_array(np.zeros((self._data, _ZEROED)), np.int32)] * 2)
+    def small_calls(self, *, saves: bool) -> list[Call]:
+        """Calls of the programs that change slots and pages, and with ``saves`` of those that save them and load them again."""
+        slots, page_BW = self._shape.slots * self._data, host_array(np.zeros((self._data, _ZEROED)), np.int32)
         update = slot_update(slots, self._data, [0], [SamplingParams()], [0], [[]], self.config.vocab_size)
         return [
             Call(self.programs.update_slots, (self.resident.slots, update), {}),
             Call(self.programs.count, (self.resident.slots, self._counted(-1, (), 0, 0)), {}),
-            Call(self.programs.zero_pages, (self.resident, past), {}),
+            Call(self.programs.zero_pages, (self.resident, PageTables(page_BW, page_BW)), {}),
+            *(self._saved.calls(self.resident) if saves else ()),
         ]
 
     def spreads(self, length: int, longest: int) -> list[tuple[int, bool]]:
@@ -287,6 +303,12 @@ class Runner:
     def _draft_tables(self, tables: Any) -> Any:
         """The drafter's pages have the numbers of the model's."""
         return tables if self._beyond is not None else None
+
+
+def _programs(step: Step) -> set[tuple[object, ...]]:
+    """What tells the larger programs of a step apart."""
+    copies: set[tuple[object, ...]] = {(kind,) for kind, copied in (("save", step.saves), ("load", step.loads)) if copied}
+    return copies | {_sizes(part) for part in (step.prefill, step.burst) if part is not None}
 
 
 def _sizes(part: Prefill | BurstStep) -> tuple[object, ...]:

@@ -185,6 +185,7 @@ class Scheduler:
         step_length = draft.length or length
         # A rank without a piece of the step's length takes a shorter one, for its row would be padding.
         fits = draft.takes(sequence) and (length == step_length or (length < step_length and not rows))
+        fits = fits and not (options.one_piece and any(draft.pieces))
         start = options.shape.chunk_start(end - 1)
         if not fits or len(rows) == options.most_piece_rows(step_length) or not self._reserve(draft, sequence, start, end):
             return

@@ -26,6 +26,11 @@ class Speculator:
     beyond: BeyondTraining
     asked_for: bool
 
+    def pinned(self, rows: int) -> Speculator | None:
+        """The same with its table's speculation for this number of rows at every number; None if that is not to speculate."""
+        speculation = self.table.at(rows)
+        return None if speculation is None else dataclasses.replace(self, table=SpeculationTable.always(speculation))
+
     def plans(self) -> tuple[dict[Plan, Speculation], tuple[tuple[int, Plan | None], ...]]:
         """Its trees by what the scheduler calls them, and the scheduler's table of them."""
         trees: dict[Plan, Speculation] = {}

@@ -42,9 +42,13 @@ class _Kind:
 
 
 class SlotTables:
-    """The page tables of all slots. What a step's rows need is copied out, for programs may read their inputs later."""
+    """The page tables of all slots. What a step's rows need is copied out, for programs may read their inputs later.
 
-    def __init__(self, slots: int, full_width: int, local_width: int) -> None:
+    ``rows_apart``: as in :class:`PageTables`.
+    """
+
+    def __init__(self, slots: int, full_width: int, local_width: int, *, rows_apart: bool) -> None:
+        self._rows_apart = rows_apart
         self._full, self._local = _Kind(slots, full_width), _Kind(slots, local_width)
 
     def of(self, rows: Iterable[Row]) -> PageTables:
@@ -52,5 +56,5 @@ class SlotTables:
         listed = list(rows)
         full = [(i, row.slot, row.full) for i, row in enumerate(listed) if row is not None]
         local = [(i, row.slot, row.local) for i, row in enumerate(listed) if row is not None]
-        tables = (self._full.rows(full, len(listed)), self._local.rows(local, len(listed)))
-        return PageTables(*(host_array(table, np.int32) for table in tables))
+        full_BW, local_Bw = self._full.rows(full, len(listed)), self._local.rows(local, len(listed))
+        return PageTables(host_array(full_BW, np.int32), host_array(local_Bw, np.int32), self._rows_apart)

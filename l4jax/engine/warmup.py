@@ -13,7 +13,7 @@ from l4jax.program_inputs import Resident
 
 def warm_ups(runner: Runner, options: Options, longest: int) -> Iterator[Callable[[], object]]:
     """What to call, for requests of up to ``longest`` tokens: each makes one program ready."""
-    for call in runner.small_calls():
+    for call in runner.small_calls(saves=options.deterministic):
         yield call.prepare
     for prefill in prefills(options):
         for padding in runner.spreads(prefill.length, longest):

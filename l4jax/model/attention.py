@@ -76,7 +76,7 @@ class Attention(nnx.Module):
         if isinstance(keys, TreeKeys):
             assert isinstance(cache, TreeCache)
             cache = cache.extended(k_BTKh, v_BTKh)
-            attended_BTKGh = self._tree(q_BTKGh, cache, keys, pages_BW)
+            attended_BTKGh = self._tree(q_BTKGh, cache, keys, pages_BW, apart=step.tables.rows_apart)
         elif isinstance(keys, PackedKeys):
             assert isinstance(cache, PackedCache)
             cache = cache.extended(k_BTKh, v_BTKh)
@@ -87,7 +87,8 @@ class Attention(nnx.Module):
                 assert spread is not None
                 attended_BTKGh = self._ring(q_BTKGh, k_BTKh, v_BTKh, cache, keys, step, spread)
             else:
-                attended_BTKGh = self._replicated(q_BTKGh, k_BTKh, v_BTKh, cache, keys, pages_BW)
+                apart = step.tables.rows_apart
+                attended_BTKGh = self._replicated(q_BTKGh, k_BTKh, v_BTKh, cache, keys, pages_BW, apart=apart)
             # The pages must be read before they are overwritten. Because the barrier makes this a data dependence, XLA writes in place.
             attended_BTKGh, k_BTKh, v_BTKh = jax.lax.optimization_barrier((attended_BTKGh, k_BTKh, v_BTKh))
             if isinstance(keys, RingKeys) and keys.send_RBC is not None:
@@ -97,10 +98,11 @@ class Attention(nnx.Module):
         out_Df = self.out[...].reshape(self.out.shape[0], -1)
         return self.head_ranks.sum(matmul(attended_BTf, out_Df)), cache
 
-    def _tree(self, q_BNKGh: Array, cache: TreeCache, keys: TreeKeys, pages_BW: Array) -> Float[Array, "B N K G h"]:
+    def _tree(self, q_BNKGh: Array, cache: TreeCache, keys: TreeKeys, pages_BW: Array, *, apart: bool) -> Float[Array, "B N K G h"]:
         """Attention of tree nodes: every rank has all nodes' keys, which only rank 0 attends to, and its own part of the cached keys."""
         pools = (cache.layer.k_PKph, cache.layer.v_PKph, pages_BW, keys.cached_start_BN, keys.cached_end_BN)
-        return self._merge_ranks(tree_attention(q_BNKGh, cache.k_BSKh, cache.v_BSKh, keys.sees_BNS, *pools, scale=self.scale))
+        nodes = (q_BNKGh, cache.k_BSKh, cache.v_BSKh, keys.sees_BNS)
+        return self._merge_ranks(tree_attention(*nodes, *pools, scale=self.scale, apart=apart))
 
     def _merge_ranks(self, partial: Partial) -> Float[Array, "B T K G h"]:
         """Merge every rank's partial attention."""
@@ -111,11 +113,11 @@ class Attention(nnx.Module):
         return merge_attention([(part[..., :-1], part[..., -1]) for part in gathered])[0]
 
     def _replicated(
-        self, q_BTKGh: Array, k_BTKh: Array, v_BTKh: Array, cache: LayerCache, keys: KeyIntervals, pages_BW: Array
+        self, q_BTKGh: Array, k_BTKh: Array, v_BTKh: Array, cache: LayerCache, keys: KeyIntervals, pages_BW: Array, *, apart: bool
     ) -> Float[Array, "B T K G h"]:
         """Attention of replicated tokens: every rank has all new tokens and its own part of the cached keys."""
         pools = (cache.k_PKph, cache.v_PKph, pages_BW, keys.cached_start_BT, keys.cached_end_BT)
-        cached = attend_pages(q_BTKGh, *pools, scale=self.scale)
+        cached = attend_pages(q_BTKGh, *pools, scale=self.scale, apart=apart)
         # Every rank has the new tokens' keys. Only rank 0 attends to them, so that they enter the merged result once.
         new_end_BT = jnp.where(self.ranks.index() == 0, keys.new_end_BT, 0)
         new = attend(q_BTKGh, k_BTKh, v_BTKh, keys.new_start_BT, new_end_BT, scale=self.scale)

@@ -7,6 +7,9 @@ zeros and -inf, which change nothing when :func:`pallas_kernels.merge.merge_atte
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.flash_attention import cpu, gpu, xla
@@ -50,10 +53,13 @@ def attend_pages(
     end_BT: Int32[Array, "B T"],
     *,
     scale: float,
+    apart: bool = False,
 ) -> Partial:
     """Attention over a paged cache: key ``s`` of row ``b`` is token ``s % p`` of page ``pages_BW[b, s // p]``.
 
-    Reads the pages from the earliest start to the longest row's end and no others, however large the cache is.
+    Reads the pages from the earliest start to the longest row's end and no others, however large the cache is. ``apart``: a row's result
+    is the same to the last bit whatever the other rows are; that may take longer.
     """
-    implementations = [cpu.attend_pages, gpu.attend_pages, xla.attend_pages]
+    # On other devices it always is.
+    implementations: list[Callable[..., Partial]] = [functools.partial(cpu.attend_pages, apart=apart), gpu.attend_pages, xla.attend_pages]
     return first_supported(implementations, q_BTKGh, k_PKph, v_PKph, pages_BW, start_BT, end_BT, scale=scale)

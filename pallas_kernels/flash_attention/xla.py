@@ -47,15 +47,19 @@ def attend_pages(
     scale: float,
     block: int = 1,
 ) -> Partial:
-    """A loop over blocks of ``block`` pages, from the earliest start to the longest row's end."""
+    """A loop over blocks of ``block`` pages, from the earliest start to the longest row's end.
+
+    Blocks begin at multiples of ``block`` pages, wherever other rows start and end, so a row's sums are the same whatever is beside it.
+    """
     B = len(pages_BW)
     _, K, page_size, h = k_PKph.shape
     first, last = jnp.min(start_BT) // page_size, (jnp.max(end_BT) + page_size - 1) // page_size
 
     def step(turn: Array, before: Block) -> Block:
-        index = first + turn * block
-        # The last block is filled up with the last page: no interval goes past it, so its keys are masked there.
-        page_BW = jnp.take(pages_BW, jnp.minimum(index + jnp.arange(block, dtype=jnp.int32), last - 1), axis=1, mode="clip")
+        index = turn * block
+        # The outer blocks are filled up with the first and the last page that is attended: their keys are masked there.
+        index_W = jnp.clip(index + jnp.arange(block, dtype=jnp.int32), first, last - 1)
+        page_BW = jnp.take(pages_BW, index_W, axis=1, mode="clip")
 
         def keys(pool_PKph: Array) -> Array:
             page_BWKph = pool_PKph.at[page_BW].get(mode="promise_in_bounds")
@@ -64,4 +68,4 @@ def attend_pages(
         visible_BTS = inside(start_BT, end_BT, (index * page_size).astype(jnp.int32), block * page_size)
         return merge_blocks(before, attend_block(scores(q_BTKGh, keys(k_PKph), scale), keys(v_PKph), visible_BTS))
 
-    return normalize(jax.lax.fori_loop(0, (last - first + block - 1) // block, step, no_keys(q_BTKGh)))
+    return normalize(jax.lax.fori_loop(first // block, (last + block - 1) // block, step, no_keys(q_BTKGh)))

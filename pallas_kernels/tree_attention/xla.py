@@ -23,12 +23,14 @@ def tree_attention(
     prefix_end_BN: Int32[Array, "B N"],
     *,
     scale: float,
+    apart: bool = False,
 ) -> Partial:
     """Attention of each node over the cache slots [start, end) and over the tree's keys that ``sees_BNS`` marks.
 
     Cache slot ``s`` of row ``b`` is token ``s % p`` of page ``pages_BW[b, s // p]``. Scores are multiplied by ``scale``. Returns
-    output and log-sum-exp in float32 (float64 for float64 inputs); zeros and -inf for a node that sees nothing.
+    output and log-sum-exp in float32 (float64 for float64 inputs); zeros and -inf for a node that sees nothing. ``apart`` is as in
+    :func:`pallas_kernels.flash_attention.attend_pages`.
     """
-    prefix = attend_pages(q_BNKGh, k_PKph, v_PKph, pages_BW, prefix_start_BN, prefix_end_BN, scale=scale)
+    prefix = attend_pages(q_BNKGh, k_PKph, v_PKph, pages_BW, prefix_start_BN, prefix_end_BN, scale=scale, apart=apart)
     suffix = attend_masked(q_BNKGh, k_BSKh, v_BSKh, sees_BNS, scale=scale)
     return merge_attention([prefix, suffix])

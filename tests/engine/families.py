@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from l4jax import LLM, Completion, SamplingParams
@@ -34,6 +35,8 @@ class Family:
     config: ModelConfig
     drafts: bool
 
+    deterministic = False
+
     @functools.cached_property
     def llm(self) -> LLM:
         """Three slots, and pages for two and a half requests of the longest context."""
@@ -59,6 +62,38 @@ class Family:
         return handle.completion
 
 
+@dataclasses.dataclass(frozen=True)
+class Deterministic:
+    """A model in deterministic mode, in this dtype, that always speculates so."""
+
+    config: ModelConfig
+    dtype: str
+    speculation: str
+
+    deterministic = True
+
+    @property
+    def drafts(self) -> bool:
+        """Whether it has a drafter."""
+        return self.speculation != "off"
+
+    @functools.cached_property
+    def llm(self) -> LLM:
+        """Slots and pages as of a :class:`Family`; pieces of one row and 128 tokens."""
+        dtype = jnp.dtype(self.dtype)
+        made = loaded_drafter(drafter(self.config, aux_layers=(0, 1, 2)), dtype=dtype) if self.drafts else None
+        size = {"max_batch": SLOTS, "kv_tokens": 10 * 128, "prefill_lengths": (128,)}
+        options = {"drafter": made, "speculation": self.speculation, "tokenizer": TOKENIZER, "deterministic": True, **size}
+        return LLM(self.config, weights(self.config, dtype=dtype), **options)
+
+    @functools.cached_property
+    def plain(self) -> LLM:
+        """An engine with the same options and programs, for one request at a time."""
+        return watched(self.llm, lambda _: None)
+
+    expected = Family.expected
+
+
 @functools.cache
 def alone(config: ModelConfig) -> LLM:
     return LLM(config, weights(config), max_batch=1, prefill_lengths=(CONTEXT,), tokenizer=TOKENIZER)
@@ -78,6 +113,17 @@ FAMILIES = {
         ("llama4 in chunks of 16", True),
         ("llama4 in chunks of 256", True),
     )
+}
+
+
+_16, _256 = CONFIGS["llama4 in chunks of 16"], CONFIGS["llama4 in chunks of 256"]
+DETERMINISTIC = {
+    "llama3, float32, a chain": Deterministic(CONFIGS["llama3"], "float32", "chain:3"),
+    "llama3, bfloat16": Deterministic(CONFIGS["llama3"], "bfloat16", "off"),
+    "llama4 in chunks of 16, float32, a dynamic tree": Deterministic(_16, "float32", "dynamic:steps=2,topk=2,nodes=4"),
+    "llama4 in chunks of 16, bfloat16, a chain": Deterministic(_16, "bfloat16", "chain:3"),
+    "llama4 in chunks of 256, float32": Deterministic(_256, "float32", "off"),
+    "llama4 in chunks of 256, bfloat16, a sampled chain": Deterministic(_256, "bfloat16", "chain:3,sampled"),
 }
 
 

@@ -28,7 +28,7 @@ steps = st.lists(
 
 @given(steps)
 def test_a_rows_table_is_its_own_whatever_its_slot_had_before(steps: list[list[BurstRow | None]]) -> None:
-    kept, given_out = SlotTables(SLOTS, FULL, LOCAL), []
+    kept, given_out = SlotTables(SLOTS, FULL, LOCAL, rows_apart=False), []
     for rows in steps:
         found = kept.of(rows)
         full = [(0,) * FULL if row is None else padded(row.full, FULL) for row in rows]
@@ -41,6 +41,6 @@ def test_a_rows_table_is_its_own_whatever_its_slot_had_before(steps: list[list[B
 
 
 def test_without_chunks_no_local_page_is_named() -> None:
-    found = SlotTables(2, 3, 1).of([row(1, (4, 2), ()), None])
+    found = SlotTables(2, 3, 1, rows_apart=False).of([row(1, (4, 2), ()), None])
     np.testing.assert_array_equal(found.full_BW, [[4, 2, 2], [0, 0, 0]])
     np.testing.assert_array_equal(found.local_Bw, [[0], [0]])

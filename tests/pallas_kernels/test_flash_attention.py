@@ -14,6 +14,7 @@ from tests.pallas_kernels.programs import A_GPU, on_one_cpu
 
 WHOLE = [on_one_cpu(functools.partial(function, scale=1.0)) for function in (attend, reference.attend)]
 PAGED = {"reference": reference.attend_pages, "xla": xla.attend_pages, "cpu": cpu.attend_pages}
+PAGED["cpu, rows apart"] = functools.partial(cpu.attend_pages, apart=True)
 PAGED["blocks"] = functools.partial(xla.attend_pages, block=3)
 # One device's heads of real models: key/value heads, query heads for each of them, head dimension.
 HEADS = {"SmolLM2": (3, 3, 64), "Llama 3.1 8B": (8, 4, 128), "Llama 3.1 70B, tensor=8": (1, 8, 128), "Scout, tensor=8": (1, 5, 128)}
@@ -91,6 +92,24 @@ def test_any_number_of_pages_is_read_and_no_other(name):
             end = np.maximum(start, end)
             found = program(name)(q, *paged(first, k, v, 4, start, end), start, end)
             check(found, softmax(q, k, v, start, end), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["xla", "cpu, rows apart", "blocks"])
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_a_row_gets_the_same_bits_whatever_is_beside_it(name, dtype):
+    """Beside rows that begin earlier and end later, each gets what it gets beside rows that attend nothing."""
+    q, k, v, _, _ = problem(0, 4, 2, 11 * 4, dtype=dtype)
+    rng = np.random.default_rng(1)
+    attended = program(name)
+    for _ in range(20):
+        start, end = np.sort(rng.integers(0, 11 * 4 + 1, (2, 4, 1)).repeat(2, axis=2), axis=0).astype(np.int32)
+        pools = paged(0, k, v, 4, np.zeros_like(start), np.full_like(end, 44))
+        together = attended(q, *pools, start, end)
+        for row in range(4):
+            alone_BT = (np.arange(4) == row)[:, None]
+            alone = attended(q, *pools, np.where(alone_BT, start, 0), np.where(alone_BT, end, 0))
+            for a, b in zip(together, alone, strict=True):
+                np.testing.assert_array_equal(a[row], b[row])
 
 
 @pytest.mark.parametrize("pages", [0, 1, 2])
@@ -177,7 +196,7 @@ def test_programs_for_gpus_attend_as_many_pages_at_once_as_have_room(B, T, W, bl
 def test_programs_for_cpus_take_the_kernels_for_cpus_and_no_others_do():
     q, k, v, start, end = problem(6, 1, 1, 40)
     arguments = (q, *paged(6, k, v, 8, start, end), start, end)
-    traced = {name: str(jax.make_jaxpr(functools.partial(f, scale=1.0))(*arguments)) for name, f in PAGED.items() if name != "cpu"}
+    traced = {name: str(jax.make_jaxpr(functools.partial(f, scale=1.0))(*arguments)) for name, f in PAGED.items() if "cpu" not in name}
     assert str(jax.make_jaxpr(functools.partial(attend_pages, scale=1.0))(*arguments)) == traced["xla"]
     lowered = {f: on_one_cpu(functools.partial(f, scale=1.0)).lower(*arguments).as_text() for f in (attend_pages, *PAGED.values())}
     assert lowered[attend_pages] == lowered[cpu.attend_pages] != lowered[xla.attend_pages]

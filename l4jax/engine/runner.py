@@ -1,8 +1,9 @@
-"""Runs a step on the devices: builds the programs' inputs, dispatches them, and reads what they return."""
+"""Runs a step on the devices: owns what stays there, and dispatches the programs."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,30 +11,22 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from l4jax.cache import PAGE_SIZE, CacheShape, PageTables
+from l4jax.cache import PAGE_SIZE, CacheShape
 from l4jax.compiled import Call, Folder, ProgramInfo
-from l4jax.decoding.params import SamplingParams
-from l4jax.decoding.slots import SlotTokens
+from l4jax.engine.inputs import StepInputs
 from l4jax.engine.memory import CacheMemory
 from l4jax.engine.results import Dispatched, Scored
 from l4jax.engine.saved import SavedSequences
 from l4jax.engine.speculator import Speculator
 from l4jax.engine.step import Burst as BurstStep
-from l4jax.engine.step import BurstRow, PageOnRank, PieceRow, Prefill, Step
-from l4jax.engine.tables import SlotTables
-from l4jax.model.step import Spread
+from l4jax.engine.step import PageOnRank, PieceRow, Prefill, Step
 from l4jax.parallel.arrays import host_array
 from l4jax.parallel.placement import Placement
 from l4jax.parallel.spread import Spreader
-from l4jax.program_inputs import Burst, Piece, Resident, Weights, slot_update
+from l4jax.program_inputs import Resident, Weights
 from l4jax.programs import Programs
 from l4jax.request import Request
 from sharding.select import RingHardware
-
-_COUNTED = 512
-"""Tokens that one call counts for a slot, of those that it need not compute."""
-_ZEROED = 32
-"""Pages that one call zeroes on each data rank."""
 
 
 class Runner:
@@ -61,9 +54,10 @@ class Runner:
         self._spreader = Spreader(placement, self.dtype, ring_hardware)
         self._beyond = speculator.beyond if speculator else None
         self._plans = speculator.plans()[0] if speculator else {}
-        self._rows_apart, self._spec = rows_apart, placement.spec
+        self._spec = placement.spec
+        self._inputs_for = functools.partial(StepInputs, placement, self._spreader, drafts=self._beyond is not None, rows_apart=rows_apart)
+        self._inputs = self._inputs_for(CacheShape(0, 0, 0))
         self._resident: Resident | None = None
-        self._shape = CacheShape(0, 0, 0)
         self._saved = SavedSequences(self.programs, self._spec)
         self._ready: set[tuple[object, ...]] = set()
 
@@ -101,13 +95,9 @@ class Runner:
 
     def lay_out(self, shape: CacheShape) -> None:
         """Make calls for a cache of this size."""
-        if shape != self._shape:
+        if shape != self._inputs.shape:
             self._ready.clear()
-        self._shape = shape
-        tokens, chunk = self.config.max_position_embeddings, self.config.attention_chunk_size
-        full_width = min(shape.full_pages, -(-tokens // (PAGE_SIZE * self._ranks)))
-        local_width = 1 if chunk is None else -(-min(chunk, tokens) // PAGE_SIZE)
-        self._tables = SlotTables(shape.slots * self._data, full_width, local_width, rows_apart=self._rows_apart)
+        self._inputs = self._inputs_for(shape)
 
     def stop(self) -> None:
         """Free the cache, and drop what is saved of it."""
@@ -158,60 +148,26 @@ class Runner:
 
     def _zero(self, full: list[PageOnRank], local: list[PageOnRank]) -> None:
         while full or local:
-            pages = PageTables(self._pages_to_zero(full, self._shape.full_pages), self._pages_to_zero(local, self._shape.local_pages))
-            self._resident = self.programs.zero_pages(self.resident, pages)
-
-    def _pages_to_zero(self, pages: list[PageOnRank], past: int) -> Array:
-        """The next pages to zero, which are taken off the list."""
-        page_BW = np.full((self._data, _ZEROED), past, np.int32)
-        free = [0] * self._data
-        left = []
-        for rank, page in pages:
-            if free[rank] < _ZEROED:
-                page_BW[rank, free[rank]] = page
-                free[rank] += 1
-            else:
-                left.append((rank, page))
-        pages[:] = left
-        return host_array(page_BW, np.int32)
+            self._resident = self.programs.zero_pages(self.resident, self._inputs.next_to_zero(full, local))
 
     def _begin(self, rows: Sequence[PieceRow], requests: Mapping[int, Request]) -> None:
         """Give slots to requests; and count the tokens that they need not compute, where a penalty will ask for the counts."""
         asked = [requests[row.request] for row in rows]
-        slots, params = [row.slot for row in rows], [request.params for request in asked]
-        seeds, stops = [request.seed for request in asked], [request.stop_ids for request in asked]
-        update = slot_update(self._shape.slots * self._data, self._data, slots, params, seeds, stops, self.config.vocab_size)
-        changed = self.programs.update_slots(self.resident.slots, update)
+        changed = self.programs.update_slots(self.resident.slots, self._inputs.update([row.slot for row in rows], asked))
         for row, request in zip(rows, asked, strict=True):
             if request.params.adjusts_logits:
-                for start in range(0, len(row.before), _COUNTED):
-                    changed = self.programs.count(
-                        changed, self._counted(row.slot, row.before[start : start + _COUNTED], start, row.prompt_length)
-                    )
+                for tokens in self._inputs.counted(row):
+                    changed = self.programs.count(changed, tokens)
         self._resident = dataclasses.replace(self.resident, slots=changed)
-
-    def _counted(self, slot: int, tokens: Sequence[int], start: int, prompt_length: int) -> SlotTokens:
-        """Tokens from position ``start`` on, to be counted in a slot; in none if ``slot`` is -1."""
-        rank, D = slot // self._shape.slots, self._data
-        token_BT = np.zeros((D, _COUNTED), np.int32)
-        token_BT[rank, : len(tokens)] = tokens  # a rank of -1 has none
-        own = np.arange(D) == rank
-        return SlotTokens(
-            token_BT=host_array(token_BT, np.int32),
-            start_B=host_array(np.full(D, start), np.int32),
-            new_B=host_array(own * len(tokens), np.int32),
-            prompt_length_B=host_array(np.full(D, prompt_length), np.int32),
-            slot_B=host_array(np.where(own, slot % self._shape.slots, self._shape.slots), np.int32),
-        )
 
     def small_calls(self, *, saves: bool) -> list[Call]:
         """Calls of the programs that change slots and pages, and with ``saves`` of those that save them and load them again."""
-        slots, page_BW = self._shape.slots * self._data, host_array(np.zeros((self._data, _ZEROED)), np.int32)
-        update = slot_update(slots, self._data, [0], [SamplingParams()], [0], [[]], self.config.vocab_size)
+        slots = self.resident.slots
+        update, tokens, pages = self._inputs.examples()
         return [
-            Call(self.programs.update_slots, (self.resident.slots, update), {}),
-            Call(self.programs.count, (self.resident.slots, self._counted(-1, (), 0, 0)), {}),
-            Call(self.programs.zero_pages, (self.resident, PageTables(page_BW, page_BW)), {}),
+            Call(self.programs.update_slots, (slots, update), {}),
+            Call(self.programs.count, (slots, tokens), {}),
+            Call(self.programs.zero_pages, (self.resident, pages), {}),
             *(self._saved.calls(self.resident) if saves else ()),
         ]
 
@@ -232,7 +188,7 @@ class Runner:
         It returns the first tokens and what stays; of a prefill for scores the cache, the logits, and the log-probabilities if any row's
         request is ``wanted`` to have them (as in :class:`Dispatched`).
         """
-        piece, spread = self._piece(prefill, padding)
+        piece, spread = self._inputs.piece(prefill, padding)
         if prefill.scores:
             wanted_B = [row is not None and wanted is not None and wanted[row.request] is not None for row in prefill.rows]
             arguments = (self._weights, resident.cache, piece, host_array(wanted_B, np.bool_))
@@ -249,43 +205,9 @@ class Runner:
         self._resident, first = call.run()
         return {"first": first}
 
-    def _piece(self, prefill: Prefill, padding: tuple[int, bool] | None) -> tuple[Piece, Spread | None]:
-        rows, T = prefill.rows, prefill.length
-        token_BT = np.zeros((len(rows), T), np.int32)
-        start_B, new_B, prompt_length_B = (np.zeros(len(rows), np.int32) for _ in range(3))
-        ends_B, following_B = np.zeros(len(rows), np.bool_), np.full(len(rows), -1, np.int32)
-        for i, row in enumerate(rows):
-            if row is not None:
-                token_BT[i, : len(row.tokens)] = row.tokens
-                start_B[i], new_B[i], prompt_length_B[i] = row.start, len(row.tokens), row.prompt_length
-                ends_B[i], following_B[i] = row.last, row.following
-        tables = self._tables.of(rows)
-        layout, spread = self._spreader.spread(start_B, new_B, T, tables, program=padding)
-        piece = Piece(
-            token_BT=host_array(token_BT, np.int32),
-            start_B=host_array(start_B, np.int32),
-            new_B=host_array(new_B, np.int32),
-            prompt_length_B=host_array(prompt_length_B, np.int32),
-            ends_B=host_array(ends_B, np.bool_),
-            following_B=host_array(following_B, np.int32),
-            slot_B=self._slot_numbers(rows),
-            tables=tables,
-            draft_tables=None if prefill.scores else self._draft_tables(tables),
-            layout=layout,
-        )
-        return piece, spread
-
     def burst_call(self, burst: BurstStep, resident: Resident) -> Call:
         """The call of a burst, which decodes or speculates: it returns what stays, the tokens, and of rounds what was drafted."""
-        tables = self._tables.of(burst.rows)
-        inputs = Burst(
-            slot_B=self._slot_numbers(burst.rows),
-            limit_B=host_array([0 if row is None else row.limit for row in burst.rows], np.int32),
-            tables=tables,
-            draft_tables=self._draft_tables(tables),
-            steps=host_array(burst.steps, np.int32),
-        )
-        arguments = (self._weights, resident, inputs)
+        arguments = (self._weights, resident, self._inputs.burst(burst))
         if burst.plan is None:
             return Call(self.programs.decode, arguments, {"beyond": self._beyond})
         return Call(self.programs.speculate, arguments, {"plan": self._plans[burst.plan], "beyond": self._beyond})
@@ -294,15 +216,6 @@ class Runner:
         """Decode or speculate; returns the tokens, and what was drafted, by their names in Dispatched."""
         self._resident, *out = self.burst_call(burst, self.resident).run()
         return dict(zip(("burst", "counted"), out, strict=False))
-
-    def _slot_numbers(self, rows: Sequence[PieceRow | BurstRow | None]) -> Array:
-        """Each row's slot, counted on its own data rank; past the last one for padding."""
-        a_rank = self._shape.slots
-        return host_array([a_rank if row is None else row.slot % a_rank for row in rows], np.int32)
-
-    def _draft_tables(self, tables: Any) -> Any:
-        """The drafter's pages have the numbers of the model's."""
-        return tables if self._beyond is not None else None
 
 
 def _programs(step: Step) -> set[tuple[object, ...]]:

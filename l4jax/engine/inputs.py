@@ -1,0 +1,138 @@
+"""From a step's rows to what its programs are given: small arrays on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Array
+
+from l4jax.cache import PAGE_SIZE, CacheShape, PageTables
+from l4jax.decoding.params import SamplingParams
+from l4jax.decoding.slots import SlotTokens, SlotUpdate
+from l4jax.engine.step import Burst as BurstStep
+from l4jax.engine.step import BurstRow, PageOnRank, PieceRow, Prefill
+from l4jax.engine.tables import SlotTables
+from l4jax.model.step import Spread
+from l4jax.parallel.arrays import host_array
+from l4jax.parallel.placement import Placement
+from l4jax.parallel.spread import Spreader
+from l4jax.program_inputs import Burst, Piece, slot_update
+from l4jax.request import Request
+
+_COUNTED = 512
+"""Tokens that one call counts for a slot, of those that it need not compute."""
+_ZEROED = 32
+"""Pages that one call zeroes on each data rank."""
+
+
+class StepInputs:
+    """Makes programs' inputs for a cache of one size.
+
+    ``drafts``: the drafter's pages are given too. ``rows_apart``: see :class:`l4jax.engine.tables.SlotTables`.
+    """
+
+    def __init__(self, placement: Placement, spreader: Spreader, shape: CacheShape, *, drafts: bool, rows_apart: bool) -> None:
+        config, spec = placement.config, placement.spec
+        self.shape = shape
+        self._vocab_size, self._data = config.vocab_size, spec.data
+        self._spreader, self._drafts = spreader, drafts
+        tokens, chunk = config.max_position_embeddings, config.attention_chunk_size
+        full_width = min(shape.full_pages, -(-tokens // (PAGE_SIZE * spec.token_ranks.count)))
+        local_width = 1 if chunk is None else -(-min(chunk, tokens) // PAGE_SIZE)
+        self._tables = SlotTables(shape.slots * spec.data, full_width, local_width, rows_apart=rows_apart)
+
+    def piece(self, prefill: Prefill, padding: tuple[int, bool] | None) -> tuple[Piece, Spread | None]:
+        """A prefill's piece, and how token ranks share it; ``padding`` as in :meth:`l4jax.engine.runner.Runner.prefill_call`."""
+        rows, T = prefill.rows, prefill.length
+        token_BT = np.zeros((len(rows), T), np.int32)
+        start_B, new_B, prompt_length_B = (np.zeros(len(rows), np.int32) for _ in range(3))
+        ends_B, following_B = np.zeros(len(rows), np.bool_), np.full(len(rows), -1, np.int32)
+        for i, row in enumerate(rows):
+            if row is not None:
+                token_BT[i, : len(row.tokens)] = row.tokens
+                start_B[i], new_B[i], prompt_length_B[i] = row.start, len(row.tokens), row.prompt_length
+                ends_B[i], following_B[i] = row.last, row.following
+        tables = self._tables.of(rows)
+        layout, spread = self._spreader.spread(start_B, new_B, T, tables, program=padding)
+        piece = Piece(
+            token_BT=host_array(token_BT, np.int32),
+            start_B=host_array(start_B, np.int32),
+            new_B=host_array(new_B, np.int32),
+            prompt_length_B=host_array(prompt_length_B, np.int32),
+            ends_B=host_array(ends_B, np.bool_),
+            following_B=host_array(following_B, np.int32),
+            slot_B=self._slot_numbers(rows),
+            tables=tables,
+            draft_tables=None if prefill.scores else self._draft_tables(tables),
+            layout=layout,
+        )
+        return piece, spread
+
+    def burst(self, burst: BurstStep) -> Burst:
+        """What a burst is given."""
+        tables = self._tables.of(burst.rows)
+        return Burst(
+            slot_B=self._slot_numbers(burst.rows),
+            limit_B=host_array([0 if row is None else row.limit for row in burst.rows], np.int32),
+            tables=tables,
+            draft_tables=self._draft_tables(tables),
+            steps=host_array(burst.steps, np.int32),
+        )
+
+    def update(self, slots: Sequence[int], requests: Sequence[Request]) -> SlotUpdate:
+        """Give these slots to these requests."""
+        params, seeds = [request.params for request in requests], [request.seed for request in requests]
+        stops = [request.stop_ids for request in requests]
+        return slot_update(self.shape.slots * self._data, self._data, slots, params, seeds, stops, self._vocab_size)
+
+    def counted(self, row: PieceRow) -> Iterator[SlotTokens]:
+        """The tokens before a sequence's first piece, to be counted in its slot."""
+        for start in range(0, len(row.before), _COUNTED):
+            yield self._counted(row.slot, row.before[start : start + _COUNTED], start, row.prompt_length)
+
+    def next_to_zero(self, full: list[PageOnRank], local: list[PageOnRank]) -> PageTables:
+        """The next pages to zero, which are taken off the lists."""
+        return PageTables(self._next_pages(full, self.shape.full_pages), self._next_pages(local, self.shape.local_pages))
+
+    def examples(self) -> tuple[SlotUpdate, SlotTokens, PageTables]:
+        """What the programs that change slots and pages are given, in its usual shapes."""
+        nobody = Request((), SamplingParams(), 0, ())
+        return self.update([0], [nobody]), self._counted(-1, (), 0, 0), self.next_to_zero([], [])
+
+    def _next_pages(self, pages: list[PageOnRank], past: int) -> Array:
+        page_BW = np.full((self._data, _ZEROED), past, np.int32)
+        free = [0] * self._data
+        left = []
+        for rank, page in pages:
+            if free[rank] < _ZEROED:
+                page_BW[rank, free[rank]] = page
+                free[rank] += 1
+            else:
+                left.append((rank, page))
+        pages[:] = left
+        return host_array(page_BW, np.int32)
+
+    def _counted(self, slot: int, tokens: Sequence[int], start: int, prompt_length: int) -> SlotTokens:
+        """Tokens from position ``start`` on, to be counted in a slot; in none if ``slot`` is -1."""
+        rank, D = slot // self.shape.slots, self._data
+        token_BT = np.zeros((D, _COUNTED), np.int32)
+        token_BT[rank, : len(tokens)] = tokens  # a rank of -1 has none
+        own = np.arange(D) == rank
+        return SlotTokens(
+            token_BT=host_array(token_BT, np.int32),
+            start_B=host_array(np.full(D, start), np.int32),
+            new_B=host_array(own * len(tokens), np.int32),
+            prompt_length_B=host_array(np.full(D, prompt_length), np.int32),
+            slot_B=host_array(np.where(own, slot % self.shape.slots, self.shape.slots), np.int32),
+        )
+
+    def _slot_numbers(self, rows: Sequence[PieceRow | BurstRow | None]) -> Array:
+        """Each row's slot, counted on its own data rank; past the last one for padding."""
+        a_rank = self.shape.slots
+        return host_array([a_rank if row is None else row.slot % a_rank for row in rows], np.int32)
+
+    def _draft_tables(self, tables: Any) -> Any:
+        """The drafter's pages have the numbers of the model's."""
+        return tables if self._drafts else None

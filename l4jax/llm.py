@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 import math
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Unpack
 
 import jax
@@ -17,22 +13,22 @@ import numpy as np
 from l4jax import arguments
 from l4jax.arguments import Prompt
 from l4jax.bar import bar_if
+from l4jax.calls import agreed, run
 from l4jax.compiled import ProgramInfo
 from l4jax.config import ModelConfig
-from l4jax.decoding.params import SamplingParams
+from l4jax.decoding.params import MAX_LOGPROBS, SamplingParams
 from l4jax.decoding.speculate import BeyondTraining
-from l4jax.engine.build import Parts, build_engine
+from l4jax.engine.build import Parts, Settings, build_engine
 from l4jax.engine.engine import Handle
 from l4jax.interrupts import kept_interrupts
 from l4jax.parallel.placement import DrafterPlacement, Placement
 from l4jax.parallel.spread import H100_RING
-from l4jax.request import Completion, Message, Request, RequestMaker, TokenLogprob
+from l4jax.request import Completion, Message, RequestMaker, TokenLogprob
 from l4jax.speculator import LoadedDrafter, choose_speculation
 from l4jax.stream import Stream
 from l4jax.text.chat import ChatFormat, ChatOptions
 from l4jax.text.load import Text
 from l4jax.text.tokenizer import Tokenizer
-from sharding import hosts
 from sharding.mesh import ONE_DEVICE, MeshSpec
 from sharding.select import RingHardware
 
@@ -68,11 +64,7 @@ class LLM:
         arguments.check_kind("the drafter", drafter, LoadedDrafter | None, "an l4jax.speculator.LoadedDrafter, or load with drafter=PATH")
         arguments.check_kind("the tokenizer", tokenizer, Tokenizer | None, "an l4jax.text.tokenizer.Tokenizer")
         arguments.check_kind("the chat format", chat_format, ChatFormat | None, "an l4jax.text.chat.ChatFormat")
-        arguments.check_kind("deterministic", deterministic, bool, "True or False")
-        arguments.check_kind("ring_hardware", ring_hardware, RingHardware, "a sharding.select.RingHardware")
-        prefill_lengths = None if prefill_lengths is None else arguments.piece_lengths(prefill_lengths)
-        max_batch = None if max_batch is None else arguments.batch_size(max_batch)
-        kv_tokens = None if kv_tokens is None else arguments.cache_tokens(kv_tokens)
+        settings = Settings.checked(max_batch, kv_tokens, prefill_lengths, deterministic, ring_hardware)
         placement = Placement.on(config, mesh)
         trained, own = (None, None) if drafter is None else (drafter.config, drafter.table)
         choice = choose_speculation(config, trained, own, speculation, beyond_training)
@@ -80,8 +72,7 @@ class LLM:
         if choice is not None and drafter is not None:
             speculator = choice.speculator(DrafterPlacement(drafter.config, placement.mesh), drafter.weights)
         text = Text(tokenizer, chat_format, no_tokenizer, no_chat)
-        sizes = (max_batch, kv_tokens, prefill_lengths)
-        self._begin(Parts(config, placement, weights, speculator, text, *sizes, ring_hardware, deterministic))
+        self._begin(Parts(config, placement, weights, speculator, text, settings))
 
     @classmethod
     def of(cls, parts: Parts) -> LLM:
@@ -118,20 +109,15 @@ class LLM:
 
     def logits(self, prompts: Prompt | Sequence[Prompt], *, progress: bool = False) -> list[np.ndarray]:
         """Next-token logits at every position of each prompt: float32 [T, vocab_size] each. ``progress``: show a bar on stderr."""
-        encoded = [self.requests.encode(p) for p in arguments.several(prompts)]
-        _check_agreed(encoded)
-        requests = [self.requests.scoring(token_ids) for token_ids in encoded]
-        return [handle.logits for handle in self._run(requests, scores=True, progress=progress)]
+        return [handle.logits for handle in self._scored(prompts, None, progress=progress)]
 
     def score(self, prompts: Prompt | Sequence[Prompt], *, top: int = 0, progress: bool = False) -> list[list[TokenLogprob]]:
         """Log-probabilities of each prompt's tokens after the first, each with the ``top`` likeliest ones in its place (at most 20).
 
         ``progress``: show a bar on stderr.
         """
-        encoded = [self.requests.encode(p) for p in arguments.several(prompts)]
-        _check_agreed(encoded)
-        requests = [self.requests.scoring(token_ids, top) for token_ids in encoded]
-        return [handle.prompt_logprobs for handle in self._run(requests, scores=True, progress=progress)]
+        top = arguments.whole("top", top, f"a whole number from 0 to {MAX_LOGPROBS}", 0, MAX_LOGPROBS)
+        return [handle.prompt_logprobs for handle in self._scored(prompts, top, progress=progress)]
 
     def generate(
         self,
@@ -147,8 +133,8 @@ class LLM:
         each = arguments.several(prompts)
         params_of_each = arguments.sampling_params_of_each(params, len(each))
         make = self.requests
-        requests = _agreed([make.request(make.encode(prompt), p) for prompt, p in zip(each, params_of_each, strict=True)])
-        completions = [handle.completion for handle in self._run(requests, progress=progress)]
+        requests = agreed([make.request(make.encode(prompt), p) for prompt, p in zip(each, params_of_each, strict=True)])
+        completions = [handle.completion for handle in run(self.engine, requests, progress=progress)]
         return [completion for completion in completions if completion is not None]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
@@ -200,60 +186,13 @@ class LLM:
         """The programs that are compiled or loaded so far, with their bytes; after :meth:`warmup`, all that there are."""
         return self.engine.runner.programs.compiled()
 
-    def _run(self, requests: Sequence[Request], *, scores: bool = False, progress: bool = False) -> list[Handle]:
-        """Run requests to their ends. Raises the error of the first that has one."""
-        with kept_interrupts() as check_interrupts, bar_if(progress) as show:
-            for number, request in enumerate(requests):
-                with _naming(number, len(requests)):
-                    self.engine.check(request, scores=scores)
-            handles: list[Handle] = []
-
-            def check() -> None:
-                show("prompts", sum(handle.over for handle in handles), len(handles))
-                check_interrupts()
-
-            try:
-                for request in requests:
-                    handles.append(self.engine.add(request, scores=scores))
-                self.engine.run_until(lambda: all(handle.over for handle in handles), check)
-            finally:
-                for handle in handles:
-                    handle.cancel()
-            check_interrupts()
-        for number, handle in enumerate(handles):
-            with _naming(number, len(handles)):
-                if handle.error is not None:
-                    raise handle.error
-        return handles
+    def _scored(self, prompts: Prompt | Sequence[Prompt], top: int | None, *, progress: bool) -> list[Handle]:
+        requests = agreed([self.requests.scoring(self.requests.encode(prompt), top) for prompt in arguments.several(prompts)])
+        return run(self.engine, requests, scores=True, progress=progress)
 
     def _stream(self, token_ids: list[int], params: SamplingParams) -> Stream:
         self.requests.check_streams()
         return Stream(self.engine, self._add(token_ids, params))
 
     def _add(self, token_ids: list[int], params: SamplingParams) -> Handle:
-        return self.engine.add(_agreed([self.requests.request(token_ids, params)])[0])
-
-
-@contextmanager
-def _naming(number: int, count: int) -> Iterator[None]:
-    """Say in a ValueError which prompt it is about, if there are several."""
-    try:
-        yield
-    except ValueError as error:
-        if count == 1:
-            raise
-        raise ValueError(f"prompt {number} of {count}, counted from 0: {error}") from error
-
-
-def _check_agreed(prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams] = ()) -> None:
-    """Raise ValueError unless every process is asked for the same: they compute one thing together."""
-    if hosts.process_count() > 1:
-        asked = {"what is asked for": hashlib.sha256(repr((prompts, params)).encode()).hexdigest()}
-        hosts.check_same(asked, "call every process with the same prompts and sampling params")
-
-
-def _agreed(requests: Sequence[Request]) -> Sequence[Request]:
-    """The requests with the seeds that process 0 has drawn."""
-    _check_agreed([r.token_ids for r in requests], [r.params for r in requests])
-    seeds: list[int] = json.loads(hosts.share(json.dumps([r.seed for r in requests]))[0])
-    return [dataclasses.replace(request, seed=seed) for request, seed in zip(requests, seeds, strict=True)]
+        return self.engine.add(agreed([self.requests.request(token_ids, params)])[0])

@@ -15,7 +15,7 @@ from l4jax.checkpoints.store import open_checkpoint
 from l4jax.compiled import Folder
 from l4jax.decoding.plan import SpeculationTable
 from l4jax.decoding.speculate import BeyondTraining
-from l4jax.engine.build import Parts, piece_lengths
+from l4jax.engine.build import Parts, Settings
 from l4jax.llm import LLM
 from l4jax.parallel.placement import DrafterPlacement, Placement
 from l4jax.parallel.spread import H100_RING
@@ -68,15 +68,11 @@ def load(
     arguments.check_words(dtype, speculation)
     arguments.check_kind("the checkpoint", path, str | os.PathLike, "the path of a folder that l4jax convert made")
     arguments.check_kind("the drafter", drafter, str | os.PathLike | None, "the path of a drafter's folder")
-    arguments.check_kind("deterministic", deterministic, bool, "True or False")
-    arguments.check_kind("ring_hardware", ring_hardware, RingHardware, "a sharding.select.RingHardware")
-    prefill_lengths = None if prefill_lengths is None else arguments.piece_lengths(prefill_lengths)
-    max_batch = None if max_batch is None else arguments.batch_size(max_batch)
-    kv_tokens = None if kv_tokens is None else arguments.cache_tokens(kv_tokens)
+    settings = Settings.checked(max_batch, kv_tokens, prefill_lengths, deterministic, ring_hardware)
     folder = Folder.of_user()
     checkpoint = open_checkpoint(path)
     placement = Placement.on(checkpoint.config, mesh)
-    piece_lengths(prefill_lengths, placement.spec, deterministic=deterministic)  # an error now, and not after the weights are read
+    settings.piece_lengths(placement.spec)  # an error now, and not after the weights are read
     held_in = jnp.dtype(dtype or checkpoint.dtype)
     opened = None if speculation == "off" else open_fitting_drafter(checkpoint.drafter if drafter is None else drafter, checkpoint)
     own = None if opened is None else SpeculationTable.from_json(opened.speculation, held_in.name)
@@ -89,11 +85,7 @@ def load(
             "speculation": f"{None if choice is None else choice.table}, {beyond_training}",
             "the mesh": str(placement.spec),
             "dtype": str(dtype),
-            "max_batch": str(max_batch),
-            "kv_tokens": str(kv_tokens),
-            "prefill_lengths": str(prefill_lengths),
-            "deterministic": str(deterministic),
-            "ring_hardware": str(ring_hardware),
+            **{name: str(value) for name, value in vars(settings).items()},
             "l4jax": importlib.metadata.version("l4jax"),
             "jax": jax.__version__,
         },
@@ -105,5 +97,4 @@ def load(
     if choice is not None and opened is not None:
         drafter_placement = DrafterPlacement(opened.config, placement.mesh)
         speculator = choice.speculator(drafter_placement, opened.restore(drafter_placement, held_in))
-    sizes = (max_batch, kv_tokens, prefill_lengths)
-    return LLM.of(Parts(checkpoint.config, placement, weights, speculator, text, *sizes, ring_hardware, deterministic, folder))
+    return LLM.of(Parts(checkpoint.config, placement, weights, speculator, text, settings, folder))

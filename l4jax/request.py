@@ -11,7 +11,7 @@ from typing import Literal
 from l4jax import arguments
 from l4jax.arguments import Prompt
 from l4jax.config import ModelConfig
-from l4jax.decoding.params import MAX_LOGPROBS, MAX_STOP_IDS, SamplingParams
+from l4jax.decoding.params import MAX_STOP_IDS, SamplingParams
 from l4jax.text.chat import ChatOptions
 from l4jax.text.load import Text
 
@@ -157,8 +157,6 @@ class RequestMaker:
 
     def scoring(self, token_ids: list[int], top: int | None = None) -> Request:
         """A request for the logits of these tokens, as ``encode`` returned them; or for log-probabilities, with ``top`` alternatives."""
-        if top is not None:
-            arguments.whole("top", top, f"a whole number from 0 to {MAX_LOGPROBS}", 0, MAX_LOGPROBS)
         return Request(token_ids, SamplingParams(logprobs=top), 0, ())
 
     def _checked(self, token_ids: list[int]) -> list[int]:

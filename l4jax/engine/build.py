@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import cast
 
 import jax
 
+from l4jax import arguments
 from l4jax.cache import PAGE_SIZE, CacheShape
 from l4jax.compiled import Folder
 from l4jax.config import ModelConfig
@@ -35,10 +37,49 @@ _SHORT_BURST = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class Parts:
-    """What an LLM is made of, checked, with everything decided: where its weights go, and how it speculates, if at all.
+class Settings:
+    """How much is computed at a time, as users say it in :func:`l4jax.load`."""
 
-    ``deterministic``: what a request gets is equal to the last bit whatever else runs. ``folder``: where programs are kept.
+    max_batch: int | None
+    kv_tokens: int | None
+    prefill_lengths: tuple[int, ...] | None
+    deterministic: bool
+    ring_hardware: RingHardware
+
+    @classmethod
+    def checked(
+        cls, max_batch: object, kv_tokens: object, prefill_lengths: object, deterministic: object, ring_hardware: object
+    ) -> Settings:
+        """Take what a user has given. Raises ValueError if anything is out of range."""
+        arguments.check_kind("deterministic", deterministic, bool, "True or False")
+        arguments.check_kind("ring_hardware", ring_hardware, RingHardware, "a sharding.select.RingHardware")
+        return cls(
+            None if max_batch is None else arguments.batch_size(max_batch),
+            None if kv_tokens is None else arguments.cache_tokens(kv_tokens),
+            None if prefill_lengths is None else arguments.piece_lengths(prefill_lengths),
+            bool(deterministic),
+            cast(RingHardware, ring_hardware),
+        )
+
+    def piece_lengths(self, spec: MeshSpec) -> tuple[int, ...]:
+        """The lengths of prefill pieces, ascending. Raises ValueError if a deterministic engine could not compute them."""
+        ranks, asked_for = spec.token_ranks.count, self.prefill_lengths
+        if asked_for is None:
+            return tuple(n * ranks for n in (PREFILL_LENGTHS[-1:] if self.deterministic else PREFILL_LENGTHS))
+        block = PAGE_SIZE * ranks
+        if self.deterministic and (len(asked_for) > 1 or asked_for[0] % block):
+            raise ValueError(
+                f"prefill_lengths is {list(asked_for)} with deterministic=True; expected one length, a multiple of {block} (the tokens of "
+                f"a page{' on all ranks that share them' if ranks > 1 else ''}), such as [{PREFILL_LENGTHS[-1] * ranks}]"
+            )
+        return tuple(sorted(asked_for))
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What an LLM is made of, with everything decided: where its weights go, and how it speculates, if at all.
+
+    ``folder``: where programs are kept.
     """
 
     config: ModelConfig
@@ -46,11 +87,7 @@ class Parts:
     weights: Mapping[str, jax.Array]
     speculator: Speculator | None
     text: Text
-    max_batch: int | None
-    kv_tokens: int | None
-    prefill_lengths: Sequence[int] | None
-    ring_hardware: RingHardware
-    deterministic: bool = False
+    settings: Settings
     folder: Folder | None = None
 
 
@@ -59,11 +96,10 @@ def build_engine(parts: Parts) -> Engine:
 
     Raises ValueError if a weight is missing or has another shape, or if the cache does not fit beside the weights.
     """
-    placement, spec, deterministic = parts.placement, parts.placement.spec, parts.deterministic
-    slots = SLOTS if parts.max_batch is None else -(-parts.max_batch // spec.data)
+    placement, spec, settings, deterministic = parts.placement, parts.placement.spec, parts.settings, parts.settings.deterministic
+    slots = SLOTS if settings.max_batch is None else -(-settings.max_batch // spec.data)
     speculator = parts.speculator and parts.speculator.pinned(slots) if deterministic else parts.speculator
-    lengths = piece_lengths(parts.prefill_lengths, spec, deterministic=deterministic)
-    runner = Runner(placement, parts.weights, speculator, parts.ring_hardware, parts.folder, rows_apart=deterministic)
+    runner = Runner(placement, parts.weights, speculator, settings.ring_hardware, parts.folder, rows_apart=deterministic)
     memory = CacheMemory(placement, speculator.placement if speculator else None, runner.dtype, slots)
     ranks = spec.token_ranks.count
     beyond_training = speculator is not None and speculator.beyond == "stop"
@@ -73,7 +109,7 @@ def build_engine(parts: Parts) -> Engine:
         local_pages=0,
         slots=slots,
         row_buckets=(slots,) if deterministic else row_buckets(slots),
-        piece_lengths=lengths,
+        piece_lengths=settings.piece_lengths(spec),
         # One row: then a prompt alone costs no padding rows, and how token ranks share a piece depends on it alone.
         piece_rows=(1,) if deterministic else piece_rows(slots),
         piece_tokens=PREFILL_TOKENS * ranks,
@@ -90,23 +126,9 @@ def build_engine(parts: Parts) -> Engine:
         runner.lay_out(shape)
         return program_bytes(runner, options, memory.abstract(shape), placement.config.max_position_embeddings)
 
-    shape = memory.shape(parts.kv_tokens, runner.all_weights, needed_bytes)
+    shape = memory.shape(settings.kv_tokens, runner.all_weights, needed_bytes)
     options = dataclasses.replace(options, full_pages=shape.full_pages, local_pages=shape.local_pages)
     return Engine(runner, memory, shape, options, parts.text.tokenizer)
-
-
-def piece_lengths(asked_for: Sequence[int] | None, spec: MeshSpec, *, deterministic: bool) -> tuple[int, ...]:
-    """The lengths of prefill pieces, ascending. Raises ValueError if a deterministic engine could not compute pieces of these lengths."""
-    ranks = spec.token_ranks.count
-    if asked_for is None:
-        return tuple(n * ranks for n in (PREFILL_LENGTHS[-1:] if deterministic else PREFILL_LENGTHS))
-    block = PAGE_SIZE * ranks
-    if deterministic and (len(asked_for) > 1 or asked_for[0] % block):
-        raise ValueError(
-            f"prefill_lengths is {list(asked_for)} with deterministic=True; expected one length, a multiple of {block} (the tokens of a "
-            f"page{' on all ranks that share them' if ranks > 1 else ''}), such as [{PREFILL_LENGTHS[-1] * ranks}]"
-        )
-    return tuple(sorted(asked_for))
 
 
 def row_buckets(slots: int) -> tuple[int, ...]:

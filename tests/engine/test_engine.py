@@ -14,6 +14,7 @@ import pytest
 
 from l4jax import Completion, SamplingParams
 from l4jax.engine.engine import Handle
+from l4jax.engine.sequence import State
 from l4jax.engine.step import Step
 from l4jax.stream import Stream
 from tests.engine.families import (
@@ -69,6 +70,7 @@ class World:
         self.stems = [[dice.randrange(VOCABULARY) for _ in range(max(LENGTHS))] for _ in range(2)]
         self.steps = 0
         self.begun: set[int] = set()
+        self.loaded: set[int] = set()
         self.ways: defaultdict[int, set[bool]] = defaultdict(set)
         self.asked: list[tuple[list[int], SamplingParams, Handle | Completion]] = []
         self.alive: list[Handle] = []
@@ -92,6 +94,7 @@ class World:
         seen["zeroed"] += len(step.zero_full)
         seen["saved"] += len(step.saves)
         seen["loaded"] += len(step.loads)
+        self.loaded |= {load.request for load in step.loads}
         seen["two deep"] += len(self.llm.engine._in_flight)
 
     def prompt(self) -> list[int]:
@@ -136,7 +139,16 @@ class World:
         else:
             self.llm.step()
         self.alive = [handle for handle in self.alive if not handle.over]
-        self.llm.engine._scheduler.check()
+        self.check_pages()
+
+    def check_pages(self) -> None:
+        """None is lost, and what a burst did not need is back."""
+        scheduler = self.llm.engine._scheduler
+        scheduler.check()
+        for sequence in scheduler._active():
+            # One that comes back from host memory has pages for a burst until its first results.
+            if sequence.state is State.RUNNING and sequence.committed >= sequence.target and sequence.request not in self.loaded:
+                assert len(sequence.full) <= scheduler.options.shape.full_pages(sequence.high)
 
     def add(self, prompt: list[int] | None = None) -> None:
         prompt, params = prompt or self.prompt(), self.params()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from l4jax import LLM, SamplingParams, load
+from l4jax.cache import is_local
 from l4jax.decoding.plan import Speculation, SpeculationTable
 from l4jax.engine.saved import SavedSequences
 from l4jax.engine.step import Load, Save
@@ -105,15 +106,32 @@ def test_a_copy_is_written_to_other_pages_and_to_another_rank_as_it_was(mesh):
 
     slots_a_rank = shape.slots
     for name in ("cache", "draft_cache"):
-        for layer, found in zip(getattr(before, name), getattr(after, name), strict=True):
+        for index, (layer, found) in enumerate(zip(getattr(before, name), getattr(after, name), strict=True)):
             for pool, pool_found in ((layer.k_PKph, found.k_PKph), (layer.v_PKph, found.v_PKph)):
-                local = pool.shape[0] == shape.local_pages * spec.data * ranks and shape.local_pages != shape.full_pages
+                local = name == "cache" and is_local(CHUNKED, index)
                 kind = (shape.local_pages, save.local, load_.local) if local else (shape.full_pages, save.full, load_.full)
                 np.testing.assert_array_equal(pool_found, moved(pool, *kind, ranks))
     for leaf, found in zip(jax.tree.leaves(before.slots), jax.tree.leaves(after.slots), strict=True):
         np.testing.assert_array_equal(found, moved(leaf, slots_a_rank, (save.slot,), (slots_a_rank - 1,), 1))
     with pytest.raises(KeyError):
         saved.drop(7)
+
+
+def test_zeroed_pages_are_the_drafters_too():
+    own = dataclasses.replace(loaded_drafter(drafter(CHUNKED, aux_layers=(0, 1, 2))), table=SpeculationTable.always(CHAIN))
+    llm = made(CHUNKED, drafter=own)
+    filled(llm)
+    runner = llm.engine.runner
+    before = jax.device_get(runner.resident)
+    runner._zero([(0, 1)], [(0, 0)])
+    after = jax.device_get(runner.resident)
+    layers = zip((*before.cache, *before.draft_cache), (*after.cache, *after.draft_cache), strict=True)
+    for index, (layer, found) in enumerate(layers):
+        page = 0 if index < CHUNKED.num_layers and is_local(CHUNKED, index) else 1
+        for pool, pool_found in ((layer.k_PKph, found.k_PKph), (layer.v_PKph, found.v_PKph)):
+            pool = np.asarray(pool).copy()
+            pool[page] = 0
+            np.testing.assert_array_equal(pool_found, pool)
 
 
 @pytest.mark.parametrize(("config", "mesh"), [(CHUNKED, "data=2,sequence=2"), (CONFIG, "data=2,tensor=2")])

@@ -88,14 +88,14 @@ def test_a_row_whose_logits_are_not_finite_ends_alone(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_small_pool_serves_many_requests(name: str) -> None:
-    """Each may grow to three pages, and there are five."""
+    """32, each of which may grow to three pages, and there are five."""
     family, again = FAMILIES[name], Counter[int]()
 
     def see(step: Step) -> None:
         again.update(row.request for row in step.pieces if row is not None and row.first)
 
     llm = watched(family.llm, see, full_pages=5, long_steps=4)
-    asked = good_prompts(family, tuple(range(120, 312, 12)))
+    asked = good_prompts(family, tuple(range(120, 312, 6)))
     each = [params(i, max_tokens=70) for i in range(len(asked))]
     found = llm.generate(asked, each)
     assert max(again.values()) > 1, "nobody was preempted"

@@ -95,7 +95,7 @@ def test_a_small_pool_serves_many_requests(name: str) -> None:
         again.update(row.request for row in step.pieces if row is not None and row.first)
 
     llm = watched(family.llm, see, full_pages=5, long_steps=4)
-    asked = good_prompts(family, tuple(range(120, 312, 6)))
+    asked = good_prompts(family, tuple(range(120, 312, 12)) * 2)
     each = [params(i, max_tokens=70) for i in range(len(asked))]
     found = llm.generate(asked, each)
     assert max(again.values()) > 1, "nobody was preempted"

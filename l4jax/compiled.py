@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import importlib.metadata
 import math
@@ -12,6 +11,7 @@ import os
 import pickle
 import stat
 import tempfile
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,11 +22,14 @@ from jax.experimental import serialize_executable, topologies
 
 from l4jax.paths import cache_root
 from l4jax.program_inputs import Burst, Piece, Weights
+from sharding import hosts
 from sharding.words import counted
 
 _KEPT_BYTES = 4 * 2**30
 """What a folder may take before the programs that were used longest ago are removed."""
 _SUFFIX = ".program"
+_BEGUN = "begun-"
+"""Files that are being written. A process that was killed leaves its own; they are removed after an hour."""
 _DIGEST_BYTES = 32
 
 
@@ -55,7 +58,8 @@ class Program:
 
     def __init__(self, kind: str, function: jax.stages.Wrapped, context: str, devices: Sequence[jax.Device], folder: Folder | None) -> None:
         self.kind = kind
-        self._function, self._context, self._devices, self._folder = function, context, list(devices), folder
+        self.context = context
+        self._function, self._devices, self._folder = function, list(devices), folder
         self._compiled: dict[object, tuple[jax.stages.Compiled, str]] = {}
 
     def __call__(self, *arguments: Any, **static: Any) -> Any:
@@ -74,6 +78,10 @@ class Program:
         """Trace it for these arguments, of which only shapes, dtypes and shardings matter, as ``jax.jit`` does."""
         return self._function.lower(*arguments, **static)
 
+    def forget(self) -> None:
+        """Drop what is compiled."""
+        self._compiled.clear()
+
     def compiled(self) -> list[ProgramInfo]:
         """What is compiled, or loaded, so far."""
         return [_info(self.kind, sizes, compiled) for compiled, sizes in self._compiled.values()]
@@ -83,9 +91,10 @@ class Program:
             return self.lower(*arguments, **static).compile()
         leaves, tree = jax.tree.flatten(arguments)
         shapes = [(leaf.shape, str(leaf.dtype)) for leaf in leaves]
-        name = _digest(self.kind, self._context, static, shapes, tree, _surroundings(self._devices))
+        name = _digest(self.kind, self.context, static, shapes, tree, _surroundings(self._devices))
         kept = self._folder.load(name, self._devices)
-        if kept is None:
+        # Processes that compile may wait for each other: none does unless all do.
+        if "none" in hosts.share("none" if kept is None else "kept") or kept is None:
             kept = self.lower(*arguments, **static).compile()
             self._folder.save(name, kept)
         return kept
@@ -128,15 +137,18 @@ class Folder:
         """Make the folder. Raises OSError if that fails, or if others could write in it."""
         self.path = path
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _check_own(path, os.lstat(path))
-        descriptor, name = tempfile.mkstemp(dir=path)
+        _check_own(path, os.stat(path))
+        descriptor, name = tempfile.mkstemp(dir=path, prefix=_BEGUN)
         os.close(descriptor)
         os.unlink(name)
 
     @classmethod
     def of_user(cls) -> Folder | None:
-        """The user's, unless JAX's own setting has JAX keep what it compiles. If it cannot be used, warns and returns None."""
-        if jax.config.jax_compilation_cache_dir is not None:
+        """The user's, unless JAX's own settings have JAX keep what it compiles, or have nothing kept.
+
+        If it cannot be used, warns and returns None.
+        """
+        if jax.config.jax_compilation_cache_dir is not None or not jax.config.jax_enable_compilation_cache:
             return None
         try:
             return cls(cache_root() / "programs")
@@ -171,7 +183,7 @@ class Folder:
         except Exception:  # what it raises depends on JAX, XLA and the program
             return
         try:
-            descriptor, written = tempfile.mkstemp(dir=self.path)
+            descriptor, written = tempfile.mkstemp(dir=self.path, prefix=_BEGUN)
             try:
                 with open(descriptor, "wb") as file:
                     file.write(_checksum(name, payload) + payload)
@@ -186,14 +198,14 @@ class Folder:
     def _make_room(self) -> None:
         """Remove the programs that were used longest ago if there are too many."""
         found = []
-        for path in self.path.glob("*" + _SUFFIX):
+        for path in self.path.iterdir():
             with contextlib.suppress(FileNotFoundError):  # another process has removed it
                 about = path.stat()
                 found.append((about.st_mtime_ns, about.st_size, path))
-        kept = 0
-        for _, size, path in sorted(found, reverse=True):
+        kept, an_hour_ago = 0, (time.time() - 3600) * 1e9
+        for used, size, path in sorted(found, reverse=True):
             kept += size
-            if kept > _KEPT_BYTES:
+            if kept > _KEPT_BYTES or (path.name.startswith(_BEGUN) and used < an_hour_ago):
                 path.unlink(missing_ok=True)
 
 
@@ -255,7 +267,7 @@ def _surroundings(devices: Sequence[jax.Device]) -> object:
     settings = {name: getattr(jax.config, name, value) for name, value in jax.config.values.items()}
     return (
         [importlib.metadata.version(package) for package in ("l4jax", "jax", "jaxlib")],
-        _sources(),
+        _SOURCES,
         settings,
         os.environ.get("XLA_FLAGS"),
         devices[0].client.platform_version,
@@ -266,9 +278,12 @@ def _surroundings(devices: Sequence[jax.Device]) -> object:
     )
 
 
-@functools.cache
 def _sources() -> str:
     """A digest of the code that programs are made of, which may change while its version does not."""
     root = Path(__file__).parents[1]
     files = sorted(path for package in ("l4jax", "sharding", "pallas_kernels") for path in (root / package).rglob("*.py"))
     return _digest([(str(path.relative_to(root)), path.read_bytes()) for path in files])
+
+
+_SOURCES = _sources()
+"""Of what this process has imported: the files may change before it compiles."""

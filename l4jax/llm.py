@@ -90,6 +90,7 @@ class LLM:
         self.max_batch = self.engine.options.slots * parts.placement.spec.data
         asked_for = parts.speculator is not None and parts.speculator.asked_for
         self.requests = RequestMaker(parts.config, parts.text, drafts_up_to=self.engine.options.drafts_up_to if asked_for else math.inf)
+        self._stepping_lock = threading.Lock()
         self._stepping_thread: threading.Thread | None = None
 
     @property
@@ -159,9 +160,10 @@ class LLM:
         It belongs to the first thread that calls it, as long as that lives: raises RuntimeError in another.
         """
         me = threading.current_thread()
-        if self._stepping_thread is None or not self._stepping_thread.is_alive():
-            self._stepping_thread = me
-        elif self._stepping_thread is not me:
+        with self._stepping_lock:
+            if self._stepping_thread is None or not self._stepping_thread.is_alive():
+                self._stepping_thread = me
+        if self._stepping_thread is not me:
             raise RuntimeError("llm.step() was called from another thread before; call it from that one, or use generate, stream or add")
         with kept_interrupts() as check_interrupts:
             stepped = self.engine.step()

@@ -91,6 +91,11 @@ class Programs:
         assert self._drafter is not None
         return self._drafter
 
+    def forget(self) -> None:
+        """Drop all that is compiled."""
+        for program in self._all:
+            program.forget()
+
     def compiled(self) -> list[ProgramInfo]:
         """All that are compiled, or loaded, so far."""
         return [info for program in self._all for info in program.compiled()]

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.metadata
 import os
 import pickle
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +20,9 @@ import pytest
 
 from l4jax import compiled
 from l4jax.compiled import Folder, Program
+from l4jax.parallel.placement import Placement
+from l4jax.programs import Programs
+from tests.tiny import llama3_like
 
 CANNOT_BE_KEPT = r"^programs are compiled at every start, because they cannot be kept \(.*%s.*\); set XDG_CACHE_HOME to a folder that only"
 
@@ -73,8 +81,82 @@ def test_other_settings_make_another_program(folder: Path, monkeypatch: pytest.M
         with setting:
             other = Traced(Folder.of_user())
             assert (other(), other.times, len(list(folder.iterdir()))) == (6.0, 1, count)
-    monkeypatch.setattr(compiled, "_sources", lambda: "changed")
-    assert (other := Traced(Folder.of_user()))() == 6.0 and other.times == 1
+    assert len(list(folder.iterdir())) == 3
+
+
+class Topology:
+    """Of other devices."""
+
+    def __init__(self, devices: list[jax.Device]) -> None:
+        pass
+
+    def serialize(self) -> bytes:
+        return b"other instruction sets"
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "value"),
+    [
+        (compiled, "_SOURCES", "changed"),
+        (importlib.metadata, "version", lambda package: "99"),
+        (os, "sched_getaffinity", lambda _: set(range(999))),
+        (jax, "process_index", lambda: 1),
+        (compiled.topologies, "TopologyDescription", Topology),
+        (os, "environ", {**os.environ, "XLA_FLAGS": "--xla_other"}),
+    ],
+)
+def test_other_surroundings_make_another_program(where: Any, name: str, value: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = Folder.of_user()
+    Traced(kept)()
+    with monkeypatch.context() as patch:
+        patch.setattr(where, name, value)
+        other = Traced(kept)
+        assert (other(), other.times) == (6.0, 1)
+    assert (again := Traced(kept))() == 6.0 and again.times == 0
+
+
+def test_other_models_kinds_and_meshes_make_another_program(folder: Path) -> None:
+    """Although their arguments are alike."""
+    config = llama3_like()
+    others = [config, dataclasses.replace(config, rope_theta=5e5), dataclasses.replace(config, rms_norm_eps=1e-3)]
+    contexts = [Programs(Placement.on(each, "tensor=1")).prefill.context for each in others]
+    contexts += [Programs(Placement.on(config, mesh)).prefill.context for mesh in ("data=2", "tensor=2")]
+    assert len(set(contexts)) == 5
+    one, two = (Program(kind, jax.jit(lambda w, k, x: (k, x)), "", jax.local_devices()[:1], Folder.of_user()) for kind in ("one", "two"))
+    for program in (one, two):
+        program(jnp.zeros(1), jnp.zeros(1), jnp.ones(1))
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_a_link_to_the_users_own_folder_is_followed(folder: Path, tmp_path: Path) -> None:
+    (target := tmp_path / "elsewhere").mkdir(mode=0o700)
+    folder.parent.mkdir()
+    folder.symlink_to(target)
+    Traced(Folder.of_user())()
+    assert len(list(target.iterdir())) == 1
+
+
+def test_what_a_killed_process_was_writing_is_removed_after_an_hour(folder: Path) -> None:
+    kept = Folder.of_user()
+    for name, hours in (("old", 2), ("new", 0)):
+        (folder / f"{compiled._BEGUN}{name}").touch()
+        os.utime(folder / f"{compiled._BEGUN}{name}", (about := time.time() - hours * 3600, about))
+    Traced(kept)()
+    assert sorted(path.name for path in folder.glob(f"{compiled._BEGUN}*")) == [f"{compiled._BEGUN}new"]
+
+
+def test_nothing_is_kept_where_jax_is_told_to_keep_nothing() -> None:
+    with mock.patch.object(type(jax.config), "jax_enable_compilation_cache", False, create=True):
+        assert Folder.of_user() is None
+
+
+@pytest.mark.parametrize("of_another", ["none", "kept"])
+def test_processes_load_a_program_if_all_have_it(of_another: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = Folder.of_user()
+    Traced(kept)()
+    monkeypatch.setattr(compiled.hosts, "share", lambda own: [own, of_another])
+    traced = Traced(kept)
+    assert (traced(), traced.times) == (6.0, of_another == "none")
 
 
 @pytest.mark.parametrize("damage", ["cut off", "a bit", "empty", "another's name", "a pickle of our own"])

@@ -36,7 +36,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--programs",
         action="store_true",
-        help="for a converted checkpoint: compile, or load, every program that a server would run, and print their sizes",
+        help="for a converted checkpoint: compile, or load, every program that the model may run, and print their sizes",
     )
     parser.add_argument("--mesh", help="with --programs: devices to run on, as for l4jax generate (default: one)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="with --programs: as for l4jax generate")
@@ -49,6 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.programs and (arguments.mesh, arguments.dtype, arguments.max_batch) != (None, None, None):
         raise ValueError("--mesh, --dtype and --max-batch need --programs; add it or leave them out")
     about, config = _describe(arguments.checkpoint)
+    programs = _programs(arguments, config) if arguments.programs else []
     _print("Checkpoint", ("", ""), about)
     _print("Configuration", *_configuration(config))
     if arguments.verify:
@@ -59,13 +60,17 @@ def run(arguments: argparse.Namespace) -> int:
         opened(arguments.checkpoint).verify()
         print("every weight is what was written")
     if arguments.programs:
-        _print("Programs", ("kind", "sizes", "code", "temporaries", "arguments", "results"), _programs(arguments))
+        _print("Programs", ("kind", "sizes", "code", "temporaries", "arguments", "results"), programs)
     return 0
 
 
-def _programs(arguments: argparse.Namespace) -> list[Row]:
+def _programs(arguments: argparse.Namespace, config: ModelConfig | DrafterConfig) -> list[Row]:
     import l4jax
+    from l4jax.checkpoints.store import MANIFEST
+    from l4jax.config import DrafterConfig
 
+    if isinstance(config, DrafterConfig) or not (Path(arguments.checkpoint) / MANIFEST).exists():
+        raise ValueError(f"--programs with {arguments.checkpoint}; expected the folder of a model that l4jax convert made")
     mesh = arguments.mesh or "tensor=1"
     llm = l4jax.load(arguments.checkpoint, mesh=mesh, dtype=arguments.dtype, max_batch=arguments.max_batch)
     llm.warmup(progress=sys.stderr.isatty())

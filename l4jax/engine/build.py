@@ -124,7 +124,9 @@ def build_engine(parts: Parts) -> Engine:
 
     def needed_bytes(shape: CacheShape) -> int:
         runner.lay_out(shape)
-        return program_bytes(runner, options, memory.abstract(shape), placement.config.max_position_embeddings)
+        needed = program_bytes(runner, options, memory.abstract(shape), placement.config.max_position_embeddings)
+        runner.programs.forget()  # they are for a cache of another size
+        return needed
 
     shape = memory.shape(settings.kv_tokens, runner.all_weights, needed_bytes)
     options = dataclasses.replace(options, full_pages=shape.full_pages, local_pages=shape.local_pages)

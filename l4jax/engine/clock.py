@@ -12,14 +12,15 @@ BURST_SECONDS = 0.05
 """The longest that a burst takes, as far as the last one tells."""
 CPU_BURST_SECONDS = 0.1
 """The same on CPUs, where preparing a burst takes the cores that compute: 2 ms of two cores for SmolLM2, so shorter ones cost over 3 %."""
+_MOST = 1 << 10
 
 
 class BurstClock:
-    """Measures rounds. Until the first one is known bursts have ``short_steps``."""
+    """Measures rounds. Until the first one is known bursts have ``short_steps``, and twice as many after each that nobody waited for."""
 
     def __init__(self, platform: str, short_steps: int) -> None:
         self._burst_seconds = CPU_BURST_SECONDS if platform == "cpu" else BURST_SECONDS
-        self._short_steps = short_steps
+        self._steps = short_steps  # while nothing is known
         self._round_seconds = 0.0
         self._last_read = 0.0
 
@@ -27,7 +28,7 @@ class BurstClock:
     def most_steps(self) -> int:
         """The rounds of a burst that is not too long."""
         if self._round_seconds == 0.0:
-            return self._short_steps
+            return self._steps
         return max(1, int(self._burst_seconds / self._round_seconds))
 
     def measure(self, results: Results, outputs: Mapping[int, RowOutput], begun: float, *, waited: bool) -> None:
@@ -39,7 +40,9 @@ class BurstClock:
         if not results.prefill:
             rounds = max((output.rounds.rounds for output in outputs.values()), default=0)
             rounds = rounds or max((len(row.tokens) for row in results.burst if row is not None), default=0)
-        if rounds and (waited or self._round_seconds):
+        if rounds and not waited and not self._round_seconds:
+            self._steps = min(2 * self._steps, _MOST)
+        elif rounds:
             seconds = (now - max(begun, self._last_read)) / rounds
             self._round_seconds = seconds if waited else min(seconds, self._round_seconds)
         self._last_read = now

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Container, Sequence
 
 from l4jax.engine.scheduler import Scheduler
-from l4jax.engine.step import Step
+from l4jax.engine.step import BurstRow, PieceRow, Step
 from sharding import hosts
 
 _CHECKED = 64
@@ -76,8 +76,15 @@ class Commands:
 
 
 def _checksum(step: Step) -> int:
-    """Of what decides which programs run, and for which rows: requests, slots, tokens and plan."""
-    slots = [row and row.slot for row in (*step.pieces, *step.rows)]
-    pieces = step.prefill and (step.prefill.length, step.prefill.scores, [row and len(row.tokens) for row in step.pieces])
-    burst = step.burst and (step.burst.steps, step.burst.plan, [row and row.limit for row in step.rows])
-    return zlib.crc32(repr((step.number, step.requests, slots, pieces, burst)).encode())
+    """Of what decides which programs run, and for which rows: all of the step but the tokens, and of page tables their ends."""
+
+    def about(row: PieceRow | BurstRow | None) -> object:
+        if row is None:
+            return None
+        where = row.request, row.slot, len(row.full), row.full[-2:], row.local
+        return (*where, row.start, len(row.tokens), row.first, row.last) if isinstance(row, PieceRow) else (*where, row.limit)
+
+    prefill = step.prefill and (step.prefill.length, step.prefill.scores, list(map(about, step.prefill.rows)))
+    burst = step.burst and (step.burst.steps, step.burst.plan, list(map(about, step.burst.rows)))
+    copies = step.drops, step.saves, step.zero_full, step.zero_local, step.loads
+    return zlib.crc32(repr((step.number, copies, prefill, burst)).encode())

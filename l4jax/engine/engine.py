@@ -147,7 +147,8 @@ class Engine:
     def warm_up(self, longest: int) -> Iterator[tuple[int, int]]:
         """Compile, or load, every program that requests of up to ``longest`` tokens can need; after each, how many of all are ready."""
         self._take_turn(self._start)
-        runs = list(warm_ups(self.runner, self.options, longest))
+        # Not the cache itself, which another thread's failing step may drop meanwhile.
+        runs = warm_ups(self.runner, self.options, self._memory.abstract(self.shape), longest)
         for done, run in enumerate(runs, start=1):
             self._take_turn(run)
             yield done, len(runs)

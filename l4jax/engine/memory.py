@@ -63,9 +63,9 @@ class CacheMemory:
         """
         block = PAGE_SIZE * self._ranks
         least, most = 1, (whole := self._slots * -(-self._placement.config.max_position_embeddings // block))
-        if self._bytes(self._holding(block)) > budget:
+        if (smallest := self._bytes(self._holding(block))) > budget:
             raise ValueError(
-                f"a KV cache of {block} tokens takes {self._bytes(self._holding(block)) / 1e9:.1f} GB, and may take {budget / 1e9:.1f} GB "
+                f"a KV cache of {block} tokens takes {smallest / 1e9:.1f} GB, and may take {max(budget, 0) / 1e9:.1f} GB "
                 "beside the weights; lower max_batch, use more devices, or set kv_tokens"
             )
         while least < most:

@@ -160,15 +160,15 @@ class Runner:
                     changed = self.programs.count(changed, tokens)
         self._resident = dataclasses.replace(self.resident, slots=changed)
 
-    def small_calls(self, *, saves: bool) -> list[Call]:
+    def small_calls(self, resident: Resident, *, saves: bool) -> list[Call]:
         """Calls of the programs that change slots and pages, and with ``saves`` of those that save them and load them again."""
-        slots = self.resident.slots
+        slots = resident.slots
         update, tokens, pages = self._inputs.examples()
         return [
             Call(self.programs.update_slots, (slots, update), {}),
             Call(self.programs.count, (slots, tokens), {}),
-            Call(self.programs.zero_pages, (self.resident, pages), {}),
-            *(self._saved.calls(self.resident) if saves else ()),
+            Call(self.programs.zero_pages, (resident, pages), {}),
+            *(self._saved.calls(resident) if saves else ()),
         ]
 
     def spreads(self, length: int, longest: int) -> list[tuple[int, bool]]:

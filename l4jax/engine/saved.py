@@ -94,8 +94,9 @@ class SavedSequences:
 
     def load(self, resident: Resident, load: Load) -> Resident:
         """Write a copy, which is dropped, to a slot and to pages; returns what is on the devices then."""
-        slots = None
-        for number, (copy, place) in enumerate(zip(self._copies.pop(load.request), self._places(resident, load), strict=False)):
+        slots, copies, places = None, self._copies.pop(load.request), list(self._places(resident, load))
+        assert len(copies) >= len(places), "a page was not saved"
+        for number, (copy, place) in enumerate(zip(copies, places, strict=False)):
             arrays = copy.on_devices()
             slots = arrays.slots if slots is None else slots
             resident = self._programs.load(resident, dataclasses.replace(arrays, slots=slots), place)

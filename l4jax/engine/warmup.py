@@ -11,26 +11,27 @@ from l4jax.engine.step import Burst, Plan, Prefill
 from l4jax.program_inputs import Resident
 
 
-def warm_ups(runner: Runner, options: Options, longest: int) -> Iterator[Callable[[], object]]:
-    """What to call, for requests of up to ``longest`` tokens: each makes one program ready."""
-    for call in runner.small_calls(saves=options.deterministic):
-        yield call.prepare
+def warm_ups(runner: Runner, options: Options, resident: Resident, longest: int) -> list[Callable[[], object]]:
+    """What to call, for requests of up to ``longest`` tokens: each makes one program ready. ``resident`` may be abstract."""
+    calls: list[Callable[[], object]] = [call.prepare for call in runner.small_calls(resident, saves=options.deterministic)]
     for prefill in prefills(options):
         for padding in runner.spreads(prefill.length, longest):
-            yield functools.partial(runner.prepare, prefill, runner.resident, padding)
-    for burst in bursts(options, longest):
-        yield functools.partial(runner.prepare, burst, runner.resident)
+            calls.append(functools.partial(runner.prepare, prefill, resident, padding))
+    return calls + [functools.partial(runner.prepare, burst, resident) for burst in bursts(options, longest)]
 
 
 def program_bytes(runner: Runner, options: Options, resident: Resident, longest: int) -> int:
-    """Bytes on a device that programs need beside weights and cache: the code of all, and what the largest ones compute at a time."""
+    """Bytes on a device that programs need beside weights and cache: the code of all, and what the largest ones compute at a time.
+
+    Results count twice, because two steps may be on their way.
+    """
     kinds = [[prefill for prefill in prefills(options) if prefill.scores is scores] for scores in (False, True)]
     largest = [max(kind, key=lambda prefill: len(prefill.rows) * prefill.length) for kind in kinds]
     infos = [runner.prepare(prefill, resident, runner.spreads(prefill.length, longest)[-1]) for prefill in largest]
     slots = options.slots * options.data_ranks
     infos += [runner.prepare(burst, resident) for burst in bursts(options, longest) if len(burst.rows) == slots]
-    programs = sum(map(len, kinds)) + len(list(bursts(options, longest)))
-    return max(info.temporaries + info.results for info in infos) + max(info.code for info in infos) * programs
+    programs = len(warm_ups(runner, options, resident, longest))
+    return max(info.temporaries + 2 * info.results for info in infos) + max(info.code for info in infos) * programs
 
 
 def prefills(options: Options) -> Iterator[Prefill]:
@@ -48,7 +49,7 @@ def bursts(options: Options, longest: int) -> Iterator[Burst]:
     for rows in range(1, options.slots + 1):
         bucket = next(bucket for bucket in options.row_buckets if bucket >= rows)
         plans.setdefault(options.plan(rows), set()).add(bucket)
-        if longest > options.drafts_up_to:  # where nobody can be drafted for there is no plan
+        if longest > options.drafts_up_to and not options.deterministic:  # where nobody can be drafted for there is no plan
             plans.setdefault(None, set()).add(bucket)
     for plan, sizes in plans.items():
         for rows in sorted(sizes):

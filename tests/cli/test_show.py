@@ -19,10 +19,10 @@ from tests.text import small
 GOLDEN = Path(__file__).parent.parent / "golden" / "data"
 
 
-def output(capsys: pytest.CaptureFixture[str], checkpoint: str | Path) -> str:
+def output(capsys: pytest.CaptureFixture[str], checkpoint: str | Path, *options: str) -> str:
     parser = argparse.ArgumentParser()
     show.register(parser.add_subparsers())
-    arguments = parser.parse_args(["show", str(checkpoint)])
+    arguments = parser.parse_args(["show", str(checkpoint), *options])
     assert arguments.run(arguments) == 0
     return capsys.readouterr().out
 
@@ -67,6 +67,31 @@ def test_a_converted_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "vision parameters" not in rows
     # What was read from the source is still known.
     assert rows["attention_chunk_size"] == ["8", "config.json: attention_chunk_size"]
+
+
+def test_the_programs_of_a_converted_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    convert(GOLDEN / "scout", tmp_path / "scout")
+    capsys.readouterr()
+    text = output(capsys, tmp_path / "scout", "--programs", "--max-batch", "1", "--dtype", "float32")
+    lines = [line.split("  ") for line in text[text.index("Programs\n") :].splitlines()]
+    found = [(line[0], next((cell.strip() for cell in line[1:] if cell), "")) for line in lines[2:] if len(line) > 1]
+    kinds = [("update_slots", "0.0 MB"), ("count", "0.0 MB"), ("zero_pages", "0.0 MB"), ("decode", "1 row")]
+    pieces = [(kind, f"1 row of {length} tokens") for kind in ("prefill", "score") for length in (32, 128, 512)]
+    assert sorted(found) == sorted([*kinds, *pieces])
+    assert "10 programs" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("llama-3.1-8b", ["--programs"], r"^--programs with llama-3\.1-8b; expected the folder of a model that l4jax convert made$"),
+        ("llama-3.1-8b", ["--max-batch", "2"], "^--mesh, --dtype and --max-batch need --programs; add it or leave them out$"),
+    ],
+)
+def test_programs_are_those_of_a_converted_model(name: str, options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match=message):
+        output(capsys, name, *options)
+    assert capsys.readouterr().out == ""
 
 
 def test_one_source_that_is_missing_does_not_hide_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

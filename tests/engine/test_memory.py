@@ -13,9 +13,11 @@ import pytest
 
 from l4jax import LLM, SamplingParams
 from l4jax.cache import PAGE_SIZE
+from l4jax.compiled import ProgramInfo
 from l4jax.engine import build, memory
 from l4jax.engine.engine import Engine
 from l4jax.engine.memory import CacheMemory
+from l4jax.engine.runner import Runner
 from tests.tiny import drafter, llama3_like, loaded_drafter, scout_like, shallow, weights
 
 CONFIG = shallow(scout_like(attention_chunk_size=256, max_position_embeddings=1000))
@@ -104,8 +106,15 @@ def test_on_a_gpu_it_takes_what_weights_and_programs_leave(monkeypatch: pytest.M
     made = loaded_drafter(drafter(config, aux_layers=(0, 1, 2))) if drafts else None
     monkeypatch.setattr(jax.stages.Compiled, "memory_analysis", reporting(code := 1_000))
     asked: list[int] = []
+    infos: dict[tuple[str, str], ProgramInfo] = {}
     real = build.program_bytes
-    monkeypatch.setattr(build, "program_bytes", lambda *arguments: asked.append(real(*arguments)) or asked[-1])
+
+    def noted(runner: Runner, *arguments: Any) -> int:
+        asked.append(real(runner, *arguments))
+        infos.update({(info.kind, info.sizes): info for info in runner.programs.compiled()})
+        return asked[-1]
+
+    monkeypatch.setattr(build, "program_bytes", noted)
     limit = 50_000_000
     initialise = CacheMemory.__init__
 
@@ -121,9 +130,10 @@ def test_on_a_gpu_it_takes_what_weights_and_programs_leave(monkeypatch: pytest.M
     page = cache_bytes(engine) // engine.shape.full_pages
     budget = (limit - held - asked[0]) * 0.97
     assert budget - page < resident <= budget
-    # Two lengths of pieces, scored or not, and a burst: the code of each, and what the largest has in hand.
-    infos = {(info.kind, info.sizes): info for info in llm.programs()}
-    assert asked[0] == max(info.temporaries + info.results for info in infos.values()) + 5 * code
+    # Two lengths of pieces, scored or not, a burst and three small programs: the code of each; and what the largest has in hand, while
+    # the results of the one before it wait to be read.
+    assert asked[0] == max(info.temporaries + 2 * info.results for info in infos.values()) + 8 * code
+    assert not llm.programs(), "what was compiled for a cache of another size is kept"
     assert {kind for kind, _ in infos} == {"prefill", "score", "speculate" if drafts else "decode"}
     assert infos["score", "2 rows of 32 tokens"].results >= 2 * 32 * config.vocab_size * 4
     assert llm.generate([[1, 2, 3]], PARAMS)[0].token_ids

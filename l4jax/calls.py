@@ -16,7 +16,7 @@ from sharding import hosts
 
 
 def run(engine: Engine, requests: Sequence[Request], *, scores: bool = False, progress: bool = False) -> list[Handle]:
-    """Run requests to their ends. Raises the error of the first that has one, and ValueError if one could never run."""
+    """Run requests to their ends. Raises the first request's error; ValueError, before anything runs, if one cannot fit."""
     with kept_interrupts() as check_interrupts, bar_if(progress) as show:
         for number, request in enumerate(requests):
             with _naming(number, len(requests)):
@@ -43,7 +43,7 @@ def run(engine: Engine, requests: Sequence[Request], *, scores: bool = False, pr
 
 
 def agreed(requests: Sequence[Request]) -> Sequence[Request]:
-    """The requests with the seeds that process 0 has drawn. Raises ValueError unless every process has the same, but for these."""
+    """The requests with the seeds that process 0 has drawn. Raises ValueError if anything but the seeds differs."""
     if hosts.process_count() > 1:
         asked = repr([(list(request.token_ids), request.params) for request in requests])
         same = {"what is asked for": hashlib.sha256(asked.encode()).hexdigest()}

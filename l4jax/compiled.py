@@ -38,7 +38,7 @@ class ProgramInfo:
     """A compiled program: its kind, its sizes (as "4 rows of 128 tokens"), and bytes on one device.
 
     ``code``: of the program itself, 0 where XLA does not say (CPUs); ``temporaries``: what it needs while it runs; ``arguments``: what it
-    is given, of which ``donated`` comes back in place; ``results``: what it returns beside that.
+    is given; ``donated``: the part of these whose memory the results reuse; ``results``: the others.
     """
 
     kind: str
@@ -67,7 +67,7 @@ class Program:
         return self.prepare(*arguments, **static)(*arguments)
 
     def prepare(self, *arguments: Any, **static: Any) -> jax.stages.Compiled:
-        """What runs for such arguments: compiled, or loaded, now if it was not before."""
+        """Return the compiled program for such arguments; compile or load it first if need be."""
         changing = [argument for argument in arguments if not isinstance(argument, Weights)]
         key = (*static.values(), *[leaf.shape for leaf in jax.tree.leaves(changing)])
         if key not in self._compiled:
@@ -93,7 +93,7 @@ class Program:
         shapes = [(leaf.shape, str(leaf.dtype)) for leaf in leaves]
         name = _digest(self.kind, self.context, static, shapes, tree, _surroundings(self._devices))
         kept = self._folder.load(name, self._devices)
-        # Processes that compile may wait for each other: none does unless all do.
+        # Compiling can wait for other processes, so either all compile or none does.
         if "none" in hosts.share("none" if kept is None else "kept") or kept is None:
             kept = self.lower(*arguments, **static).compile()
             self._folder.save(name, kept)
@@ -131,7 +131,7 @@ class Call:
 
 
 class Folder:
-    """Compiled programs on disk, each in a file that only this user can write: who could write it could run code in this process."""
+    """Compiled programs on disk. Only this user may write the files, because loading one can run code."""
 
     def __init__(self, path: Path) -> None:
         """Make the folder. Raises OSError if that fails, or if others could write in it."""
@@ -160,21 +160,23 @@ class Folder:
         """The program of this name, for these devices; None if there is none, or if it is not what was saved."""
         path = self.path / (name + _SUFFIX)
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError:
             return None
-        with open(descriptor, "rb") as file:
-            try:
-                _check_own(path, os.fstat(descriptor))
+        try:
+            _check_own(path, os.fstat(descriptor))
+            with open(descriptor, "rb", closefd=False) as file:
                 content = file.read()
-                payload = content[_DIGEST_BYTES:]
-                if content[:_DIGEST_BYTES] != _checksum(name, payload):
-                    return None
-                os.utime(descriptor)
-                serialized, in_tree, out_tree = pickle.loads(payload)
-                return serialize_executable.deserialize_and_load(serialized, in_tree, out_tree, execution_devices=devices)
-            except Exception:  # what it raises depends on JAX, XLA and the file
+            payload = content[_DIGEST_BYTES:]
+            if content[:_DIGEST_BYTES] != _checksum(name, payload):
                 return None
+            os.utime(descriptor)
+            serialized, in_tree, out_tree = pickle.loads(payload)
+            return serialize_executable.deserialize_and_load(serialized, in_tree, out_tree, execution_devices=devices)
+        except Exception:  # what it raises depends on JAX, XLA and the file
+            return None
+        finally:
+            os.close(descriptor)
 
     def save(self, name: str, compiled: jax.stages.Compiled) -> None:
         """Keep a program; warns if it cannot be written. One that JAX cannot serialise is not kept."""
@@ -239,7 +241,7 @@ def _info(kind: str, sizes: str, compiled: jax.stages.Compiled) -> ProgramInfo:
 
 
 def _check_own(path: Path, about: os.stat_result) -> None:
-    """Raise PermissionError if others can write a file or folder, or own it."""
+    """Raise PermissionError if another user owns a file or folder, or may write it."""
     if about.st_uid != os.geteuid():
         raise PermissionError(f"{path} belongs to another user")
     if about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):

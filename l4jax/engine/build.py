@@ -105,12 +105,12 @@ def build_engine(parts: Parts) -> Engine:
     beyond_training = speculator is not None and speculator.beyond == "stop"
     options = Options(
         shape=PageShape(PAGE_SIZE, ranks, placement.config.attention_chunk_size),
-        full_pages=0,  # both are known below
+        full_pages=0,  # set below, when the cache's size is known
         local_pages=0,
         slots=slots,
         row_buckets=(slots,) if deterministic else row_buckets(slots),
         piece_lengths=settings.piece_lengths(spec),
-        # One row: then a prompt alone costs no padding rows, and how token ranks share a piece depends on it alone.
+        # One row, so that no padding is computed and no other prompt changes how ranks share this one.
         piece_rows=(1,) if deterministic else piece_rows(slots),
         piece_tokens=PREFILL_TOKENS * ranks,
         short_steps=_SHORT_BURST,

@@ -16,7 +16,7 @@ _MOST = 1 << 10
 
 
 class BurstClock:
-    """Measures rounds. Until the first one is known bursts have ``short_steps``, and twice as many after each that nobody waited for."""
+    """Measures rounds. Until one is known, bursts begin with ``short_steps`` and double whenever the host did not have to wait."""
 
     def __init__(self, platform: str, short_steps: int) -> None:
         self._burst_seconds = CPU_BURST_SECONDS if platform == "cpu" else BURST_SECONDS

@@ -19,9 +19,9 @@ from l4jax.engine.step import BurstRow, PieceRow, Step
 from sharding import hosts
 
 _CHECKED = 64
-"""After as many iterations the schedulers' states are compared."""
+"""Iterations between two comparisons of the schedulers' states."""
 ASKED_SECONDS = 60
-"""How much later than process 0 another may be asked for a request."""
+"""Seconds that another process may be behind process 0 in making a call."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Commands:
 
 
 def _checksum(step: Step) -> int:
-    """Of what decides which programs run, and for which rows: all of the step but the tokens, and of page tables their ends."""
+    """A checksum of the step without its tokens. Of a page table it takes the length and the last two pages."""
 
     def about(row: PieceRow | BurstRow | None) -> object:
         if row is None:

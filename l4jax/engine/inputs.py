@@ -22,7 +22,7 @@ from l4jax.program_inputs import Burst, Piece, slot_update
 from l4jax.request import Request
 
 _COUNTED = 512
-"""Tokens that one call counts for a slot, of those that it need not compute."""
+"""Tokens of a cached prefix that one call adds to a slot's counts."""
 _ZEROED = 32
 """Pages that one call zeroes on each data rank."""
 
@@ -93,7 +93,7 @@ class StepInputs:
             yield self._counted(row.slot, row.before[start : start + _COUNTED], start, row.prompt_length)
 
     def next_to_zero(self, full: list[PageOnRank], local: list[PageOnRank]) -> PageTables:
-        """The next pages to zero, which are taken off the lists."""
+        """Take the next pages to zero off the lists."""
         return PageTables(self._next_pages(full, self.shape.full_pages), self._next_pages(local, self.shape.local_pages))
 
     def examples(self) -> tuple[SlotUpdate, SlotTokens, PageTables]:
@@ -134,5 +134,5 @@ class StepInputs:
         return host_array([a_rank if row is None else row.slot % a_rank for row in rows], np.int32)
 
     def _draft_tables(self, tables: Any) -> Any:
-        """The drafter's pages have the numbers of the model's."""
+        """The model's tables, because the drafter's pages have the same numbers; None without a drafter."""
         return tables if self._drafts else None

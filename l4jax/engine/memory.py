@@ -94,7 +94,7 @@ class CacheMemory:
         return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
     def _available_bytes(self, weights: Iterable[Array]) -> float:
-        """What a device of the least favoured process has beside the weights."""
+        """What a device of the process that has least has beside the weights."""
         return min(map(float, hosts.share(str(own_available_bytes(self._device, weights)))))
 
 

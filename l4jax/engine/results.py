@@ -25,7 +25,7 @@ from l4jax.request import TokenLogprob
 class RowOutput:
     """What a row got beside its tokens: their log-probabilities, if it asked for them; its rounds of speculation; its logits, [T, V].
 
-    A scored row has one of the two: the log-probabilities are of the tokens that follow its piece's, or its logits.
+    A scored row has either log-probabilities, of the tokens after those of its piece, or logits.
     """
 
     logprobs: list[TokenLogprob] | None = None
@@ -72,7 +72,7 @@ class Dispatched:
 
     @property
     def to_read(self) -> Any:
-        """The arrays that :meth:`read` copies to the host, but for scores."""
+        """The arrays that :meth:`read` copies to the host, except for scores."""
         first, burst = self.first, self.burst
         return (
             first and (first.token_B, first.done_B, first.logprobs if self._wanted(self.step.pieces) else None),

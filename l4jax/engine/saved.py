@@ -84,7 +84,7 @@ class SavedSequences:
         self._copies: dict[int, list[_Copy]] = {}
 
     def save(self, resident: Resident, save: Save) -> None:
-        """Copy a slot's state and its pages; waits for the devices only if they are more than the devices have room for beside them."""
+        """Copy a slot's state and its pages. Beyond ``_ON_DEVICES`` copies it waits until the oldest has reached the host."""
         copies = self._copies[save.request] = []
         for place in self._places(resident, save):
             copied = self._programs.save(resident, place)
@@ -93,7 +93,7 @@ class SavedSequences:
                 copies[-1 - _ON_DEVICES].fetch()
 
     def load(self, resident: Resident, load: Load) -> Resident:
-        """Write a copy, which is dropped, to a slot and to pages; returns what is on the devices then."""
+        """Write the copy back to a slot and to pages, and drop it; returns the new resident state."""
         slots, copies, places = None, self._copies.pop(load.request), list(self._places(resident, load))
         assert len(copies) >= len(places), "a page was not saved"
         for number, (copy, place) in enumerate(zip(copies, places, strict=False)):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax._src.compilation_cache import compress_executable
 
 from benchmarks.h100 import __main__ as command
 from benchmarks.h100 import source, worker
@@ -478,3 +479,10 @@ def test_items_come_in_order_of_worth_and_groups_can_be_named():
     first = ["ceilings", "correctness/llama", "decode/1", "decode/8", "decode/32", "chain3/1", "eagle26/1", "prefill/2048"]
     assert names[: len(first)] == first
     assert [item.name for item in selected(items(REAL), ["decode"], ["decode/8"])] == ["decode/1", "decode/32"]
+
+
+def test_what_a_killed_process_left_half_written_is_compiled_again(tmp_path):
+    for name, content in (("whole-cache", compress_executable(b"a program")), ("half-cache", compress_executable(b"a program")[:-3])):
+        (tmp_path / name).write_bytes(content)
+    worker.remove_damaged(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["whole-cache"]

@@ -121,13 +121,23 @@ def _keep_programs(folder: Path) -> None:
     """Take the programs that an earlier process compiled from this folder, without the entries that it left half-written."""
     import jax
 
-    from l4jax.compiled import remove_damaged
-
     folder.mkdir(exist_ok=True)
     remove_damaged(folder)
     jax.config.update("jax_enable_compilation_cache", True)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def remove_damaged(folder: Path) -> None:
+    """Remove the entries of JAX's cache that a killed process left half-written: JAX would warn of them and never replace them."""
+    # JAX has no public way to read an entry.
+    from jax._src.compilation_cache import decompress_executable
+
+    for entry in folder.glob("*-cache"):
+        try:
+            decompress_executable(entry.read_bytes())
+        except Exception:  # what it raises depends on the compressor
+            entry.unlink()
 
 
 def _machine(kind: str | None, device: str, sizes: Sizes) -> dict[str, Any]:

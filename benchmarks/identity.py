@@ -52,7 +52,7 @@ def watch(llm: LLM, seen: Counter[str]) -> None:
         seen["bursts of several"] += sum(row is not None for row in step.rows) > 1
         return dispatch(step, requests)
 
-    runner.dispatch = watched  # type: ignore[method-assign]
+    runner.dispatch = watched  # type: ignore[method-assign]  # of this object alone
 
 
 def equal(a: Completion, b: Completion) -> bool:

@@ -185,7 +185,7 @@ class LLM:
                 check_interrupts()
 
     def programs(self) -> list[ProgramInfo]:
-        """The programs that are compiled or loaded so far, with their bytes; after :meth:`warmup`, all that there are."""
+        """The programs that are compiled or loaded so far, with their bytes; after :meth:`warmup`, all of them."""
         return self.engine.runner.programs.compiled()
 
     def _scored(self, prompts: Prompt | Sequence[Prompt], top: int | None, *, progress: bool) -> list[Handle]:

@@ -148,5 +148,5 @@ class SavedSequences:
 
 
 def _like(leaf: Any, count: int, spec: Any) -> jax.ShapeDtypeStruct:
-    """The abstract copy of so many of an array's slots or pages."""
+    """The shape, dtype and sharding of ``count`` slots or pages of an array."""
     return jax.ShapeDtypeStruct((count, *leaf.shape[1:]), leaf.dtype, sharding=NamedSharding(leaf.sharding.mesh, spec))

@@ -141,7 +141,10 @@ class AbstractModel:
         return Call(self.programs.prefill, arguments, {"spread": spread, "beyond": None})
 
     def score_call(self, tokens: int, cached: int, capacity: int) -> Call:
-        """The program that computes the logits at every token of such a piece; arguments: weights, cache, piece, who wants more."""
+        """The program that computes the logits at every token of a piece.
+
+        Arguments: weights, cache, piece, which rows want log-probabilities.
+        """
         piece, spread = self._piece(tokens, cached, capacity, None)
         cache = self._resident(self.placement.spec.data, capacity).cache
         wanted_B = self._rows(self.placement.spec.data, dtype=jnp.bool_)

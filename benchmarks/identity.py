@@ -1,15 +1,22 @@
-"""Whether SmolLM2's requests get to the last bit what they get alone, in deterministic mode: tokens and log-probabilities.
+"""Whether SmolLM2's requests get what they get alone, whatever else the engine runs.
 
-    python benchmarks/identity.py [--requests 300] [--speculation off chain:3 tree:eagle26] [--new-tokens 96] [--dtype float32]
+    python benchmarks/identity.py [--not-deterministic] [--requests 300] [--speculation off chain:3 tree:eagle26]
+        [--new-tokens 96] [--dtype float32]
 
-Prompts of 10 to 1,500 tokens, at temperatures 0 and 1. Each is answered alone, with nothing cached; then all are asked for at once (16
-under way, in a cache that is too small for them, so some wait in host memory); and once more, when many find their beginning in the cache.
-A line for each way to speculate says how many of the answers were equal, and how often what could have made a difference came up.
+Prompts of 10 to 1,500 tokens, at temperatures 0 and 1. Each is answered alone, with nothing cached; then all are asked for at once, and
+then once more, when the cache holds the beginnings of many. The cache is too small for the 16 requests under way, so some are preempted.
+
+In deterministic mode tokens and log-probabilities must be equal to those of the same plan alone. With ``--not-deterministic``, tokens are
+compared with those that a request gets alone without speculation. Each answer that differs is listed, with how far the two tokens' scores
+(logit / temperature + noise; at temperature 0 the logits, divided by the largest) are apart where it first does: at most 1e-5, or it fails.
+
+A line for each plan says how many answers were equal, and how often what could have made a difference happened.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import random
@@ -19,12 +26,17 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
+
 import l4jax
 from l4jax import LLM, Completion, SamplingParams
+from l4jax.decoding.randomness import Purpose, gumbel, stream_keys
 from l4jax.engine.step import Step
 from l4jax.smollm2 import ensure_checkpoint
 
 ROWS, KV_TOKENS = 16, 6144
+NEAR = 1e-5
 QUESTIONS = Path(__file__).parent / "data" / "speculation_prompts.jsonl"
 
 
@@ -42,58 +54,101 @@ def prompts(llm: LLM, count: int) -> list[list[int]]:
 
 
 def watch(llm: LLM, seen: Counter[str]) -> None:
-    """Count hits, saved sequences and bursts of several rows."""
+    """Count prefix hits, preemptions, bursts of several requests and rounds of speculation."""
     runner = llm.engine.runner
     dispatch = runner.dispatch
+    begun: set[int] = set()
 
     def watched(step: Step, requests: Any) -> Any:
+        first = {row.request for row in step.pieces if row is not None and row.first}
         seen["hits"] += sum(row is not None and row.first and row.start > 0 for row in step.pieces)
-        seen["saved"] += len(step.saves)
+        seen["preempted"] += len(step.saves) + len(first & begun)
         seen["bursts of several"] += sum(row is not None for row in step.rows) > 1
+        seen["bursts that speculate"] += bool(step.rows) and step.burst.plan is not None
+        begun.update(first)
         return dispatch(step, requests)
 
     runner.dispatch = watched  # type: ignore[method-assign]  # of this object alone
 
 
-def equal(a: Completion, b: Completion) -> bool:
-    """Whether tokens and log-probabilities are the same."""
-    return (a.token_ids, a.logprobs) == (b.token_ids, b.logprobs)
+def apart(llm: LLM, prompt: list[int], params: SamplingParams, a: Completion, b: Completion) -> tuple[int, float]:
+    """Where two answers first differ, and how far the scores of their tokens are from the highest one."""
+    at = next(i for i, (x, y) in enumerate(zip(a.token_ids, b.token_ids, strict=True)) if x != y)
+    tokens = [a.token_ids[at], b.token_ids[at]]
+    score_V = llm.logits([[*prompt, *a.token_ids[:at]]])[0][-1].astype(np.float64)
+    if params.temperature == 0:
+        score_V /= np.abs(score_V).max()
+    else:
+        assert params.seed is not None
+        seed_B2 = jnp.array([[params.seed >> 32, params.seed & 0xFFFFFFFF]], jnp.uint32)
+        keys_B2 = stream_keys(seed_B2, jnp.array([at], jnp.int32), Purpose.TOKEN)
+        score_V = score_V / params.temperature + np.asarray(gumbel(keys_B2, jnp.arange(len(score_V), dtype=jnp.int32)), np.float64)[0]
+    return at, float(score_V.max() - score_V[tokens].min())
 
 
 def main() -> int:
-    """Parse the command line, and print a line for each way to speculate; 1 if any answer differs."""
+    """Parse the command line, and print a line for each way to speculate; 1 if any answer is not what it must be."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--not-deterministic", action="store_true")
     parser.add_argument("--requests", type=int, default=300)
     parser.add_argument("--speculation", nargs="+", default=["off", "chain:3", "tree:eagle26"])
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--dtype", default="float32")
     arguments = parser.parse_args()
-    checkpoint, differ = ensure_checkpoint(), 0
-    for speculation in arguments.speculation:
-        begun = time.perf_counter()
-        options = {"max_batch": ROWS, "kv_tokens": KV_TOKENS, "prefill_lengths": (128,), "deterministic": True}
-        llm = l4jax.load(checkpoint, dtype=arguments.dtype, speculation=speculation, **options)
-        asked = prompts(llm, arguments.requests)
-        params = [
-            SamplingParams(max_tokens=arguments.new_tokens, temperature=i % 2, seed=i, logprobs=1, ignore_eos=True)
-            for i in range(len(asked))
-        ]
+    deterministic = not arguments.not_deterministic
+    load = functools.partial(
+        l4jax.load,
+        ensure_checkpoint(),
+        dtype=arguments.dtype,
+        max_batch=ROWS,
+        kv_tokens=KV_TOKENS,
+        prefill_lengths=(128,) if deterministic else None,
+        deterministic=deterministic,
+    )
+    plain = load(speculation="off")
+    asked = prompts(plain, arguments.requests)
+    params = [
+        SamplingParams(max_tokens=arguments.new_tokens, temperature=i % 2, seed=i, logprobs=1, ignore_eos=True) for i in range(len(asked))
+    ]
+
+    def all_alone(llm: LLM) -> list[Completion]:
         alone = []
         for prompt, of_prompt in zip(asked, params, strict=True):
             llm.engine.discard()
             alone += llm.generate([prompt], of_prompt)
         llm.engine.discard()
+        return alone
+
+    bad, alone = 0, [] if deterministic else all_alone(plain)
+    for speculation in arguments.speculation:
+        begun = time.perf_counter()
+        llm = plain if speculation == "off" else load(speculation=speculation)
+        alone = all_alone(llm) if deterministic else alone
         seen = Counter[str]()
         watch(llm, seen)
-        together = [llm.generate(asked, params) for _ in range(2)]
-        found = [sum(map(equal, alone, answers)) for answers in together]
-        differ += 2 * len(asked) - sum(found)
+        equal = []
+        for _ in range(2):
+            found = llm.generate(asked, params)
+            if deterministic:
+                equal.append(sum((a.token_ids, a.logprobs) == (b.token_ids, b.logprobs) for a, b in zip(alone, found, strict=True)))
+                bad += len(asked) - equal[-1]
+                continue
+            differ = [i for i in range(len(asked)) if alone[i].token_ids != found[i].token_ids]
+            equal.append(len(asked) - len(differ))
+            for i in differ:
+                at, gap = apart(plain, asked[i], params[i], alone[i], found[i])
+                bad += gap > NEAR
+                print(
+                    f"  {speculation}, request {i}, {len(asked[i])} tokens, temperature {params[i].temperature:g}: token {at} of "
+                    f"{arguments.new_tokens} differs, scores {gap:.1e} apart",
+                    flush=True,
+                )
         print(
-            f"{arguments.dtype}, {speculation}: {found[0]} and {found[1]} of {len(asked)} are equal; "
-            f"{', '.join(f'{count} {what}' for what, count in seen.items())}; {time.perf_counter() - begun:.0f} s",
+            f"{arguments.dtype}, {speculation}: {equal[0]} and {equal[1]} of {len(asked)} are equal; "
+            f"{', '.join(f'{count} {what}' for what, count in seen.items() if count)}; {time.perf_counter() - begun:.0f} s",
             flush=True,
         )
-    return int(differ > 0)
+    return int(bad > 0)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def watch(llm: LLM, seen: Counter[str]) -> None:
         seen["hits"] += sum(row is not None and row.first and row.start > 0 for row in step.pieces)
         seen["preempted"] += len(step.saves) + len(first & begun)
         seen["bursts of several"] += sum(row is not None for row in step.rows) > 1
-        seen["bursts that speculate"] += bool(step.rows) and step.burst.plan is not None
+        seen["bursts that speculate"] += step.burst is not None and step.burst.plan is not None
         begun.update(first)
         return dispatch(step, requests)
 

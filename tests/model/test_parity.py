@@ -15,6 +15,7 @@ from l4jax.checkpoints.convert import convert
 from l4jax.checkpoints.store import open_checkpoint
 from l4jax.parallel.placement import Placement
 from sharding.mesh import ONE_DEVICE
+from tests.tiny import with_options
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 MODELS = [
@@ -123,7 +124,8 @@ def test_decode_loop_equals_one_pass(parity: Parity) -> None:
 @pytest.fixture(scope="module")
 def smollm2(smollm2_checkpoint: Path) -> l4jax.LLM:
     # All 20 conversations are decoded in two batches, and all but the longest prefilled in one piece: few programs.
-    return l4jax.load(smollm2_checkpoint, dtype="float32", max_batch=10, prefill_lengths=(102,))
+    llm = l4jax.load(smollm2_checkpoint, dtype="float32", speculation="off", max_batch=10, prefill_lengths=(102,))
+    return with_options(llm, row_buckets=(10,), piece_rows=(1, 10))
 
 
 @pytest.fixture(scope="module")

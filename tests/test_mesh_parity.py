@@ -38,13 +38,12 @@ MESHES = [
 ]
 # Each case compiles for half a minute. The meshes below cover every axis and every pair of axes; `make test-all` runs the others too.
 USUAL = {
-    "scout": ("sequence=8", "sequence=2,expert=2,tensor=2", "data=2,sequence=2,tensor=2"),
+    "scout": ("sequence=2,expert=2,tensor=2", "data=2,sequence=2,tensor=2"),
     "maverick": ("tensor=2,expert=4", "data=2,expert=2"),
     "llama3": ("sequence=4,tensor=2", "expert=2"),  # no experts to cut along that axis
 }
 LOGITS_TOO = {
     ("scout", "sequence=2,expert=2,tensor=2"),
-    ("scout", "data=2,sequence=2,tensor=2"),
     ("maverick", "tensor=2,expert=4"),
     ("llama3", "sequence=4,tensor=2"),
 }
@@ -229,7 +228,7 @@ def test_bfloat16_is_as_exact_on_a_mesh():
     assert errors[1] < 1.25 * errors[0]
 
 
-RINGS = {("scout", "pass_kv", 640), ("scout", "pass_kv", 632), ("scout", "pass_q", 632), ("llama3", "pass_q", 640)}
+RINGS = {("scout", "pass_kv", 632), ("scout", "pass_q", 632), ("llama3", "pass_q", 640)}
 
 
 @pytest.mark.parametrize(
@@ -251,7 +250,7 @@ def test_either_ring_continues_a_long_prompt(name, variant, piece):
     assert_close(llm.logits(long), LLM(config, values, prefill_lengths=(640,)).logits(long))
 
 
-@pytest.mark.more_meshes  # the command line's tests run it over three
+@pytest.mark.more_meshes
 def test_smollm2_over_four_ranks(smollm2_checkpoint):
     prompt = "The history of the lighthouse begins with fires on hilltops. " * 12
     params = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)

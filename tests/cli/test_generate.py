@@ -19,10 +19,9 @@ ANSWER = " Paris.\n\nThe answer\n"
 @pytest.mark.parametrize(
     ("options", "rounds"),
     [
-        (["--dtype", "float32"], r"; [1-5] rounds of speculation, acceptance length [1-3]\.\d\d"),
-        (["--speculation", "off", "--mesh", "tensor=3"], ""),
+        pytest.param(["--dtype", "float32"], r"; [1-5] rounds of speculation, acceptance length [1-3]\.\d\d", id="one device"),
+        pytest.param(["--speculation", "off", "--mesh", "tensor=3"], "", id="mesh", marks=pytest.mark.more_meshes),
     ],
-    ids=["one device", "mesh"],
 )
 def test_continues_a_prompt_and_says_how_fast(
     smollm2_checkpoint: Path, capsys: pytest.CaptureFixture[str], options: list[str], rounds: str

@@ -51,7 +51,7 @@ def run(llm: LLM, handles: list[Handle]) -> list[list[int]]:
     return [handle.tokens for handle in handles]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param(NAMES[0], marks=pytest.mark.more_meshes), *NAMES[1:]])
 def test_a_row_whose_logits_are_not_finite_ends_alone(name: str) -> None:
     """In its first piece, in a later one, and while it decodes; those that have its slot, and its pages, next are as if it had not been."""
     family = FAMILIES[name]

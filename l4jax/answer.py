@@ -20,14 +20,14 @@ class NewTokens:
 
 @dataclasses.dataclass(frozen=True)
 class Rounds:
-    """A row's speculation so far: its rounds, its drafted tokens, and how many rounds accepted the drafted token at each depth."""
+    """Counts of a row's speculation: rounds, drafted tokens, and how many rounds accepted the draft at each depth."""
 
     rounds: int
     drafted: int
     accepted: tuple[int, ...]
 
     def and_then(self, more: Rounds) -> Rounds:
-        """These and more of them, perhaps of a tree of another depth."""
+        """The sums of these counts and ``more``, which may be of a tree of another depth."""
         accepted = tuple(map(sum, itertools.zip_longest(self.accepted, more.accepted, fillvalue=0)))
         return Rounds(self.rounds + more.rounds, self.drafted + more.drafted, accepted)
 
@@ -37,7 +37,7 @@ NO_ROUNDS = Rounds(0, 0, ())
 
 
 class Answer:
-    """One request's answer: ``token_ids`` so far, and ``rounds`` of speculation, which the caller adds up."""
+    """One request's answer so far: ``token_ids``, and ``rounds`` of speculation, which the caller adds up."""
 
     def __init__(self, tokenizer: Tokenizer | None, request: Request) -> None:
         self._request = request
@@ -54,7 +54,7 @@ class Answer:
         return self._text.stopped
 
     def extend(self, new: NewTokens, done: bool, elapsed: float) -> str:
-        """Take in new tokens and return the text that may be shown now. ``done``: no more come; ``elapsed``: seconds since the start."""
+        """Add new tokens, and return the text that may be shown now. ``done``: these are the last; ``elapsed``: seconds since the start."""
         if self._ended:
             return ""
         kept, text = self._text.extend(new.token_ids, done=done)
@@ -66,7 +66,7 @@ class Answer:
         return text
 
     def completion(self) -> Completion:
-        """The completion, of at least one step."""
+        """The completion, after at least one :meth:`extend`."""
         (_, first_seconds), (last, last_seconds) = self._progress[0], self._progress[-1]
         begun, begun_seconds = self._progress[1 if len(self._progress) > 2 else 0]
         ended_by_token = bool(self.token_ids) and self.token_ids[-1] in self._request.stop_ids

@@ -1,4 +1,4 @@
-"""What callers of the Python interface give: a value of the wrong kind is refused in one line, before anything is done with it."""
+"""Checks the arguments of the Python interface: a value of the wrong kind is refused in one line, before anything is done with it."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def check_kind(what: str, value: object, kind: type | types.UnionType, expected:
 
 
 def check_words(dtype: object, speculation: object) -> None:
-    """Raise ValueError for a dtype that a model cannot be held in, and unless ``speculation`` is text."""
-    # The kinds first: an array is compared item by item.
+    """Raise ValueError for an unknown dtype, and unless ``speculation`` is text."""
+    # Kinds are checked first, because an array would be compared item by item.
     check_kind("speculation", speculation, str, '"auto", "off", or a description such as "chain:5"')
     if dtype is not None and not (isinstance(dtype, str | np.dtype) and str(dtype) in _DTYPES):
         raise ValueError(f"dtype is {shown(dtype)}; expected float32, bfloat16, float16 or None (as stored)")
@@ -97,7 +97,7 @@ def one_sampling_params(params: object) -> SamplingParams:
 
 def sampling_params_of_each(params: SamplingParams | Iterable[SamplingParams] | None, prompts: int) -> list[SamplingParams]:
     """Return the sampling params of each of the prompts: the same for all, or those given for each."""
-    # A mapping or a text can be iterated over too, and is not a list of anything that a request needs.
+    # Mappings and text can be iterated over too, but are no lists of sampling params.
     if isinstance(params, Mapping | _TEXT_OR_BYTES) or not isinstance(params, Iterable):
         return [one_sampling_params(params)] * prompts
     each = [sampling_params(one) for one in params]
@@ -107,9 +107,9 @@ def sampling_params_of_each(params: SamplingParams | Iterable[SamplingParams] | 
 
 
 def _items(value: object) -> list[object] | None:
-    """Return what is in a list or an array, numbers of an array as numpy's; None for anything that is neither.
+    """Return the items of a list or an array, an array's as numpy numbers; None for anything else.
 
-    A mapping, a text and bytes can be iterated over too, and are no lists of numbers; what is not a list can be read only once.
+    Mappings, text and bytes can be iterated over too, but are no lists of numbers; an iterator could be read only once.
     """
     if _is_jaxs(value):
         value = np.asarray(value)
@@ -120,5 +120,5 @@ def _items(value: object) -> list[object] | None:
 
 
 def _is_jaxs(value: object) -> bool:
-    """Whether a value is a JAX array. Nobody has one before JAX is imported, and a process that only takes requests never imports it."""
+    """Whether a value is a JAX array. Does not import JAX, because a process that only takes requests never does."""
     return isinstance(value, getattr(sys.modules.get("jax"), "Array", ()))

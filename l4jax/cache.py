@@ -5,8 +5,8 @@ chunk: the key at position ``i`` is in slot ``i % attention_chunk_size``, and th
 from 0 up without a gap. All other layers keep everything: slot ``i`` is position ``i``. Page tables address both, one table
 for each kind of layer: slot ``s`` of row ``b`` is token ``s % page_size`` of page ``table[b, s // page_size]``.
 
-New keys are attended before they are written (see ``model.attention``). That is why a step's tokens may cross a chunk
-boundary although the cache holds only one chunk.
+New keys are attended before they are written (see ``model.attention``). So a step's tokens may cross a chunk boundary
+although the cache holds only one chunk.
 """
 
 from __future__ import annotations
@@ -113,21 +113,21 @@ class CacheShape:
         return PageTables(table(self.full_pages), table(self.local_pages))
 
     def layer_shapes(self, config: ModelConfig, spec: MeshSpec) -> list[tuple[int, int, int, int]]:
-        """Shape of each layer's pool of keys, over all ranks; its pool of values has the same shape."""
+        """The shape of each layer's pool of keys, over all ranks, which is also that of its pool of values."""
         ranks = spec.data * spec.token_ranks.count
         pages = [self.local_pages if is_local(config, i) else self.full_pages for i in range(config.num_layers)]
         return [(ranks * n, config.num_kv_heads, PAGE_SIZE, config.head_dim) for n in pages]
 
 
 def is_local(config: ModelConfig, layer: int) -> bool:
-    """True where the layer's attention is confined to chunks."""
+    """Whether the layer's attention is confined to chunks."""
     return config.attention_chunk_size is not None and config.rope_layers[layer]
 
 
 def rank_of(position: Int32[Array, "*B"], ranks: int, chunk: int | None) -> Int32[Array, "*B"]:
-    """The token rank whose cache has this position. Ranks take turns by attention chunks, or by pages in layers that keep everything.
+    """The token rank that caches this position. Ranks take turns by attention chunks, or by pages in layers that keep everything.
 
-    So no rank's cache fills up before the others', and a chunk-local layer finds its whole chunk on one rank.
+    So ranks' caches fill up evenly, and a chunk-local layer finds its whole chunk on one rank.
     """
     return position // (chunk or PAGE_SIZE) % ranks
 

@@ -1,4 +1,4 @@
-"""A call that waits for its requests: it runs them to their ends, and on several hosts all processes make the same one."""
+"""Calls that run their requests to the end. On several hosts all processes make the same calls."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sharding import hosts
 
 
 def run(engine: Engine, requests: Sequence[Request], *, scores: bool = False, progress: bool = False) -> list[Handle]:
-    """Run requests to their ends. Raises the first request's error; ValueError, before anything runs, if one cannot fit."""
+    """Run requests to their ends. Raises the error of the first that failed; ValueError, before anything runs, if one cannot fit."""
     with kept_interrupts() as check_interrupts, bar_if(progress) as show:
         for number, request in enumerate(requests):
             with _naming(number, len(requests)):
@@ -43,7 +43,7 @@ def run(engine: Engine, requests: Sequence[Request], *, scores: bool = False, pr
 
 
 def agreed(requests: Sequence[Request]) -> Sequence[Request]:
-    """The requests with the seeds that process 0 has drawn. Raises ValueError if anything but the seeds differs."""
+    """The requests with process 0's seeds. Raises ValueError if anything but the seeds differs between processes."""
     if hosts.process_count() > 1:
         asked = repr([(list(request.token_ids), request.params) for request in requests])
         same = {"what is asked for": hashlib.sha256(asked.encode()).hexdigest()}
@@ -54,7 +54,7 @@ def agreed(requests: Sequence[Request]) -> Sequence[Request]:
 
 @contextmanager
 def _naming(number: int, count: int) -> Iterator[None]:
-    """Say in a ValueError which prompt it is about, if there are several."""
+    """If there are several prompts, say in a ValueError which one it is about."""
     try:
         yield
     except ValueError as error:

@@ -26,10 +26,10 @@ from sharding import hosts
 from sharding.words import counted
 
 _KEPT_BYTES = 4 * 2**30
-"""What a folder may take before the programs that were used longest ago are removed."""
+"""The most bytes that a folder keeps; the programs that were used longest ago are removed first."""
 _SUFFIX = ".program"
-_BEGUN = "begun-"
-"""Files that are being written. A process that was killed leaves its own; they are removed after an hour."""
+_UNFINISHED = "unfinished-"
+"""How names of files begin that are being written. Those that a killed process has left are removed after an hour."""
 _DIGEST_BYTES = 32
 
 
@@ -37,8 +37,8 @@ _DIGEST_BYTES = 32
 class ProgramInfo:
     """A compiled program: its kind, its sizes (as "4 rows of 128 tokens"), and bytes on one device.
 
-    ``code``: of the program itself, 0 where XLA does not say (CPUs); ``temporaries``: what it needs while it runs; ``arguments``: what it
-    is given; ``donated``: the part of these whose memory the results reuse; ``results``: the others.
+    ``code``: of the program itself, 0 where XLA does not say (CPUs); ``temporaries``: needed while it runs; ``arguments``: all of them;
+    ``donated``: of arguments whose memory results reuse; ``results``: those that reuse no argument's memory.
     """
 
     kind: str
@@ -53,7 +53,7 @@ class ProgramInfo:
 class Program:
     """A function, compiled for each set of shapes and static arguments when it is first called with them.
 
-    ``context``: what the function depends on beside its arguments. With a ``folder``, what another process compiled is loaded from there.
+    ``context``: what the function depends on beside its arguments. ``folder``: compiled programs are kept there, and loaded from there.
     """
 
     def __init__(self, kind: str, function: jax.stages.Wrapped, context: str, devices: Sequence[jax.Device], folder: Folder | None) -> None:
@@ -63,7 +63,7 @@ class Program:
         self._compiled: dict[object, tuple[jax.stages.Compiled, str]] = {}
 
     def __call__(self, *arguments: Any, **static: Any) -> Any:
-        """Run it. The arguments must be the same in number, dtypes and shardings each time, and weights in shapes too."""
+        """Run it. Every call must give as many arguments, of the same dtypes and shardings, and weights of the same shapes."""
         return self.prepare(*arguments, **static)(*arguments)
 
     def prepare(self, *arguments: Any, **static: Any) -> jax.stages.Compiled:
@@ -83,7 +83,7 @@ class Program:
         self._compiled.clear()
 
     def compiled(self) -> list[ProgramInfo]:
-        """What is compiled, or loaded, so far."""
+        """The programs that are compiled, or loaded, so far."""
         return [_info(self.kind, sizes, compiled) for compiled, sizes in self._compiled.values()]
 
     def _make(self, arguments: tuple[Any, ...], static: dict[str, Any]) -> jax.stages.Compiled:
@@ -93,7 +93,7 @@ class Program:
         shapes = [(leaf.shape, str(leaf.dtype)) for leaf in leaves]
         name = _digest(self.kind, self.context, static, shapes, tree, _surroundings(self._devices))
         kept = self._folder.load(name, self._devices)
-        # Compiling can wait for other processes, so either all compile or none does.
+        # A process that compiles may wait for the others to compile too, so either all do or none.
         if "none" in hosts.share("none" if kept is None else "kept") or kept is None:
             kept = self.lower(*arguments, **static).compile()
             self._folder.save(name, kept)
@@ -131,22 +131,22 @@ class Call:
 
 
 class Folder:
-    """Compiled programs on disk. Only this user may write the files, because loading one can run code."""
+    """Compiled programs on disk. No other user may have permission to write there, because loading a program can run code."""
 
     def __init__(self, path: Path) -> None:
         """Make the folder. Raises OSError if that fails, or if others could write in it."""
         self.path = path
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         _check_own(path, os.stat(path))
-        descriptor, name = tempfile.mkstemp(dir=path, prefix=_BEGUN)
+        descriptor, name = tempfile.mkstemp(dir=path, prefix=_UNFINISHED)
         os.close(descriptor)
         os.unlink(name)
 
     @classmethod
     def of_user(cls) -> Folder | None:
-        """The user's, unless JAX's own settings have JAX keep what it compiles, or have nothing kept.
+        """The user's folder; None if JAX's own compilation cache is configured, or caching is off in JAX's settings.
 
-        If it cannot be used, warns and returns None.
+        If the folder cannot be used, warns and returns None.
         """
         if jax.config.jax_compilation_cache_dir is not None or not jax.config.jax_enable_compilation_cache:
             return None
@@ -179,13 +179,13 @@ class Folder:
             os.close(descriptor)
 
     def save(self, name: str, compiled: jax.stages.Compiled) -> None:
-        """Keep a program; warns if it cannot be written. One that JAX cannot serialise is not kept."""
+        """Keep a program. Warns if it cannot be written; a program that JAX cannot serialise is not kept."""
         try:
             payload = pickle.dumps(serialize_executable.serialize(compiled))
         except Exception:  # what it raises depends on JAX, XLA and the program
             return
         try:
-            descriptor, written = tempfile.mkstemp(dir=self.path, prefix=_BEGUN)
+            descriptor, written = tempfile.mkstemp(dir=self.path, prefix=_UNFINISHED)
             try:
                 with open(descriptor, "wb") as file:
                     file.write(_checksum(name, payload) + payload)
@@ -198,7 +198,7 @@ class Folder:
             _warn(error)
 
     def _make_room(self) -> None:
-        """Remove the programs that were used longest ago if there are too many."""
+        """Remove unfinished files older than an hour and, while the folder is too large, the programs that were used longest ago."""
         found = []
         for path in self.path.iterdir():
             with contextlib.suppress(FileNotFoundError):  # another process has removed it
@@ -207,7 +207,7 @@ class Folder:
         kept, an_hour_ago = 0, (time.time() - 3600) * 1e9
         for used, size, path in sorted(found, reverse=True):
             kept += size
-            if kept > _KEPT_BYTES or (path.name.startswith(_BEGUN) and used < an_hour_ago):
+            if kept > _KEPT_BYTES or (path.name.startswith(_UNFINISHED) and used < an_hour_ago):
                 path.unlink(missing_ok=True)
 
 
@@ -218,7 +218,7 @@ def device_bytes(tree: Any) -> int:
 
 
 def _sizes(arguments: tuple[Any, ...], static: Mapping[str, Any]) -> str:
-    """What tells a program from others of its kind, in words."""
+    """What distinguishes a program from others of its kind, in words."""
     inputs = next((argument for argument in arguments if isinstance(argument, Piece | Burst)), None)
     rows = counted(len(inputs.slot_B), "row") if inputs is not None else ""
     length = f" of {inputs.token_BT.shape[1]} tokens" if isinstance(inputs, Piece) else ""
@@ -241,7 +241,7 @@ def _info(kind: str, sizes: str, compiled: jax.stages.Compiled) -> ProgramInfo:
 
 
 def _check_own(path: Path, about: os.stat_result) -> None:
-    """Raise PermissionError if another user owns a file or folder, or may write it."""
+    """Raise PermissionError if another user owns a file or folder, or has permission to write it."""
     if about.st_uid != os.geteuid():
         raise PermissionError(f"{path} belongs to another user")
     if about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
@@ -265,7 +265,7 @@ def _digest(*of: object) -> str:
 
 
 def _surroundings(devices: Sequence[jax.Device]) -> object:
-    """All that a program's code depends on beside what it is asked to compute: versions, settings, machine and devices."""
+    """What compiled code depends on beside the function and its arguments: versions, settings, machine and devices."""
     settings = {name: getattr(jax.config, name, value) for name, value in jax.config.values.items()}
     return (
         [importlib.metadata.version(package) for package in ("l4jax", "jax", "jaxlib")],
@@ -281,11 +281,11 @@ def _surroundings(devices: Sequence[jax.Device]) -> object:
 
 
 def _sources() -> str:
-    """A digest of the code that programs are made of, which may change while its version does not."""
+    """A digest of l4jax's source files, which may change while the version does not."""
     root = Path(__file__).parents[1]
     files = sorted(path for package in ("l4jax", "sharding", "pallas_kernels") for path in (root / package).rglob("*.py"))
     return _digest([(str(path.relative_to(root)), path.read_bytes()) for path in files])
 
 
 _SOURCES = _sources()
-"""Of what this process has imported: the files may change before it compiles."""
+"""Taken at import: the files may change before this process compiles."""

@@ -34,7 +34,7 @@ from sharding.select import RingHardware
 
 
 class LLM:
-    """A loaded model. Its methods may be called from any thread, also at once: whichever runs serves all requests under way."""
+    """A loaded model. Its methods may be called from any thread, also at the same time: each call serves all requests under way."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class LLM:
 
     @classmethod
     def of(cls, parts: Parts) -> LLM:
-        """Make an LLM of parts that are checked already, as :func:`l4jax.load` does."""
+        """Make an LLM of checked parts, as :func:`l4jax.load` does."""
         llm = cls.__new__(cls)
         llm._begin(parts)
         return llm
@@ -100,7 +100,7 @@ class LLM:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all weights, each counted once; KV heads that a mesh repeats, as often as it does."""
+        """Bytes of all weights over all devices: replicas count once, but KV heads as often as the mesh repeats them."""
         return sum(leaf.nbytes for leaf in self.engine.runner.all_weights)
 
     @property
@@ -113,7 +113,7 @@ class LLM:
         return [handle.logits for handle in self._scored(prompts, None, progress=progress)]
 
     def score(self, prompts: Prompt | Sequence[Prompt], *, top: int = 0, progress: bool = False) -> list[list[TokenLogprob]]:
-        """Log-probabilities of each prompt's tokens after the first, each with the ``top`` likeliest ones in its place (at most 20).
+        """Log-probabilities of each prompt's tokens after the first, each with those of the ``top`` likeliest tokens there (at most 20).
 
         ``progress``: show a bar on stderr.
         """
@@ -151,13 +151,13 @@ class LLM:
         return self._stream(self.requests.encode_chat(messages, options), arguments.one_sampling_params(params))
 
     def add(self, prompt: Prompt, params: SamplingParams | None = None) -> Handle:
-        """Let a prompt join those under way. It goes on while :meth:`step`, or any other call, runs."""
+        """Add a prompt to those under way. It is computed while :meth:`step`, or any other call, runs."""
         return self._add(self.requests.encode(prompt), arguments.one_sampling_params(params))
 
     def step(self) -> bool:
         """Run one step for all requests under way; False, at once, if there are none.
 
-        It belongs to the first thread that calls it, as long as that lives: raises RuntimeError in another.
+        It belongs to the first thread that calls it, for as long as that thread lives; in another it raises RuntimeError.
         """
         me = threading.current_thread()
         with self._stepping_lock:
@@ -173,8 +173,8 @@ class LLM:
     def warmup(self, *, max_length: int | None = None, progress: bool = False) -> None:
         """Compile, or load, every program that requests of up to ``max_length`` tokens (prompt and output) can need.
 
-        ``max_length``, by default what the context and the cache hold, matters only where tokens are spread over ranks: there, programs
-        depend on how much is cached. ``progress``: show a bar on stderr.
+        ``max_length`` (default: what the context and the cache hold) matters only on meshes whose ranks share a sequence's tokens, where
+        programs depend on how much is cached. ``progress``: show a bar on stderr.
         """
         context = min(self.config.max_position_embeddings, self.engine.kv_tokens)
         wanted = f"2 (a prompt and a token) to {context}, what the context and the cache hold"
@@ -185,7 +185,7 @@ class LLM:
                 check_interrupts()
 
     def programs(self) -> list[ProgramInfo]:
-        """The programs that are compiled or loaded so far, with their bytes; after :meth:`warmup`, all of them."""
+        """The programs that are compiled or loaded so far, with their bytes; after :meth:`warmup`, all programs."""
         return self.engine.runner.programs.compiled()
 
     def _scored(self, prompts: Prompt | Sequence[Prompt], top: int | None, *, progress: bool) -> list[Handle]:

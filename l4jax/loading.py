@@ -1,4 +1,4 @@
-"""Load a checkpoint: open it, agree on it between processes, place its weights, decide how to speculate."""
+"""Loads a checkpoint: opens it, decides how to speculate, agrees with other processes, and places the weights."""
 
 from __future__ import annotations
 
@@ -45,22 +45,22 @@ def load(
     """Load a checkpoint made by ``l4jax convert``.
 
     ``mesh``: the devices to run on, such as "tensor=4,expert=2" or a file of ``configs/meshes``; one device by default. Every
-    device reads only its part of the weights. ``dtype``: what weights and cache are held in; None takes what most of the
-    checkpoint's bytes are stored in.
+    device reads only its part of the weights. ``dtype``: that of weights and cache; None takes the one in which most of the
+    checkpoint's bytes are stored.
 
-    ``drafter``: the folder of one that was trained for this model (default: ``drafter`` in the
-    checkpoint's folder, if it is there); ``speculation``: "auto" (what the drafter's table says for the rows that decode), "off",
-    "chain:5", "tree:eagle26" (both may end in ",sampled") or "dynamic:steps=5,topk=4,nodes=16"; ``beyond_training``: what a drafter
-    does where the text is longer than what it was trained on, "window" (look back that far) or "stop".
+    ``drafter``: the folder of a drafter that was trained for this model (default: ``drafter`` in the checkpoint's folder, if it is there).
+    ``speculation``: "auto" (what the drafter's table says for the rows that decode), "off", "chain:5", "tree:eagle26" (both may end in
+    ",sampled") or "dynamic:steps=5,topk=4,nodes=16". ``beyond_training``: what the drafter does when a text gets longer than its trained
+    length, "window" (look back that far) or "stop".
 
-    At most ``max_batch`` prompts are decoded together (default: 8 for each rank along ``data``), and others wait. ``kv_tokens``: tokens
+    ``max_batch``: the most prompts that are decoded together (default: 8 for each rank along ``data``); others wait. ``kv_tokens``: tokens
     that the KV cache holds, of all requests together (default: ``max_batch`` times the context, but no more than fits in a quarter of a
-    machine's free memory, or in what weights and programs leave of a GPU's). ``prefill_lengths``: prompts are computed in pieces, padded
-    to one of these lengths (default: 32, 128 and 512 for each rank that shares their tokens).
+    machine's free memory, rounded down, or in what weights and programs leave of a GPU's). ``prefill_lengths``: prompts are computed in
+    pieces, padded to one of these lengths (default: 32, 128 and 512 for each rank that shares their tokens).
 
     ``deterministic``: a request's tokens and log-probabilities are the same to the last bit whatever else runs: those that it gets alone
-    in a model loaded with the same arguments. Then bursts always have ``max_batch`` rows, speculation is what the drafter's table says for
-    that many, pieces have one length (default: 512), and a request that has to wait with its output begun is kept in host memory.
+    in a model loaded with the same arguments. Then bursts always have ``max_batch`` rows, "auto" means what the drafter's table says for
+    that many, pieces have one length (default: 512), and a request that is preempted after its first token is kept in host memory.
 
     ``ring_hardware``: how fast devices compute and send, which decides between the rings (``sharding.select``). Compiled programs are
     kept in the user's cache from one process to the next, unless JAX's own compilation cache is configured.
@@ -72,11 +72,11 @@ def load(
     folder = Folder.of_user()
     checkpoint = open_checkpoint(path)
     placement = Placement.on(checkpoint.config, mesh)
-    settings.piece_lengths(placement.spec)  # an error now, and not after the weights are read
+    settings.piece_lengths(placement.spec)  # raises now, not after the weights are read
     held_in = jnp.dtype(dtype or checkpoint.dtype)
     opened = None if speculation == "off" else open_fitting_drafter(checkpoint.drafter if drafter is None else drafter, checkpoint)
     own = None if opened is None else SpeculationTable.from_json(opened.speculation, held_in.name)
-    # Before any weight is read: how to speculate, and whether these can.
+    # Also before any weight is read: this refuses a speculation that drafter and model cannot do.
     choice = choose_speculation(checkpoint.config, None if opened is None else opened.config, own, speculation, beyond_training)
     hosts.check_same(
         {

@@ -1,6 +1,6 @@
-"""What the programs are given, and how each array is sharded: weights, the state that stays on the devices, and a step's own inputs.
+"""The programs' inputs, and how each array is sharded: weights, the state that stays on the devices, and a step's own inputs.
 
-``specs`` of each is a tree of the same form with a ``PartitionSpec`` for each array, or for all arrays below it.
+The ``specs`` of each class have its form, with a ``PartitionSpec`` in the place of each array or tree of arrays.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class Weights:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Resident:
-    """What stays on the devices from one program to the next. Every program is given it to keep, and returns it.
+    """The state that stays on the devices. It is donated to every program that changes it, and comes back.
 
-    ``draft_cache`` has an entry for each token in ``cache``; it is empty without a drafter.
+    ``draft_cache`` has the drafter's keys and values of each token in ``cache``; it is empty without a drafter.
     """
 
     cache: Cache
@@ -56,16 +56,16 @@ class Resident:
 
     @classmethod
     def specs(cls, spec: MeshSpec) -> Resident:
-        """How it is sharded: pages and slots over the ranks that share out rows, heads and vocabulary over ``tensor``."""
+        """How it is sharded: pages over the data and token ranks, slots over the data ranks, heads and vocabulary over ``tensor``."""
         pools: Any = partition(spec, *CACHE_AXES)
         row, counts = _row(spec), partition(spec, "batch", "vocab")
-        # Ignored, for a tree of specs has the dataclass of the arrays, with a spec in the place of each array or tree.
+        # The types differ, because a tree of specs is the dataclass of the arrays with specs in their place.
         slots = Slots(row, row, row, row, sampling=row, counts=TokenCounts(counts, counts), hidden_UD=row)  # type: ignore[arg-type]
         return cls(pools, pools, slots)
 
     @classmethod
     def abstract(cls, placement: Placement, drafter: DrafterPlacement | None, shape: CacheShape, dtype: jnp.dtype) -> Resident:
-        """Shapes, dtypes and shardings of this many slots and pages."""
+        """Its shapes, dtypes and shardings for this many slots and pages."""
         spec = placement.spec
         U, V = shape.slots * spec.data, placement.config.vocab_size
         row, counts = placement.array_sharding("batch"), placement.array_sharding("batch", "vocab")
@@ -94,8 +94,8 @@ class Resident:
     def empty(cls, abstract: Resident) -> Resident:
         """Allocate it, with every slot free.
 
-        Caches are zeroed, because a masked key still multiplies its value: 0 x NaN would be NaN. Everything is committed to its sharding,
-        as a program's results are; a program called with committed and uncommitted arrays compiles twice.
+        Caches are zeroed, because a masked key still multiplies its value: 0 x NaN would be NaN. All arrays are committed to their
+        shardings, as a program's results are: otherwise programs would be compiled for both.
         """
 
         def allocate() -> Resident:
@@ -111,8 +111,8 @@ class Piece:
     """A piece of some rows' prefill: ``new_B[b]`` tokens that follow ``start_B[b]`` cached ones, padded.
 
     ``prompt_length_B``: as in :class:`SlotTokens`. ``ends_B``: whether the prefill ends with this piece, so that the next token is drawn.
-    ``following_B``: the token after the piece, -1 where it is the one that is drawn. ``slot_B``: past the last slot for rows that are
-    padding, which have no tokens. ``layout``: where the ranks that share a sequence's tokens have theirs; None if there is one rank.
+    ``following_B``: the token after the piece, -1 where it is the one that is drawn. ``slot_B``: a number past the last slot for padding
+    rows, which have no tokens. ``layout``: which token rank computes which positions; None if there is one rank.
     """
 
     token_BT: Int32[Array, "B T"]
@@ -143,9 +143,9 @@ class Piece:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FirstTokens:
-    """What a piece returns of the rows whose prefill ends with it: their next token, its log-probabilities, and if it is the last.
+    """What a piece returns for rows whose prefill ends with it: the next token, its log-probabilities, and whether it ends the answer.
 
-    ``token_B`` is NOT_FINITE in every row whose logits at its last token are not finite, whether its prefill ends or not.
+    ``token_B`` is NOT_FINITE in every row whose logits at the piece's last token are not finite, whether its prefill ends or not.
     """
 
     token_B: Int32[Array, "B"]
@@ -156,10 +156,9 @@ class FirstTokens:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Burst:
-    """Which slots are decoded, in the order of the program's rows, and the pages that hold their keys.
+    """Which slots a burst decodes, in the order of the program's rows, and the pages that hold their keys.
 
-    ``limit_B``: a row runs no token at this position or a later one; there it is idle, but not done. ``steps``: at most BURST; rounds, if
-    the burst speculates.
+    ``limit_B``: a row runs no token at this position or later; there it idles, but is not done. ``steps``: the most rounds, up to BURST.
     """
 
     slot_B: Int32[Array, "B"]
@@ -177,23 +176,23 @@ class Burst:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """A slot and some pages on one data rank, a row for each rank: numbers past the last one stand in the other ranks' rows, and for
-    padding.
+class SlotPages:
+    """A slot and some pages of one data rank. There is a row for each data rank: the other ranks' rows, and padding, hold numbers past
+    the last slot and page.
     """
 
     slot_B: Int32[Array, "B"]
     pages: PageTables
 
     @classmethod
-    def specs(cls, spec: MeshSpec) -> Place:
-        """How it is sharded: by data ranks."""
+    def specs(cls, spec: MeshSpec) -> SlotPages:
+        """How it is sharded: over data ranks."""
         row = _row(spec)
         return cls(row, row)
 
 
 def copy_specs(spec: MeshSpec) -> Resident:
-    """How a copy of one slot and of some pages is sharded: as they are on their own data rank, and the same on every other."""
+    """How a copy of one slot and some pages is sharded: as on one data rank, and replicated over data ranks."""
     return Resident.specs(dataclasses.replace(spec, data=1))
 
 
@@ -206,10 +205,10 @@ def slot_update(
     stop_ids: Sequence[Sequence[int]],
     vocab_size: int,
 ) -> SlotUpdate:
-    """Change the slots numbered ``slot_b``, of ``slots`` in all. They are numbered over all ``data`` ranks, which have equally many."""
-    a_rank = slots // data
-    slot_U = np.full(slots, a_rank, np.int32)
-    slot_U[np.asarray(slot_b, int)] = np.asarray(slot_b, int) % a_rank
+    """An update of the slots ``slot_b``, of ``slots`` in all. Slots are numbered over all ``data`` ranks, which have equally many."""
+    slots_a_rank = slots // data
+    slot_U = np.full(slots, slots_a_rank, np.int32)
+    slot_U[np.asarray(slot_b, int)] = np.asarray(slot_b, int) % slots_a_rank
     settings = sampling_settings(params, seeds, stop_ids, vocab_size)
 
     def scattered(values: Any) -> Any:

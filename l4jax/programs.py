@@ -1,8 +1,8 @@
-"""The compiled programs: what is traced, what is donated, and which shapes exist.
+"""The compiled programs: what is traced, and what is donated.
 
-A program is a pure function of the weights, the state that stays on the devices (donated), and small inputs. Every distinct combination
-of input shapes is compiled once; ``l4jax.engine.options`` keeps their number small. Settings of sampling decide at run time what is
-computed, so no setting needs a program of its own.
+A program is a pure function of the weights, the state that stays on the devices (donated), and small inputs. It is compiled once for each
+combination of input shapes; ``l4jax.engine.options`` keeps their number small. What a sampling setting needs is decided at run time, so no
+setting needs a program of its own.
 
 Programs run inside ``jax.shard_map``: every device computes on its own share of weights, rows, cache and vocabulary, and
 every transfer between devices is an explicit call in the code. A single device is a mesh of one.
@@ -34,7 +34,7 @@ from l4jax.model.llama import Llama
 from l4jax.model.step import Spread, last_state, tokens_at
 from l4jax.model.weights import BoundModel, weight_specs
 from l4jax.parallel.placement import DrafterPlacement, Placement
-from l4jax.program_inputs import Burst, Cache, FirstTokens, Piece, Place, Resident, Weights, copy_specs
+from l4jax.program_inputs import Burst, Cache, FirstTokens, Piece, Resident, SlotPages, Weights, copy_specs
 from sharding.rules import partition
 
 _CAPTURED = ["FUSION", "CUBLAS", "CUBLASLT", "CUDNN", "CUSTOM_CALL", "DYNAMIC_SLICE_FUSION", "CONDITIONAL", "WHILE"]
@@ -44,8 +44,8 @@ if jax.__version_info__ >= (0, 12):
 _FOR_GPUS = {
     # XLA's own all-reduce kernels take one array; two sums that it combined into one message would go by NCCL, four times as slow.
     "xla_gpu_all_reduce_combine_threshold_bytes": 0,
-    # What XLA takes into CUDA graphs: what it does by default, and loops. A loop outside a graph makes the host wait for its
-    # condition at every turn. XLA leaves a loop out if it counts fewer than this many kernels around it.
+    # What XLA puts into CUDA graphs: its defaults, and loops. For a loop outside a graph the host waits for the condition at every
+    # turn. XLA makes no graph of fewer kernels than the second number.
     "xla_gpu_enable_command_buffer": ",".join(_CAPTURED),
     "xla_gpu_graph_min_graph_size": 1,
 }
@@ -55,7 +55,7 @@ class Programs:
     """The programs of one model, and of its drafter if there is one, on one mesh. Each is compiled on first use for each set of shapes."""
 
     def __init__(self, placement: Placement, drafter: DrafterPlacement | None = None, folder: Folder | None = None) -> None:
-        """``folder``: where programs that are compiled are kept from one process to the next."""
+        """``folder``: where compiled programs are kept from one process to the next."""
         model = Llama(placement.config, placement.spec, taps=drafter.drafter.aux_layers if drafter else ())
         self.model = BoundModel(model)
         self._config, self._draft_config = placement.config, drafter.config if drafter else None
@@ -78,9 +78,9 @@ class Programs:
         self.count = self._program(self._count, (slots, row), slots, donated=0)
         self.zero_pages = self._program(self._zero_pages, (resident, row), resident, donated=0)
         positions = self._data.axes or None, self._ranks.axes or None
-        copy, place = copy_specs(spec), Place.specs(spec)
-        self.save = self._program(self._save, (resident, place), copy, donated=())
-        self.load = self._program(self._load, (resident, copy, place), resident, donated=0)
+        copy, pages = copy_specs(spec), SlotPages.specs(spec)
+        self.save = self._program(self._save, (resident, pages), copy, donated=())
+        self.load = self._program(self._load, (resident, copy, pages), resident, donated=0)
         pools = partition(spec, *CACHE_AXES)
         scored = pools, PartitionSpec(*positions, self._vocab.axes or None), PartitionSpec(*positions)
         self.score = self._program(self._score, (weights, pools, Piece.specs(spec), row), scored)
@@ -97,7 +97,7 @@ class Programs:
             program.forget()
 
     def compiled(self) -> list[ProgramInfo]:
-        """All that are compiled, or loaded, so far."""
+        """All programs that are compiled, or loaded, so far."""
         return [info for program in self._all for info in program.compiled()]
 
     def _program(self, body: Callable[..., Any], in_specs: Any, out_specs: Any, *, donated: int | tuple[()] = 1) -> Program:
@@ -124,11 +124,11 @@ class Programs:
         return slots.updated(update)
 
     def _count(self, slots: Slots, tokens: SlotTokens) -> Slots:
-        """Count tokens that are not prefilled, because other sequences' pages have them."""
+        """Count tokens that are not prefilled, because they are cached."""
         return slots.counted(tokens, self._vocab)
 
     def _zero_pages(self, resident: Resident, pages: PageTables) -> Resident:
-        """Zero pages of the model's cache and the drafter's: of each data rank those in its one row, on every token rank.
+        """Zero pages of the model's cache and the drafter's: those in the data rank's one row, on every token rank.
 
         Numbers past the last page change nothing.
         """
@@ -140,16 +140,16 @@ class Programs:
         return Resident(zeroed(resident.cache, of_model), zeroed(resident.draft_cache, of_drafter), resident.slots)
 
     def _pages_of_layers(self, pages: PageTables) -> tuple[list[Array], list[Array]]:
-        """Which pages of each layer of the model, and of the drafter, are in this data rank's one row."""
+        """For each layer of the model, and of the drafter, the pages in this data rank's one row."""
 
         def of(config: ModelConfig) -> list[Array]:
             return [(pages.local_Bw if is_local(config, i) else pages.full_BW)[0] for i in range(config.num_layers)]
 
         return of(self._config), of(self._draft_config) if self._draft_config else []
 
-    def _save(self, resident: Resident, place: Place) -> Resident:
+    def _save(self, resident: Resident, pages: SlotPages) -> Resident:
         """Copy one slot and some pages, of the drafter's cache too. The copy is the same on all data ranks."""
-        owner = jnp.argmax(self._data.gather(place.slot_B[0] < len(resident.slots.token_U)))
+        owner = jnp.argmax(self._data.gather(pages.slot_B[0] < len(resident.slots.token_U)))
 
         def copied(tree: Any, index_W: Array) -> Any:
             taken = jax.tree.map(lambda pool: pool.at[index_W].get(mode="fill", fill_value=0), tree)
@@ -158,12 +158,12 @@ class Programs:
         def of_layers(cache: Cache, pages_of_layers: list[Array]) -> Cache:
             return tuple(copied(layer, page_W) for layer, page_W in zip(cache, pages_of_layers, strict=True))
 
-        of_model, of_drafter = self._pages_of_layers(place.pages)
+        of_model, of_drafter = self._pages_of_layers(pages.pages)
         caches = of_layers(resident.cache, of_model), of_layers(resident.draft_cache, of_drafter)
-        return Resident(*caches, slots=copied(resident.slots, place.slot_B))
+        return Resident(*caches, slots=copied(resident.slots, pages.slot_B))
 
-    def _load(self, resident: Resident, copy: Resident, place: Place) -> Resident:
-        """Write a copy that :meth:`_save` made to a slot and to pages, of any data rank."""
+    def _load(self, resident: Resident, copy: Resident, pages: SlotPages) -> Resident:
+        """Write a copy that :meth:`_save` made to a slot and to pages, on any data rank."""
 
         def written(tree: Any, part: Any, index_W: Array) -> Any:
             return jax.tree.map(lambda pool, values: pool.at[index_W].set(values, mode="drop"), tree, part)
@@ -171,14 +171,14 @@ class Programs:
         def of_layers(cache: Cache, parts: Cache, pages_of_layers: list[Array]) -> Cache:
             return tuple(written(*layer) for layer in zip(cache, parts, pages_of_layers, strict=True))
 
-        of_model, of_drafter = self._pages_of_layers(place.pages)
+        of_model, of_drafter = self._pages_of_layers(pages.pages)
         caches = of_layers(resident.cache, copy.cache, of_model), of_layers(resident.draft_cache, copy.draft_cache, of_drafter)
-        return Resident(*caches, slots=written(resident.slots, copy.slots, place.slot_B))
+        return Resident(*caches, slots=written(resident.slots, copy.slots, pages.slot_B))
 
     def _prefill(
         self, weights: Weights, resident: Resident, piece: Piece, *, spread: Spread | None, beyond: BeyondTraining | None
     ) -> tuple[Resident, FirstTokens]:
-        """Prefill a piece of each row; where its prefill ends with it, sample the next token and write it to the slot.
+        """Prefill a piece of each row. If the row's prefill ends, sample its next token and write it to the slot.
 
         With ``beyond`` the drafter is prefilled too.
         """
@@ -188,7 +188,7 @@ class Programs:
         slots = resident.slots.counted(piece.tokens, self._vocab)
         rows = slots.settings(piece.slot_B)
         logits_BV = model.logits(last_state(x_BTD, start_B, new_B, piece.layout, self._ranks))
-        # Ranks that do the same work may round differently, and each would choose its own token.
+        # Ranks that do the same work may round differently; without this each might choose another token.
         token_B = self._ranks.from_first(sample(logits_BV, rows, slots.counts, piece.tokens.produced_B, self._vocab))
         logprobs = token_logprobs(logits_BV, token_B, jnp.any(rows.reported_B), self._vocab)
         draft_cache, hidden_BD = resident.draft_cache, None
@@ -213,7 +213,7 @@ class Programs:
     def _speculate(
         self, weights: Weights, resident: Resident, burst: Burst, *, plan: Speculation, beyond: BeyondTraining
     ) -> tuple[Resident, DecodeTokens, RoundCounts]:
-        """As :meth:`_decode`, by rounds of speculation."""
+        """As :meth:`_decode`, in rounds of speculation."""
         entries = self._entries(weights, self.model.bind(weights.target), burst.draft_tables, beyond)
         slots, slot_B = resident.slots, burst.slot_B
         state = slots.decoding(slot_B, resident.cache, resident.draft_cache)
@@ -224,9 +224,9 @@ class Programs:
     def _decode(
         self, weights: Weights, resident: Resident, burst: Burst, *, beyond: BeyondTraining | None
     ) -> tuple[Resident, DecodeTokens]:
-        """Decode as many tokens as the burst asks for, for every row that is neither done nor at its limit, in one dispatch.
+        """Decode, for as many rounds as the burst says, every row that is neither done nor at its limit.
 
-        With ``beyond`` the drafter's entries of the tokens that it runs are made too.
+        With ``beyond`` the drafter's entries of the tokens that are run are written too.
         """
         model: Llama = self.model.bind(weights.target)
         entries = None if beyond is None else self._entries(weights, model, burst.draft_tables, beyond)
@@ -246,9 +246,9 @@ class Programs:
     def _score(
         self, weights: Weights, cache: Cache, piece: Piece, wanted_B: Bool[Array, "B"], *, spread: Spread | None
     ) -> tuple[Cache, Float32[Array, "B t V"], Logprobs]:
-        """Compute next-token logits at every position of a piece, and the log-probabilities of the tokens that follow there.
+        """Compute next-token logits at every position of a piece, and the log-probability of the token that follows each position.
 
-        The latter are zeros if no row of the data rank wants them. With a layout all are in its order, one rank after the other.
+        Log-probabilities are zeros if no row of the data rank wants them. With a layout, positions are in its order, rank after rank.
         """
         model: Llama = self.model.bind(weights.target)
         x_BTD, _, cache = model(piece.token_BT, piece.start_B, piece.new_B, cache, piece.tables, piece.layout, spread)

@@ -21,7 +21,7 @@ FinishReason = Literal["stop", "length"]
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A prompt with everything decided: its seed drawn, its end tokens collected, its ``max_tokens`` within the context."""
+    """A checked prompt: its seed is drawn, its end tokens are collected, its ``max_tokens`` fits in the context."""
 
     token_ids: Sequence[int]
     params: SamplingParams
@@ -41,11 +41,11 @@ class TokenLogprob:
 class Stats:
     """Token counts of a completion, and wall-clock times.
 
-    ``first_token_seconds``: from when the request was made until its first token was there; ``decode_seconds``: from then until the
-    last was. Both include the compilation of programs that the call is the first to need; :meth:`l4jax.LLM.warmup` compiles them before.
-    ``decode_tokens_per_second``: the rate after the first burst, during which a program may have been compiled; of all tokens after
-    the first, compilation included, if there was but one burst, and 0 if there was none.
-    ``rounds``: of speculation, in which ``drafted`` tokens were drafted; ``accepted[i]``: rounds that accepted the one at depth i + 1.
+    ``first_token_seconds``: from when the request was made until its first token was there; ``decode_seconds``: from then until its last
+    token was there. Both include the compilation of programs that the call is the first to need; :meth:`l4jax.LLM.warmup` avoids that.
+    ``decode_tokens_per_second``: the rate after the first burst, during which a program may have been compiled. If there was only one
+    burst, it is the rate of that burst, compilation included; if there was none, 0.
+    ``rounds``: rounds of speculation; ``drafted``: tokens drafted in them; ``accepted[i]``: rounds that accepted the draft at depth i + 1.
     They count what was computed: stop strings are checked once a burst, and rounds after the stop string are counted.
     """
 
@@ -60,17 +60,17 @@ class Stats:
 
     @property
     def acceptance_length(self) -> float:
-        """Tokens that a round gives on average, before stop tokens cut it short: 1 + accepted / rounds; 1 without speculation."""
+        """Tokens of an average round, before stop tokens cut it short: 1 + accepted / rounds; 1 without speculation."""
         return 1.0 + sum(self.accepted) / self.rounds if self.rounds else 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """What a prompt was continued with.
+    """The continuation of a prompt.
 
     ``token_ids`` includes the end token that stopped it, ``text`` does not; ``text`` is None if the checkpoint has no
     tokenizer. ``finish_reason``: "stop" (an end token or stop string) or "length" (``max_tokens`` or the context).
-    ``logprobs`` has an entry a token if the request asked. ``seed`` reproduces the completion.
+    ``logprobs`` has an entry for each token, if the request asked for them. ``seed`` reproduces the completion.
     """
 
     prompt_token_ids: list[int]
@@ -83,13 +83,13 @@ class Completion:
 
 
 class RequestMaker:
-    """Makes requests out of prompts, conversations and sampling params, for one model.
+    """Makes a model's requests from prompts, conversations and sampling params.
 
-    All methods raise ValueError, in one line, for what the model cannot answer.
+    All methods raise ValueError, with one line, for a request that the model cannot answer.
     """
 
     def __init__(self, config: ModelConfig, text: Text, *, drafts_up_to: float = math.inf) -> None:
-        """``drafts_up_to``: tokens of the longest prompt, if longer ones cannot be speculated for although the user asked for that."""
+        """``drafts_up_to``: the most tokens that a prompt may have, if the user asked to speculate and the drafter stops there."""
         self._config = config
         self._text = text
         self._drafts_up_to = drafts_up_to
@@ -103,7 +103,7 @@ class RequestMaker:
         return frozenset((*self._config.eos_token_ids, *tokenizers, *chats))
 
     def check_streams(self) -> None:
-        """Check that an answer can be streamed, as text."""
+        """Raise ValueError if there is no tokenizer, because a stream is of text."""
         if self._text.tokenizer is None:
             raise ValueError(f"a stream is of text, but {self._text.no_tokenizer}; use generate, which returns token ids")
 

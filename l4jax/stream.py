@@ -11,10 +11,10 @@ from l4jax.request import Completion
 
 
 class Stream(Iterator[str]):
-    """Text as it is generated: an iterator of strings, empty ones left out. ``completion`` is set once it has ended.
+    """Text as it is generated: an iterator of strings, none of them empty. ``completion`` is set once it has ended.
 
-    Several streams, and other calls, go on together. A stream that is closed, or dropped, is not computed any further; on
-    several hosts process 0's is the one that counts.
+    Several streams, and other calls, are computed together. Nothing more is computed for a stream that is closed or dropped; on several
+    hosts only process 0 can end a stream.
     """
 
     def __init__(self, engine: Engine, handle: Handle) -> None:
@@ -28,12 +28,12 @@ class Stream(Iterator[str]):
         return self._handle.completion
 
     def __next__(self) -> str:
-        """The next piece. Raises RuntimeError if the generation has failed or was closed."""
+        """The next piece. Raises the request's error if it has failed, RuntimeError if the stream was closed."""
         handle, text = self._handle, ""
 
         def came() -> bool:
             nonlocal text
-            over = handle.over  # first: what comes with the end is there before it
+            over = handle.over  # read first: the last text is there before ``over`` is set
             text = text or handle.new_text()
             return bool(text) or over
 
@@ -46,5 +46,5 @@ class Stream(Iterator[str]):
         raise StopIteration
 
     def close(self) -> None:
-        """End it here: nothing more is computed for it."""
+        """End the stream: nothing more is computed for it."""
         self._handle.cancel()

@@ -34,18 +34,19 @@ from sharding.rendezvous import Arrival, Rendezvous, check_alone, check_in
 from sharding.words import counted
 
 _EXCHANGE_SECONDS = 3600
+"""How long a process waits for another's text."""
 _APART_SECONDS = 30
-"""How long a process may stay in another call than process 0, which a thread of its own may make a little later."""
+"""A process that waits in another call than process 0 ends the job after twice this time, unless one of its threads makes that call."""
 _BLOCK = 64
-"""Texts that are deleted together, once all have read them."""
-# When JAX's own timeout expires it aborts the process; ours raises an exception, and expires first.
+"""How many texts are deleted together, once all processes have read them."""
+# When JAX's own timeout expires, JAX aborts the process. Ours expires first and raises an exception.
 _NEVER_SECONDS = 10**6
 _COORDINATOR = "HOST:PORT of process 0, as in gpu-01:8476, or auto"
 
 
 @dataclasses.dataclass
 class _Group:
-    """The processes that have joined: the host of each, this one's monitor if there are others, and what they have told each other."""
+    """The processes that have joined: each one's host, this one's monitor if there are others, and the counts of exchanged texts."""
 
     hosts: list[str]
     monitor: subprocess.Popen[str] | None = None
@@ -56,13 +57,13 @@ class _Group:
 def join(coordinator: str, processes: int | None = None, process_id: int | None = None, *, timeout_seconds: float = 300) -> None:
     """Make this process one of several, before JAX is used for anything else.
 
-    ``coordinator``: ``"HOST:PORT"`` of process 0, where it will listen, with the number of ``processes`` and this one's
-    ``process_id`` (from 0); or ``"auto"``, to take all three from Slurm, Kubernetes or MPI as ``jax.distributed.initialize`` does.
+    ``coordinator``: ``"HOST:PORT"``, where process 0 will listen, with the number of ``processes`` and this one's ``process_id``
+    (from 0); or ``"auto"``, to take all three from Slurm, Kubernetes or MPI as ``jax.distributed.initialize`` does.
 
-    When a process dies, the others are ended with a message that names it and its host. Raises ValueError for arguments that do not fit
-    together and for a process that process 0 refuses, TimeoutError if not all processes have come after ``timeout_seconds``, or do not
-    reach each other within as long again, and OSError if the process that watches this one does not start or cannot reach the others'.
-    ``jax.errors.JaxRuntimeError`` is of JAX's own connections.
+    When a process dies, the others end with a message that names it and its host. Raises ValueError for arguments that do not fit
+    together and for a process that process 0 refuses; TimeoutError if not all processes have come after ``timeout_seconds``, or do not
+    reach each other within as long again; OSError if this process's monitor does not start or cannot reach the others; and
+    ``jax.errors.JaxRuntimeError`` if JAX's own connections fail.
     """
     if global_state.client is not None:
         raise ValueError("this process has already joined the others; expected one call, before anything else uses JAX")
@@ -120,9 +121,9 @@ def share(value: str) -> list[str]:
 
 
 class Broadcast:
-    """Texts from process 0 to all others, which read them in order. All processes must make them in the same order.
+    """Texts from process 0 to all others, which read them in order. All processes must construct their broadcasts in the same order.
 
-    Process 0 sends one in 0.2 ms, and waits only for a process that is more than 64 texts behind.
+    Process 0 sends a text in 0.2 ms. It waits only for a process that has more than 64 texts left to read.
     """
 
     def __init__(self) -> None:
@@ -161,7 +162,7 @@ _group = _Group([socket.gethostname()])
 
 
 def check_same(values: Mapping[str, str], advice: str) -> None:
-    """Raise ValueError in every process unless all have the same ``values``; the message has the key of the first that differs."""
+    """Raise ValueError in every process unless all have the same ``values``; the message names the first key whose values differ."""
     if process_count() > 1 and _group.monitor is None:
         raise ValueError(
             "the processes were joined by jax.distributed.initialize, so nothing would end them together; call l4jax.join instead"
@@ -177,15 +178,15 @@ def check_same(values: Mapping[str, str], advice: str) -> None:
 
 
 def hold(error: BaseException) -> None:
-    """Delay an error of the runtime before it is shown: if another process's death has caused it, the monitor says so and ends this one."""
-    # A failed collective may come as either; its message starts with the status, as in "UNKNOWN: ...".
+    """Delay an error of JAX's runtime: if another process's death has caused it, the monitor meanwhile says so and ends this process."""
+    # A failed collective raises either; its message starts with the status, as in "UNKNOWN: ...".
     of_runtime = isinstance(error, jax.errors.JaxRuntimeError) or (isinstance(error, ValueError) and re.match("[A-Z_]+: ", str(error)))
     if of_runtime and _group.monitor is not None:
         time.sleep(monitor.SILENCE_SECONDS + monitor.GRACE_SECONDS)
 
 
 def end_with_error(status: int) -> None:
-    """End this process and the others with it, after it has shown an error. Returns if this is the only process."""
+    """End all processes, after this one has shown an error. Returns if this is the only process."""
     if global_state.client is None and global_state.service is None:
         return
     sys.stdout.flush()
@@ -199,7 +200,7 @@ def end_with_error(status: int) -> None:
 
 
 def end_drifted(reason: str) -> NoReturn:
-    """End all processes, because this one, not process 0, has noticed that they do not compute the same; each prints one line."""
+    """End all processes, because this one (not process 0) has noticed that it does not do what process 0 does; each prints one line."""
     sys.stdout.flush()
     sys.stderr.flush()
     _tell_monitor(f"{monitor.DRIFTED} {reason}")
@@ -212,7 +213,10 @@ def _client() -> Any:
 
 
 def _wait_for(key: str, other_call: Callable[[], str | None] = lambda: None) -> str:
-    """Wait for a value in the coordinator's store. ``other_call``: what shows, if it stays the same, that process 0 is in another call."""
+    """Wait for a value in the coordinator's store.
+
+    ``other_call``: returns a key that shows that process 0 is in another call; if it returns the same key twice, the job ends.
+    """
     deadline, before = time.monotonic() + _EXCHANGE_SECONDS, None
     while True:
         try:
@@ -236,13 +240,13 @@ def _is_set(key: str) -> bool:
 
 
 def _unread() -> str | None:
-    """A text that process 0 has sent, and that this one, in :func:`share`, has not read."""
+    """The key of a broadcast text that this process, which waits in :func:`share`, has not read."""
     others = [] if process_id() == 0 else _group.broadcasts
     return next((each.next_key for each in others if _is_set(each.next_key)), None)
 
 
 def _exchange_begun() -> str | None:
-    """The call of :func:`share` in which process 0 waits, and this one does not."""
+    """The key of process 0's value in a call of :func:`share` that this process, which waits for a broadcast, has not made."""
     key = f"l4jax/{_group.exchanges}/0"
     return key if _is_set(key) else None
 
@@ -254,7 +258,7 @@ def _waiting_time(timeout_seconds: float) -> float:
 
 
 def _join_arguments(coordinator: str, processes: int | None, process_id: int | None, timeout_seconds: float) -> dict[str, Any]:
-    """The arguments of ``jax.distributed.initialize``, which needs none if the coordinator is "auto"."""
+    """Check the arguments of :func:`join`; returns those of ``jax.distributed.initialize``, none if the coordinator is "auto"."""
     if not isinstance(coordinator, str):
         raise ValueError(f"the coordinator is {coordinator!r}; expected {_COORDINATOR}")
     for what, number in (("number of processes", processes), ("process id", process_id)):
@@ -317,7 +321,7 @@ def _initialize(arguments: dict[str, Any]) -> None:
 
 
 def _call_within(seconds: float, call: Callable[[], None], refusal: str) -> None:
-    """Call in a thread. Raises TimeoutError if it takes longer; the thread is left waiting."""
+    """Make a call in a thread of its own. If it takes longer, raises TimeoutError and leaves the thread waiting."""
     errors: list[BaseException] = []
 
     def run() -> None:

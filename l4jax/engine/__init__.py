@@ -1,10 +1,9 @@
 """The engine: many requests share one compiled loop, one KV cache and one set of slots on the devices.
 
-The half that decides is plain Python and imports no JAX and no numpy, so it is tested alone, and every host replays it from
-the same calls: ``pages`` hands out the cache's pages and finds prefixes, ``sequence`` is a request on its way, ``options`` says what there
-is room for, ``rank`` is one data rank's slots and pages, ``step`` is what the runner is told and what it returns, and
-``scheduler`` decides what the devices do next. The other half does it: ``engine``, ``runner``, ``results``, ``tables``, ``memory``,
-``build`` and ``warmup``. In short::
+One half decides what is computed: ``scheduler``, with ``options``, ``rank`` (a data rank's slots and pages), ``pages`` (the page pool and
+the prefix cache), ``sequence`` (a request under way) and ``step`` (what the runner is told, and what it returns). It is plain Python and
+imports neither JAX nor numpy, so it is tested alone, and every host can repeat its decisions. The other modules compute:
+``docs/architecture.md`` lists them. In short::
 
     scheduler = Scheduler(options)
     scheduler.add(Sequence(request, prompt, max_length))

@@ -1,4 +1,4 @@
-"""From a model's parts to an engine: how many slots and pages there are, and which programs."""
+"""Builds an engine from a model's parts: decides how many slots and pages there are, and which programs."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from sharding.select import RingHardware
 PREFILL_LENGTHS = (32, 128, 512)
 """A prefill piece is padded to one of these lengths times the ranks that share its tokens; longer prompts take several pieces."""
 PREFILL_TOKENS = 2048
-"""Tokens on each rank up to which a prefill takes several rows: past it the matmuls gain nothing from more."""
+"""The most tokens on each token rank that a prefill of several rows has: matmuls gain nothing from more."""
 SLOTS = 8
-"""Rows of each data rank, unless ``max_batch`` says otherwise."""
+"""Slots of each data rank, unless ``max_batch`` says otherwise."""
 _SHORT_BURST = 4
-"""Rounds of a burst while anyone waits or is prefilled."""
+"""The most rounds of a burst while a request waits or is prefilled."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How much is computed at a time, as users say it in :func:`l4jax.load`."""
+    """The engine's arguments of :func:`l4jax.load`, checked."""
 
     max_batch: int | None
     kv_tokens: int | None
@@ -50,7 +50,7 @@ class Settings:
     def checked(
         cls, max_batch: object, kv_tokens: object, prefill_lengths: object, deterministic: object, ring_hardware: object
     ) -> Settings:
-        """Take what a user has given. Raises ValueError if anything is out of range."""
+        """Check a user's arguments. Raises ValueError for one of the wrong kind or out of range."""
         arguments.check_kind("deterministic", deterministic, bool, "True or False")
         arguments.check_kind("ring_hardware", ring_hardware, RingHardware, "a sharding.select.RingHardware")
         return cls(
@@ -77,10 +77,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What an LLM is made of, with everything decided: where its weights go, and how it speculates, if at all.
-
-    ``folder``: where programs are kept.
-    """
+    """What an LLM is made of, with everything decided. ``speculator``: None without speculation; ``folder``: where programs are kept."""
 
     config: ModelConfig
     placement: Placement
@@ -92,7 +89,7 @@ class Parts:
 
 
 def build_engine(parts: Parts) -> Engine:
-    """Place the weights and size the cache, which is allocated when it is first needed.
+    """Place the weights and size the cache. The cache itself is allocated when it is first needed.
 
     Raises ValueError if a weight is missing or has another shape, or if the cache does not fit beside the weights.
     """
@@ -110,7 +107,7 @@ def build_engine(parts: Parts) -> Engine:
         slots=slots,
         row_buckets=(slots,) if deterministic else row_buckets(slots),
         piece_lengths=settings.piece_lengths(spec),
-        # One row, so that no padding is computed and no other prompt changes how ranks share this one.
+        # One row: no padding is computed, and no other prompt changes how ranks share this one.
         piece_rows=(1,) if deterministic else piece_rows(slots),
         piece_tokens=PREFILL_TOKENS * ranks,
         short_steps=_SHORT_BURST,
@@ -125,7 +122,7 @@ def build_engine(parts: Parts) -> Engine:
     def needed_bytes(shape: CacheShape) -> int:
         runner.lay_out(shape)
         needed = program_bytes(runner, options, memory.abstract(shape), placement.config.max_position_embeddings)
-        runner.programs.forget()  # they are for a cache of another size
+        runner.programs.forget()  # the cache gets another size
         return needed
 
     shape = memory.shape(settings.kv_tokens, runner.all_weights, needed_bytes)
@@ -139,6 +136,6 @@ def row_buckets(slots: int) -> tuple[int, ...]:
 
 
 def piece_rows(slots: int) -> tuple[int, ...]:
-    """Rows that prefills are compiled for, each for every length of a piece, scored or not: every second number of :func:`row_buckets`."""
+    """Rows that prefills are compiled for: only every second of :func:`row_buckets`, because each needs two programs for each length."""
     powers = row_buckets(slots)
     return tuple(sorted({*powers[::2], slots}))

@@ -1,8 +1,8 @@
 """On several hosts process 0 decides what each iteration of the engine does, and tells the others before anything is dispatched.
 
-A command is a line of JSON: the requests that are taken in and those that are cancelled, the most rounds of a burst, a checksum of each
-step that is dispatched and, in every 64th, a digest of all that decides later steps. The others do the same and compare: one that
-would dispatch something else ends the job instead, because programs that do not fit together would wait for each other for ever.
+A command is a line of JSON: the requests to take in and to cancel, the most rounds of a burst, a checksum of each step to dispatch and, in
+every 64th command, a digest of the scheduler's state. The other processes plan the same steps and compare. A process whose steps differ
+ends the job, because programs that do not match would wait for each other for ever.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from sharding import hosts
 _CHECKED = 64
 """Iterations between two comparisons of the schedulers' states."""
 ASKED_SECONDS = 60
-"""Seconds that another process may be behind process 0 in making a call."""
+"""How long another process may take to make a call that process 0 has made."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """What an iteration does: ``calls``, the numbers of requests to take in, and negated of those to cancel, in order; ``most_steps``.
+    """What an iteration does. ``calls``: the numbers of requests to take in, and, negated, of those to cancel, in order.
 
-    ``dispatched``: how many steps, None where that is not decided yet. ``text``: as process 0 has sent it, "" in process 0.
+    ``most_steps``: the most rounds of a burst. ``dispatched``: how many steps are dispatched, None in process 0, which decides it later.
+    ``text``: the command as process 0 has sent it, "" in process 0.
     """
 
     calls: list[int]
@@ -38,7 +39,7 @@ class Command:
 
 
 class Commands:
-    """The commands of an engine, one an iteration. In a process that is alone, its own decisions."""
+    """The commands of an engine, one an iteration. A process that is alone decides for itself."""
 
     def __init__(self) -> None:
         self.decides = hosts.process_id() == 0
@@ -46,7 +47,7 @@ class Commands:
         self._count = 0
 
     def begin(self, calls: deque[int], most_steps: int) -> Command:
-        """What the next iteration takes in: process 0's own calls, which leave the queue, or what process 0 has sent."""
+        """The next iteration's command: in process 0 of the calls in the queue, which it empties; in others as process 0 has sent it."""
         if self.decides:
             return Command([calls.popleft() for _ in range(len(calls))], most_steps)
         assert self._broadcast is not None
@@ -55,13 +56,13 @@ class Commands:
         return Command(taken_in, most_steps, len(steps), text)
 
     def await_request(self, number: int, asked: Container[int], changed: threading.Condition) -> None:
-        """Wait until this process is asked for a request that process 0 has taken in; end the job if it is not."""
+        """Wait until this process, too, is asked for a request that process 0 has taken in; end the job if that takes too long."""
         with changed:
             if not changed.wait_for(lambda: number in asked, ASKED_SECONDS):
                 hosts.end_drifted(f"for {ASKED_SECONDS} s it has not been asked for request {number}")
 
     def settle(self, command: Command, steps: Sequence[Step], scheduler: Scheduler) -> None:
-        """Before its steps are dispatched: send the command, or end the job if this process would do something else."""
+        """Call before the steps are dispatched: process 0 sends the command; another process compares, and ends the job if it differs."""
         if self._broadcast is None:
             return
         self._count += 1
@@ -76,7 +77,7 @@ class Commands:
 
 
 def _checksum(step: Step) -> int:
-    """A checksum of the step without its tokens. Of a page table it takes the length and the last two pages."""
+    """A checksum of the step without its tokens. Of a full page table it covers only the length and the last two pages."""
 
     def about(row: PieceRow | BurstRow | None) -> object:
         if row is None:

@@ -20,7 +20,7 @@ from l4jax.engine.runner import Runner
 from l4jax.engine.scheduler import Scheduler
 from l4jax.engine.sequence import Sequence, State
 from l4jax.engine.step import Step
-from l4jax.engine.warmup import warm_ups
+from l4jax.engine.warmup import preparations
 from l4jax.request import Completion, Request, TokenLogprob
 from l4jax.text.tokenizer import Tokenizer
 
@@ -29,13 +29,14 @@ NOT_FINITE_ADVICE = (
     'dtype="float32" or "bfloat16"), or its weights are damaged (`l4jax show --verify` checks them)'
 )
 Planned = tuple[Step, dict[int, Request]]
-"""A step that is to be dispatched, and the requests that it names."""
+"""A step to dispatch, and the requests that it names."""
 
 
 class Handle:
-    """A request on its way. It goes on whenever anyone drives the engine.
+    """A request under way. It goes on whenever anyone drives the engine.
 
-    ``tokens``: those that it has so far. ``over``: it has ended. ``completion``: set at its end. ``error``: why it ended without one.
+    ``tokens``: the answer's so far. ``over``: the request has ended. ``completion``: the answer, once it is complete. ``error``: why it
+    ended without a completion.
     """
 
     def __init__(self, engine: Engine, number: int, request: Request, tokenizer: Tokenizer | None, *, scores: bool) -> None:
@@ -62,20 +63,20 @@ class Handle:
 
     @property
     def logits(self) -> np.ndarray:
-        """Of a request for scores that is over, and wanted no log-probabilities: float32 [T, vocabulary]."""
+        """The logits of a scored request that is over and did not ask for log-probabilities: float32 [T, vocabulary]."""
         assert self.over and self._logits
         return np.concatenate(self._logits)
 
     @property
     def prompt_logprobs(self) -> list[TokenLogprob]:
-        """Of a request for scores that is over, and wanted them: those of the prompt's tokens after the first."""
+        """Those of the prompt's tokens after the first, for a scored request that is over and asked for log-probabilities."""
         assert self.over
         return self._logprobs
 
     def cancel(self) -> None:
-        """End it, unless it has ended. May be called from any thread; whoever drives the engine next computes nothing more for it.
+        """End the request, unless it has ended. May be called from any thread; the engine's next iteration ends it.
 
-        On several hosts it ends, in all of them, when process 0 calls this; another's call does nothing.
+        On several hosts only process 0's call counts, and ends the request everywhere.
         """
         if not self.over:
             self._engine.cancel(self)
@@ -94,9 +95,9 @@ class Engine:
         self._tokenizer = tokenizer
         self._scheduler = Scheduler(options)
         self._in_flight: deque[tuple[Dispatched, float]] = deque()
-        self._held: Planned | None = None  # not dispatched yet
+        self._held: Planned | None = None  # planned, but to be dispatched in the next iteration
         self._handles: dict[int, Handle] = {}
-        self._calls: deque[int] = deque()  # requests to add, and negated to cancel
+        self._calls: deque[int] = deque()  # numbers of requests to add, negated of those to cancel
         self._commands = Commands()
         self._numbers = 0
         self._started = False
@@ -129,7 +130,7 @@ class Engine:
             self._calls.append(number)
 
     def run_until(self, over: Callable[[], bool], check: Callable[[], None]) -> None:
-        """Drive the engine until ``over()``, calling ``check`` after each step; while another thread drives it, wait for that one."""
+        """Drive the engine until ``over()``, calling ``check`` after each step. Waits while another thread drives the engine."""
         while not over():
             advanced = self._take_turn(self._advance, unless=over)
             assert advanced is not False or over(), "a request is lost"
@@ -141,20 +142,20 @@ class Engine:
 
     @property
     def kv_tokens(self) -> int:
-        """The most tokens of one sequence that the cache holds: those of a data rank."""
+        """The tokens that one data rank's cache holds: the most that one sequence can have there."""
         return self.shape.full_pages * self.options.shape.block
 
     def warm_up(self, longest: int) -> Iterator[tuple[int, int]]:
-        """Compile, or load, every program that requests of up to ``longest`` tokens can need; after each, how many of all are ready."""
+        """Compile, or load, every program that requests of up to ``longest`` tokens can need; yields (ready, all) after each."""
         self._take_turn(self._start)
-        # Not the cache itself, which another thread's failing step may drop meanwhile.
-        runs = warm_ups(self.runner, self.options, self._memory.abstract(self.shape), longest)
-        for done, run in enumerate(runs, start=1):
-            self._take_turn(run)
-            yield done, len(runs)
+        # Shapes and not the cache itself, because a step that fails in another thread may drop the cache.
+        calls = preparations(self.runner, self.options, self._memory.abstract(self.shape), longest)
+        for done, call in enumerate(calls, start=1):
+            self._take_turn(call)
+            yield done, len(calls)
 
     def discard(self) -> None:
-        """Free the cache, unless a request is under way; the next one allocates it again, and no prefix is known then."""
+        """Free the cache and forget all prefixes, unless a request is under way. The next request allocates the cache again."""
 
         def discard() -> None:
             self._commands.settle(self._take_in(), [], self._scheduler)
@@ -164,14 +165,14 @@ class Engine:
         self._take_turn(discard)
 
     def _take_turn[Result](self, act: Callable[[], Result], unless: Callable[[], bool] = lambda: False) -> Result | None:
-        """Do something that one thread at a time may do, ``unless`` another thread's turn makes it unnecessary: then return None.
+        """Wait until no other thread has the turn, then ``act``; if ``unless()`` holds by then, do nothing and return None.
 
-        If it raises, every request under way ends with an error, and the cache begins anew.
+        If ``act`` raises, every request under way ends with an error, and the next one begins with an empty cache.
         """
         me, mine = threading.get_ident(), False
         try:
             with self._turn:
-                # A thread that Ctrl-C interrupted just here may have its turn still.
+                # If Ctrl-C came just here before, this thread still has the turn.
                 self._turn.wait_for(lambda: unless() or self._driver in (None, me))
                 if unless():
                     return None
@@ -194,7 +195,7 @@ class Engine:
             self._started = True
 
     def _fail(self, error: BaseException) -> None:
-        """End all requests: programs may have been given what stays on the devices, and have returned nothing."""
+        """End all requests: a program may have been given the state on the devices (donated), and have returned nothing."""
         why = f"failed: {type(error).__name__}: {error}" if isinstance(error, Exception) else "was interrupted"
         with self._turn:
             for handle in self._handles.values():
@@ -222,10 +223,10 @@ class Engine:
         self._start()
         for each in planned:
             self._in_flight.append((self.runner.dispatch(*each), time.perf_counter()))
-        dispatched, sent = self._in_flight.popleft()
+        dispatched, dispatched_at = self._in_flight.popleft()
         waited = not dispatched.is_ready
         results, outputs = dispatched.read()
-        self._clock.measure(results, outputs, sent, waited=waited)
+        self._clock.measure(results, outputs, dispatched_at, waited=waited)
         for row in dispatched.step.pieces:
             if row is not None and row.first and row.request in self._handles:
                 self._handles[row.request]._logits.clear()
@@ -251,7 +252,7 @@ class Engine:
         """The steps to dispatch now."""
         found: list[Planned] = []
         while (planned := self._held or self._next(command.most_steps)) is not None:
-            # What is in flight is read before a program is compiled: it may be an answer's first token.
+            # Results in flight are read before a program is compiled: an answer's first token may be among them.
             is_new = bool(self._in_flight or found) and not self.runner.is_ready_for(planned[0])
             holds = is_new if command.dispatched is None else len(found) == command.dispatched
             self._held = planned if holds else None

@@ -1,4 +1,4 @@
-"""From a step's rows to what its programs are given: small arrays on the host."""
+"""Builds the programs' inputs, small arrays on the host, from a step's rows."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from l4jax.parallel.spread import Spreader
 from l4jax.program_inputs import Burst, Piece, slot_update
 from l4jax.request import Request
 
-_COUNTED = 512
+_TOKENS_A_COUNT = 512
 """Tokens of a cached prefix that one call adds to a slot's counts."""
-_ZEROED = 32
+_PAGES_A_ZEROING = 32
 """Pages that one call zeroes on each data rank."""
 
 
 class StepInputs:
-    """Makes programs' inputs for a cache of one size.
+    """Builds programs' inputs for a cache of one size.
 
-    ``drafts``: the drafter's pages are given too. ``rows_apart``: see :class:`l4jax.engine.tables.SlotTables`.
+    ``drafts``: the inputs have page tables for the drafter too. ``rows_apart``: as in :class:`l4jax.cache.PageTables`.
     """
 
     def __init__(self, placement: Placement, spreader: Spreader, shape: CacheShape, *, drafts: bool, rows_apart: bool) -> None:
@@ -44,7 +44,7 @@ class StepInputs:
         self._tables = SlotTables(shape.slots * spec.data, full_width, local_width, rows_apart=rows_apart)
 
     def piece(self, prefill: Prefill, padding: tuple[int, bool] | None) -> tuple[Piece, Spread | None]:
-        """A prefill's piece, and how token ranks share it; ``padding`` as in :meth:`l4jax.engine.runner.Runner.prefill_call`."""
+        """A prefill's inputs, and how token ranks share them; ``padding`` as in :meth:`l4jax.engine.runner.Runner.prefill_call`."""
         rows, T = prefill.rows, prefill.length
         token_BT = np.zeros((len(rows), T), np.int32)
         start_B, new_B, prompt_length_B = (np.zeros(len(rows), np.int32) for _ in range(3))
@@ -71,7 +71,7 @@ class StepInputs:
         return piece, spread
 
     def burst(self, burst: BurstStep) -> Burst:
-        """What a burst is given."""
+        """A burst's inputs."""
         tables = self._tables.of(burst.rows)
         return Burst(
             slot_B=self._slot_numbers(burst.rows),
@@ -87,51 +87,51 @@ class StepInputs:
         stops = [request.stop_ids for request in requests]
         return slot_update(self.shape.slots * self._data, self._data, slots, params, seeds, stops, self._vocab_size)
 
-    def counted(self, row: PieceRow) -> Iterator[SlotTokens]:
-        """The tokens before a sequence's first piece, to be counted in its slot."""
-        for start in range(0, len(row.before), _COUNTED):
-            yield self._counted(row.slot, row.before[start : start + _COUNTED], start, row.prompt_length)
+    def tokens_before(self, row: PieceRow) -> Iterator[SlotTokens]:
+        """The tokens before a sequence's first piece, for each call that counts some of them in its slot."""
+        for start in range(0, len(row.before), _TOKENS_A_COUNT):
+            yield self._slot_tokens(row.slot, row.before[start : start + _TOKENS_A_COUNT], start, row.prompt_length)
 
-    def next_to_zero(self, full: list[PageOnRank], local: list[PageOnRank]) -> PageTables:
-        """Take the next pages to zero off the lists."""
-        return PageTables(self._next_pages(full, self.shape.full_pages), self._next_pages(local, self.shape.local_pages))
+    def take_to_zero(self, full: list[PageOnRank], local: list[PageOnRank]) -> PageTables:
+        """Take as many pages off the lists as one call zeroes, and return them."""
+        return PageTables(self._take_pages(full, self.shape.full_pages), self._take_pages(local, self.shape.local_pages))
 
     def examples(self) -> tuple[SlotUpdate, SlotTokens, PageTables]:
-        """What the programs that change slots and pages are given, in its usual shapes."""
-        nobody = Request((), SamplingParams(), 0, ())
-        return self.update([0], [nobody]), self._counted(-1, (), 0, 0), self.next_to_zero([], [])
+        """Example inputs, with the usual shapes, for the programs that update slots, count tokens and zero pages."""
+        request = Request((), SamplingParams(), 0, ())
+        return self.update([0], [request]), self._slot_tokens(-1, (), 0, 0), self.take_to_zero([], [])
 
-    def _next_pages(self, pages: list[PageOnRank], past: int) -> Array:
-        page_BW = np.full((self._data, _ZEROED), past, np.int32)
-        free = [0] * self._data
+    def _take_pages(self, pages: list[PageOnRank], padding: int) -> Array:
+        page_BW = np.full((self._data, _PAGES_A_ZEROING), padding, np.int32)
+        filled = [0] * self._data
         left = []
         for rank, page in pages:
-            if free[rank] < _ZEROED:
-                page_BW[rank, free[rank]] = page
-                free[rank] += 1
+            if filled[rank] < _PAGES_A_ZEROING:
+                page_BW[rank, filled[rank]] = page
+                filled[rank] += 1
             else:
                 left.append((rank, page))
         pages[:] = left
         return host_array(page_BW, np.int32)
 
-    def _counted(self, slot: int, tokens: Sequence[int], start: int, prompt_length: int) -> SlotTokens:
+    def _slot_tokens(self, slot: int, tokens: Sequence[int], start: int, prompt_length: int) -> SlotTokens:
         """Tokens from position ``start`` on, to be counted in a slot; in none if ``slot`` is -1."""
-        rank, D = slot // self.shape.slots, self._data
-        token_BT = np.zeros((D, _COUNTED), np.int32)
-        token_BT[rank, : len(tokens)] = tokens  # a rank of -1 has none
-        own = np.arange(D) == rank
+        rank, ranks = slot // self.shape.slots, self._data
+        token_BT = np.zeros((ranks, _TOKENS_A_COUNT), np.int32)
+        token_BT[rank, : len(tokens)] = tokens  # for slot -1 there are none
+        own = np.arange(ranks) == rank
         return SlotTokens(
             token_BT=host_array(token_BT, np.int32),
-            start_B=host_array(np.full(D, start), np.int32),
+            start_B=host_array(np.full(ranks, start), np.int32),
             new_B=host_array(own * len(tokens), np.int32),
-            prompt_length_B=host_array(np.full(D, prompt_length), np.int32),
+            prompt_length_B=host_array(np.full(ranks, prompt_length), np.int32),
             slot_B=host_array(np.where(own, slot % self.shape.slots, self.shape.slots), np.int32),
         )
 
     def _slot_numbers(self, rows: Sequence[PieceRow | BurstRow | None]) -> Array:
-        """Each row's slot, counted on its own data rank; past the last one for padding."""
-        a_rank = self.shape.slots
-        return host_array([a_rank if row is None else row.slot % a_rank for row in rows], np.int32)
+        """Each row's slot, counted on its own data rank; for padding a number past the last slot."""
+        slots = self.shape.slots
+        return host_array([slots if row is None else row.slot % slots for row in rows], np.int32)
 
     def _draft_tables(self, tables: Any) -> Any:
         """The model's tables, because the drafter's pages have the same numbers; None without a drafter."""

@@ -1,4 +1,4 @@
-"""How many pages the KV cache has: as many as asked for, or what memory allows."""
+"""Sizes the KV cache: as many pages as asked for, or as many as memory allows."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ from l4jax.program_inputs import Resident
 from sharding import hosts
 
 _CPU_SHARE = 0.25
-"""The part of a machine's free memory that a cache takes on CPUs unless told otherwise: the machine is not ours alone."""
+"""On CPUs, the part of the free memory that a cache takes by default: other programs need memory too."""
 _GPU_SHARE = 0.97
-"""The part of a GPU's memory beside weights and programs that a cache takes unless told otherwise: some is lost between allocations."""
-_GPU_GUESS = 0.9
-"""The part of a GPU's memory beside the weights that a cache takes while it is found out what programs need beside it."""
+"""On GPUs, the part of the memory beside weights and programs that a cache takes by default: some is lost between allocations."""
+_GPU_TRIAL_SHARE = 0.9
+"""On GPUs, the part of the memory beside the weights that a trial cache takes, for which programs are compiled to see what they need."""
+_SIGNIFICANT_BITS = 3
+"""To how many binary digits a default size is rounded down on CPUs."""
 
 
 class CacheMemory:
@@ -35,15 +37,15 @@ class CacheMemory:
         self._ranks = placement.spec.token_ranks.count
 
     def shape(self, kv_tokens: int | None, weights: Iterable[Array], program_bytes: Callable[[CacheShape], int]) -> CacheShape:
-        """Room for ``kv_tokens`` tokens of all sequences together; None: for as many as memory allows, up to the context in each slot.
+        """A cache of ``kv_tokens`` tokens of all sequences together; if None, of what memory allows, up to the context in each slot.
 
-        ``program_bytes``: what programs need on a device beside weights and such a cache. It is asked on GPUs, if ``kv_tokens`` is None.
-        Raises ValueError if the device has less memory than that takes beside the weights.
+        ``program_bytes``: returns what programs need on a device beside the weights and a cache of this shape. It is called on GPUs
+        if ``kv_tokens`` is None. Raises ValueError if the cache does not fit beside the weights.
         """
         available = self._available_bytes(weights)
         if kv_tokens is not None:
-            shape = self._holding(-(-kv_tokens // self._placement.spec.data))
-            needed = self._bytes(shape)
+            shape = self._shape_for(-(-kv_tokens // self._placement.spec.data))
+            needed = self._cache_bytes(shape)
             if needed > available:
                 raise ValueError(
                     f"a KV cache of {kv_tokens} tokens takes {needed / 1e9:.1f} GB, and beside the weights this device has "
@@ -52,54 +54,55 @@ class CacheMemory:
             return shape
         if self._device.platform == "cpu":
             return self._largest(available * _CPU_SHARE, rounded=True)
-        guess = self._largest(available * _GPU_GUESS)
-        return self._largest((available - max(map(int, hosts.share(str(program_bytes(guess)))))) * _GPU_SHARE)
+        trial = self._largest(available * _GPU_TRIAL_SHARE)
+        return self._largest((available - max(map(int, hosts.share(str(program_bytes(trial)))))) * _GPU_SHARE)
 
     def _largest(self, budget: float, *, rounded: bool = False) -> CacheShape:
         """The largest cache that takes no more than this many bytes, up to the context in each slot.
 
-        ``rounded``: if it has less, to a number of pages with three binary digits before its zeros. What is free changes from process to
-        process, and with it programs that could have been loaded would be compiled.
+        ``rounded``: if the context does not fit in each slot, round the number of pages down to ``_SIGNIFICANT_BITS`` binary digits. Free
+        memory changes from process to process; with the same number of pages a process can load the programs of an earlier one.
         """
         block = PAGE_SIZE * self._ranks
-        least, most = 1, (whole := self._slots * -(-self._placement.config.max_position_embeddings // block))
-        if (smallest := self._bytes(self._holding(block))) > budget:
+        pages, wanted = 1, self._slots * -(-self._placement.config.max_position_embeddings // block)
+        if (smallest := self._cache_bytes(self._shape_for(block))) > budget:
             raise ValueError(
                 f"a KV cache of {block} tokens takes {smallest / 1e9:.1f} GB, and may take {max(budget, 0) / 1e9:.1f} GB "
                 "beside the weights; lower max_batch, use more devices, or set kv_tokens"
             )
-        while least < most:
-            middle = (least + most + 1) // 2
-            least, most = (middle, most) if self._bytes(self._holding(middle * block)) <= budget else (least, middle - 1)
-        if rounded and least < whole:
-            least -= least % (1 << max(0, least.bit_length() - 3))
-        return self._holding(least * block)
+        most = wanted
+        while pages < most:
+            middle = (pages + most + 1) // 2
+            pages, most = (middle, most) if self._cache_bytes(self._shape_for(middle * block)) <= budget else (pages, middle - 1)
+        if rounded and pages < wanted:
+            pages -= pages % (1 << max(0, pages.bit_length() - _SIGNIFICANT_BITS))
+        return self._shape_for(pages * block)
 
     def abstract(self, shape: CacheShape) -> Resident:
-        """What stays on the devices for such a cache."""
+        """What stays on the devices with a cache of this shape, as shapes, dtypes and shardings."""
         return Resident.abstract(self._placement, self._drafter, shape, self._dtype)
 
-    def _holding(self, tokens: int) -> CacheShape:
-        """Room for this many tokens on each data rank."""
+    def _shape_for(self, tokens: int) -> CacheShape:
+        """A cache of this many tokens on each data rank."""
         full = -(-tokens // (PAGE_SIZE * self._ranks))
         chunk = self._placement.config.attention_chunk_size
-        # While one chunk of a sequence is read another is begun; finished prefixes keep theirs for as long as there is room.
+        # Two chunks for each slot: a sequence begins a chunk while a step in flight still reads the one before it.
         local = 0 if chunk is None else min(full * self._ranks, 2 * self._slots * -(-chunk // PAGE_SIZE))
         return CacheShape(self._slots, full, local)
 
-    def _bytes(self, shape: CacheShape) -> int:
+    def _cache_bytes(self, shape: CacheShape) -> int:
         leaves = jax.tree.leaves(self.abstract(shape))
         if self._device.platform == "cpu":  # all of its devices share the machine's memory
             return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
         return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
     def _available_bytes(self, weights: Iterable[Array]) -> float:
-        """What a device of the process that has least has beside the weights."""
+        """The memory beside the weights, in bytes, of the process's devices that have least."""
         return min(map(float, hosts.share(str(own_available_bytes(self._device, weights)))))
 
 
 def own_available_bytes(device: jax.Device, weights: Iterable[Array]) -> float:
-    """What this process's device has beside the weights; on a CPU, whose memory has them already, what is free."""
+    """The memory of this process's device beside the weights, in bytes; on a CPU, which holds the weights already, its free memory."""
     if device.platform == "cpu":
         return free_bytes()
     held = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in weights)
@@ -107,11 +110,11 @@ def own_available_bytes(device: jax.Device, weights: Iterable[Array]) -> float:
 
 
 def free_bytes(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that the machine, or the container if it has a limit, has free or could free; where it does not say, all of its memory."""
+    """Bytes that the machine, or a container with a limit, has free or could free; all of its memory where the system does not say."""
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with contextlib.suppress(OSError, ValueError):
-        said = re.search(r"^MemAvailable: *(\d+) kB$", meminfo.read_text(), re.MULTILINE)
-        free = free if said is None else int(said[1]) * 1024
+        available = re.search(r"^MemAvailable: *(\d+) kB$", meminfo.read_text(), re.MULTILINE)
+        free = free if available is None else int(available[1]) * 1024
     with contextlib.suppress(OSError, ValueError):  # no limit is "max"
         limit, used = (int((cgroup / f"memory.{name}").read_text()) for name in ("max", "current"))
         files = re.search(r"^inactive_file (\d+)$", (cgroup / "memory.stat").read_text(), re.MULTILINE)

@@ -1,4 +1,4 @@
-"""What a scheduler is built for: the size of the pools, the programs that exist, and how long a burst may be."""
+"""What a scheduler is built for: the size of the pools, the sizes of the programs, and how long a burst may be."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from l4jax.engine.step import Plan
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Numbers on *each* data rank unless they say otherwise.
+    """Numbers are those of *each* data rank.
 
-    ``full_pages``, ``local_pages``: the pools. ``slots``: rows that may be under way. ``row_buckets``: the rows that decode programs are
-    compiled for, ascending, up to ``slots``. ``piece_lengths`` and ``piece_rows``: those of prefill programs, ascending;
-    ``piece_tokens``: the most that a step prefills, padding included, except that one piece of any length always may be.
-    ``short_steps``, ``long_steps``: a burst's rounds while anyone waits or is prefilled, and otherwise. ``plans``: (rows, plan), as
-    in a drafter's table: an entry applies from its number of active rows on the fullest data rank up to the next entry's, the
-    first below it too. ``drafter``: there is one, and all programs make its entries. ``drafts_up_to``: tokens from which on it drafts
-    nothing.
+    ``full_pages``, ``local_pages``: sizes of the pools. ``slots``: the most rows under way. ``row_buckets``: the numbers of rows that
+    decode programs are compiled for, ascending, the last equal to ``slots``. ``piece_lengths``, ``piece_rows``: the lengths and the
+    numbers of rows that prefill programs are compiled for, ascending. ``piece_tokens``: the most tokens that a step prefills, padding
+    included; one piece may be longer. ``short_steps``: a burst's rounds while a request waits or is prefilled; ``long_steps``: otherwise.
+    ``plans``: (rows, plan) pairs, as in a drafter's table; an entry holds from this number of active rows (on the fullest data rank) up to
+    the next entry, and the first entry holds for fewer rows too. ``drafter``: there is a drafter, and all programs write its entries.
+    ``drafts_up_to``: in a longer sequence the drafter drafts nothing.
 
-    ``deterministic``: a request's tokens and log-probabilities are bit-equal whatever else runs. This needs one row bucket,
-    one piece length and number of rows, and one plan, and pieces end at multiples of the piece length, so the program that computes
-    a token, and its place in it, depend on the token's position alone.
+    ``deterministic``: a request's tokens and log-probabilities are bit-equal whatever else runs. This needs one row bucket, one piece
+    length, one number of piece rows and one plan. Pieces then end at multiples of the piece length, so a token's position alone decides
+    which program computes the token, and where in the piece.
     """
 
     shape: PageShape
@@ -61,12 +61,12 @@ class Options:
 
     @property
     def grid(self) -> int:
-        """Prefix hits are multiples of it."""
+        """Prefix hits are cut to a multiple of this many tokens."""
         return self.piece_lengths[0] if self.deterministic else self.shape.block
 
     @property
     def one_piece(self) -> bool:
-        """Whether a step has one piece on all data ranks together: the longest of several would decide how token ranks share them all."""
+        """Whether a step has at most one piece on all data ranks: of several the longest would decide how token ranks share them all."""
         return self.deterministic and self.data_ranks > 1 and self.shape.token_ranks > 1
 
     @property
@@ -80,7 +80,7 @@ class Options:
         return fitting[-1] if fitting else self.plans[0][1]
 
     def piece_end(self, start: int, target: int) -> int:
-        """Where the piece ends that begins at ``start``, of a prefill of ``target`` tokens."""
+        """The end of the piece that begins at ``start``, in a prefill of ``target`` tokens."""
         end = min(target, start + self.piece_lengths[-1])
         if self.deterministic:
             end = min(end, start // self.grid * self.grid + self.grid)
@@ -98,7 +98,7 @@ class Options:
         return max((rows for rows in self.piece_rows if rows * length <= self.piece_tokens), default=self.piece_rows[0])
 
     def check_fits(self, tokens: int, max_length: int) -> None:
-        """Raise ValueError if a request of up to ``max_length`` tokens can never have the pages that it may need."""
+        """Raise ValueError if a request of up to ``max_length`` tokens may need more pages than there are."""
         shape, room = self.shape, max_length - 1
         for what, needed, there in (
             ("", shape.full_pages(room), self.full_pages),

@@ -1,13 +1,13 @@
 """Pages of the KV cache: which are free, who uses them, and which hold a prefix that a later request can use.
 
-Each rank along ``data`` has a :class:`PagePool` of two kinds of pages. A *full* page holds page size x token ranks
-tokens in the layers that keep everything: page size on each token rank. A *local* page holds page size tokens of one attention
-chunk in the chunk-local layers; a chunk is whole on one token rank, and page ``i`` is reserved on every rank. The drafter's pages
-are no third kind: its cache has as many pages, and page ``i`` of it always belongs to whoever has page ``i`` of the model's. One
-table addresses both, and neither can be shared, evicted or returned without the other.
+Each rank along ``data`` has a :class:`PagePool` of two kinds of pages. A *full* page is one of the layers that keep everything. It holds
+page size tokens on each token rank, together a *block*. A *local* page is one of the chunk-local layers. It holds page size tokens of one
+attention chunk; a chunk is whole on one token rank, and page ``i`` is reserved on every rank. The drafter's cache has as many pages of
+each kind, and its page ``i`` always belongs to the sequences that have the model's page ``i``. One table addresses both, and they are
+shared, evicted and returned together.
 
-A page is free, cached or used. A used page has references: one for each sequence whose table lists it. A cached page has none, but its
-contents are known by a key, and it is evicted, least recently used first, only when no page is free. Keys are chains of digests
+A page is free, cached or used. A used page has references: one for each sequence whose table lists it. A cached page has none, but a
+key says what it holds. It is evicted only when no page is free, the least recently used first. Keys are hash chains
 (:func:`block_digest`), so two sequences have the same key only if all their tokens up to there are the same.
 """
 
@@ -24,17 +24,17 @@ Key = tuple[bytes, int]
 
 
 def scope_digest(scope: bytes, tokens: Sequence[int]) -> bytes:
-    """What the first block's digest follows: the request's scope, and the tokens before the first block's, if any."""
+    """The parent of the first block's digest: it covers the request's scope, and the tokens before the first block's, if any."""
     return block_digest(hashlib.blake2b(scope, digest_size=32).digest(), tokens)
 
 
 def block_digest(parent: bytes, tokens: Sequence[int]) -> bytes:
-    """The digest of a block of tokens that follow those of ``parent``'s block; 32 bytes, as ``parent``."""
+    """The digest of a block's tokens and of its ``parent``, the digest of the block before it; 32 bytes, as ``parent``."""
     return hashlib.blake2b(parent + array("q", tokens).tobytes(), digest_size=32).digest()
 
 
 def digest_numbers(found: hashlib.blake2b, *lists: Iterable[int]) -> None:
-    """Add lists of numbers to a digest, each with its length: quickly, for they may have one for each page."""
+    """Add lists of numbers to a digest, each with its length; fast, because a list may have a number for each page."""
     for numbers in lists:
         packed = array("q", numbers).tobytes()
         found.update(len(packed).to_bytes(8))
@@ -67,14 +67,14 @@ class PageShape:
         return 0 if self.chunk is None else -(-(min(end, start + self.chunk) - start) // self.page_size)
 
     def local_ends(self, start: int, end: int) -> range:
-        """Where the whole local pages end that hold positions before ``end``, of the chunk that begins at ``start``."""
+        """The ends of the local pages that hold only positions before ``end``, of the chunk that begins at ``start``."""
         if self.chunk is None:
             return range(0)
         return range(start + self.page_size, min(end, start + self.chunk) + 1, self.page_size)
 
 
 class Pages:
-    """The pages of one kind on one data rank. Every operation takes a constant time for each page that it concerns."""
+    """The pages of one kind on one data rank. Every operation takes constant time for each page that it changes."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -86,7 +86,7 @@ class Pages:
 
     @property
     def available(self) -> int:
-        """Pages that :meth:`take` can give: the free and the cached ones."""
+        """How many pages :meth:`take` can return: the free and the cached ones."""
         return len(self._free) + len(self._cached)
 
     def references(self, page: int) -> int:
@@ -94,7 +94,7 @@ class Pages:
         return self._references[page]
 
     def take(self, count: int) -> list[int] | None:
-        """This many pages with one reference each, evicting cached ones if it must; None, and nothing taken, if there are too few."""
+        """Take this many pages, with one reference each; evicts cached ones if it must. If there are too few, takes none, returns None."""
         if count > self.available:
             return None
         pages = []
@@ -138,7 +138,7 @@ class Pages:
             self.release(table.pop())
 
     def name(self, page: int, key: Key) -> None:
-        """Say what a used page holds. If another page holds the same, or this one has its key already, nothing changes."""
+        """Give a used page the key of what it holds. If another page has this key, or this one has a key, nothing changes."""
         assert self._references[page] > 0
         if key not in self._by_key and self._key[page] is None:
             self._by_key[key], self._key[page] = page, key
@@ -153,7 +153,7 @@ class Pages:
         assert {key: page for page, key in enumerate(self._key) if key is not None} == self._by_key, "keys and pages differ"
 
     def update_digest(self, found: hashlib.blake2b) -> None:
-        """Add all that decides what later calls return."""
+        """Add everything that the results of later calls depend on."""
         ends = (end for _, end in self._by_key)
         digest_numbers(found, self._free, self._cached, self._references, self._by_key.values(), ends)
         found.update(b"".join(digest for digest, _ in self._by_key))
@@ -162,7 +162,7 @@ class Pages:
 class PagePool:
     """The full and the local pages of one data rank, and the prefixes that they hold.
 
-    ``grid``: hits are cut to multiples of it; a multiple of the block.
+    ``grid``: hits are cut to a multiple of this many tokens, which is itself a multiple of the block.
     """
 
     def __init__(self, shape: PageShape, full: int, local: int, grid: int) -> None:
@@ -172,7 +172,7 @@ class PagePool:
         self.grid = grid
 
     def grow(self, full: list[int], full_count: int, local: list[int], local_count: int) -> bool:
-        """Lengthen a sequence's tables to at least these numbers of pages; False, and nothing done, if there are too few."""
+        """Lengthen a sequence's tables to at least these numbers of pages; if there are too few, change nothing and return False."""
         if full_count <= len(full) and local_count <= len(local):
             return True
         more_full = self.full.take(max(0, full_count - len(full)))
@@ -187,10 +187,10 @@ class PagePool:
         return True
 
     def hit(self, digests: Sequence[bytes], most: int) -> int:
-        """Tokens, at most ``most``, of the longest prefix that can be used, given the digests of its blocks.
+        """The tokens, at most ``most``, of the longest prefix that can be used, given the digests of its blocks.
 
-        It needs all its full pages, and the local pages of the chunk that its end is in: whole ones, for a page that is
-        half full would be written while it is shared. At a chunk's boundary it needs none.
+        A prefix needs all its full pages, and the local pages of the chunk that its end is in. It ends where a local page ends, because
+        a half full page would be written while it is shared. At a chunk's boundary it needs no local page.
         """
         blocks, block = 0, self.shape.block
         while (blocks + 1) * block <= most and self.full.find((digests[blocks], (blocks + 1) * block)) is not None:
@@ -201,7 +201,7 @@ class PagePool:
         return length
 
     def _whole(self, digests: Sequence[bytes], length: int) -> int:
-        """Where the local pages end that a hit of this length could use; its length, if they are all there."""
+        """The end of the local pages that a hit of this length could use; its length, if they are all there."""
         if self.shape.chunk is None:
             return length
         whole = self.shape.chunk_start(length)

@@ -1,4 +1,4 @@
-"""One data rank's slots and pages, and what each of its sequences holds of them."""
+"""One data rank's slots and pages, and which of them each of its sequences holds."""
 
 from __future__ import annotations
 
@@ -35,27 +35,27 @@ class DataRank:
         return bool(self._slots)
 
     def prefix(self, sequence: Sequence) -> int:
-        """Tokens of the sequence that it need not compute; never all, for the last one gives the first token of the output."""
+        """How many of the sequence's tokens are cached here; never all, because the last one's logits give the first output token."""
         if sequence.scope is None:
             return 0
         grid = self.options.grid
         return self.pool.hit(sequence.chain(self.options.shape, self._ahead), (len(sequence.tokens) - 1) // grid * grid)
 
     def is_writing(self, sequence: Sequence, hit: int) -> bool:
-        """Whether a sequence here is being prefilled that will lengthen this one's hit when its results are there."""
+        """Whether another sequence's prefill here will lengthen this one's hit when its results are read."""
         end = hit + self.options.grid
         if end >= len(sequence.tokens) or sequence.scope is None:
             return False
         block = end // self.options.shape.block - 1
         digest = sequence.digests[block]
-        # Of the last block's digest a writer may not know the token ahead yet; then nobody else can know that it will match.
+        # With a drafter the writer's last block has no digest before the token after it is known, and cannot be waited for.
         return any(
             s.committed < s.target and s.named <= block < len(s.digests) and end <= s.target and s.digests[block] == digest
             for s in self.active
         )
 
     def admit(self, sequence: Sequence, hit: int) -> bool:
-        """Give a sequence a slot, the ``hit`` tokens of its prefix, and pages for its prompt and one burst; or nothing."""
+        """Give a sequence a slot, the pages of its ``hit`` cached tokens, and those for its other tokens and one burst; or nothing."""
         full, local = self.pool.hold(sequence.digests, hit)
         if not self._enter(sequence, full, local, 0, self.options.shape.chunk_start(hit)):
             return False
@@ -65,7 +65,7 @@ class DataRank:
         return True
 
     def readmit(self, sequence: Sequence) -> bool:
-        """Give a saved sequence a slot, pages for what was saved, and for one burst; or nothing."""
+        """Give a saved sequence a slot, and pages for what was saved and for one burst; or nothing."""
         shape, length = self.options.shape, sequence.committed
         start = shape.chunk_start(length)
         if not self._enter(sequence, [], [], shape.local_pages(start, length), start):
@@ -75,7 +75,7 @@ class DataRank:
 
     def _enter(self, sequence: Sequence, full: list[int], local: list[int], local_count: int, start: int) -> bool:
         shape, end = self.options.shape, min(len(sequence.tokens) + self.options.most_burst_tokens, sequence.room)
-        # Local pages are taken chunk by chunk; but a sequence that cannot have a chunk's would only be preempted again.
+        # Local pages are taken chunk by chunk. But a sequence that cannot have a whole chunk's would only be preempted again.
         chunk_fits = len(local) + self.pool.local.available >= shape.local_pages(0, end)
         if not chunk_fits or not self.pool.grow(full, shape.full_pages(end), local, local_count):
             self.pool.full.shorten(full, 0)
@@ -88,7 +88,7 @@ class DataRank:
         return True
 
     def grow(self, sequence: Sequence, start: int, end: int) -> bool:
-        """Give a sequence pages for the positions before ``end``, the last of which are in the chunk that begins at ``start``; or none."""
+        """Give a sequence the pages for all positions before ``end``, whose last chunk begins at ``start``; or none."""
         shape = self.options.shape
         local = sequence.local.get(start, [])
         if not self.pool.grow(sequence.full, shape.full_pages(end), local, shape.local_pages(start, end)):
@@ -98,7 +98,7 @@ class DataRank:
         return True
 
     def settle(self, sequence: Sequence) -> None:
-        """Tell the prefix cache of the pages that results have verified, and take back those that no dispatched step may need."""
+        """Give verified pages to the prefix cache, and take back those that neither the sequence nor a step in flight needs."""
         shape, pool = self.options.shape, self.pool
         self._name(sequence)
         for start in [start for start in sequence.local if start + (shape.chunk or 0) <= sequence.committed]:
@@ -126,7 +126,7 @@ class DataRank:
     def release(self, sequence: Sequence, *, unsure: bool) -> None:
         """Take everything back from a sequence.
 
-        ``unsure``: a step whose results do not count may have written after the committed tokens; those pages will be zeroed.
+        ``unsure``: a step whose results do not count may have written after the committed tokens; the next step zeroes those pages.
         """
         shape = self.options.shape
         self._give_back(sequence, self.pool.full, sequence.full, 0, shape.block, self.zero_full if unsure else [])
@@ -144,7 +144,7 @@ class DataRank:
                 zero.append((self.number, page))
 
     def update_digest(self, found: hashlib.blake2b) -> None:
-        """Add all that decides what later calls do, apart from the sequences."""
+        """Add everything that later calls depend on, apart from the sequences."""
         found.update(repr((self._slots, self.zero_full, self.zero_local)).encode())
         self.pool.full.update_digest(found)
         self.pool.local.update_digest(found)

@@ -1,4 +1,4 @@
-"""A step on its way, and what it returns: tokens for the scheduler, and what else each request asked for."""
+"""A step in flight, and its results: tokens for the scheduler, and what else each request asked for."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from l4jax.request import TokenLogprob
 
 @dataclasses.dataclass(frozen=True)
 class RowOutput:
-    """What a row got beside its tokens: their log-probabilities, if it asked for them; its rounds of speculation; its logits, [T, V].
+    """What a row got beside its tokens: their log-probabilities, if its request asked for them, and its rounds of speculation.
 
-    A scored row has either log-probabilities, of the tokens after those of its piece, or logits.
+    A scored row has either the log-probabilities of the token after each token of its piece, or logits [T, V].
     """
 
     logprobs: list[TokenLogprob] | None = None
@@ -35,14 +35,14 @@ class RowOutput:
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """What a scored prefill returns, in the order in which its token ranks compute it, and the piece that says which that is."""
+    """What a scored prefill returns, in the order of its token ranks, and the piece, whose layout says which order that is."""
 
     logits_BAV: Array
     logprobs: Logprobs
     piece: Piece
 
     def on_host(self, values_BA: Array) -> np.ndarray:
-        """Values of every position, in order, on the host."""
+        """Copy values of every position to the host, in the order of positions."""
         host = to_host(values_BA)
         layout = self.piece.layout
         return host if layout is None else in_order(host, np.asarray(layout.position_RBT), np.asarray(self.piece.start_B))
@@ -50,33 +50,36 @@ class Scored:
 
 @dataclasses.dataclass(frozen=True)
 class Dispatched:
-    """A step on its way. ``wanted``: of each request in it, how many of the likeliest tokens' log-probabilities it asked for, if any."""
+    """A step in flight, and the arrays that it returns.
+
+    ``wanted``: for each request in it, how many likeliest tokens it asked for beside log-probabilities; None if it asked for neither.
+    """
 
     step: Step
     wanted: Mapping[int, int | None]
     first: FirstTokens | None = None
     scored: Scored | None = None
     burst: DecodeTokens | None = None
-    counted: RoundCounts | None = None
+    round_counts: RoundCounts | None = None
 
     @property
     def is_ready(self) -> bool:
-        """Whether the devices are through with its burst, if it has one."""
+        """Whether the devices have finished its burst; True if it has none."""
         return self.burst is None or cast(Any, self.burst.done_B).is_ready()
 
     def read(self) -> tuple[Results, dict[int, RowOutput]]:
-        """Wait for the devices; the results, and what else each request got."""
+        """Wait for the devices. Returns the results, and what else each request got."""
         outputs: dict[int, RowOutput] = {}
         prefill = self._read_scores(outputs) if self.scored else self._read_first(outputs)
         return Results(prefill, self._read_burst(outputs)), outputs
 
     @property
     def to_read(self) -> Any:
-        """The arrays that :meth:`read` copies to the host, except for scores."""
+        """The arrays that :meth:`read` copies to the host, without those of scores."""
         first, burst = self.first, self.burst
         return (
             first and (first.token_B, first.done_B, first.logprobs if self._wanted(self.step.pieces) else None),
-            burst and (burst.token_sB, burst.done_B, burst.logprobs if self._wanted(self.step.rows) else None, self.counted),
+            burst and (burst.token_sB, burst.done_B, burst.logprobs if self._wanted(self.step.rows) else None, self.round_counts),
         )
 
     def _wanted(self, rows: Sequence[PieceRow | BurstRow | None]) -> bool:
@@ -101,7 +104,7 @@ class Dispatched:
         return tuple(results)
 
     def _read_scores(self, outputs: dict[int, RowOutput]) -> tuple[RowResult | None, ...]:
-        """Logits come to the host only for requests that want no log-probabilities instead."""
+        """Read the scores. Logits are copied to the host only if a request did not ask for log-probabilities."""
         scored, rows = self.scored, self.step.pieces
         assert scored is not None
         wanted = [row is not None and self.wanted[row.request] is not None for row in rows]
@@ -129,7 +132,7 @@ class Dispatched:
         if self.burst is None:
             return ()
         rows = self.step.rows
-        token_sB, done_B, logprobs, counted = jax.device_get(self.to_read[1])
+        token_sB, done_B, logprobs, round_counts = jax.device_get(self.to_read[1])
         results: list[RowResult | None] = [None] * len(rows)
         drawn_sB = token_sB != -1
         count_B = np.where(drawn_sB.all(axis=0), len(token_sB), drawn_sB.argmin(axis=0)).tolist()
@@ -141,19 +144,19 @@ class Dispatched:
             failed = NOT_FINITE in tokens
             results[i] = RowResult(failed=True) if failed else RowResult(tokens, ended=done[i])
             if not failed:
-                rounds = NO_ROUNDS if counted is None else _rounds(counted, i)
+                rounds = NO_ROUNDS if round_counts is None else _rounds(round_counts, i)
                 outputs[row.request] = RowOutput(self._logprobs(row, logprobs, (slice(count_B[i]), i)), rounds)
         return tuple(results)
 
-    def _logprobs(self, row: PieceRow | BurstRow, every: Logprobs | None, index: Any) -> list[TokenLogprob] | None:
-        """Those at this index, which are the row's."""
+    def _logprobs(self, row: PieceRow | BurstRow, logprobs: Logprobs | None, index: Any) -> list[TokenLogprob] | None:
+        """The row's log-probabilities, which are at this index; None if its request did not ask for them."""
         wanted = self.wanted[row.request]
-        if wanted is None or every is None:
+        if wanted is None or logprobs is None:
             return None
-        own: Logprobs = jax.tree.map(lambda leaf: leaf[index], every)
+        own: Logprobs = jax.tree.map(lambda leaf: leaf[index], logprobs)
         listed = zip(own.chosen_B.tolist(), own.top_id_Bj[:, :wanted].tolist(), own.top_Bj[:, :wanted].tolist(), strict=True)
         return [TokenLogprob(chosen, tuple(zip(ids, values, strict=True))) for chosen, ids, values in listed]
 
 
-def _rounds(counted: RoundCounts, row: int) -> Rounds:
-    return Rounds(int(counted.rounds_B[row]), int(counted.drafted_B[row]), tuple(counted.accepted_Bd[row].tolist()))
+def _rounds(counts: RoundCounts, row: int) -> Rounds:
+    return Rounds(int(counts.rounds_B[row]), int(counts.drafted_B[row]), tuple(counts.accepted_Bd[row].tolist()))

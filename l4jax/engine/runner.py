@@ -1,4 +1,4 @@
-"""Runs a step on the devices: owns what stays there, and dispatches the programs."""
+"""Runs a step on the devices: owns the state that stays there, and dispatches the programs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from sharding.select import RingHardware
 
 
 class Runner:
-    """A model's programs, its weights, and what stays on the devices from one step to the next; a drafter's too, if there is one."""
+    """A model's programs, its weights, and the state on the devices between steps; a drafter's too, if there is one."""
 
     def __init__(
         self,
@@ -42,9 +42,9 @@ class Runner:
         *,
         rows_apart: bool = False,
     ) -> None:
-        """``weights`` (the drafter's too) as they are stored, or as their placement has placed them.
+        """``weights`` (the drafter's too) as they are stored, or already placed.
 
-        ``rows_apart``: each row's results are the same to the last bit whatever the other rows are, if programs' sizes are.
+        ``rows_apart``: for programs of the same sizes, a row's results are the same to the last bit whatever the other rows are.
         """
         self.config = placement.config
         self.programs = Programs(placement, speculator.placement if speculator else None, folder)
@@ -63,12 +63,12 @@ class Runner:
 
     @property
     def dtype(self) -> Any:
-        """What weights and cache are held in."""
+        """The dtype of weights and cache."""
         return self._weights.target[0].dtype
 
     @property
     def platform(self) -> str:
-        """What it runs on: "cpu" or "gpu"."""
+        """The devices' platform: "cpu" or "gpu"."""
         return next(iter(self._weights.target[0].devices())).platform
 
     @property
@@ -82,7 +82,7 @@ class Runner:
         return (*self._weights.target, *self._weights.drafter)
 
     def start(self, memory: CacheMemory, shape: CacheShape) -> None:
-        """Allocate the cache, empty, with every slot free; what there was is lost. Raises ValueError if there is not enough memory."""
+        """Allocate an empty cache and free slots; the state before is lost. Raises ValueError if there is not enough memory."""
         self.stop()  # freed before the new one is allocated
         self.lay_out(shape)
         try:
@@ -94,28 +94,28 @@ class Runner:
             raise ValueError(f"there is no memory for a KV cache of {held} tokens; set a lower kv_tokens, or max_batch") from error
 
     def lay_out(self, shape: CacheShape) -> None:
-        """Make calls for a cache of this size."""
+        """Build inputs for a cache of this size from now on."""
         if shape != self._inputs.shape:
             self._ready.clear()
         self._inputs = self._inputs_for(shape)
 
     def stop(self) -> None:
-        """Free the cache, and drop what is saved of it."""
+        """Free the cache, and drop saved sequences."""
         self._resident = None
         self._saved = SavedSequences(self.programs, self._spec)
 
     @property
     def resident(self) -> Resident:
-        """What stays on the devices."""
+        """The state on the devices; there must be one."""
         assert self._resident is not None
         return self._resident
 
     def is_ready_for(self, step: Step) -> bool:
-        """Whether programs of this step's sizes have been used or prepared before; if not, dispatching it may compile them."""
+        """Whether programs of this step's sizes have been run or prepared before; if not, dispatching the step may compile them."""
         return _programs(step) <= self._ready
 
     def prepare(self, part: Prefill | BurstStep, resident: Resident, padding: tuple[int, bool] | None = None) -> ProgramInfo:
-        """Compile, or load, the program for a part of a step; ``padding`` as in :meth:`prefill_call`. ``resident`` may be abstract."""
+        """Compile, or load, the program of a prefill or a burst; ``padding`` as in :meth:`prefill_call`. ``resident`` may be abstract."""
         call = self.prefill_call(part, resident, padding=padding) if isinstance(part, Prefill) else self.burst_call(part, resident)
         info = call.prepare()
         self._ready.add(_sizes(part))
@@ -148,20 +148,20 @@ class Runner:
 
     def _zero(self, full: list[PageOnRank], local: list[PageOnRank]) -> None:
         while full or local:
-            self._resident = self.programs.zero_pages(self.resident, self._inputs.next_to_zero(full, local))
+            self._resident = self.programs.zero_pages(self.resident, self._inputs.take_to_zero(full, local))
 
     def _begin(self, rows: Sequence[PieceRow], requests: Mapping[int, Request]) -> None:
-        """Give slots to requests; and count the tokens that they need not compute, where a penalty will ask for the counts."""
-        asked = [requests[row.request] for row in rows]
-        changed = self.programs.update_slots(self.resident.slots, self._inputs.update([row.slot for row in rows], asked))
-        for row, request in zip(rows, asked, strict=True):
+        """Give slots to the requests of first pieces. For those with penalties, count the tokens that no piece will compute."""
+        admitted = [requests[row.request] for row in rows]
+        slots = self.programs.update_slots(self.resident.slots, self._inputs.update([row.slot for row in rows], admitted))
+        for row, request in zip(rows, admitted, strict=True):
             if request.params.adjusts_logits:
-                for tokens in self._inputs.counted(row):
-                    changed = self.programs.count(changed, tokens)
-        self._resident = dataclasses.replace(self.resident, slots=changed)
+                for tokens in self._inputs.tokens_before(row):
+                    slots = self.programs.count(slots, tokens)
+        self._resident = dataclasses.replace(self.resident, slots=slots)
 
     def small_calls(self, resident: Resident, *, saves: bool) -> list[Call]:
-        """Calls of the programs that change slots and pages, and with ``saves`` of those that save them and load them again."""
+        """Calls of the programs that update slots and zero pages, and with ``saves`` of those that save and load a sequence."""
         slots = resident.slots
         update, tokens, pages = self._inputs.examples()
         return [
@@ -172,7 +172,7 @@ class Runner:
         ]
 
     def spreads(self, length: int, longest: int) -> list[tuple[int, bool]]:
-        """The ``padding`` of :meth:`prefill_call` that makes each program for pieces of this length, of up to ``longest`` tokens."""
+        """A ``padding`` of :meth:`prefill_call` for each program of pieces of this length, in sequences of up to ``longest`` tokens."""
         return self._spreader.programs(length, longest)
 
     def prefill_call(
@@ -183,10 +183,10 @@ class Runner:
         *,
         padding: tuple[int, bool] | None = None,
     ) -> Call:
-        """The call of a prefill; with ``padding`` of rows of padding, by the program for this many cached pages, with whole chunks or not.
+        """The call of a prefill. ``padding``: all rows are padding; take the program for (this many cached pages, whole chunks or not).
 
-        It returns the first tokens and what stays; of a prefill for scores the cache, the logits, and the log-probabilities if any row's
-        request is ``wanted`` to have them (as in :class:`Dispatched`).
+        The program returns the new resident state and the first tokens. If the prefill is for scores, it returns the cache, the logits,
+        and log-probabilities if any row's request is ``wanted`` to have them (as in :class:`Dispatched`).
         """
         piece, spread = self._inputs.piece(prefill, padding)
         if prefill.scores:
@@ -196,7 +196,7 @@ class Runner:
         return Call(self.programs.prefill, (self._weights, resident, piece), {"spread": spread, "beyond": self._beyond})
 
     def _prefill(self, prefill: Prefill, wanted: Mapping[int, int | None]) -> dict[str, Any]:
-        """Prefill; returns the first tokens, or of a prefill for scores these and where they are, by their names in Dispatched."""
+        """Dispatch a prefill. Returns the fields of Dispatched for it: the first tokens, or the scores."""
         call = self.prefill_call(prefill, self.resident, wanted)
         if prefill.scores:
             cache, logits_BAV, logprobs = call.run()
@@ -206,24 +206,24 @@ class Runner:
         return {"first": first}
 
     def burst_call(self, burst: BurstStep, resident: Resident) -> Call:
-        """The call of a burst, which decodes or speculates: it returns what stays, the tokens, and of rounds what was drafted."""
+        """The call of a burst. The program returns the new resident state, the tokens and, if it speculates, its rounds' counts."""
         arguments = (self._weights, resident, self._inputs.burst(burst))
         if burst.plan is None:
             return Call(self.programs.decode, arguments, {"beyond": self._beyond})
         return Call(self.programs.speculate, arguments, {"plan": self._plans[burst.plan], "beyond": self._beyond})
 
     def _burst(self, burst: BurstStep) -> dict[str, Any]:
-        """Decode or speculate; returns the tokens, and what was drafted, by their names in Dispatched."""
+        """Dispatch a burst. Returns the fields of Dispatched for it: the tokens, and the rounds' counts if it speculates."""
         self._resident, *out = self.burst_call(burst, self.resident).run()
-        return dict(zip(("burst", "counted"), out, strict=False))
+        return dict(zip(("burst", "round_counts"), out, strict=False))
 
 
 def _programs(step: Step) -> set[tuple[object, ...]]:
-    """What tells the larger programs of a step apart."""
+    """The keys of a step's larger programs."""
     copies: set[tuple[object, ...]] = {(kind,) for kind, copied in (("save", step.saves), ("load", step.loads)) if copied}
     return copies | {_sizes(part) for part in (step.prefill, step.burst) if part is not None}
 
 
 def _sizes(part: Prefill | BurstStep) -> tuple[object, ...]:
-    """What tells a part's program apart, but for how a mesh's token ranks share a piece."""
+    """The key of a prefill's or a burst's program, without how a mesh's token ranks share a piece."""
     return (part.plan, len(part.rows)) if isinstance(part, BurstStep) else (part.length, len(part.rows), part.scores)

@@ -1,4 +1,4 @@
-"""Sequences that wait in host memory: copies of their slots and pages, on their way there, kept, and on their way back."""
+"""Sequences that wait in host memory: copies their slots and pages there, keeps them, and copies them back."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from l4jax.cache import PageTables
 from l4jax.compiled import Call
 from l4jax.engine.step import Load, Save
 from l4jax.parallel.arrays import host_array
-from l4jax.program_inputs import Place, Resident, copy_specs
+from l4jax.program_inputs import Resident, SlotPages, copy_specs
 from l4jax.programs import Programs
 from sharding.mesh import MeshSpec
 
-_PAGES = 8
+_PAGES_A_CALL = 8
 """Pages of each kind that one call copies."""
-_ON_DEVICES = 4
-"""Copies of one sequence that may be on the devices at a time: what they take is not counted when the cache is sized."""
-_PAST = 2**31 - 1
+_COPIES_ON_DEVICES = 4
+"""How many copies of one sequence may be on the devices at a time: the memory that they take is not counted when the cache is sized."""
+_NO_SLOT_OR_PAGE = 2**31 - 1
 """A number past the last slot and the last page."""
 
 
 @dataclasses.dataclass(frozen=True)
-class _Parts:
-    """An array in host memory: the parts that this process's devices had, each once."""
+class _HostArray:
+    """A device array's copy in host memory: the shards of this process's devices, replicas once."""
 
     shape: tuple[int, ...]
     sharding: Sharding
-    parts: dict[str, np.ndarray]
+    shards: dict[str, np.ndarray]
 
     @classmethod
-    def of(cls, array: Array) -> _Parts:
-        """Wait for the array, and take it from the devices."""
+    def of(cls, array: Array) -> _HostArray:
+        """Wait for the array, and copy it."""
         own: dict[str, np.ndarray] = {}
         for shard in array.addressable_shards:
             if str(shard.index) not in own:
@@ -45,12 +45,12 @@ class _Parts:
         return cls(array.shape, array.sharding, own)
 
     def on_devices(self) -> Array:
-        """The array again."""
-        return jax.make_array_from_callback(self.shape, self.sharding, lambda index: self.parts[str(index)])
+        """The array on the devices again."""
+        return jax.make_array_from_callback(self.shape, self.sharding, lambda index: self.shards[str(index)])
 
 
 class _Copy:
-    """What one call has copied. It is on its way to host memory from the beginning."""
+    """What one call has copied: on the devices, and from the beginning on its way to host memory."""
 
     def __init__(self, arrays: Resident) -> None:
         self._tree: Any = arrays
@@ -60,64 +60,64 @@ class _Copy:
 
     @property
     def is_ready(self) -> bool:
-        """Whether it can be fetched without waiting for the devices."""
+        """Whether :meth:`fetch` need not wait for the devices."""
         return self._is_fetched or all(leaf.is_ready() for leaf in jax.tree.leaves(self._tree))
 
     def fetch(self) -> None:
-        """Wait for it, and free the devices' memory."""
+        """Wait until it is in host memory, and free the devices' memory."""
         if not self._is_fetched:
-            self._tree = jax.tree.map(_Parts.of, self._tree)
+            self._tree = jax.tree.map(_HostArray.of, self._tree)
             self._is_fetched = True
 
     def on_devices(self) -> Resident:
-        """The arrays again."""
+        """The arrays on the devices again."""
         self.fetch()
-        back: Resident = jax.tree.map(_Parts.on_devices, self._tree, is_leaf=lambda leaf: isinstance(leaf, _Parts))
-        return back
+        arrays: Resident = jax.tree.map(_HostArray.on_devices, self._tree, is_leaf=lambda leaf: isinstance(leaf, _HostArray))
+        return arrays
 
 
 class SavedSequences:
-    """The sequences of one engine that wait in host memory, by their requests' numbers; each process keeps its devices' part of each."""
+    """The sequences of one engine that wait in host memory, by request. Each process keeps the part of its own devices."""
 
     def __init__(self, programs: Programs, spec: MeshSpec) -> None:
         self._programs, self._spec = programs, spec
         self._copies: dict[int, list[_Copy]] = {}
 
     def save(self, resident: Resident, save: Save) -> None:
-        """Copy a slot's state and its pages. Beyond ``_ON_DEVICES`` copies it waits until the oldest has reached the host."""
+        """Copy a slot's state and its pages. Waits while more than ``_COPIES_ON_DEVICES`` copies have not reached the host."""
         copies = self._copies[save.request] = []
-        for place in self._places(resident, save):
-            copied = self._programs.save(resident, place)
+        for pages in self._pages_a_call(resident, save):
+            copied = self._programs.save(resident, pages)
             copies.append(_Copy(dataclasses.replace(copied, slots=None) if copies else copied))
-            if len(copies) > _ON_DEVICES:
-                copies[-1 - _ON_DEVICES].fetch()
+            if len(copies) > _COPIES_ON_DEVICES:
+                copies[-1 - _COPIES_ON_DEVICES].fetch()
 
     def load(self, resident: Resident, load: Load) -> Resident:
-        """Write the copy back to a slot and to pages, and drop it; returns the new resident state."""
-        slots, copies, places = None, self._copies.pop(load.request), list(self._places(resident, load))
-        assert len(copies) >= len(places), "a page was not saved"
-        for number, (copy, place) in enumerate(zip(copies, places, strict=False)):
+        """Write a saved sequence to a slot and to pages, and drop its copies; returns the new resident state."""
+        slots, copies, calls = None, self._copies.pop(load.request), list(self._pages_a_call(resident, load))
+        assert len(copies) >= len(calls), "a page was not saved"
+        for number, (copy, pages) in enumerate(zip(copies, calls, strict=False)):
             arrays = copy.on_devices()
             slots = arrays.slots if slots is None else slots
-            resident = self._programs.load(resident, dataclasses.replace(arrays, slots=slots), place)
-            if number % _ON_DEVICES == _ON_DEVICES - 1:
+            resident = self._programs.load(resident, dataclasses.replace(arrays, slots=slots), pages)
+            if number % _COPIES_ON_DEVICES == _COPIES_ON_DEVICES - 1:
                 jax.block_until_ready(resident.slots.token_U)
         return resident
 
     def drop(self, request: int) -> None:
-        """Forget a copy."""
+        """Drop a request's copies."""
         del self._copies[request]
 
     def fetch(self) -> None:
-        """Free the devices' memory of the copies that have arrived."""
+        """Free the devices' memory of copies that have reached the host."""
         for copies in self._copies.values():
             for copy in copies:
                 if copy.is_ready:
                     copy.fetch()
 
     def calls(self, resident: Resident) -> list[Call]:
-        """A call of each program."""
-        [place] = self._places(resident, Save(0, 0, (), ()))
+        """A call of the program that saves, and one of the program that loads."""
+        [pages] = self._pages_a_call(resident, Save(0, 0, (), ()))
         ranks, one_rank = self._spec.token_ranks.count, copy_specs(self._spec)
 
         def abstract(count: int, specs: Any, tree: Any) -> Any:
@@ -126,25 +126,25 @@ class SavedSequences:
 
             return jax.tree.map(of, specs, tree)
 
-        cache = abstract(_PAGES * ranks, one_rank.cache, resident.cache)
-        draft_cache = abstract(_PAGES * ranks, one_rank.draft_cache, resident.draft_cache)
+        cache = abstract(_PAGES_A_CALL * ranks, one_rank.cache, resident.cache)
+        draft_cache = abstract(_PAGES_A_CALL * ranks, one_rank.draft_cache, resident.draft_cache)
         copy = Resident(cache, draft_cache, abstract(1, one_rank.slots, resident.slots))
-        return [Call(self._programs.save, (resident, place), {}), Call(self._programs.load, (resident, copy, place), {})]
+        return [Call(self._programs.save, (resident, pages), {}), Call(self._programs.load, (resident, copy, pages), {})]
 
-    def _places(self, resident: Resident, of: Save | Load) -> Iterator[Place]:
-        """Where each call copies from, or to."""
+    def _pages_a_call(self, resident: Resident, of: Save | Load) -> Iterator[SlotPages]:
+        """The slot, and the pages that each call copies."""
         data = self._spec.data
         rank, slot = divmod(of.slot, len(resident.slots.token_U) // data)
 
         def row(numbers: tuple[int, ...], width: int) -> Array:
-            row_DW = np.full((data, width), _PAST, np.int32)
-            row_DW[rank, : len(numbers)] = numbers
-            return host_array(row_DW, np.int32)
+            row_BW = np.full((data, width), _NO_SLOT_OR_PAGE, np.int32)
+            row_BW[rank, : len(numbers)] = numbers
+            return host_array(row_BW, np.int32)
 
-        slot_D = row((slot,), 1)[:, 0]
-        for start in range(0, max(1, len(of.full), len(of.local)), _PAGES):
-            full, local = (table[start : start + _PAGES] for table in (of.full, of.local))
-            yield Place(slot_D, PageTables(row(full, _PAGES), row(local, _PAGES)))
+        slot_B = row((slot,), 1)[:, 0]
+        for start in range(0, max(1, len(of.full), len(of.local)), _PAGES_A_CALL):
+            full, local = (table[start : start + _PAGES_A_CALL] for table in (of.full, of.local))
+            yield SlotPages(slot_B, PageTables(row(full, _PAGES_A_CALL), row(local, _PAGES_A_CALL)))
 
 
 def _like(leaf: Any, count: int, spec: Any) -> jax.ShapeDtypeStruct:

@@ -1,31 +1,31 @@
 """Decides what the devices do next. Plain Python and deterministic: the same calls and results give the same steps.
 
-The engine calls :meth:`Scheduler.next` until it returns None, dispatching each step, then :meth:`Scheduler.finish` with the results of
-the oldest one, and again. Two steps may be in flight, so a step is planned before the results of the one before it are known:
-a sequence's cache length is then only bounded (``Sequence.low``, ``high``).
+The engine calls :meth:`Scheduler.next` and dispatches the step, until it returns None. Then it calls :meth:`Scheduler.finish` with the
+results of the oldest step, and begins again. Two steps may be in flight, so a step is planned before the results of the one before it
+are known: until then a sequence's cache length is only known within bounds (``Sequence.low``, ``high``).
 
 The rules:
 
-- First come, first served: a request is admitted when a data rank has a slot and the pages for its prompt and one burst, and none
-  before an older one. While a sequence under way lacks pages, nobody is admitted to its rank.
-- A step has at most one prefill call, of pieces of one length and one kind, scored or not, and one burst. The oldest that can have a
-  piece decides both; the others wait for it. A sequence whose prefill ends is decoded from the next step on; a scored one ends with it.
-- A burst's pages are reserved when it is planned: from the upper bound on, its rounds times (depth + 1). What it did not need
-  comes back with its results.
-- If pages lack, the newest sequence on the data rank loses its own, never one that is older than the one that needs them.
-  One that finds nobody newer sits the step out and keeps its pages; so does one that gets a chunk's pages back with the results
-  in flight. So the oldest always goes on, at the latest after those results. The preempted one waits at its place in the order; its
-  output becomes part of its prompt. In deterministic mode it is saved to host memory instead, unless it has no output yet:
-  recomputing a prompt alone is bit-equal.
-- A burst, and a piece that does not begin at a chunk's boundary, ends with the chunk; the next chunk has pages of its own. So a page
-  that other sequences use is never written. A row that may already be at its chunk's end gets one more burst in it, perhaps an
-  idle one, instead of a guess.
-- Pages are told to the prefix cache when results have verified them; in deterministic mode those of a prefill only.
-- The plan is chosen anew for each burst, and serves all its rows: bursts without one make the drafter's entries too, for these are made of
+- Admission is first come, first served. A request needs a data rank with a slot and the pages for its prompt and one burst, and is not
+  admitted before an older one. While a sequence under way lacks pages, nothing is admitted to its rank.
+- A step has at most one prefill call and one burst. All pieces of a prefill call have one length, and all are scored or none is. The
+  oldest sequence that can have a piece decides both; the others wait. A sequence whose prefill ends decodes from the next step on; a
+  scored one ends with it.
+- A burst's pages are reserved when it is planned: for rounds times (depth + 1) tokens after the upper bound of the cache length. Those
+  that it did not need are taken back with its results.
+- If pages run out, the newest sequence on the data rank is preempted, but never one older than the one that needs pages. If there
+  is no newer one, or if results in flight will return a finished chunk's pages, the sequence sits the step out and keeps its pages. So the
+  oldest goes on at once, or after the results in flight. A preempted sequence keeps its place in the order, and its output becomes part of
+  its prompt. In deterministic mode it is saved to host memory instead, unless it has no output yet: recomputing a prompt is bit-equal.
+- A burst ends at the end of the attention chunk, as does a piece that does not begin at a chunk's boundary, and the next chunk gets new
+  pages. So a shared page is never written. A row that may be at its chunk's end already gets one more burst in that chunk, which
+  may be idle.
+- Pages enter the prefix cache when results have verified them; in deterministic mode only pages that a prefill wrote do.
+- One plan is chosen for each burst, for all its rows. Bursts without a plan write the drafter's entries too, because these are made of
   the model's hidden states, which are gone after the burst.
-- A request goes to the data rank with a slot that has the longest prefix of it, then to the one with most pages. If a sequence there is
-  writing more of its prefix, it waits, and the requests after it wait too; it goes on alone as soon as nobody writes it.
-- Pages that a failed or a discarded step may have written are zeroed before anyone else has them.
+- A request goes to the data rank that has a slot and the longest prefix of it, and among equals to the one with most pages. If a
+  sequence there is computing more of its prefix, the request waits, and so do all after it.
+- Pages that a failed or a discarded step may have written are zeroed before another sequence gets them.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        """Whether no sequence waits or is under way, and the devices have been told to drop what ended ones had saved."""
+        """Whether no sequence waits or is under way, and the runner has been told to drop the copies of ended ones."""
         return not self._by_request and not self._drops
 
     @property
@@ -68,7 +68,7 @@ class Scheduler:
         return len(self._steps)
 
     def add(self, sequence: Sequence) -> None:
-        """Let a new sequence wait for its turn. Raises ValueError if it could never have the pages that it may need."""
+        """Let a new sequence wait for its turn. Raises ValueError if it may need more pages than there are."""
         self.options.check_fits(len(sequence.tokens), sequence.max_length)
         if sequence.request in self._by_request:
             raise ValueError(f"request {sequence.request} is under way already; expected another number for each request")
@@ -78,15 +78,15 @@ class Scheduler:
         self._waiting.append(sequence)
 
     def cancel(self, sequence: Sequence) -> None:
-        """End a sequence now (a stop string ends it so too); results that are on their way for it are ignored."""
+        """End a sequence now, by its caller's wish or at a stop string; its results in flight are ignored."""
         if not sequence.state.is_over:
             self._end(sequence, State.CANCELLED, unsure=bool(sequence.flights))
 
     def next(self, most_steps: int = _ANY) -> Step | None:
         """The step to dispatch next; None if there is nothing to do before :meth:`finish` or :meth:`add` is called.
 
-        ``most_steps``: the most rounds that a burst may take, from the measured time of one. A call that returns None may have admitted
-        or preempted; other hosts must make it too.
+        ``most_steps``: the most rounds that a burst may have. A call that returns None may have admitted or preempted a sequence, so other
+        hosts must make it too.
         """
         if len(self._steps) == IN_FLIGHT:
             return None
@@ -112,7 +112,7 @@ class Scheduler:
         return step
 
     def finish(self, step: Step, results: Results) -> list[News]:
-        """Take in the results of the oldest step in flight. Returns what they mean for each sequence that still awaits them."""
+        """Take in the results of the oldest step in flight. Returns what each sequence that still awaits them has got."""
         assert self._steps and step is self._steps[0], "steps are finished in the order in which they were given"
         del self._steps[0]
         news = []
@@ -125,7 +125,7 @@ class Scheduler:
         return news
 
     def digest(self) -> str:
-        """A digest of all that decides the next steps: equal on all hosts as long as they have had the same calls and results."""
+        """A digest of everything that later steps depend on: equal on all hosts as long as they have had the same calls and results."""
         own = self.options, self._number, self._arrivals, self._drops, [(step.number, step.requests) for step in self._steps]
         found = hashlib.blake2b(repr(own).encode(), digest_size=16)
         for sequence in (*self._waiting, *self._active()):
@@ -147,7 +147,7 @@ class Scheduler:
         return sorted((sequence for rank in self.ranks for sequence in rank.active), key=by_arrival)
 
     def _choose_burst(self, draft: StepDraft, active: list[Sequence], most_steps: int) -> None:
-        """How long the next burst is, and how it speculates. A plan is no use if it can draft for nobody."""
+        """Choose how long the next burst is, and how it speculates: without a plan if the drafter would draft for no row."""
         options, rows = self.options, [0] * len(self.ranks)
         can_draft, anyone_waits = options.deterministic, bool(self._waiting)
         for sequence in active:
@@ -183,7 +183,7 @@ class Scheduler:
         end = options.piece_end(begin, sequence.target)
         length = options.piece_length(end - begin)
         step_length = draft.length or length
-        # A rank without a piece of the step's length takes a shorter one, for its row would be padding.
+        # A rank without a piece of the step's length takes a shorter one; otherwise its row would be padding.
         fits = draft.takes(sequence) and (length == step_length or (length < step_length and not rows))
         fits = fits and not (options.one_piece and any(draft.pieces))
         start = options.shape.chunk_start(end - 1)
@@ -210,14 +210,14 @@ class Scheduler:
         )
 
     def _reserve(self, draft: StepDraft, sequence: Sequence, start: int, end: int) -> bool:
-        """Pages for the positions before ``end``, of which the last are in the chunk that begins at ``start``."""
+        """Reserve pages as :meth:`DataRank.grow` does, if need be by preemption. False: the sequence sits the step out."""
         rank = self.ranks[sequence.rank]
         while not rank.grow(sequence, start, end):
             newest = rank.active[-1]
             if newest is sequence or any(other < start for other in sequence.local):
                 draft.lack_pages.add(rank.number)
                 return False
-            assert not draft.has(newest), "the older ones are asked first, and one that is admitted has what it needs for its piece"
+            assert not draft.has(newest), "older sequences are planned first, and admission has reserved a piece's pages"
             self._preempt(draft, rank, newest)
         return True
 
@@ -235,7 +235,7 @@ class Scheduler:
         bisect.insort(self._waiting, sequence, key=by_arrival)
 
     def _admitted(self, draft: StepDraft) -> Sequence | None:
-        """Admit the oldest waiting sequence, if a data rank has room for it: the one with the longest prefix, then with most pages."""
+        """Admit the oldest waiting sequence, if a data rank has room for it; the module says which rank."""
         sequence = self._waiting[0] if self._waiting else None
         if sequence is None or (sequence.saved and sequence.flights):
             return None

@@ -1,4 +1,4 @@
-"""One request on its way through the engine: its tokens, its slot, its pages, and how far the devices are with it."""
+"""One request under way: its tokens, its slot, its pages, and how many of its tokens are computed."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from l4jax.engine.pages import PageShape, block_digest, digest_numbers, scope_di
 
 
 class State(enum.Enum):
-    """Where a sequence is: it waits, is prefilled, decodes (a scored one: awaits its last results), waits after it was preempted; or how
-    it ended."""
+    """Where a sequence is, or how it ended. RUNNING: it decodes; if it is scored, it awaits its last results. PREEMPTED: it waits again."""
 
     WAITING = "waiting"
     PREFILL = "prefill"
@@ -29,7 +28,7 @@ class State(enum.Enum):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Flight:
-    """What a dispatched step, whose results are not known yet, may add: ``least`` to ``most`` tokens, and none from ``limit`` on."""
+    """What a step in flight may add to a sequence: ``least`` to ``most`` tokens in the cache, and none at position ``limit`` or later."""
 
     step: int
     least: int
@@ -39,20 +38,19 @@ class Flight:
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Sequence:
-    """A request as the scheduler sees it. The first five fields are the caller's; the rest is the scheduler's.
+    """A request as the scheduler sees it. The caller gives the first five fields; the scheduler sets the rest.
 
-    ``request``: a number that names it, different from those of all others. ``tokens``: the prompt, to which the output is added.
-    ``max_length``: the most tokens that it may have with its output. The last one is never run, so at most ``max_length`` - 1 are in
-    the cache. ``scope``: requests share prefixes only within a scope; None: it neither uses nor leaves any.
-    ``scores``: its prompt is run for the logits of all its positions, and nothing is generated: it ends with the results of its last
-    piece. It has no drafter entries, so it can have no ``scope``, and its ``max_length`` is one more than its tokens.
+    ``request``: a number of its own. ``tokens``: the prompt, to which the output is appended. ``max_length``: the most tokens of prompt and
+    output together. The last one is never run, so at most ``max_length`` - 1 are in the cache. ``scope``: requests share prefixes only
+    within a scope; with None it does not use the prefix cache. ``scores``: its prompt is run for the logits at all its positions, and
+    nothing is generated. It has no drafter entries, so its ``scope`` is None, and its ``max_length`` is one more than its tokens.
 
-    ``hit``: tokens that it found in the prefix cache. ``target``: tokens of the prefill; those of the prompt, and after a preemption
-    of the output too. ``committed`` tokens are in the cache and verified: results say so. ``low`` and ``high`` bound how many are in the
-    cache once everything dispatched (``flights``) has run; they differ only after a burst of speculation.
+    ``hit``: tokens that it found in the prefix cache. ``target``: tokens to prefill, the prompt and, after a preemption, the output.
+    ``committed``: tokens in the cache by the results so far. ``low`` and ``high`` bound how many tokens are in the cache after all steps in
+    flight (``flights``); they differ only after a burst of speculation.
 
-    ``full`` lists the pages of all positions; ``local`` those of each chunk that has positions from ``committed`` on, by the chunk's
-    first position. ``named``: full pages that the prefix cache knows. ``saved``: its pages and its slot's state are in host memory.
+    ``full`` lists the pages of all positions. ``local`` lists, by a chunk's first position, the pages of each chunk that ends after
+    ``committed``. ``named``: how many blocks the prefix cache knows. ``saved``: its pages and its slot's state are in host memory.
     ``digests``: see :meth:`chain`.
     """
 
@@ -93,22 +91,22 @@ class Sequence:
 
     @property
     def room(self) -> int:
-        """Positions that the sequence may have in the cache."""
+        """The most tokens that the sequence may have in the cache."""
         return self.max_length - 1
 
     @property
     def decodes(self) -> bool:
-        """Whether the next step may decode it: its prefill is dispatched, and it has not surely reached its most tokens.
+        """Whether the next step may decode it: its whole prefill is dispatched, and it may still have room for a token.
 
-        Never of a scored one: its prefill ends where its room does.
+        A scored sequence never decodes: its prefill ends where its room does.
         """
         return self.target <= self.low < self.room
 
     def chain(self, shape: PageShape, ahead: int) -> list[bytes]:
         """The digests of all blocks whose tokens are known.
 
-        With a drafter (``ahead`` 1), a block's digest also covers the token after it: the drafter's entry at a position is made
-        of the next token too, so the last entry of a block is another sequence's only if that token is the same.
+        With a drafter (``ahead`` 1), a block's digest also covers the token after the block. The drafter's entry at a position is made
+        of the next token too, so two sequences have the same last entry in a block only if they agree on that token.
         """
         if self.scope is not None:
             block, tokens = shape.block, self.tokens
@@ -119,18 +117,18 @@ class Sequence:
         return self.digests
 
     def depart(self, flight: Flight) -> None:
-        """Take down what a step that is being dispatched may add."""
+        """Note what a step that is being dispatched may add."""
         self.flights.append(flight)
         self._advance(flight)
 
     def settle(self, committed: int) -> None:
-        """Take down how many tokens are in the cache after the steps whose results are known."""
+        """Note how many tokens are in the cache by the results so far."""
         self.committed = self.low = self.high = committed
         for flight in self.flights:
             self._advance(flight)
 
     def update_digest(self, found: hashlib.blake2b) -> None:
-        """Add all that decides what later steps do."""
+        """Add everything that later steps depend on."""
         found.update(repr([getattr(self, name) for name in _SHORT]).encode())
         digest_numbers(found, self.tokens, self.full)
         for start, table in self.local.items():

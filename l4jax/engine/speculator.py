@@ -1,4 +1,4 @@
-"""A drafter, and how to speculate with it, in a runner's terms and in the scheduler's."""
+"""A drafter, and the table that says how to speculate with it, as the runner and the scheduler need it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from l4jax.parallel.placement import DrafterPlacement
 
 @dataclasses.dataclass(frozen=True)
 class Speculator:
-    """A drafter on its target's mesh, how to speculate with it, and what it does beyond the length it was trained at.
+    """A drafter on its target's mesh, how to speculate with it, and what it does beyond its trained length.
 
-    ``asked_for``: the user has said how; then a prompt that cannot be speculated for is an error.
+    ``asked_for``: the user has said how to speculate, so a prompt that cannot be speculated for is an error.
     """
 
     placement: DrafterPlacement
@@ -27,12 +27,12 @@ class Speculator:
     asked_for: bool
 
     def pinned(self, rows: int) -> Speculator | None:
-        """The same with its table's speculation for this number of rows at every number; None if that is not to speculate."""
+        """The same drafter with one plan for any number of rows, its table's for this number; None if that is not to speculate."""
         speculation = self.table.at(rows)
         return None if speculation is None else dataclasses.replace(self, table=SpeculationTable.always(speculation))
 
     def plans(self) -> tuple[dict[Plan, Speculation], tuple[tuple[int, Plan | None], ...]]:
-        """Its trees by what the scheduler calls them, and the scheduler's table of them."""
+        """The speculation that each of the scheduler's plans stands for, and the scheduler's table of plans."""
         trees: dict[Plan, Speculation] = {}
         entries: list[tuple[int, Plan | None]] = []
         for rows, speculation in self.table.entries:

@@ -1,22 +1,21 @@
 """What the scheduler tells the runner to dispatch, and what the runner returns.
 
 A :class:`Step` is dispatched in this order: its drops, its saves, its zeroed pages, its loads, its prefill, its burst. Steps are
-dispatched in the order in which the scheduler gave them, and the devices run everything in the order of dispatch. That is what
-lets a page or a slot be given to another sequence while a step that writes it is still on its way.
+dispatched in the order in which the scheduler made them, and the devices run everything in the order of dispatch. So a page or a slot
+may be given to another sequence while a step that writes it is still in flight.
 
-Rows are in the program's order: those of each data rank after one another, the same number for each, None for padding. Slots
+A program's rows are those of data rank 0, then those of data rank 1, and so on, as many for each; None is padding. Slots
 are numbered the same way: slot ``i`` belongs to data rank ``i // slots``. Pages are numbered on each data rank from 0. Page tables
 list pages from the first position on (``full``), or from the first position of the row's attention chunk on (``local``, () without
-chunks): at least one page of each kind that the model has. The drafter's table is ``full`` too, and ``local`` in its chunk-local layers
-(see ``pages``).
+chunks): at least one page of each kind that the model has. The drafter's layers use the same two tables (see ``pages``).
 
-The rows of a program share one loop over pages, up to the end of the longest, so all of them read that many pages. What a
-row reads after its own end is masked, but 0 x NaN is NaN: a row may read no page that another one may have spoilt. So a runner
-pads a table by :func:`padded`, with the row's own last page. A padding row reads page 0, whatever that holds: its own results alone
-can be spoilt, and they are dropped, as those of a row that is done are.
+The rows of a program share one loop over pages, up to the end of the longest row, so every row reads that many pages. What a
+row reads after its own end is masked, but 0 x NaN is NaN, so no row may read a page that may hold another row's NaN. Therefore the runner
+pads a table with the row's own last page (:func:`padded`). A padding row reads page 0, whatever it holds: its results are dropped,
+as are those of a row that is done.
 
-A row that fails spoils its own results alone too, although the next step may run it again before anyone knows: the pages that it
-writes are in its own table only, those that it shares were verified before, and what it wrote is zeroed before another has it.
+The next step may run a failed row again before the host knows that it failed. That spoils no other row: the failed row writes only
+pages of its own, the pages that it shares were verified before, and its own are zeroed before another sequence gets them.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ PageOnRank = tuple[int, int]
 
 
 def padded(table: Table, count: int) -> Table:
-    """A row's table, not empty, lengthened to ``count`` pages for a program whose longest row needs as many; see the module."""
+    """A row's table, which is not empty, padded to ``count`` pages, those of the program's longest row; see the module."""
     return table + table[-1:] * (count - len(table))
 
 
@@ -46,9 +45,9 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Save:
-    """Copy a slot's state and these pages (the drafter's too) to host memory, under the request's number.
+    """Copy a slot's state and these pages (the drafter's too) to host memory, for this request.
 
-    The copy is dropped after its :class:`Load`, or when :attr:`Step.drops` names the request.
+    The copy is kept until its :class:`Load`, or until :attr:`Step.drops` names the request.
     """
 
     request: int
@@ -59,7 +58,7 @@ class Save:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Load:
-    """Copy a saved slot's state to this slot, and as many of the saved pages as are listed, the first ones, to these."""
+    """Copy the request's saved state to this slot, and the first of its saved pages to these pages."""
 
     request: int
     slot: int
@@ -69,20 +68,20 @@ class Load:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PieceRow:
-    """A piece of one sequence's prefill: ``tokens``, of which the first is at position ``start``.
+    """A piece of one sequence's prefill: ``tokens``, the first of which is at position ``start``.
 
-    ``first``: it is the first in this slot, whose state must be reset for the request, as if the tokens ``before`` had been run
-    in it: all those before ``start``, which other pieces do not repeat. Tokens at positions before ``prompt_length`` are the
-    prompt, which the slot's counts take in as such. Later ones, of ``before`` as of ``tokens``, are output of an earlier
-    stay in the cache: the slot counts each as drawn and produced. ``last``: the piece ends the prefill, so its
-    program draws output token number ``start + len(tokens) - prompt_length``, counted from 0, and writes it to the slot; the row
-    decodes from the next step on. ``following``: the token after the piece, which the drafter's last entry is made of; -1: the token
-    that is drawn. ``local``: the pages of the chunk that the piece's last token is in. A piece begins at a chunk's boundary, or
-    ends in its first token's chunk.
+    ``first``: it is the sequence's first piece in this slot. The slot's state is reset for the request, and the tokens ``before`` (all
+    those before ``start``, computed by others or earlier) are counted in it. Tokens at positions before ``prompt_length`` count as the
+    prompt's. Later ones, in ``before`` or ``tokens``, were produced before a preemption, and count as output.
 
-    A scored sequence's pieces draw nothing: it ends with its ``last``, whose ``following`` is -1 too. It has no hits, so its ``first``
-    is at position 0. If it is preempted, all its pieces come again from there: what it got before a ``first`` piece is void, and the
-    engine drops it when it reads that piece's results. Until then results of older pieces may still come.
+    ``last``: the piece ends the prefill. Its program draws output token number ``start + len(tokens) - prompt_length``, counted from 0, and
+    writes it to the slot; the row decodes from the next step on. ``following``: the token after the piece, of which the drafter's last
+    entry is made; -1 if it is the token that is drawn. ``local``: the pages of the chunk that the piece's last token is in. A piece begins
+    at a chunk's boundary, or ends in the chunk in which it begins.
+
+    A scored sequence's pieces draw nothing. It ends with its ``last`` piece, whose ``following`` is -1 too. It has no prefix hit, so
+    its ``first`` piece is at position 0. If it is preempted, all its pieces are run again. The engine drops earlier scores when it reads
+    the results of a ``first`` piece; results of pieces from before the preemption may still come until then.
     """
 
     request: int
@@ -100,10 +99,10 @@ class PieceRow:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Prefill:
-    """One call of a prefill program: rows, each padded to ``length`` tokens. With a drafter it also makes the drafter's entries.
+    """One call of a prefill program: rows, each padded to ``length`` tokens. With a drafter it also writes the drafter's entries.
 
-    ``scores``: all rows are of scored sequences, and another program runs them: it returns the logits of all positions, or numbers
-    made of them, draws no token and makes no drafter entries. Otherwise none is.
+    ``scores``: all rows are of scored sequences (otherwise none is), and the program that scores runs them. It returns logits or
+    log-probabilities at all positions, draws no token and writes no drafter entries.
     """
 
     length: int
@@ -113,9 +112,9 @@ class Prefill:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class BurstRow:
-    """A row of a burst. It stops before position ``limit``: it is idle from there on, as if it were done, until a later burst.
+    """A row of a burst. It runs no token at position ``limit`` or later, and idles there until the burst ends.
 
-    ``local``: the pages of the chunk that ``limit`` - 1 is in.
+    ``local``: the pages of the chunk that position ``limit`` - 1 is in.
     """
 
     request: int
@@ -130,8 +129,8 @@ class Burst:
     """One call of a decode program, or with a plan of a speculation program: at most ``steps`` rounds.
 
     A round gives each row that is not done and not at its limit at least one token, and at most the plan's depth + 1. A burst
-    ends early only when no row is left. With a drafter it also makes the drafter's entries, of all tokens that it adds and
-    without a plan too: so any later burst may have one.
+    ends early only when no row is left. With a drafter it also writes the drafter's entries of all tokens that it runs, even without
+    a plan, so any later burst may have one.
     """
 
     steps: int
@@ -143,9 +142,8 @@ class Burst:
 class Step:
     """What to dispatch next; see the module for the order.
 
-    ``drops``: requests that ended while their copies were in host memory; the copies are dropped. ``zero_full`` and
-    ``zero_local``: pages that may hold numbers that are not finite (a masked key still multiplies its value); the drafter's pages of the
-    same numbers too.
+    ``drops``: requests that ended while their copies were in host memory; the copies are dropped. ``zero_full``, ``zero_local``: pages to
+    zero, because they may hold NaN (a masked key still multiplies its value); the drafter's pages of these numbers too.
     """
 
     number: int
@@ -169,17 +167,17 @@ class Step:
 
     @property
     def requests(self) -> tuple[list[int | None], list[int | None]]:
-        """Whose the rows of its prefill and of its burst are."""
+        """The requests of its prefill's rows, and those of its burst's rows."""
         pieces = [None if row is None else row.request for row in self.pieces]
         return pieces, [None if row is None else row.request for row in self.rows]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RowResult:
-    """What a row got: its new tokens, whether it is done, and whether its logits were not finite (then its tokens do not count).
+    """What a row got: its new tokens, whether it has ended, and whether it ``failed``: its logits were not finite.
 
-    A piece that is not its prefill's last has no tokens, but ``failed`` if the logits at its last token were not finite. A scored piece
-    has none either: it has ``ended`` if it is the last, and ``failed`` if the logits at any of its tokens were not finite.
+    A failed row's tokens do not count. A piece that is not its prefill's last has no tokens, but may fail by the logits at its last token.
+    A scored piece has none either; it fails by the logits at any of its tokens, and has ``ended`` if it is the last.
     """
 
     tokens: tuple[int, ...] = ()
@@ -189,7 +187,7 @@ class RowResult:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Results:
-    """A step's results, row by row as in its prefill and its burst; what stands for a padding row is not looked at."""
+    """A step's results, row by row as in its prefill and its burst; a padding row's result is ignored."""
 
     prefill: tuple[RowResult | None, ...] = ()
     burst: tuple[RowResult | None, ...] = ()
@@ -204,10 +202,10 @@ class News:
 
 
 class StepDraft:
-    """A step that is being put together: of each data rank, the rows of its prefill and of its burst.
+    """A step that is being planned: for each data rank, the rows of its prefill and of its burst.
 
-    ``length``: of its pieces, 0 before the first; ``scores``: whether they are those of scored sequences. ``active_rows``: rows that the
-    burst has on the fullest data rank if none sits it out. ``lack_pages``: data ranks on which a sequence has to sit it out.
+    ``length``: that of its pieces, 0 before the first; ``scores``: whether its pieces are scored. ``active_rows``: rows that decode on the
+    fullest data rank, whether or not all of them get pages. ``lack_pages``: data ranks on which a sequence did not get its pages.
     """
 
     def __init__(self, number: int, ranks: int) -> None:
@@ -235,19 +233,19 @@ class StepDraft:
         return bool(sequence.flights) and sequence.flights[-1].step == self.number
 
     def step(self, piece_rows: tuple[int, ...], row_buckets: tuple[int, ...]) -> Step | None:
-        """The step, with rows padded to one of these numbers on each data rank; None if there is nothing in it."""
+        """The step, its rows padded on each data rank to one of these numbers; None if it is empty."""
         prefill = burst = None
         if any(self.pieces):
             prefill = Prefill(self.length, _with_padding(self.pieces, max(map(len, self.pieces)), piece_rows), self.scores)
         if any(self.rows):
-            # As many as decided on the plan: otherwise each plan would need a program for each smaller number too.
+            # Padded to the number of rows that chose the plan: otherwise each plan would need programs for fewer rows too.
             burst = Burst(self.steps, self.plan, _with_padding(self.rows, self.active_rows, row_buckets))
         copies = tuple(self.drops), tuple(self.saves), tuple(self.zero_full), tuple(self.zero_local), tuple(self.loads)
         return Step(self.number, *copies, prefill, burst) if any(copies) or prefill or burst else None
 
 
 def _with_padding[Row](rows: abc.Sequence[abc.Sequence[Row]], least: int, buckets: tuple[int, ...]) -> tuple[Row | None, ...]:
-    """The rows of each data rank after one another, each rank's padded to the lowest bucket of at least this many."""
+    """The rows of data rank 0, then of 1, and so on, each rank's padded to the smallest bucket that has at least ``least`` rows."""
     bucket = next(bucket for bucket in buckets if bucket >= least)
     padded: list[Row | None] = []
     for own in rows:

@@ -1,4 +1,4 @@
-"""Each slot's page tables, as arrays that grow with the sequence."""
+"""Each slot's page tables, kept as arrays to which a sequence's new pages are added."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Row = PieceRow | BurstRow | None
 
 
 class _Kind:
-    """The tables of one kind of page: of each slot the table, and the array that it was written to, padded with its last page."""
+    """The tables of one kind of page: for each slot its last table, and the same as a row of an array, padded with its last page."""
 
     def __init__(self, slots: int, width: int) -> None:
         self._known: list[Table] = [()] * slots
         self._pages_UW = np.zeros((slots, width), np.int32)
 
     def rows(self, numbered: list[tuple[int, int, Table]], rows: int) -> np.ndarray:
-        """The tables of these (row, slot, table), among ``rows`` rows; those of padding rows list page 0."""
+        """The tables of a program's ``rows`` rows, given (row, slot, table) of each; padding rows list page 0."""
         pages_BW = np.zeros((rows, self._pages_UW.shape[1]), np.int32)
         for row, slot, table in numbered:
             self._write(slot, table)
@@ -42,7 +42,7 @@ class _Kind:
 
 
 class SlotTables:
-    """The page tables of all slots. What a step's rows need is copied out, for programs may read their inputs later.
+    """The page tables of all slots. A step's tables are copied out, because programs may read their inputs later.
 
     ``rows_apart``: as in :class:`PageTables`.
     """

@@ -11,31 +11,35 @@ from l4jax.engine.step import Burst, Plan, Prefill
 from l4jax.program_inputs import Resident
 
 
-def warm_ups(runner: Runner, options: Options, resident: Resident, longest: int) -> list[Callable[[], object]]:
-    """What to call, for requests of up to ``longest`` tokens: each makes one program ready. ``resident`` may be abstract."""
+def preparations(runner: Runner, options: Options, resident: Resident, longest: int) -> list[Callable[[], object]]:
+    """Functions that each compile or load one program, together all for requests of up to ``longest`` tokens.
+
+    ``resident`` may be abstract.
+    """
     calls: list[Callable[[], object]] = [call.prepare for call in runner.small_calls(resident, saves=options.deterministic)]
-    for prefill in prefills(options):
+    for prefill in example_prefills(options):
         for padding in runner.spreads(prefill.length, longest):
             calls.append(functools.partial(runner.prepare, prefill, resident, padding))
-    return calls + [functools.partial(runner.prepare, burst, resident) for burst in bursts(options, longest)]
+    return calls + [functools.partial(runner.prepare, burst, resident) for burst in example_bursts(options, longest)]
 
 
 def program_bytes(runner: Runner, options: Options, resident: Resident, longest: int) -> int:
-    """Bytes on a device that programs need beside weights and cache: the code of all, and what the largest ones compute at a time.
+    """Bytes on a device that programs need beside weights and cache.
 
-    Results count twice, because two steps may be on their way.
+    That is the code of all programs, estimated as the largest one's for each, and the temporaries and results of the largest one.
+    Results count twice, because two steps may be in flight.
     """
-    kinds = [[prefill for prefill in prefills(options) if prefill.scores is scores] for scores in (False, True)]
+    kinds = [[prefill for prefill in example_prefills(options) if prefill.scores is scores] for scores in (False, True)]
     largest = [max(kind, key=lambda prefill: len(prefill.rows) * prefill.length) for kind in kinds]
     infos = [runner.prepare(prefill, resident, runner.spreads(prefill.length, longest)[-1]) for prefill in largest]
     slots = options.slots * options.data_ranks
-    infos += [runner.prepare(burst, resident) for burst in bursts(options, longest) if len(burst.rows) == slots]
-    programs = len(warm_ups(runner, options, resident, longest))
+    infos += [runner.prepare(burst, resident) for burst in example_bursts(options, longest) if len(burst.rows) == slots]
+    programs = len(preparations(runner, options, resident, longest))
     return max(info.temporaries + 2 * info.results for info in infos) + max(info.code for info in infos) * programs
 
 
-def prefills(options: Options) -> Iterator[Prefill]:
-    """The sizes of prefill calls, scored and not."""
+def example_prefills(options: Options) -> Iterator[Prefill]:
+    """A prefill, of padding alone, for each size, scored and not."""
     for scores in (False, True):
         for length in options.piece_lengths:
             for rows in options.piece_rows:
@@ -43,13 +47,13 @@ def prefills(options: Options) -> Iterator[Prefill]:
                     yield Prefill(length, (None,) * (rows * options.data_ranks), scores)
 
 
-def bursts(options: Options, longest: int) -> Iterator[Burst]:
-    """The sizes and plans of bursts."""
+def example_bursts(options: Options, longest: int) -> Iterator[Burst]:
+    """A burst, of padding alone, for each size and plan."""
     plans: dict[Plan | None, set[int]] = {}
     for rows in range(1, options.slots + 1):
         bucket = next(bucket for bucket in options.row_buckets if bucket >= rows)
         plans.setdefault(options.plan(rows), set()).add(bucket)
-        if longest > options.drafts_up_to and not options.deterministic:  # where nobody can be drafted for there is no plan
+        if longest > options.drafts_up_to and not options.deterministic:  # a burst that can draft for no row has no plan
             plans.setdefault(None, set()).add(bucket)
     for plan, sizes in plans.items():
         for rows in sorted(sizes):

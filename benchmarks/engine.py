@@ -1,23 +1,23 @@
-"""Measures the engine with SmolLM2 on a CPU: one request, a full batch, mixed lengths, a common prefix; and what the host does for a token.
+"""Measures the engine with SmolLM2 on a CPU: one request, a full batch, mixed lengths, a common prefix; and the host's work for a token.
 
     python benchmarks/engine.py [--against FOLDER] [--loads single full mixed prefix] [--turns 5] [--dtype bfloat16] [--new-tokens 64]
     python benchmarks/engine.py --host [--turns 5]
     python benchmarks/engine.py --start [--requests 2000]
 
-``--against``: another checkout of l4jax, which takes turns with this one: a process each, in the same environment. The median of its
-times is divided by the median of ours, and the tokens are compared. Prompts are random tokens, greedy, 8 rows, without speculation:
+``--against``: another checkout of l4jax, which takes turns with this one, each in a process of its own in the same environment. The median
+of its times is divided by the median of ours, and the tokens are compared. The loads, with random prompts, greedy, 8 rows, no speculation:
 
 - ``single``: one prompt of 16 tokens; ``full``: eight of them.
 - ``mixed``: 64 prompts of 16 tokens, each with 16 to 512 new tokens.
 - ``prefix``: 16 prompts that share their first 1,024 tokens and have 16 of their own, one new token each. Each turn has new prompts.
 
-``--host``: the CPU time of the thread that drives the engine, for each token of 16 rows, in bursts of 1 and of 8 rounds; waiting for
-results takes none. ``ours`` is measured with programs that return at once what they returned before; the rest is dispatch. The model is as
-deep as SmolLM2, so that dispatching has as much to do, but narrow: on a CPU the thread that dispatches may compute too, and it counts as
-dispatch here.
+``--host``: the CPU time of the thread that drives the engine, for each token of 16 rows, in bursts of 1 and of 8 rounds. Waiting for
+results takes no CPU time. ``ours`` is measured with programs that return at once what they returned before; the rest is dispatch. The model
+has SmolLM2's layers, so that dispatch has as much to do, but is narrow: on a CPU the thread that dispatches may also compute, which counts
+as dispatch here.
 
-``--start``: seconds from the start of a process until all programs for 16 rows and the drafter are ready, the first time and the second;
-then how often JAX compiles while random requests with every setting of sampling are answered.
+``--start``: seconds from the start of a process until all programs for 16 rows and the drafter are ready, for a first and a second
+process; then how often JAX compiles while random requests with all sampling settings are answered.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ ROWS = 8
 
 
 def work(dtype: str, new_tokens: int) -> None:
-    """A worker: reads the name of a load from each line, runs it, and prints seconds, tokens, and a sum of these."""
+    """A worker: reads the name of a load from each line, runs it, and prints seconds, the number of tokens, and the sum of their ids."""
     import numpy as np
 
     import l4jax
@@ -87,7 +87,7 @@ class Worker:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=checkout)
 
     def run(self, load: str) -> tuple[float, int, int]:
-        """Seconds, tokens, and their sum."""
+        """Run a load. Returns seconds, the number of tokens, and the sum of their ids."""
         assert self._process.stdin is not None and self._process.stdout is not None
         print(load, file=self._process.stdin, flush=True)
         seconds, tokens, total = json.loads(self._process.stdout.readline())
@@ -95,7 +95,7 @@ class Worker:
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    """Print each load's median time, and if there is another checkout how many times as long it takes."""
+    """Print each load's median time, and how many times as long the other checkout takes, if there is one."""
     checkouts = [Path(__file__).resolve().parents[1], *([arguments.against.resolve()] if arguments.against else [])]
     workers = [Worker(checkout, arguments) for checkout in checkouts]
     for load in arguments.loads:
@@ -113,7 +113,7 @@ def compare(arguments: argparse.Namespace) -> None:
         tokens_a_second = next(iter(found[0]))[0] / medians[0]
         line = f"{load:8} {medians[0]:8.3f} s {tokens_a_second:8.1f} tokens/s (median of {arguments.turns})"
         if arguments.against:
-            # The prompts of the common prefix are drawn anew each turn, alike in both workers.
+            # Both workers draw the same new prompts with a common prefix in each turn.
             same = "the same tokens" if found[0] == found[1] else "OTHER TOKENS"
             line += f"; the other {medians[1]:8.3f} s, {medians[1] / medians[0]:.3f} times as long; {same}"
         print(line, flush=True)
@@ -148,7 +148,7 @@ def host(turns: int) -> None:
 
     def at_once(self: Program, weights: Any, resident: Any, inputs: Any, **static: Any) -> Any:
         _, *out = returned[self.kind, llm.engine.options.long_steps]
-        # As new arrays: the host keeps what it has read of one.
+        # New array objects, because JAX keeps the host's copy of an array that was read.
         return resident, *jax.tree.map(lambda leaf: leaf.addressable_data(0), out)
 
     def measured(turn: int, program: Callable[..., Any]) -> float:
@@ -196,7 +196,7 @@ def start(requests: int) -> None:
 
 
 def started(checkpoint: str, begun: float, requests: int) -> None:
-    """In a new process: make all programs ready, then answer requests."""
+    """In a new process: compile or load all programs, then answer requests."""
     import jax
     import numpy as np
 

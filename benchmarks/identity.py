@@ -41,7 +41,7 @@ QUESTIONS = Path(__file__).parent / "data" / "speculation_prompts.jsonl"
 
 
 def prompts(llm: LLM, count: int) -> list[list[int]]:
-    """Beginnings of texts made of questions in random order: some begin as others do."""
+    """Beginnings of texts made of questions in random order; some texts begin alike."""
     assert llm.tokenizer is not None
     asked = [json.loads(line)["messages"][-1]["content"] for line in QUESTIONS.read_text(encoding="utf-8").splitlines()]
     dice, found = random.Random(0), []

@@ -28,7 +28,7 @@ from sharding.words import counted
 _KEPT_BYTES = 4 * 2**30
 """The most bytes that a folder keeps; the programs that were used longest ago are removed first."""
 _SUFFIX = ".program"
-_UNFINISHED = "unfinished-"
+_BEGUN = "begun-"
 """How names of files begin that are being written. Those that a killed process has left are removed after an hour."""
 _DIGEST_BYTES = 32
 
@@ -138,7 +138,7 @@ class Folder:
         self.path = path
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         _check_own(path, os.stat(path))
-        descriptor, name = tempfile.mkstemp(dir=path, prefix=_UNFINISHED)
+        descriptor, name = tempfile.mkstemp(dir=path, prefix=_BEGUN)
         os.close(descriptor)
         os.unlink(name)
 
@@ -185,7 +185,7 @@ class Folder:
         except Exception:  # what it raises depends on JAX, XLA and the program
             return
         try:
-            descriptor, written = tempfile.mkstemp(dir=self.path, prefix=_UNFINISHED)
+            descriptor, written = tempfile.mkstemp(dir=self.path, prefix=_BEGUN)
             try:
                 with open(descriptor, "wb") as file:
                     file.write(_checksum(name, payload) + payload)
@@ -207,7 +207,7 @@ class Folder:
         kept, an_hour_ago = 0, (time.time() - 3600) * 1e9
         for used, size, path in sorted(found, reverse=True):
             kept += size
-            if kept > _KEPT_BYTES or (path.name.startswith(_UNFINISHED) and used < an_hour_ago):
+            if kept > _KEPT_BYTES or (path.name.startswith(_BEGUN) and used < an_hour_ago):
                 path.unlink(missing_ok=True)
 
 

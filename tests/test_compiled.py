@@ -139,10 +139,10 @@ def test_a_link_to_the_users_own_folder_is_followed(folder: Path, tmp_path: Path
 def test_what_a_killed_process_was_writing_is_removed_after_an_hour(folder: Path) -> None:
     kept = Folder.of_user()
     for name, hours in (("old", 2), ("new", 0)):
-        (folder / f"{compiled._UNFINISHED}{name}").touch()
-        os.utime(folder / f"{compiled._UNFINISHED}{name}", (about := time.time() - hours * 3600, about))
+        (folder / f"{compiled._BEGUN}{name}").touch()
+        os.utime(folder / f"{compiled._BEGUN}{name}", (about := time.time() - hours * 3600, about))
     Traced(kept)()
-    assert sorted(path.name for path in folder.glob(f"{compiled._UNFINISHED}*")) == [f"{compiled._UNFINISHED}new"]
+    assert sorted(path.name for path in folder.glob(f"{compiled._BEGUN}*")) == [f"{compiled._BEGUN}new"]
 
 
 def test_nothing_is_kept_where_jax_is_told_to_keep_nothing() -> None:

@@ -1,4 +1,4 @@
-"""Short ways to call a scheduler, and to write down the steps that it gives."""
+"""Short calls of a scheduler, and its steps in words."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def told(step: Step | None) -> list[str]:
 def finish(
     scheduler: Scheduler, step: Step, *, ended: tuple[int, ...] = (), failed: tuple[int, ...] = (), tokens: int | None = None
 ) -> list[News]:
-    """Results of a step: a last piece gets one token, a burst's row one a round (or ``tokens``); these requests end or fail.
+    """Finish a step: a last piece gets one token, a burst's row one for each round (or ``tokens``); these requests end or fail.
 
     A scored piece gets none, and the last one ends.
     """
@@ -85,7 +85,7 @@ def added(scheduler: Scheduler, request: int, prompt: range, most: int = 8, **fi
 
 
 def prefilled(scheduler: Scheduler, request: int, prompt: range, most: int = 8, **fields: object) -> Sequence:
-    """A request whose prefill is over, and nothing in flight."""
+    """Add a request and prefill it, with nothing left in flight."""
     sequence = added(scheduler, request, prompt, most, **fields)
     while sequence.committed < len(prompt):
         finish(scheduler, scheduler.next())

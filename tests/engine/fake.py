@@ -1,11 +1,10 @@
 """A device that runs the scheduler's steps without any model, and checks all that it reads.
 
-What it keeps for a position is a number made of the whole prefix up to there (of the drafter's entry, also of the token after
-it), so a page that holds another sequence's tokens, other positions, or nothing yet is noticed when it is read. With
-``deterministic`` options the number is also made of which program computed it. A request may fail at a position: what it writes from there
-on is :data:`NAN`, which no page that another row reads may hold, not even after that row's tokens: neither when the program begins, nor
-when it ends. All rows of a program read as many pages as the longest needs. Each slot counts the tokens of its prompt and of its output.
-A scored prefill neither reads nor writes the drafter's entries.
+It stores for each position a hash of the whole prefix up to there (for the drafter's entry, also of the token after it). So it notices a
+read of a page that holds another sequence's tokens, other positions, or nothing yet. With ``deterministic`` options the hash also covers
+which program computed it. A request may fail at a position: from there on it writes :data:`NAN`. No page that another row reads may hold
+NAN, not even after that row's tokens, neither when the program begins nor when it ends. All rows read as many pages as the longest needs.
+Each slot counts the tokens of its prompt and of its output. A scored prefill neither reads nor writes the drafter's entries.
 """
 
 from __future__ import annotations
@@ -156,7 +155,7 @@ class FakeDevice:
         chunk = self.options.shape.chunk
         assert chunk is None or row.start % chunk == 0 or (end - 1) // chunk == row.start // chunk
         slot.count(row.tokens, row.start, row.prompt_length)
-        if not slot.failed:  # otherwise the piece before has failed, which nobody knows yet
+        if not slot.failed:  # a piece before may have failed, which the host does not know yet
             self._check_reads(row, row.start)
         self._write(row, truth, row.start, end, row.start)
         slot.length = end
@@ -211,11 +210,11 @@ class FakeDevice:
         ]
 
     def _live(self, rows: abc.Iterable[PieceRow | BurstRow | None]) -> list[PieceRow | BurstRow]:
-        """The rows whose results will count, unless they fail: what others get is dropped."""
+        """The rows whose results will count, unless they fail; those of other rows are dropped."""
         return [row for row in rows if row and not (self.slots[row.slot].done or self.slots[row.slot].failed)]
 
     def _check_not_spoilt(self, live: list[PieceRow | BurstRow], rows: tuple[PieceRow | BurstRow | None, ...]) -> None:
-        """None of these rows may read a NaN, but of its own if it has failed, in as many pages as the longest row's table has."""
+        """Check that no row reads a NaN, except its own if it has failed. Each reads as many pages as the longest row's table has."""
         full = max(len(row.full) for row in rows if row)
         local = max(len(row.local) for row in rows if row)
         for row in live:
@@ -229,7 +228,7 @@ class FakeDevice:
                 assert NAN not in found, (row, "may read NaN")
 
     def _check_reads(self, row: PieceRow | BurstRow, length: int) -> None:
-        """All positions before ``length`` must hold what this sequence's do."""
+        """Check that all positions before ``length`` hold what belongs there in this sequence."""
         rank, shape, truth = row.slot // self.options.slots, self.options.shape, self.truths[row.request]
         block, page_size = shape.block, shape.page_size
         assert row.full and bool(row.local) == bool(shape.chunk), (row, "has no page")

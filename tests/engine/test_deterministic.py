@@ -67,7 +67,7 @@ def test_it_speculates_as_the_table_says_for_all_rows(entries, plan):
 
 
 def filled(llm: LLM) -> None:
-    """Have numbers that are all different on the devices, in everything that stays there."""
+    """Fill the state on the devices with numbers that are all different."""
     llm.engine._start()
     runner, count = llm.engine.runner, iter(range(1000))
 
@@ -97,7 +97,7 @@ def test_a_copy_is_written_to_other_pages_and_to_another_rank_as_it_was(mesh):
     after = jax.device_get(saved.load(runner.resident, load_))
 
     def moved(pool, count: int, source: tuple[int, ...], target: tuple[int, ...], token_ranks: int):
-        """What a pool of ``count`` pages on each device along data, and on each that shares a sequence's tokens, must hold then."""
+        """What a pool of ``count`` pages on each data and token rank must hold then."""
         expected = np.asarray(pool).copy()
         by_rank = expected.reshape(spec.data, token_ranks, count, *expected.shape[1:])
         for a, b in zip(source, target, strict=False):
@@ -136,7 +136,7 @@ def test_zeroed_pages_are_the_drafters_too():
 
 @pytest.mark.parametrize(("config", "mesh"), [(CHUNKED, "data=2,sequence=2"), (CONFIG, "data=2,tensor=2")])
 def test_on_meshes_requests_get_to_the_last_bit_what_they_get_alone(config, mesh):
-    """Six at a time on two data ranks, with too few pages: some wait in host memory."""
+    """Six requests at a time on two data ranks, with too few pages: some wait in host memory."""
     config = dataclasses.replace(config, max_position_embeddings=1024)
     own = dataclasses.replace(loaded_drafter(drafter(config, aux_layers=(0, 1, 2))), table=SpeculationTable.always(CHAIN))
     saves = []

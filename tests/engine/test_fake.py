@@ -21,7 +21,7 @@ def started(options: Options) -> tuple[Scheduler, FakeDevice]:
 
 
 def added(scheduler: Scheduler, device: FakeDevice, request: int, prompt: list[int], fails_at: int | None = None) -> Sequence:
-    """A request of 9 tokens more than its prompt, or up to its stop token."""
+    """A request for 9 tokens, or fewer if a stop token comes."""
     sequence = Sequence(request, prompt, len(prompt) + 9)
     device.truths[request] = Truth(scheduler.options, sequence, fails_at)
     scheduler.add(sequence)

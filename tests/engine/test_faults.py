@@ -1,4 +1,4 @@
-"""What goes wrong with one request stays with it, and nothing is left of it."""
+"""A request that fails or is dropped does not affect the others, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NAMES = ("llama3", "llama4 in chunks of 16", "llama4 in chunks of 256, with a dr
 
 
 def damaged(llm: LLM) -> LLM:
-    """The same model and programs; whoever runs the bad token has logits that are not finite. Nothing is drafted: it would be, too."""
+    """The same model and programs, but a row that runs the bad token has logits that are not finite. No drafts, for they would run it."""
     llm = watched(llm, lambda _: None, plans=((1, None),))
     runner = llm.engine.runner
     at, leaves = runner.programs.model.names.index("embed"), list(runner._weights.target)
@@ -34,7 +34,7 @@ def damaged(llm: LLM) -> LLM:
 
 
 def params(seed: int, **changes: object) -> SamplingParams:
-    """Of a request that never draws the bad token."""
+    """Parameters with which a request never draws the bad token."""
     return SamplingParams(
         **{"max_tokens": 30, "temperature": 0.8, "seed": seed, "logit_bias": {BAD: -math.inf}, "ignore_eos": True, **changes}
     )
@@ -53,7 +53,7 @@ def run(llm: LLM, handles: list[Handle]) -> list[list[int]]:
 
 @pytest.mark.parametrize("name", [pytest.param(NAMES[0], marks=pytest.mark.more_meshes), *NAMES[1:]])
 def test_a_row_whose_logits_are_not_finite_ends_alone(name: str) -> None:
-    """In its first piece, in a later one, and while it decodes; those that have its slot, and its pages, next are as if it had not been."""
+    """It fails in its first piece, in a later one, or in decoding. Requests that get its slot and pages next get their own tokens."""
     family = FAMILIES[name]
     llm = damaged(family.llm)
     good = good_prompts(family, (40, 129, 250, 3, 60, 200))
@@ -61,9 +61,9 @@ def test_a_row_whose_logits_are_not_finite_ends_alone(name: str) -> None:
     bad = [
         ([1, 2, BAD, 3], params(0)),
         ([*good[2][:140], BAD, *good[2][141:]], params(1)),
-        # Draws it as its first token.
+        # This one draws it as its first token.
         (good[1][:90], params(2, logit_bias={BAD: 100.0})),
-        # Draws it some time: when, the seed decides.
+        # This one draws it later; the seed decides when.
         (good[3], params(3, logit_bias={BAD: 0.5})),
     ]
     for prompt, its_params in bad:
@@ -88,7 +88,7 @@ def test_a_row_whose_logits_are_not_finite_ends_alone(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_small_pool_serves_many_requests(name: str) -> None:
-    """32, each of which may grow to three pages, and there are five."""
+    """32 requests, each of which may grow to three pages; the pool has five."""
     family, again = FAMILIES[name], Counter[int]()
 
     def see(step: Step) -> None:
@@ -104,7 +104,7 @@ def test_a_small_pool_serves_many_requests(name: str) -> None:
 
 
 def sizes(llm: LLM) -> list[int]:
-    """Of everything in the engine, the scheduler and the ranks that could grow; what is cached counts as free."""
+    """The sizes of everything in engine, scheduler and ranks that could grow; cached pages count as free."""
     engine = llm.engine
     owners = [engine, engine._scheduler, *engine._scheduler.ranks]
     held = [value for owner in owners for value in vars(owner).values() if hasattr(value, "__len__")]
@@ -114,14 +114,14 @@ def sizes(llm: LLM) -> list[int]:
 
 
 def memory() -> tuple[int, int]:
-    """Of this process: bytes in memory, and objects."""
+    """This process's bytes in memory, and its objects."""
     gc.collect()
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"), len(gc.get_objects())
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="only Linux says how much memory a process has")
 def test_nothing_is_left_of_a_thousand_cancelled_streams() -> None:
-    """Closed, dropped, or left by an error of who reads them; some before they were ever computed."""
+    """Streams are closed, dropped, or left by an error in their reader; some before anything is computed for them."""
     family = FAMILIES["llama3"]
     llm = watched(family.llm, lambda _: None, short_steps=4, long_steps=4)
     asked = good_prompts(family, (3, 130, 20))
@@ -153,7 +153,7 @@ def test_nothing_is_left_of_a_thousand_cancelled_streams() -> None:
 
 
 def test_the_others_numbers_are_those_of_a_run_without_a_bad_row() -> None:
-    """Of eight rows seven have the same tokens and the same bits of log-probabilities."""
+    """Seven of eight rows have the same tokens and bit-equal log-probabilities."""
     family = FAMILIES["llama3"]
     sizes = {"max_batch": 8, "kv_tokens": 8 * 128, "prefill_lengths": (32,)}
     llm = with_options(LLM(family.config, weights(family.config), **sizes), row_buckets=(8,), piece_rows=(8,), piece_tokens=8 * 32)
@@ -203,7 +203,7 @@ def many_rows(family: Family) -> LLM:
 
 @pytest.mark.parametrize(("name", "count", "length"), [("llama3", 8, 1500), ("llama4 in chunks of 16, with a drafter", 2, 400)])
 def test_a_long_prompt_holds_up_nobody(name: str, count: int, length: int) -> None:
-    """Between two of a row's tokens there is at most one piece, and two bursts, each short while anyone is prefilled."""
+    """Between two of a row's tokens there are at most one piece and two bursts, each of them short while a request is prefilled."""
     family = FAMILIES[name]
     llm = watched(family.llm if count < SLOTS else many_rows(family), lambda _: None, short_steps=4, long_steps=4)
     runner, scheduler = llm.engine.runner, llm.engine._scheduler
@@ -218,7 +218,7 @@ def test_a_long_prompt_holds_up_nobody(name: str, count: int, length: int) -> No
         return dispatch(step, requests)
 
     def finished(step: Step, results: Results) -> list[News]:
-        """What the devices had to do since each row's last token: steps up to this one."""
+        """The steps that the devices ran since each row's last token, this one included."""
         news = finish(step, results)
         tokens = {one.sequence.request: one.tokens for one in news}
         for row in rows:
@@ -249,7 +249,7 @@ def test_a_long_prompt_holds_up_nobody(name: str, count: int, length: int) -> No
     "name", ["llama3, with a drafter", "llama4 in chunks of 16, with a drafter", "llama4 in chunks of 256, with a drafter"]
 )
 def test_what_is_drafted_does_not_depend_on_how_the_text_before_was_computed(name: str) -> None:
-    """By bursts that do not speculate, beside another row, or by a prefill: then the same is drafted, and accepted."""
+    """Bursts that do not speculate, and prefill, write the drafter's entries: later bursts draft and accept the same tokens."""
     family = FAMILIES[name]
     tree = family.llm.engine.options.plans[0][1]
     assert isinstance(tree, Plan) and CHAIN is not None and tree.depth == CHAIN.tree.depth

@@ -26,7 +26,7 @@ PARAMS = SamplingParams(max_tokens=4, temperature=0)
 
 
 def cache_bytes(engine: Engine) -> int:
-    """Of keys and values, on all devices."""
+    """The bytes of keys and values on all devices."""
     resident = engine._memory.abstract(engine.shape)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((resident.cache, resident.draft_cache)))
 
@@ -152,7 +152,7 @@ def reporting(code: int) -> Callable[[jax.stages.Compiled], Any]:
 
 
 def test_a_gpus_programs_are_not_looked_at_for_a_cache_of_a_given_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They may take minutes to compile."""
+    """Compiling programs may take minutes."""
     monkeypatch.setattr(build, "program_bytes", lambda *_: pytest.fail("programs were compiled"))
     assert LLM(DENSE, weights(DENSE), kv_tokens=2048).engine.kv_tokens == 2048
 

@@ -1,4 +1,4 @@
-"""Who loses its pages and who waits when they lack, and how sequences end, written out."""
+"""Which sequence is preempted and which waits when pages run out, and how sequences end, written out."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_the_newest_is_preempted_and_computes_its_output_again():
 
 
 def contested(**options: object) -> tuple[Scheduler, Sequence, Sequence, Step]:
-    """As :func:`crowded`, with the burst that leads there in flight."""
+    """The same two sequences as in :func:`crowded`, with one burst still in flight."""
     scheduler = Scheduler(dataclasses.replace(SMALL, full_pages=4, long_steps=1, **options))
     old, new = added(scheduler, 1, range(7)), added(scheduler, 2, range(100, 105))
     finish(scheduler, scheduler.next())

@@ -34,9 +34,9 @@ EVENTS = (
     "waits for the other kind",
     "refused",
 )
-"""What each part of the test must have come by, or it would show nothing."""
+"""What must have happened in each part of the test; otherwise it would show nothing."""
 PATIENCE = 4
-"""Steps within which the oldest sequence under way must get on: it may wait for results that are two steps away."""
+"""Within this many steps the oldest sequence under way must make progress: it may wait for the results of two steps in flight."""
 
 
 def drawn_options(dice: random.Random) -> Options:
@@ -73,7 +73,7 @@ def drawn_options(dice: random.Random) -> Options:
 
 
 class World:
-    """Some callers, a scheduler and a device, from the first request to the last one's end; another host's scheduler does the same."""
+    """Callers, a scheduler and a device, from the first request to the end of the last; sometimes also another host's scheduler."""
 
     def __init__(self, dice: random.Random, seen: Counter[str]) -> None:
         self.dice, self.options, self.seen = dice, drawn_options(dice), seen
@@ -116,7 +116,7 @@ class World:
         self.alive[sequence.request] = sequence
 
     def turn(self) -> None:
-        """One turn of the engine's loop: steps are dispatched until two are in flight, and the oldest one's results are taken in."""
+        """One iteration of the engine: dispatch steps until two are in flight, then take in the results of the oldest."""
         oldest = min(self.alive.values(), key=by_arrival, default=None)
         preempted = oldest is not None and oldest.state is State.PREEMPTED
         most_steps = self.dice.choice([1, 3, 100])
@@ -172,7 +172,7 @@ class World:
             self.host.cancel(self.host_alive[sequence.request])
 
     def check_surplus(self, sequence: Sequence) -> None:
-        """After results, a sequence keeps the pages that its tokens and the step in flight may need, and no others."""
+        """After results are taken in, a sequence has the pages that its tokens and the step in flight may need, and no others."""
         bound, shape = sequence.committed, self.options.shape
         for step, _, _ in self.flying:
             for row in filter(None, step.rows):

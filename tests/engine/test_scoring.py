@@ -76,7 +76,7 @@ def test_the_oldest_decides_the_kind_of_the_pieces_and_the_others_follow():
 
 @pytest.mark.parametrize("oldest", [True, False])
 def test_newer_ones_of_the_other_kind_do_not_starve_it(oldest: bool):
-    """Whichever kind it is: there is always a newer one of the other kind, but the oldest goes first."""
+    """There is always a newer sequence of the other kind, scored or not, but the oldest goes first."""
 
     def add(request: int, *, scores: bool) -> Sequence:
         prompt = range(100 * request, 100 * request + 16)
@@ -113,7 +113,7 @@ PINNED = {"row_buckets": (2,), "piece_rows": (1,), "deterministic": True}
 
 
 def contested(**options: object) -> tuple[Scheduler, Sequence, Sequence]:
-    """The newer is scored and has one of three pieces left; the older needs a page that it has; nothing is in flight."""
+    """Two sequences. The newer is scored, has one of three pieces left, and has a page that the older needs; nothing is in flight."""
     scheduler = Scheduler(dataclasses.replace(SMALL, full_pages=5, piece_lengths=(4,), long_steps=1, **options))
     old = prefilled(scheduler, 1, range(6), 6)
     new = scored(scheduler, 2, range(100, 112))

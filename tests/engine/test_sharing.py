@@ -49,7 +49,7 @@ def test_each_chunk_that_is_left_stays_in_the_cache():
     for length in (16, 9, 8, 5, 4):
         sequence = added(scheduler, length, range(length))
         step = scheduler.next()
-        # At a chunk's boundary no local page is shared; inside, those of the chunk's beginning.
+        # At a chunk's boundary no local page is shared; inside a chunk those from its beginning on are.
         assert (step.prefill.rows[0].start, step.prefill.rows[0].first) == ((length - 1) // 4 * 4, True)
         finish(scheduler, step)
         scheduler.cancel(sequence)
@@ -141,7 +141,7 @@ def test_a_row_is_drafted_for_again_after_a_burst_with_the_plan_off_and_leaves_i
     step = scheduler.next(1)
     assert told(step) == ["1 rounds chain:2 1 in 0: before 11 (0, 1, 3) ()", "1 rounds chain:2 2 in 1: before 7 (2, 4) ()"]
     finish(scheduler, step, tokens=1)
-    # Its second page has the drafter's entries too, though the plan was off while most of its tokens were added.
+    # Its second page has the drafter's entries too, although most of its tokens were added without a plan.
     scheduler.cancel(two)
     added(scheduler, 3, one.tokens)
     assert scheduler.next().prefill.rows[0].start == 8

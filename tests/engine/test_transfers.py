@@ -24,12 +24,12 @@ DRAFTED = "llama4 in chunks of 256, with a drafter"
 FULL, LOCAL = 4, {"llama3": 1, DRAFTED: 2}
 """Pages in a row's tables: those of the context of 512, and those of a chunk; without chunks that table has one entry."""
 UPDATE = (4, 1, 1, 4, 4, 4, 4, 4, 4, 4, 8, 4 * 1024, 4 * 1024, 4 * 64, 4)
-"""Bytes a slot of what says which slots change, and how: two flags, a seed, lists of biases and of stop tokens, and numbers."""
+"""Bytes that an update sends for each slot: two flags, a seed, lists of biases and of stop tokens, and numbers."""
 
 
 @dataclasses.dataclass
 class Counts:
-    """Of one step: the programs that were called, and the bytes of each array that was sent and read."""
+    """What one step cost: the programs that were called, and the bytes of each array that was sent or read."""
 
     step: Step
     calls: list[str] = dataclasses.field(default_factory=list)
@@ -160,7 +160,7 @@ def test_what_a_step_sends_and_reads(name: str, speculates: bool) -> None:
 
 
 def test_other_transfers_and_operations_are_noticed() -> None:
-    """Each is one that a step does not make."""
+    """Each of these transfers is one that no step makes."""
     one, reads = jax.device_put(np.ones(3, np.float32)), list[int]()
     with reads_counted(reads.append):
         for read in (np.asarray, np.array, jax.device_get):

@@ -7,17 +7,20 @@ import numbers
 import operator
 import sys
 import types
-from collections.abc import Iterable, Mapping, Sequence
-from typing import cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 
 from l4jax.decoding.params import SamplingParams
 from sharding.kinds import is_whole, shown
+from sharding.words import counted
 
 Prompt = str | Sequence[int]
 _TEXT_OR_BYTES = str | bytes | bytearray | memoryview
 _DTYPES = ("float32", "bfloat16", "float16")
+_MOST = 10**15  # bytes are computed of it, in floating-point numbers
+_COUNT = "a whole number of at least 1, at most 10**15"
 
 
 def check_kind(what: str, value: object, kind: type | types.UnionType, expected: str) -> None:
@@ -34,6 +37,12 @@ def check_words(dtype: object, speculation: object) -> None:
         raise ValueError(f"dtype is {shown(dtype)}; expected float32, bfloat16, float16 or None (as stored)")
 
 
+def truth(name: str, value: object) -> bool:
+    """Return the argument of this name. Raises ValueError unless it is True or False."""
+    check_kind(name, value, bool, "True or False")
+    return bool(value)
+
+
 def whole(name: str, value: object, expected: str, least: int, most: float = math.inf) -> int:
     """Return the argument of this name as Python's own integer. Raises ValueError unless it is a whole number in its range."""
     if not (is_whole(value) and least <= cast(int, value) <= most):
@@ -43,12 +52,12 @@ def whole(name: str, value: object, expected: str, least: int, most: float = mat
 
 def batch_size(max_batch: object) -> int:
     """Return how many prompts are decoded together. Raises ValueError unless it is a whole number of at least 1."""
-    return whole("max_batch", max_batch, "a whole number of at least 1", 1)
+    return whole("max_batch", max_batch, _COUNT, 1, _MOST)
 
 
 def cache_tokens(kv_tokens: object) -> int:
     """Return how many tokens the KV cache is to hold. Raises ValueError unless it is a whole number of at least 1."""
-    return whole("kv_tokens", kv_tokens, "a whole number of at least 1", 1)
+    return whole("kv_tokens", kv_tokens, _COUNT, 1, _MOST)
 
 
 def piece_lengths(lengths: object) -> tuple[int, ...]:
@@ -100,10 +109,26 @@ def sampling_params_of_each(params: SamplingParams | Iterable[SamplingParams] | 
     # Mappings and text can be iterated over too, but are no lists of sampling params.
     if isinstance(params, Mapping | _TEXT_OR_BYTES) or not isinstance(params, Iterable):
         return [one_sampling_params(params)] * prompts
-    each = [sampling_params(one) for one in params]
+    each = list(params)
     if len(each) != prompts:
-        raise ValueError(f"{prompts} prompts but {len(each)} sampling params; give one for all, or one for each")
-    return each
+        raise ValueError(f"{counted(prompts, 'prompt')} but {len(each)} sampling params; give one for all, or one for each")
+    return of_each_prompt(sampling_params, each)
+
+
+def of_each_prompt[R](make: Callable[..., R], *each: Sequence[Any]) -> list[R]:
+    """What ``make`` makes of each prompt, or of what belongs to each; if there are several, its ValueErrors say of which.
+
+    The lists have one entry a prompt.
+    """
+    found = []
+    for number, given in enumerate(zip(*each, strict=True)):
+        try:
+            found.append(make(*given))
+        except ValueError as error:
+            if len(each[0]) == 1:
+                raise
+            raise ValueError(f"prompt {number} of {len(each[0])}, counted from 0: {error}") from error
+    return found
 
 
 def _items(value: object) -> list[object] | None:

@@ -16,6 +16,7 @@ from l4jax.compiled import Folder
 from l4jax.decoding.plan import SpeculationTable
 from l4jax.decoding.speculate import BeyondTraining
 from l4jax.engine.build import Parts, Settings
+from l4jax.engine.memory import CacheMemory
 from l4jax.llm import LLM
 from l4jax.parallel.placement import DrafterPlacement, Placement
 from l4jax.parallel.spread import H100_RING
@@ -72,7 +73,7 @@ def load(
     folder = Folder.of_user()
     checkpoint = open_checkpoint(path)
     placement = Placement.on(checkpoint.config, mesh)
-    settings.piece_lengths(placement.spec)  # raises now, not after the weights are read
+    settings.piece_lengths(placement.spec, checkpoint.config.max_position_embeddings)  # raises now, not after the weights are read
     held_in = jnp.dtype(dtype or checkpoint.dtype)
     opened = None if speculation == "off" else open_fitting_drafter(checkpoint.drafter if drafter is None else drafter, checkpoint)
     own = None if opened is None else SpeculationTable.from_json(opened.speculation, held_in.name)
@@ -91,6 +92,8 @@ def load(
         },
         "start every process with the same checkpoint, arguments and versions",
     )
+    memory = CacheMemory(placement, None, held_in, settings.slots(placement.spec))
+    memory.check(settings.kv_tokens, placement.abstract_weights(held_in).values())
     text = load_text(checkpoint.directory, checkpoint.config)
     weights = checkpoint.restore(placement, held_in)
     speculator = None

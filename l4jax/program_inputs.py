@@ -78,13 +78,13 @@ class Resident:
             return tuple(LayerCache(*[array(pool, dtype, pools)] * 2) for pool in shape.layer_shapes(config, spec))
 
         ints = array((U,), jnp.int32, row)
-        settings = sampling_settings([SamplingParams()] * U, [0] * U, [[]] * U, V)
+        settings = sampling_settings([SamplingParams()], [0], [[]], V)  # of one slot: there may be more than the host has memory for
         slots = Slots(
             token_U=ints,
             length_U=ints,
             produced_U=ints,
             done_U=array((U,), jnp.bool_, row),
-            sampling=jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype, row), settings),
+            sampling=jax.tree.map(lambda leaf: array((U, *leaf.shape[1:]), leaf.dtype, row), settings),
             counts=TokenCounts(array((U, V), jnp.bool_, counts), array((U, V), jnp.int32, counts)),
             hidden_UD=None if drafter is None else array((U, drafter.config.hidden_size), dtype, row),
         )

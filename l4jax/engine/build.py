@@ -51,22 +51,34 @@ class Settings:
         cls, max_batch: object, kv_tokens: object, prefill_lengths: object, deterministic: object, ring_hardware: object
     ) -> Settings:
         """Check a user's arguments. Raises ValueError for one of the wrong kind or out of range."""
-        arguments.check_kind("deterministic", deterministic, bool, "True or False")
         arguments.check_kind("ring_hardware", ring_hardware, RingHardware, "a sharding.select.RingHardware")
         return cls(
             None if max_batch is None else arguments.batch_size(max_batch),
             None if kv_tokens is None else arguments.cache_tokens(kv_tokens),
             None if prefill_lengths is None else arguments.piece_lengths(prefill_lengths),
-            bool(deterministic),
+            arguments.truth("deterministic", deterministic),
             cast(RingHardware, ring_hardware),
         )
 
-    def piece_lengths(self, spec: MeshSpec) -> tuple[int, ...]:
-        """The lengths of prefill pieces, ascending. Raises ValueError if a deterministic engine could not compute them."""
+    def slots(self, spec: MeshSpec) -> int:
+        """The rows of each data rank."""
+        return SLOTS if self.max_batch is None else -(-self.max_batch // spec.data)
+
+    def piece_lengths(self, spec: MeshSpec, context: int) -> tuple[int, ...]:
+        """The lengths of prefill pieces, ascending, for a model with this context.
+
+        Raises ValueError for a length that no prompt needs, and for lengths that a deterministic engine could not compute.
+        """
         ranks, asked_for = spec.token_ranks.count, self.prefill_lengths
         if asked_for is None:
             return tuple(n * ranks for n in (PREFILL_LENGTHS[-1:] if self.deterministic else PREFILL_LENGTHS))
         block = PAGE_SIZE * ranks
+        most = -(-context // block) * block
+        if max(asked_for) > most:
+            raise ValueError(
+                f"prefill_lengths has {max(asked_for)}; expected at most {most}, the model's context of {context} tokens in whole pages; "
+                "no prompt is longer"
+            )
         if self.deterministic and (len(asked_for) > 1 or asked_for[0] % block):
             raise ValueError(
                 f"prefill_lengths is {list(asked_for)} with deterministic=True; expected one length, a multiple of {block} (the tokens of "
@@ -94,7 +106,7 @@ def build_engine(parts: Parts) -> Engine:
     Raises ValueError if a weight is missing or has another shape, or if the cache does not fit beside the weights.
     """
     placement, spec, settings, deterministic = parts.placement, parts.placement.spec, parts.settings, parts.settings.deterministic
-    slots = SLOTS if settings.max_batch is None else -(-settings.max_batch // spec.data)
+    slots, context = settings.slots(spec), placement.config.max_position_embeddings
     speculator = parts.speculator and parts.speculator.pinned(slots) if deterministic else parts.speculator
     runner = Runner(placement, parts.weights, speculator, settings.ring_hardware, parts.folder, rows_apart=deterministic)
     memory = CacheMemory(placement, speculator.placement if speculator else None, runner.dtype, slots)
@@ -106,7 +118,7 @@ def build_engine(parts: Parts) -> Engine:
         local_pages=0,
         slots=slots,
         row_buckets=(slots,) if deterministic else row_buckets(slots),
-        piece_lengths=settings.piece_lengths(spec),
+        piece_lengths=settings.piece_lengths(spec, context),
         # One row: no padding is computed, and no other prompt changes how ranks share this one.
         piece_rows=(1,) if deterministic else piece_rows(slots),
         piece_tokens=PREFILL_TOKENS * ranks,
@@ -121,7 +133,7 @@ def build_engine(parts: Parts) -> Engine:
 
     def needed_bytes(shape: CacheShape) -> int:
         runner.lay_out(shape)
-        needed = program_bytes(runner, options, memory.abstract(shape), placement.config.max_position_embeddings)
+        needed = program_bytes(runner, options, memory.abstract(shape), context)
         runner.programs.forget()  # the cache gets another size
         return needed
 

@@ -17,6 +17,7 @@ from l4jax.cache import PAGE_SIZE, CacheShape
 from l4jax.parallel.placement import DrafterPlacement, Placement
 from l4jax.program_inputs import Resident
 from sharding import hosts
+from sharding.words import counted
 
 _CPU_SHARE = 0.25
 """On CPUs, the part of the free memory that a cache takes by default: other programs need memory too."""
@@ -44,18 +45,43 @@ class CacheMemory:
         """
         available = self._available_bytes(weights)
         if kv_tokens is not None:
-            shape = self._shape_for(-(-kv_tokens // self._placement.spec.data))
-            needed = self._cache_bytes(shape)
-            if needed > available:
-                raise ValueError(
-                    f"a KV cache of {kv_tokens} tokens takes {needed / 1e9:.1f} GB, and beside the weights this device has "
-                    f"{available / 1e9:.1f} GB; lower kv_tokens or max_batch, or use more devices"
-                )
-            return shape
+            return self._asked_for(kv_tokens, available)
         if self._device.platform == "cpu":
             return self._largest(available * _CPU_SHARE, rounded=True)
         trial = self._largest(available * _GPU_TRIAL_SHARE)
         return self._largest((available - max(map(int, hosts.share(str(program_bytes(trial)))))) * _GPU_SHARE)
+
+    def check(self, kv_tokens: int | None, weights: Iterable[jax.ShapeDtypeStruct]) -> None:
+        """Raise ValueError, before the weights are there, if :meth:`shape` is sure to."""
+        available = self._available_bytes(weights)
+        if kv_tokens is None:
+            self._check_smallest(available * (_CPU_SHARE if self._device.platform == "cpu" else _GPU_SHARE))
+        else:
+            self._asked_for(kv_tokens, available)
+
+    def _asked_for(self, kv_tokens: int, available: float) -> CacheShape:
+        """Room for this many tokens of all sequences together. Raises ValueError if that is more than there is memory for."""
+        shape = self._shape_for(-(-kv_tokens // self._placement.spec.data))
+        needed = self._cache_bytes(shape)
+        if needed > available:
+            raise ValueError(
+                f"{self._described(kv_tokens)} takes {needed / 1e9:,.1f} GB, and beside the weights this device has "
+                f"{available / 1e9:,.1f} GB; lower kv_tokens or max_batch, or use more devices"
+            )
+        return shape
+
+    def _check_smallest(self, budget: float) -> None:
+        """Raise ValueError if a cache with one page on each rank takes more than this many bytes."""
+        block = PAGE_SIZE * self._ranks
+        if (smallest := self._cache_bytes(self._shape_for(block))) > budget:
+            raise ValueError(
+                f"{self._described(block * self._placement.spec.data)} takes {smallest / 1e9:,.1f} GB, and may take "
+                f"{max(budget, 0) / 1e9:,.1f} GB beside the weights; lower max_batch, use more devices, or set kv_tokens"
+            )
+
+    def _described(self, tokens: int) -> str:
+        rows = self._slots * self._placement.spec.data
+        return f"a KV cache of {counted(tokens, 'token')} for {counted(rows, 'row')} (max_batch)"
 
     def _largest(self, budget: float, *, rounded: bool = False) -> CacheShape:
         """The largest cache that takes no more than this many bytes, up to the context in each slot.
@@ -65,11 +91,7 @@ class CacheMemory:
         """
         block = PAGE_SIZE * self._ranks
         pages, wanted = 1, self._slots * -(-self._placement.config.max_position_embeddings // block)
-        if (smallest := self._cache_bytes(self._shape_for(block))) > budget:
-            raise ValueError(
-                f"a KV cache of {block} tokens takes {smallest / 1e9:.1f} GB, and may take {max(budget, 0) / 1e9:.1f} GB "
-                "beside the weights; lower max_batch, use more devices, or set kv_tokens"
-            )
+        self._check_smallest(budget)
         most = wanted
         while pages < most:
             middle = (pages + most + 1) // 2
@@ -96,12 +118,12 @@ class CacheMemory:
             return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
         return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
-    def _available_bytes(self, weights: Iterable[Array]) -> float:
+    def _available_bytes(self, weights: Iterable[Array | jax.ShapeDtypeStruct]) -> float:
         """The memory beside the weights, in bytes, of the process's devices that have least."""
         return min(map(float, hosts.share(str(own_available_bytes(self._device, weights)))))
 
 
-def own_available_bytes(device: jax.Device, weights: Iterable[Array]) -> float:
+def own_available_bytes(device: jax.Device, weights: Iterable[Array | jax.ShapeDtypeStruct]) -> float:
     """The memory of this process's device beside the weights, in bytes; on a CPU, which holds the weights already, its free memory."""
     if device.platform == "cpu":
         return free_bytes()

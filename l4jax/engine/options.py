@@ -7,6 +7,7 @@ import math
 
 from l4jax.engine.pages import PageShape
 from l4jax.engine.step import Plan
+from sharding.words import counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,14 +100,15 @@ class Options:
 
     def check_fits(self, tokens: int, max_length: int) -> None:
         """Raise ValueError if a request of up to ``max_length`` tokens may need more pages than there are."""
-        shape, room = self.shape, max_length - 1
-        for what, needed, there in (
-            ("", shape.full_pages(room), self.full_pages),
-            ("chunk-local ", shape.local_pages(0, room), self.local_pages),
+        shape, room, output = self.shape, max_length - 1, max_length - tokens
+        for layers, needed, pages, size in (
+            ("", room, self.full_pages, shape.block),
+            (" of chunk-local layers", 0 if shape.chunk is None else min(room, shape.chunk), self.local_pages, shape.page_size),
         ):
-            if needed > there:
-                shorter = "shorten the prompt, lower max_tokens," if max_length > tokens + 1 else "shorten the prompt"
+            if needed > pages * size:
+                prompt = f"a prompt of {counted(tokens, 'token')}" + (f" with up to {output:,} of output" if output > 1 else "")
+                shorter = "shorten the prompt, lower max_tokens," if output > 1 else "shorten the prompt"
                 raise ValueError(
-                    f"a request of {tokens} prompt tokens, and at most {max_length} in all, may need {needed} {what}pages of the KV "
-                    f"cache, and there are {there}; {shorter} or load with a larger kv_tokens"
+                    f"{prompt} may need room for {counted(needed, 'token')} in the KV cache{layers}, which holds {pages * size:,} of one "
+                    f"request ({counted(pages, 'page')} of {size}); {shorter} or load with a larger kv_tokens"
                 )

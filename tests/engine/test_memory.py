@@ -11,14 +11,15 @@ from typing import Any
 import jax
 import pytest
 
-from l4jax import LLM, SamplingParams
+from l4jax import LLM, SamplingParams, cli, load
 from l4jax.cache import PAGE_SIZE
+from l4jax.checkpoints.store import Checkpoint
 from l4jax.compiled import ProgramInfo
 from l4jax.engine import build, memory
 from l4jax.engine.engine import Engine
 from l4jax.engine.memory import CacheMemory
 from l4jax.engine.runner import Runner
-from tests.tiny import drafter, llama3_like, loaded_drafter, scout_like, shallow, weights
+from tests.tiny import drafter, llama3_like, loaded_drafter, save, scout_like, shallow, weights
 
 CONFIG = shallow(scout_like(attention_chunk_size=256, max_position_embeddings=1000))
 DENSE = shallow(llama3_like(max_position_embeddings=1000))
@@ -80,9 +81,10 @@ def test_a_cache_takes_a_quarter_of_a_cpus_memory_at_most(monkeypatch: pytest.Mo
     monkeypatch.setattr(memory, "own_available_bytes", lambda *_: everything * 4 - cache_bytes(whole) * 2)
     assert whole.shape.full_pages * 0.3 < llm().engine.shape.full_pages < whole.shape.full_pages * 0.7
     monkeypatch.setattr(memory, "own_available_bytes", lambda *_: 1000)
-    block = PAGE_SIZE * (2 if mesh == "sequence=2" else 1)
+    block, data = PAGE_SIZE * (2 if mesh == "sequence=2" else 1), 2 if mesh == "data=2" else 1
     with pytest.raises(
-        ValueError, match=rf"^a KV cache of {block} tokens takes .* may take 0.0 GB beside the weights; lower max_batch"
+        ValueError,
+        match=rf"^a KV cache of {block * data} tokens for {8 * data} rows .* may take 0.0 GB beside the weights; lower max_batch",
     ) as no:
         llm()
     assert "\n" not in str(no.value)
@@ -176,7 +178,9 @@ def test_what_is_free_is_what_machine_and_container_say(meminfo: str | None, fil
 
 
 def test_a_cache_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    message = r"^a KV cache of 1000000000000 tokens takes \d+\.\d GB, and beside the weights this device has \d+\.\d GB; lower kv_tokens or"
+    message = (
+        r"^a KV cache of 1,000,000,000,000 tokens for \d+ rows \(max_batch\) takes \d+,[\d,]+\.\d GB, and beside the weights this device "
+    )
     for mesh in ("tensor=1", "data=2"):
         with pytest.raises(ValueError, match=message) as refused:
             LLM(CONFIG, weights(CONFIG), mesh=mesh, kv_tokens=10**12)
@@ -187,8 +191,40 @@ def test_a_cache_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -
     everything = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(resident))
     monkeypatch.setattr(memory, "own_available_bytes", lambda *_: everything)
     assert LLM(CONFIG, weights(CONFIG), kv_tokens=2048).engine.shape == size.shape
-    with pytest.raises(ValueError, match="a KV cache of 2049 tokens"):
+    with pytest.raises(ValueError, match="a KV cache of 2,049 tokens"):
         LLM(CONFIG, weights(CONFIG), kv_tokens=2049)
+
+
+HUGE = [
+    ({"max_batch": 10**9}, r"^a KV cache of 128 tokens for 1,000,000,000 rows \(max_batch\) takes [\d,]+\.\d GB, and may take "),
+    ({"max_batch": 10**15}, r"^a KV cache of 128 tokens for 1,000,000,000,000,000 rows \(max_batch\) takes [\d,]+\.\d GB, and may "),
+    ({"max_batch": 10**9, "kv_tokens": 1}, r"^a KV cache of 1 token for 1,000,000,000 rows \(max_batch\) takes [\d,]+\.\d GB, and beside"),
+    ({"kv_tokens": 10**15}, r"^a KV cache of 1,000,000,000,000,000 tokens for 8 rows \(max_batch\) takes [\d,]+\.\d GB, and beside the"),
+    (
+        {"prefill_lengths": (128, 10**9)},
+        "^prefill_lengths has 1000000000; expected at most 1024, the model's context of 1000 tokens in whole ",
+    ),
+]
+
+
+@pytest.mark.parametrize(("huge", "message"), HUGE)
+def test_what_no_machine_has_memory_for_is_refused_before_weights_are_read(
+    huge: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path / "model", CONFIG)
+    monkeypatch.setattr(Checkpoint, "restore", lambda *_: pytest.fail("weights were read"))
+    for call in (lambda: LLM(CONFIG, weights(CONFIG), **huge), lambda: load(tmp_path / "model", **huge)):
+        with pytest.raises(ValueError, match=message) as refused:
+            call()
+        assert "\n" not in str(refused.value)
+
+
+def test_the_command_line_refuses_what_no_machine_has_memory_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path / "model", CONFIG)
+    assert cli.main(["show", str(tmp_path / "model"), "--programs", "--max-batch", str(10**9)]) == 2
+    out, error = capsys.readouterr()
+    assert out == "" and error.count("\n") == 1
+    assert error.startswith("l4jax: error: a KV cache of 128 tokens for 1,000,000,000 rows (max_batch) takes ")
 
 
 @pytest.mark.parametrize("mesh", ["tensor=1", "data=2", "sequence=2"])
@@ -199,7 +235,7 @@ def test_a_request_longer_than_the_cache_is_refused_and_nothing_else_is_lost(mes
     joined = llm.add([1, 2, 3], PARAMS)
     for ask in (llm.generate, llm.add, lambda prompt, params: llm.generate([[5], prompt], [params] * 2)):
         with pytest.raises(
-            ValueError, match=rf"a request of {held} prompt tokens, and at most {held + 4} in all, may need .* larger kv_tokens$"
+            ValueError, match=rf"a prompt of {held} tokens with up to 4 of output may need room for .* larger kv_tokens$"
         ) as refused:
             ask([7] * held, PARAMS)
         assert "\n" not in str(refused.value)

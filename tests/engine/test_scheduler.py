@@ -138,9 +138,21 @@ def test_the_plan_is_that_of_the_fullest_data_rank():
             SMALL,
             60,
             6,
-            r"a request of 60 prompt tokens, and at most 66 in all, may need 17 pages of the KV cache, and there are 16; shorten.*",
+            r"a prompt of 60 tokens with up to 6 of output may need room for 65 tokens in the KV cache, which holds 64 of one request "
+            r"\(16 pages of 4\); shorten the prompt, lower max_tokens, or load with a larger kv_tokens",
         ),
-        (dataclasses.replace(CHUNKED, local_pages=1), 6, 2, ".* may need 2 chunk-local pages of the KV cache, and there are 1; .*"),
+        (
+            dataclasses.replace(SMALL, full_pages=1),
+            1,
+            9,
+            r"a prompt of 1 token with up to 9 of output may need room for 9 tokens .* holds 4 of one request \(1 page of 4\); .*",
+        ),
+        (
+            dataclasses.replace(CHUNKED, local_pages=1),
+            6,
+            2,
+            r"a prompt of 6 .* for 7 tokens in the KV cache of chunk-local layers, which holds 4 .* \(1 page of 4\); .*",
+        ),
         (SMALL, 0, 4, "request 1 has 0 prompt tokens and at most 4 in all; expected at least one prompt token and room for one more"),
         (SMALL, 4, 0, "request 1 has 4 prompt tokens and at most 4 in all; expected .*"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import importlib.metadata
 import math
@@ -31,6 +32,7 @@ _SUFFIX = ".program"
 _BEGUN = "begun-"
 """How names of files begin that are being written. Those that a killed process has left are removed after an hour."""
 _DIGEST_BYTES = 32
+_ANOTHER = "set XDG_CACHE_HOME to a folder"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,16 +89,17 @@ class Program:
         return [_info(self.kind, sizes, compiled) for compiled, sizes in self._compiled.values()]
 
     def _make(self, arguments: tuple[Any, ...], static: dict[str, Any]) -> jax.stages.Compiled:
-        if self._folder is None:
-            return self.lower(*arguments, **static).compile()
-        leaves, tree = jax.tree.flatten(arguments)
-        shapes = [(leaf.shape, str(leaf.dtype)) for leaf in leaves]
-        name = _digest(self.kind, self.context, static, shapes, tree, _surroundings(self._devices))
-        kept = self._folder.load(name, self._devices)
-        # A process that compiles may wait for the others to compile too, so either all do or none.
-        if "none" in hosts.share("none" if kept is None else "kept") or kept is None:
+        name, kept = "", None
+        if self._folder is not None:
+            leaves, tree = jax.tree.flatten(arguments)
+            shapes = [(leaf.shape, str(leaf.dtype)) for leaf in leaves]
+            name = _digest(self.kind, self.context, static, shapes, tree, _surroundings(self._devices))
+            kept = self._folder.load(name, self._devices)
+        # A process that compiles may wait for the others to compile too, so either all do or none, also where only some have a folder.
+        if "none" in hosts.share("none" if kept is None else "kept", "programs") or kept is None:
             kept = self.lower(*arguments, **static).compile()
-            self._folder.save(name, kept)
+            if self._folder is not None:
+                self._folder.save(name, kept)
         return kept
 
 
@@ -131,16 +134,17 @@ class Call:
 
 
 class Folder:
-    """Compiled programs on disk. No other user may have permission to write there, because loading a program can run code."""
+    """Compiled programs on disk. No other user may have permission to write there, because loading a program can run code.
+
+    From a folder that even the user cannot write, programs are loaded. The first program that is not there brings a warning.
+    """
 
     def __init__(self, path: Path) -> None:
         """Make the folder. Raises OSError if that fails, or if others could write in it."""
         self.path = path
+        self._keeps = True
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         _check_own(path, os.stat(path))
-        descriptor, name = tempfile.mkstemp(dir=path, prefix=_BEGUN)
-        os.close(descriptor)
-        os.unlink(name)
 
     @classmethod
     def of_user(cls) -> Folder | None:
@@ -151,9 +155,14 @@ class Folder:
         if jax.config.jax_compilation_cache_dir is not None or not jax.config.jax_enable_compilation_cache:
             return None
         try:
-            return cls(cache_root() / "programs")
-        except (OSError, ValueError) as error:
-            _warn(error)
+            path = cache_root() / "programs"
+        except ValueError as error:
+            _warn(str(error))
+            return None
+        try:
+            return cls(path)
+        except OSError as error:
+            _warn(_why_not(path, error))
             return None
 
     def load(self, name: str, devices: Sequence[jax.Device]) -> jax.stages.Compiled | None:
@@ -170,7 +179,8 @@ class Folder:
             payload = content[_DIGEST_BYTES:]
             if content[:_DIGEST_BYTES] != _checksum(name, payload):
                 return None
-            os.utime(descriptor)
+            with contextlib.suppress(OSError):  # nothing can be written there
+                os.utime(descriptor)
             serialized, in_tree, out_tree = pickle.loads(payload)
             return serialize_executable.deserialize_and_load(serialized, in_tree, out_tree, execution_devices=devices)
         except Exception:  # what it raises depends on JAX, XLA and the file
@@ -179,7 +189,9 @@ class Folder:
             os.close(descriptor)
 
     def save(self, name: str, compiled: jax.stages.Compiled) -> None:
-        """Keep a program. Warns if it cannot be written; a program that JAX cannot serialise is not kept."""
+        """Keep a program. Warns of the first that cannot be written, and keeps no more; one that JAX cannot serialise is not kept."""
+        if not self._keeps:
+            return
         try:
             payload = pickle.dumps(serialize_executable.serialize(compiled))
         except Exception:  # what it raises depends on JAX, XLA and the program
@@ -195,7 +207,8 @@ class Folder:
                 raise
             self._make_room()
         except OSError as error:
-            _warn(error)
+            self._keeps = False
+            _warn(_why_not(self.path, error))
 
     def _make_room(self) -> None:
         """Remove unfinished files older than an hour and, while the folder is too large, the programs that were used longest ago."""
@@ -243,17 +256,28 @@ def _info(kind: str, sizes: str, compiled: jax.stages.Compiled) -> ProgramInfo:
 def _check_own(path: Path, about: os.stat_result) -> None:
     """Raise PermissionError if another user owns a file or folder, or has permission to write it."""
     if about.st_uid != os.geteuid():
-        raise PermissionError(f"{path} belongs to another user")
+        raise PermissionError(f"{path} belongs to another user; {_ANOTHER} of your own")
     if about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise PermissionError(f"others can write {path}: chmod go-w {path}")
+        raise PermissionError(f"other users can write {path}; run chmod go-w {path}")
 
 
-def _warn(error: Exception) -> None:
-    warnings.warn(
-        f"programs are compiled at every start, because they cannot be kept ({error}); set XDG_CACHE_HOME to a folder that only you can "
-        "write, with space left",
-        stacklevel=2,
-    )
+def _why_not(path: Path, error: OSError) -> str:
+    """Why a folder cannot be used, and what to do."""
+    if error.strerror is None:  # one of ours, which says so
+        return str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        advice = "free some space there"
+    elif error.errno in (errno.EEXIST, errno.ENOTDIR):
+        advice = f"remove the file that is in its place, or {_ANOTHER}"
+    elif error.errno in (errno.EACCES, errno.EPERM):
+        advice = f"give yourself the right to write there, or {_ANOTHER} that you can write"
+    else:
+        advice = f"{_ANOTHER} that you can write"
+    return f"{path} cannot be written ({error.strerror}); {advice}"
+
+
+def _warn(why: str) -> None:
+    warnings.warn(f"compiled programs are not kept for the next start: {why}", stacklevel=2)
 
 
 def _checksum(name: str, payload: bytes) -> bytes:

@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, get_args
 
 import jax
 
@@ -34,7 +34,9 @@ from sharding.rendezvous import Arrival, Rendezvous, check_alone, check_in
 from sharding.words import counted
 
 _EXCHANGE_SECONDS = 3600
-"""How long a process waits for another's text."""
+"""How long a process waits for another's text: the other may have to read its weights from a slow disk first."""
+_BEHIND_SECONDS = 60
+"""How long process 0 waits for one that is too many texts behind."""
 _APART_SECONDS = 30
 """A process that waits in another call than process 0 ends the job after twice this time, unless one of its threads makes that call."""
 _BLOCK = 64
@@ -44,14 +46,31 @@ _NEVER_SECONDS = 10**6
 _COORDINATOR = "HOST:PORT of process 0, as in gpu-01:8476, or auto"
 
 
+Channel = Literal["meeting", "calls", "programs"]
+"""What :func:`share` is for. Threads of a process may share different things in any order."""
+
+
+class _Exchanges:
+    """What this process has shared on one channel: how often, and the thread that did so last."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.thread: threading.Thread | None = None
+        self.lock = threading.Lock()
+
+
 @dataclasses.dataclass
 class _Group:
     """The processes that have joined: each one's host, this one's monitor if there are others, and the counts of exchanged texts."""
 
     hosts: list[str]
     monitor: subprocess.Popen[str] | None = None
-    exchanges: int = 0
+    exchanges: dict[Channel, _Exchanges] = dataclasses.field(default_factory=lambda: {name: _Exchanges() for name in get_args(Channel)})
     broadcasts: list[Broadcast] = dataclasses.field(default_factory=list)
+
+    def named(self, process: int) -> str:
+        """A process and its host, which is not known before all have met."""
+        return f"process {process} (host {self.hosts[process]})" if process < len(self.hosts) else f"process {process}"
 
 
 def join(coordinator: str, processes: int | None = None, process_id: int | None = None, *, timeout_seconds: float = 300) -> None:
@@ -79,7 +98,7 @@ def join(coordinator: str, processes: int | None = None, process_id: int | None 
 
     def meet() -> None:
         _initialize(arguments)
-        _group.hosts = share(socket.gethostname())
+        _group.hosts = share(socket.gethostname(), "meeting")
         _start_monitor()
 
     if coordinator == "auto":
@@ -106,18 +125,28 @@ def process_id() -> int:
     return int(global_state.process_id)
 
 
-def share(value: str) -> list[str]:
-    """Every process's value, by process id. All processes must call this equally often and in the same order."""
+def share(value: str, channel: Channel = "calls") -> list[str]:
+    """Every process's value, by process id. All processes must share equally often, and in the same order, on each channel.
+
+    Raises RuntimeError if another thread shares on the channel now: the other processes' threads might come in another order.
+    TimeoutError names a process that has not come after an hour.
+    """
     client = global_state.client
     if client is None:
         return [value]
-    exchange = _group.exchanges
-    client.key_value_set(f"l4jax/{exchange}/{process_id()}", value)
-    _group.exchanges += 1
-    values = [_wait_for(f"l4jax/{exchange}/{i}", _unread) for i in range(process_count())]
-    # A process that has set a value in this exchange has read all values of the one before.
-    client.key_value_delete(f"l4jax/{exchange - 1}/{process_id()}")
-    return values
+    own = _group.exchanges[channel]
+    if not own.lock.acquire(blocking=False):
+        raise RuntimeError("another thread is in a call that all processes make together; on several hosts make these from one thread")
+    try:
+        exchange, own.thread = own.count, threading.current_thread()
+        client.key_value_set(f"l4jax/{channel}/{exchange}/{process_id()}", value)
+        own.count += 1
+        values = [_wait_for(f"l4jax/{channel}/{exchange}/{i}", i, _EXCHANGE_SECONDS, _unread) for i in range(process_count())]
+        # A process that has set a value in this exchange has read all values of the one before.
+        client.key_value_delete(f"l4jax/{channel}/{exchange - 1}/{process_id()}")
+        return values
+    finally:
+        own.lock.release()
 
 
 class Broadcast:
@@ -129,14 +158,15 @@ class Broadcast:
     def __init__(self) -> None:
         self._name = f"l4jax/broadcast {len(_group.broadcasts)}"
         self._count = 0
+        self._reader: threading.Thread | None = None
         _group.broadcasts.append(self)
 
     def send(self, text: str) -> None:
-        """As process 0: send the next text."""
+        """As process 0: send the next text. TimeoutError names a process that stays more than 64 texts behind for a minute."""
         block, place = divmod(self._count, _BLOCK)
         if place == 0 and block > 1:
             for other in range(1, process_count()):
-                _wait_for(f"{self._name}/read/{block - 2}/{other}")
+                _wait_for(f"{self._name}/read/{block - 2}/{other}", other, _BEHIND_SECONDS)
             _client().key_value_delete(f"{self._name}/sent/{block - 2}")
             _client().key_value_delete(f"{self._name}/read/{block - 2}")
         _client().key_value_set(self.next_key, text)
@@ -144,7 +174,8 @@ class Broadcast:
 
     def receive(self) -> str:
         """As another process: wait for the next text."""
-        text = _wait_for(self.next_key, _exchange_begun)
+        self._reader = threading.current_thread()
+        text = _wait_for(self.next_key, 0, _EXCHANGE_SECONDS, _exchange_begun)
         block, place = divmod(self._count, _BLOCK)
         self._count += 1
         if place == _BLOCK - 1:
@@ -156,6 +187,11 @@ class Broadcast:
         """Where the next text is, or will be."""
         block, place = divmod(self._count, _BLOCK)
         return f"{self._name}/sent/{block}/{place}"
+
+    @property
+    def read_here(self) -> bool:
+        """Whether no other thread than this one reads the texts."""
+        return self._reader in (None, threading.current_thread())
 
 
 _group = _Group([socket.gethostname()])
@@ -172,8 +208,8 @@ def check_same(values: Mapping[str, str], advice: str) -> None:
         for name in values:
             if every[0].get(name) != every[other].get(name):
                 raise ValueError(
-                    f"{name} differs between processes: process 0 (host {_group.hosts[0]}) has {every[0].get(name)}, "
-                    f"process {other} (host {_group.hosts[other]}) has {every[other].get(name)}; {advice}"
+                    f"{name} differs between processes: {_group.named(0)} has {every[0].get(name)}, "
+                    f"{_group.named(other)} has {every[other].get(name)}; {advice}"
                 )
 
 
@@ -212,18 +248,24 @@ def _client() -> Any:
     return global_state.client
 
 
-def _wait_for(key: str, other_call: Callable[[], str | None] = lambda: None) -> str:
-    """Wait for a value in the coordinator's store.
+def _wait_for(key: str, process: int, seconds: float, other_call: Callable[[], str | None] = lambda: None) -> str:
+    """Wait for a value that a process sets in the coordinator's store. Raises TimeoutError, naming the process, if it does not.
 
-    ``other_call``: returns a key that shows that process 0 is in another call; if it returns the same key twice, the job ends.
+    ``other_call``: returns a key that shows that process 0 is in another call, which this thread would have to make; if it returns the
+    same key twice, the job ends.
     """
-    deadline, before = time.monotonic() + _EXCHANGE_SECONDS, None
+    deadline, before = time.monotonic() + seconds, None
     while True:
         try:
             return str(_client().blocking_key_value_get(key, _APART_SECONDS * 1000))
         except jax.errors.JaxRuntimeError as error:
-            if "DEADLINE_EXCEEDED" not in str(error) or time.monotonic() > deadline:
+            if "DEADLINE_EXCEEDED" not in str(error):
                 raise
+        if time.monotonic() > deadline:
+            raise TimeoutError(
+                f"{_group.named(process)} has kept {_group.named(process_id())} waiting for {seconds} s; every process must make the same "
+                "calls in the same order, and read its streams equally often"
+            )
         before, last = other_call(), before
         if before is not None and before == last and not _is_set(key):
             end_drifted(f"for more than {_APART_SECONDS} s it has been in another call of l4jax")
@@ -240,15 +282,18 @@ def _is_set(key: str) -> bool:
 
 
 def _unread() -> str | None:
-    """The key of a broadcast text that this process, which waits in :func:`share`, has not read."""
-    others = [] if process_id() == 0 else _group.broadcasts
+    """The key of a broadcast text that this thread, which waits in :func:`share`, has not read. Another thread may read it yet."""
+    others = [] if process_id() == 0 else [each for each in _group.broadcasts if each.read_here]
     return next((each.next_key for each in others if _is_set(each.next_key)), None)
 
 
 def _exchange_begun() -> str | None:
-    """The key of process 0's value in a call of :func:`share` that this process, which waits for a broadcast, has not made."""
-    key = f"l4jax/{_group.exchanges}/0"
-    return key if _is_set(key) else None
+    """The key of process 0's value in a call of :func:`share` that this thread, which waits for a broadcast, has not made.
+
+    Another thread may make it yet.
+    """
+    made_here = [(name, own.count) for name, own in _group.exchanges.items() if own.thread in (None, threading.current_thread())]
+    return next((key for key in (f"l4jax/{name}/{count}/0" for name, count in made_here) if _is_set(key)), None)
 
 
 def _waiting_time(timeout_seconds: float) -> float:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib.metadata
 import os
 import pickle
+import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,7 +26,7 @@ from l4jax.parallel.placement import Placement
 from l4jax.programs import Programs
 from tests.tiny import llama3_like
 
-CANNOT_BE_KEPT = r"^programs are compiled at every start, because they cannot be kept \(.*%s.*\); set XDG_CACHE_HOME to a folder that only"
+NOT_KEPT = r"^compiled programs are not kept for the next start: [^\n]*%s$"
 
 
 @pytest.fixture(autouse=True)
@@ -154,9 +156,16 @@ def test_nothing_is_kept_where_jax_is_told_to_keep_nothing() -> None:
 def test_processes_load_a_program_if_all_have_it(of_another: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = Folder.of_user()
     Traced(kept)()
-    monkeypatch.setattr(compiled.hosts, "share", lambda own: [own, of_another])
+    monkeypatch.setattr(compiled.hosts, "share", lambda own, channel: [own, of_another])
     traced = Traced(kept)
     assert (traced(), traced.times) == (6.0, of_another == "none")
+
+
+def test_a_process_without_a_folder_does_not_leave_the_others_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared: list[str] = []
+    monkeypatch.setattr(compiled.hosts, "share", lambda own, channel: [shared.append(own) or own, "kept"])
+    traced = Traced(None)
+    assert (traced(), traced.times, shared) == (6.0, 1, ["none"])
 
 
 @pytest.mark.parametrize("damage", ["cut off", "a bit", "empty", "another's name", "a pickle of our own"])
@@ -214,21 +223,45 @@ def test_another_users_file_is_not_read(folder: Path, monkeypatch: pytest.Monkey
 
 
 def refused(why: str) -> None:
-    with pytest.warns(UserWarning, match=CANNOT_BE_KEPT % why):
+    with pytest.warns(UserWarning, match=NOT_KEPT % why) as warned:
         assert Folder.of_user() is None
+    assert len(str(warned[0].message)) < 400
 
 
 def test_a_folder_that_cannot_be_used_costs_no_more_than_a_warning(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder.mkdir(parents=True)
     folder.chmod(0o777)
-    refused("others can write .*programs: chmod go-w")
+    refused(r"other users can write (/.*/programs); run chmod go-w \1")
     folder.chmod(0o700)
     with monkeypatch.context() as patch:
         patch.setattr(os, "geteuid", lambda: os.getuid() + 1)
-        refused("programs belongs to another user")
+        refused("programs belongs to another user; set XDG_CACHE_HOME to a folder of your own")
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    refused("Not a directory")
+    refused(r"\(Not a directory\); remove the file that is in its place, or set XDG_CACHE_HOME to a folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new"))
+    monkeypatch.setattr(Path, "mkdir", raising(errno.EACCES))
+    refused(r"\(Permission denied\); give yourself the right to write there, or set XDG_CACHE_HOME to a folder that you can write")
+
+
+def raising(number: int) -> Callable[..., Any]:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return refuse
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_programs_are_loaded_from_a_folder_that_nobody_can_write(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a warning when the first is not there."""
+    Traced(Folder.of_user())()
+    monkeypatch.setattr(tempfile, "mkstemp", raising(number))
+    monkeypatch.setattr(os, "utime", raising(number))
+    loaded = Traced(kept := Folder.of_user())
+    assert (loaded(), loaded.times) == (6.0, 0)
+    with pytest.warns(UserWarning, match=NOT_KEPT % "set XDG_CACHE_HOME to a folder that you can write") as warned:
+        assert [Traced(kept)(size=size) for size in (2, 3)] == [6.0, 6.0]
+    assert len(warned) == 1
 
 
 def test_a_user_without_a_home_goes_without(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +270,7 @@ def test_a_user_without_a_home_goes_without(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", no_home)
-    refused("no home directory")
+    refused("this user has no home directory to keep a cache in; set XDG_CACHE_HOME to a folder for it")
 
 
 def test_a_full_disk_costs_no_more_than_a_warning(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +279,7 @@ def test_a_full_disk_costs_no_more_than_a_warning(folder: Path, monkeypatch: pyt
 
     kept = Folder.of_user()
     monkeypatch.setattr(os, "replace", full)
-    with pytest.warns(UserWarning, match=CANNOT_BE_KEPT % "No space left"):
+    with pytest.warns(UserWarning, match=NOT_KEPT % r"/programs cannot be written \(No space left on device\); free some space there"):
         assert Traced(kept)() == 6.0
     assert not list(folder.iterdir())
 

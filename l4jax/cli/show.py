@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
         opened(arguments.checkpoint).verify()
         print("every weight is what was written")
     if arguments.programs:
-        _print("Programs", ("kind", "sizes", "code", "temporaries", "arguments", "results"), programs)
+        _print("Programs", ("kind", "sizes", "code", "temporaries", "arguments", "donated", "results"), programs)
     return 0
 
 
@@ -75,8 +75,12 @@ def _programs(arguments: argparse.Namespace, config: ModelConfig | DrafterConfig
     llm = l4jax.load(arguments.checkpoint, mesh=mesh, dtype=arguments.dtype, max_batch=arguments.max_batch)
     llm.warmup(progress=sys.stderr.isatty())
     programs = llm.programs()
-    rows = [(p.kind, p.sizes, *(f"{size / 1e6:,.1f} MB" for size in (p.code, p.temporaries, p.arguments, p.results))) for p in programs]
-    return [*rows, (counted(len(programs), "program"), *[""] * 5)]
+    rows = []
+    for p in programs:
+        size_texts = [f"{size / 1e6:,.1f} MB" for size in (p.temporaries, p.arguments, p.donated, p.results)]
+        # XLA does not say it of a CPU's programs.
+        rows.append((p.kind, p.sizes, f"{p.code / 1e6:,.1f} MB" if p.code else "unknown", *size_texts))
+    return [*rows, (counted(len(programs), "program"), *[""] * 6)]
 
 
 def _describe(name: str) -> tuple[list[Row], ModelConfig | DrafterConfig]:

@@ -46,7 +46,7 @@ class Speculation:
             return cls(StaticTree.chain(int(rest)), sampled)
         if kind == "tree" and rest:
             path = Path(rest) if rest.endswith(".json") else configs_path() / "trees" / f"{rest}.json"
-            return cls(StaticTree.from_file(path), sampled)
+            return cls(dataclasses.replace(StaticTree.from_file(path), name=rest), sampled)
         sizes = [re.fullmatch("(steps|topk|nodes)=([0-9]{1,6})", part) for part in rest.split(",")]
         by_name = {size[1]: int(size[2]) for size in sizes if size is not None}
         if kind == "dynamic" and len(sizes) == len(by_name) == 3:

@@ -25,10 +25,11 @@ class StaticTree:
     """A tree whose shape is the same for every row and round; ``parents[n]`` is node n's parent, NONE for the root.
 
     Nodes are ordered by depth, and siblings are adjacent, in order of rank: a node's first child is the drafter's likeliest token (or the
-    first one drawn).
+    first one drawn). ``name``: what a user has called it, as in "tree:eagle26"; trees are the same whatever their names.
     """
 
     parents: tuple[int, ...]
+    name: str = dataclasses.field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.parents or self.parents[0] != NONE or any(not 0 <= p < n for n, p in enumerate(self.parents) if n > 0):
@@ -39,7 +40,9 @@ class StaticTree:
 
     def __str__(self) -> str:
         drafts = len(self.parents) - 1
-        return f"chain:{drafts}" if self == self.chain(drafts) else f"tree of {drafts}"
+        if self == self.chain(drafts):
+            return f"chain:{drafts}"
+        return f"tree:{self.name}" if self.name else f"tree with parents {', '.join(map(str, self.parents[1:]))}"
 
     @classmethod
     def chain(cls, length: int) -> StaticTree:

@@ -113,6 +113,19 @@ def test_plans_as_text():
     assert Speculation.parse("dynamic:steps=5,topk=4,nodes=16") == Speculation(DynamicTree(5, 4, 16))
 
 
+@pytest.mark.parametrize("text", ["chain:5", "chain:2,sampled", "tree:eagle26", "tree:eagle26,sampled", "dynamic:steps=5,topk=4,nodes=16"])
+def test_a_plan_is_printed_as_it_is_given(text):
+    assert str(Speculation.parse(text)) == text
+
+
+def test_a_tree_without_a_name_is_told_from_others_of_its_size(tmp_path):
+    one, two = StaticTree.from_paths([[0], [1], [0, 0]]), StaticTree.from_paths([[0], [1], [1, 0]])
+    assert [str(tree) for tree in (one, two)] == ["tree with parents 0, 0, 1", "tree with parents 0, 0, 2"]
+    (tmp_path / "own.json").write_text("[[0], [1], [1, 0]]")
+    named = Speculation.parse(f"tree:{tmp_path}/own.json").tree
+    assert str(named) == f"tree:{tmp_path}/own.json" and named == two != one and hash(named) == hash(two)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from l4jax.compiled import ProgramInfo
     from l4jax.config import ConfigError, ModelConfig
     from l4jax.decoding.params import SamplingParams
-    from l4jax.engine.engine import Handle
+    from l4jax.engine.handle import Handle
     from l4jax.files import FileError
     from l4jax.llm import LLM
     from l4jax.loading import load
@@ -47,7 +47,7 @@ _HOMES = {
     "Completion": "l4jax.request",
     "ConfigError": "l4jax.config",
     "FileError": "l4jax.files",
-    "Handle": "l4jax.engine.engine",
+    "Handle": "l4jax.engine.handle",
     "MeshSpec": "sharding.mesh",
     "ModelConfig": "l4jax.config",
     "ProgramInfo": "l4jax.compiled",

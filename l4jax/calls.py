@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
+from l4jax.arguments import of_each_prompt, truth
 from l4jax.bar import bar_if
-from l4jax.engine.engine import Engine, Handle
+from l4jax.engine.engine import Engine
+from l4jax.engine.handle import Handle
 from l4jax.interrupts import kept_interrupts
 from l4jax.request import Request
 from sharding import hosts
+from sharding.kinds import shown
+from sharding.words import counted
+
+_SAME_CALLS = "call every process with the same prompts and sampling params"
 
 
-def run(engine: Engine, requests: Sequence[Request], *, scores: bool = False, progress: bool = False) -> list[Handle]:
+def run[H: Handle](engine: Engine, requests: Sequence[Request], kind: type[H], *, progress: bool = False) -> list[H]:
     """Run requests to their ends. Raises the error of the first that failed; ValueError, before anything runs, if one cannot fit."""
-    with kept_interrupts() as check_interrupts, bar_if(progress) as show:
-        for number, request in enumerate(requests):
-            with _naming(number, len(requests)):
-                engine.check(request, scores=scores)
-        handles: list[Handle] = []
+    with kept_interrupts() as check_interrupts, bar_if(truth("progress", progress)) as show:
+        of_each_prompt(functools.partial(engine.check, kind=kind), requests)
+        handles: list[H] = []
 
         def check() -> None:
             show("prompts", sum(handle.over for handle in handles), len(handles))
@@ -29,35 +33,41 @@ def run(engine: Engine, requests: Sequence[Request], *, scores: bool = False, pr
 
         try:
             for request in requests:
-                handles.append(engine.add(request, scores=scores))
+                handles.append(engine.add(request, kind))
             engine.run_until(lambda: all(handle.over for handle in handles), check)
         finally:
             for handle in handles:
                 handle.cancel()
         check_interrupts()
-    for number, handle in enumerate(handles):
-        with _naming(number, len(handles)):
-            if handle.error is not None:
-                raise handle.error
+    of_each_prompt(_check_ended_well, handles)
     return handles
 
 
+def _check_ended_well(handle: Handle) -> None:
+    if handle.error is not None:
+        raise handle.error
+
+
 def agreed(requests: Sequence[Request]) -> Sequence[Request]:
-    """The requests with process 0's seeds. Raises ValueError if anything but the seeds differs between processes."""
-    if hosts.process_count() > 1:
-        asked = repr([(list(request.token_ids), request.params) for request in requests])
-        same = {"what is asked for": hashlib.sha256(asked.encode()).hexdigest()}
-        hosts.check_same(same, "call every process with the same prompts and sampling params")
-    seeds: list[int] = json.loads(hosts.share(json.dumps([request.seed for request in requests]))[0])
-    return [dataclasses.replace(request, seed=seed) for request, seed in zip(requests, seeds, strict=True)]
+    """The requests with process 0's seeds. Raises ValueError, which says what differs, if anything but the seeds does."""
+    if hosts.process_count() == 1:
+        return requests
+    hosts.check_same({"the number of prompts": str(len(requests))}, _SAME_CALLS)
+    asked = [_digest((list(request.token_ids), request.params)) for request in requests]
+    every = [json.loads(text) for text in hosts.share(json.dumps([asked, [request.seed for request in requests]]))]
+    for number, request in enumerate(requests):
+        if any(others[number] != asked[number] for others, _ in every):
+            hosts.check_same(_described(number, request), _SAME_CALLS)
+    return [dataclasses.replace(request, seed=seed) for request, seed in zip(requests, every[0][1], strict=True)]
 
 
-@contextmanager
-def _naming(number: int, count: int) -> Iterator[None]:
-    """If there are several prompts, say in a ValueError which one it is about."""
-    try:
-        yield
-    except ValueError as error:
-        if count == 1:
-            raise
-        raise ValueError(f"prompt {number} of {count}, counted from 0: {error}") from error
+def _described(number: int, request: Request) -> dict[str, str]:
+    """All that a request is made of but its seed, in words that differ where it does."""
+    prompt = f"prompt {number}, counted from 0,"
+    fields = {f"{name} of {prompt}": value for name, value in vars(request.params).items()}
+    texts = {name: shown(value) if len(repr(value)) < 60 else f"{shown(value)} (digest {_digest(value)})" for name, value in fields.items()}
+    return {prompt: f"{counted(len(request.token_ids), 'token')} (digest {_digest(list(request.token_ids))})", **texts}
+
+
+def _digest(value: object) -> str:
+    return hashlib.blake2b(repr(value).encode(), digest_size=8).hexdigest()

@@ -19,11 +19,11 @@ from l4jax.config import ModelConfig
 from l4jax.decoding.params import MAX_LOGPROBS, SamplingParams
 from l4jax.decoding.speculate import BeyondTraining
 from l4jax.engine.build import Parts, Settings, build_engine
-from l4jax.engine.engine import Handle
+from l4jax.engine.handle import Handle, ScoresHandle
 from l4jax.interrupts import kept_interrupts
 from l4jax.parallel.placement import DrafterPlacement, Placement
 from l4jax.parallel.spread import H100_RING
-from l4jax.request import Completion, Message, RequestMaker, TokenLogprob
+from l4jax.request import Completion, Message, Request, RequestMaker, TokenLogprob
 from l4jax.speculator import LoadedDrafter, choose_speculation
 from l4jax.stream import Stream
 from l4jax.text.chat import ChatFormat, ChatOptions
@@ -118,7 +118,7 @@ class LLM:
         ``progress``: show a bar on stderr.
         """
         top = arguments.whole("top", top, f"a whole number from 0 to {MAX_LOGPROBS}", 0, MAX_LOGPROBS)
-        return [handle.prompt_logprobs for handle in self._scored(prompts, top, progress=progress)]
+        return [handle.logprobs for handle in self._scored(prompts, top, progress=progress)]
 
     def generate(
         self,
@@ -133,14 +133,13 @@ class LLM:
         """
         each = arguments.several(prompts)
         params_of_each = arguments.sampling_params_of_each(params, len(each))
-        make = self.requests
-        requests = agreed([make.request(make.encode(prompt), p) for prompt, p in zip(each, params_of_each, strict=True)])
-        completions = [handle.completion for handle in run(self.engine, requests, progress=progress)]
+        requests = agreed(arguments.of_each_prompt(self._request, each, params_of_each))
+        completions = [handle.completion for handle in run(self.engine, requests, Handle, progress=progress)]
         return [completion for completion in completions if completion is not None]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
         """Continue one prompt, returning text as it comes."""
-        return self._stream(self.requests.encode(prompt), arguments.one_sampling_params(params))
+        return self._stream(self.requests.encode(prompt), params)
 
     def chat(self, messages: Sequence[Message], params: SamplingParams | None = None, **options: Unpack[ChatOptions]) -> Completion:
         """Answer a conversation: a list of ``{"role": ..., "content": ...}``, put in the model's chat format with :class:`ChatOptions`."""
@@ -148,11 +147,11 @@ class LLM:
 
     def stream_chat(self, messages: Sequence[Message], params: SamplingParams | None = None, **options: Unpack[ChatOptions]) -> Stream:
         """Answer a conversation as :meth:`chat` does, returning text as it comes."""
-        return self._stream(self.requests.encode_chat(messages, options), arguments.one_sampling_params(params))
+        return self._stream(self.requests.encode_chat(messages, options), params)
 
     def add(self, prompt: Prompt, params: SamplingParams | None = None) -> Handle:
         """Add a prompt to those under way. It is computed while :meth:`step`, or any other call, runs."""
-        return self._add(self.requests.encode(prompt), arguments.one_sampling_params(params))
+        return self.engine.add(agreed([self._request(prompt, arguments.one_sampling_params(params))])[0], Handle)
 
     def step(self) -> bool:
         """Run one step for all requests under way; False, at once, if there are none.
@@ -179,7 +178,7 @@ class LLM:
         context = min(self.config.max_position_embeddings, self.engine.kv_tokens)
         wanted = f"2 (a prompt and a token) to {context}, what the context and the cache hold"
         longest = context if max_length is None else arguments.whole("max_length", max_length, wanted, 2, context)
-        with kept_interrupts() as check_interrupts, bar_if(progress) as show:
+        with kept_interrupts() as check_interrupts, bar_if(arguments.truth("progress", progress)) as show:
             for done, total in self.engine.warm_up(longest):
                 show("programs", done, total)
                 check_interrupts()
@@ -188,13 +187,14 @@ class LLM:
         """The programs that are compiled or loaded so far, with their bytes; after :meth:`warmup`, all programs."""
         return self.engine.runner.programs.compiled()
 
-    def _scored(self, prompts: Prompt | Sequence[Prompt], top: int | None, *, progress: bool) -> list[Handle]:
-        requests = agreed([self.requests.scoring(self.requests.encode(prompt), top) for prompt in arguments.several(prompts)])
-        return run(self.engine, requests, scores=True, progress=progress)
+    def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
+        return self.requests.request(self.requests.encode(prompt), params)
 
-    def _stream(self, token_ids: list[int], params: SamplingParams) -> Stream:
+    def _scored(self, prompts: Prompt | Sequence[Prompt], top: int | None, *, progress: bool) -> list[ScoresHandle]:
+        requests = arguments.of_each_prompt(lambda one: self.requests.scoring(self.requests.encode(one), top), arguments.several(prompts))
+        return run(self.engine, agreed(requests), ScoresHandle, progress=progress)
+
+    def _stream(self, token_ids: list[int], params: SamplingParams | None) -> Stream:
+        params = arguments.one_sampling_params(params)
         self.requests.check_streams()
-        return Stream(self.engine, self._add(token_ids, params))
-
-    def _add(self, token_ids: list[int], params: SamplingParams) -> Handle:
-        return self.engine.add(agreed([self.requests.request(token_ids, params)])[0])
+        return Stream(self.engine, agreed([self.requests.request(token_ids, params)])[0])

@@ -5,9 +5,10 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 
-from l4jax.engine.engine import Engine, Handle
+from l4jax.engine.engine import Engine
+from l4jax.engine.handle import TextHandle
 from l4jax.interrupts import kept_interrupts
-from l4jax.request import Completion
+from l4jax.request import Completion, Request
 
 
 class Stream(Iterator[str]):
@@ -17,10 +18,10 @@ class Stream(Iterator[str]):
     hosts only process 0 can end a stream.
     """
 
-    def __init__(self, engine: Engine, handle: Handle) -> None:
+    def __init__(self, engine: Engine, request: Request) -> None:
         self._engine = engine
-        self._handle = handle
-        weakref.finalize(self, handle.cancel).atexit = False
+        self._handle = engine.add(request, TextHandle)
+        weakref.finalize(self, self._handle.cancel).atexit = False
 
     @property
     def completion(self) -> Completion | None:

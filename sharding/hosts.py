@@ -191,7 +191,7 @@ class Broadcast:
     @property
     def read_here(self) -> bool:
         """Whether no other thread than this one reads the texts."""
-        return self._reader in (None, threading.current_thread())
+        return _is_no_others(self._reader)
 
 
 _group = _Group([socket.gethostname()])
@@ -271,6 +271,11 @@ def _wait_for(key: str, process: int, seconds: float, other_call: Callable[[], s
             end_drifted(f"for more than {_APART_SECONDS} s it has been in another call of l4jax")
 
 
+def _is_no_others(thread: threading.Thread | None) -> bool:
+    """Whether what this thread has done last falls to the current one now."""
+    return thread is None or not thread.is_alive() or thread is threading.current_thread()
+
+
 def _is_set(key: str) -> bool:
     try:
         _client().key_value_try_get(key)
@@ -292,7 +297,7 @@ def _exchange_begun() -> str | None:
 
     Another thread may make it yet.
     """
-    made_here = [(name, own.count) for name, own in _group.exchanges.items() if own.thread in (None, threading.current_thread())]
+    made_here = [(name, own.count) for name, own in _group.exchanges.items() if _is_no_others(own.thread)]
     return next((key for key in (f"l4jax/{name}/{count}/0" for name, count in made_here) if _is_set(key)), None)
 
 
@@ -390,7 +395,7 @@ def _start_monitor() -> None:
     command = [sys.executable, "-I", str(Path(monitor.__file__)), *(["--listen"] if first else [])]
     _group.monitor = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
     listening = _read_monitor() if first else ""
-    port, token = share(f"{listening} {secrets.token_hex()}" if first else "")[0].split()
+    port, token = share(f"{listening} {secrets.token_hex()}" if first else "", "meeting")[0].split()
     assert global_state.coordinator_address is not None
     settings = monitor.Settings(
         process_id=process_id(),

@@ -161,6 +161,7 @@ def test_half_precision_stays_close_to_float32(dtype):
         (lambda llm: llm.stream([1, 2]), "no tokenizer"),
         (lambda llm: llm.chat([{"role": "user", "content": "hello"}]), "no chat template"),
         (lambda llm: llm.generate([[1], [2]], [SamplingParams()]), "2 prompts but 1 sampling params"),
+        (lambda llm: llm.generate([[1]], [SamplingParams()] * 2), "1 prompt but 2 sampling params"),
         (lambda llm: llm.generate([[1]], SamplingParams(stop=["x"])), "stop strings need a tokenizer"),
         (lambda llm: llm.generate([[1]], SamplingParams(stop_token_ids=[64])), "stop_token_ids has token id 64"),
         (lambda llm: llm.generate([[1]], SamplingParams(logit_bias={-3: 1.0})), "logit_bias has token id -3"),
@@ -241,12 +242,59 @@ def test_half_precision_stays_close_to_float32(dtype):
         (lambda llm: load("folder", prefill_lengths="128"), "prefill_lengths is '128'; expected at least one length, in a list"),
         (lambda llm: load("folder", prefill_lengths=(32, 2.5)), "prefill_lengths is (32, 2.5); expected at least one length, in a list"),
         (lambda llm: load("folder", ring_hardware=3), "ring_hardware is 3; expected a sharding.select.RingHardware"),
+        (lambda llm: llm.warmup(progress="yes"), "progress is 'yes'; expected True or False"),
+        (lambda llm: llm.generate([[1]], progress=1), "progress is 1; expected True or False"),
+        (lambda llm: llm.logits([[1]], progress=None), "progress is None; expected True or False"),
+        (lambda llm: llm.score([[1]], progress="no"), "progress is 'no'; expected True or False"),
+        (lambda llm: load("folder", max_batch=10**400), "expected a whole number of at least 1, at most 10**15"),
+        (lambda llm: load("folder", kv_tokens=10**400), "expected a whole number of at least 1, at most 10**15"),
+        (
+            lambda llm: LLM(llm.config, {}, prefill_lengths=(32, 10**9)),
+            "prefill_lengths has 1000000000; expected at most 256, the model's con",
+        ),
     ],
 )
 def test_bad_input_is_refused_in_one_line(scout, call, message):
     with pytest.raises(ValueError, match=re.escape(message)) as refused:
         call(scout)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda llm: llm.score([[1, 2], []]), "prompt 1 of 2, counted from 0: the prompt has no tokens; expected at least one"),
+        (lambda llm: llm.logits([[1], [2], [64]]), "prompt 2 of 3, counted from 0: the prompt has token id 64; expected 0 to 63"),
+        (lambda llm: llm.logits([[1], [2.5]]), "prompt 1 of 2, counted from 0: a prompt is [2.5]; expected text or a list of token ids"),
+        (lambda llm: llm.score([[1], [2] * 257]), "prompt 1 of 2, counted from 0: the prompt has 257 tokens; expected at most the model's"),
+        (lambda llm: llm.generate([[1] * 256, [1]]), "prompt 0 of 2, counted from 0: the prompt fills the model's context of 256 tokens"),
+        (
+            lambda llm: llm.generate([[1], "hello"]),
+            "prompt 1 of 2, counted from 0: the prompt is text, but this checkpoint has no tokenizer",
+        ),
+        (
+            lambda llm: llm.generate([[1], [2]], [SamplingParams(), SamplingParams(stop_token_ids=[64])]),
+            "prompt 1 of 2, counted from 0: stop_token_ids has token id 64",
+        ),
+        (
+            lambda llm: llm.generate([[1], [2]], [None, SamplingParams()]),
+            "prompt 0 of 2, counted from 0: the sampling params are None; expected l4jax.SamplingParams",
+        ),
+    ],
+)
+def test_of_several_prompts_the_bad_one_is_named(scout, call, message):
+    with pytest.raises(ValueError, match="^" + re.escape(message)) as refused:
+        call(scout)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_handle_has_what_a_caller_may_use_and_nothing_else(scout):
+    public = {"request", "tokens", "over", "completion", "error", "cancel"}
+    handle = scout.add([1], greedy(2))
+    assert {name for name in dir(handle) if not name.startswith("_")} == public
+    handle.cancel()
+    while scout.step():
+        pass
 
 
 def test_numbers_and_lists_may_be_numpys_and_jaxs():
@@ -382,7 +430,7 @@ def test_a_request_that_is_cancelled_before_it_is_taken_in_harms_nobody(scout):
 def test_prompts_that_the_cache_cannot_hold_are_named_before_any_is_computed(scout):
     small = LLM(scout.config, scout.weights, kv_tokens=128)
     with pytest.raises(
-        ValueError, match=r"^prompt 1 of 2, counted from 0: a request of 200 prompt tokens, and at most 205 in all, may need"
+        ValueError, match=r"^prompt 1 of 2, counted from 0: a prompt of 200 tokens with up to 5 of output may need room for 204 tokens"
     ):
         small.generate([[1], [1] * 200], greedy(5))
     assert not small.step()

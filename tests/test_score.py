@@ -8,6 +8,7 @@ from scipy.special import log_softmax
 
 from l4jax import LLM, SamplingParams
 from l4jax.engine import results
+from l4jax.engine.handle import ScoresHandle
 from l4jax.request import TokenLogprob
 from tests.tiny import llama3_like, prompts, scout_like, shallow, weights
 
@@ -55,11 +56,11 @@ def test_beside_other_requests_and_requests_for_logits(monkeypatch):
     assert other.tokens
     # Both kinds of request in one call of the program.
     engine, make = llm.engine, llm.requests
-    handles = [engine.add(make.scoring(asked[2], top), scores=True) for top in (None, 3)]
+    handles = [engine.add(make.scoring(asked[2], top), ScoresHandle) for top in (None, 3)]
     while llm.step():
         pass
     check(alone[2], handles[0].logits, asked[2], 3)
-    assert handles[1].prompt_logprobs == alone[2]
+    assert handles[1].logprobs == alone[2]
 
 
 def test_logits_that_are_not_finite_are_an_error():

@@ -107,6 +107,7 @@ def build_engine(parts: Parts) -> Engine:
     """
     placement, spec, settings, deterministic = parts.placement, parts.placement.spec, parts.settings, parts.settings.deterministic
     slots, context = settings.slots(spec), placement.config.max_position_embeddings
+    piece_lengths = settings.piece_lengths(spec, context)
     speculator = parts.speculator and parts.speculator.pinned(slots) if deterministic else parts.speculator
     runner = Runner(placement, parts.weights, speculator, settings.ring_hardware, parts.folder, rows_apart=deterministic)
     memory = CacheMemory(placement, speculator.placement if speculator else None, runner.dtype, slots)
@@ -118,7 +119,7 @@ def build_engine(parts: Parts) -> Engine:
         local_pages=0,
         slots=slots,
         row_buckets=(slots,) if deterministic else row_buckets(slots),
-        piece_lengths=settings.piece_lengths(spec, context),
+        piece_lengths=piece_lengths,
         # One row: no padding is computed, and no other prompt changes how ranks share this one.
         piece_rows=(1,) if deterministic else piece_rows(slots),
         piece_tokens=PREFILL_TOKENS * ranks,

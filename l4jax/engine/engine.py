@@ -7,21 +7,19 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
-import numpy as np
-
-from l4jax.answer import NO_ROUNDS, Answer, NewTokens
 from l4jax.cache import CacheShape
 from l4jax.engine.clock import BurstClock
 from l4jax.engine.commands import Command, Commands
+from l4jax.engine.handle import Handle
 from l4jax.engine.memory import CacheMemory
 from l4jax.engine.options import Options
 from l4jax.engine.results import Dispatched, RowOutput
 from l4jax.engine.runner import Runner
 from l4jax.engine.scheduler import Scheduler
-from l4jax.engine.sequence import Sequence, State
+from l4jax.engine.sequence import State
 from l4jax.engine.step import Step
 from l4jax.engine.warmup import preparations
-from l4jax.request import Completion, Request, TokenLogprob
+from l4jax.request import Request
 from l4jax.text.tokenizer import Tokenizer
 
 NOT_FINITE_ADVICE = (
@@ -32,62 +30,8 @@ Planned = tuple[Step, dict[int, Request]]
 """A step to dispatch, and the requests that it names."""
 
 
-class Handle:
-    """A request under way. It goes on whenever anyone drives the engine.
-
-    ``tokens``: the answer's so far. ``over``: the request has ended. ``completion``: the answer, once it is complete. ``error``: why it
-    ended without a completion.
-    """
-
-    def __init__(self, engine: Engine, number: int, request: Request, tokenizer: Tokenizer | None, *, scores: bool) -> None:
-        self.request = request
-        self.completion: Completion | None = None
-        self.error: Exception | None = None
-        self.over = False
-        self._engine = engine
-        self._number = number
-        self._answer = Answer(tokenizer, request)
-        self._added = time.perf_counter()
-        self._text: deque[str] = deque()
-        self._logits: list[np.ndarray] = []
-        self._logprobs: list[TokenLogprob] = []
-        length = len(request.token_ids)
-        most = 1 if scores else request.params.max_tokens
-        scope = None if scores else b""
-        self._sequence = Sequence(number, list(request.token_ids), length + most, scope=scope, scores=scores)
-
-    @property
-    def tokens(self) -> list[int]:
-        """The answer's tokens so far."""
-        return list(self._answer.token_ids)
-
-    @property
-    def logits(self) -> np.ndarray:
-        """The logits of a scored request that is over and did not ask for log-probabilities: float32 [T, vocabulary]."""
-        assert self.over and self._logits
-        return np.concatenate(self._logits)
-
-    @property
-    def prompt_logprobs(self) -> list[TokenLogprob]:
-        """Those of the prompt's tokens after the first, for a scored request that is over and asked for log-probabilities."""
-        assert self.over
-        return self._logprobs
-
-    def cancel(self) -> None:
-        """End the request, unless it has ended. May be called from any thread; the engine's next iteration ends it.
-
-        On several hosts only process 0's call counts, and ends the request everywhere.
-        """
-        if not self.over:
-            self._engine.cancel(self)
-
-    def new_text(self) -> str:
-        """The text that came since the last call."""
-        return "".join(self._text.popleft() for _ in range(len(self._text)))
-
-
 class Engine:
-    """All requests of a model share it. ``add`` and ``cancel`` may be called from any thread; one thread at a time runs ``step``."""
+    """All requests of a model share it. Any thread may ``add`` one, and cancel it by its handle; one thread at a time runs ``step``."""
 
     def __init__(self, runner: Runner, memory: CacheMemory, shape: CacheShape, options: Options, tokenizer: Tokenizer | None) -> None:
         self.runner, self.options, self.shape = runner, options, shape
@@ -105,25 +49,21 @@ class Engine:
         self._turn = threading.Condition()
         self._driver: int | None = None
 
-    def check(self, request: Request, *, scores: bool = False) -> None:
+    def check(self, request: Request, kind: type[Handle]) -> None:
         """Raise ValueError if the cache could never hold the request."""
         length = len(request.token_ids)
-        self.options.check_fits(length, length + (1 if scores else request.params.max_tokens))
+        self.options.check_fits(length, length + kind._most_new(request))
 
-    def add(self, request: Request, *, scores: bool = False) -> Handle:
-        """Take a request; with ``scores`` its prompt is scored, and nothing is generated. See :meth:`check`."""
-        self.check(request, scores=scores)
+    def add[H: Handle](self, request: Request, kind: type[H]) -> H:
+        """Take a request; what it is for, the kind of handle says. See :meth:`check`."""
+        self.check(request, kind)
         with self._turn:
             self._numbers += 1
-            handle = Handle(self, self._numbers, request, self._tokenizer, scores=scores)
+            handle = kind(self._numbers, request, self._tokenizer, lambda number: self._call(-number))
             self._handles[handle._number] = handle
             self._call(handle._number)
             self._turn.notify_all()
         return handle
-
-    def cancel(self, handle: Handle) -> None:
-        """End a request; see :meth:`Handle.cancel`."""
-        self._call(-handle._number)
 
     def _call(self, number: int) -> None:
         if self._commands.decides:
@@ -229,8 +169,7 @@ class Engine:
         self._clock.measure(results, outputs, dispatched_at, waited=waited)
         for row in dispatched.step.pieces:
             if row is not None and row.first and row.request in self._handles:
-                self._handles[row.request]._logits.clear()
-                self._handles[row.request]._logprobs.clear()
+                self._handles[row.request]._restart()
         for news in self._scheduler.finish(dispatched.step, results):
             handle = self._handles[news.sequence.request]
             self._deliver(handle, news.tokens, outputs.get(news.sequence.request, RowOutput()))
@@ -245,7 +184,7 @@ class Engine:
                 self._scheduler.add(self._handles[number]._sequence)
             elif (handle := self._handles.get(-number)) is not None:
                 self._scheduler.cancel(handle._sequence)
-                self._end(handle, RuntimeError("this request was cancelled"))
+                self._end(handle, RuntimeError(handle._cancelled))
         return command
 
     def _plan(self, command: Command) -> list[Planned]:
@@ -270,23 +209,14 @@ class Engine:
         del self._handles[handle._number]
 
     def _deliver(self, handle: Handle, tokens: tuple[int, ...], output: RowOutput) -> None:
-        sequence, answer = handle._sequence, handle._answer
+        sequence = handle._sequence
         if sequence.state is State.FAILED:
             self._end(handle, ValueError(NOT_FINITE_ADVICE))
             return
-        if sequence.scores:
-            handle._logprobs += output.logprobs or ()
-            handle._logits += [] if output.logits_TV is None else [output.logits_TV]
-        elif tokens:
-            if output.rounds is not NO_ROUNDS:
-                answer.rounds = answer.rounds.and_then(output.rounds)
-            done = sequence.state.is_over
-            handle._text.append(answer.extend(NewTokens(list(tokens), output.logprobs), done, time.perf_counter() - handle._added))
-            if answer.stopped and not done:
-                self._scheduler.cancel(sequence)
+        if handle._take(tokens, output):
+            self._scheduler.cancel(sequence)
         if sequence.state.is_over:
-            if not sequence.scores:
-                handle.completion = answer.completion()
+            handle._complete()
             self._end(handle)
 
 

@@ -79,12 +79,11 @@ def test_the_programs_of_a_converted_checkpoint(tmp_path: Path, capsys: pytest.C
     pieces = [(kind, f"1 row of {length} tokens") for kind in ("prefill", "score") for length in (32, 128, 512)]
     assert sorted(found) == sorted([*kinds, *pieces])
     assert "10 programs" in text
-    # On CPUs XLA says nothing of a program's code. The cache, of which there is more than of all else, comes back in its own memory.
-    columns = lines[1][0].split() if len(lines[1]) == 1 else [cell.strip() for cell in lines[1] if cell]
-    assert columns == ["kind", "sizes", "code", "temporaries", "arguments", "donated", "results"]
+    assert " ".join(lines[1]).split() == ["kind", "sizes", "code", "temporaries", "arguments", "donated", "results"]
     decode = next([cell.strip() for cell in line if cell] for line in lines[2:] if line[0] == "decode")
     code, _, arguments, donated, _ = decode[2:]
-    assert code == "unknown" and float(donated.removesuffix(" MB")) > 0.5 * float(arguments.removesuffix(" MB"))
+    # On CPUs XLA says nothing of a program's code. The cache comes back in its own memory, the weights do not.
+    assert code == "unknown" and 0 < float(donated.removesuffix(" MB")) < float(arguments.removesuffix(" MB"))
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,9 @@ def refusals(llm, checkpoint, mesh, process_id):
         lambda: load(checkpoint, mesh=mesh, dtype=[None, "bfloat16"][process_id]),
         lambda: load(checkpoint, mesh="tensor=1"),
         lambda: llm.generate([[1, 2 + process_id]]),
+        lambda: llm.generate([[1], [2]], [SamplingParams(), SamplingParams(temperature=[0.5, 0.7][process_id])]),
+        lambda: llm.generate([[1]], SamplingParams(logit_bias=dict.fromkeys(range(40), 1.0 + process_id))),
+        lambda: llm.score([[1]] * (1 + process_id)),
     )
     messages = []
     for call in calls:
@@ -118,7 +121,8 @@ def test_two_processes_refuse_what_they_differ_in_and_give_the_logits_and_tokens
         assert status == 0, errors
     every = [np.load(file) for file in files]
     llm, completions = of_one_process(checkpoint, every)
-    different = ("the checkpoint's digest", "the mesh", "dtype", "what is asked for")
+    of_prompts = ("prompt 0, counted from 0,", "temperature of prompt 1, counted from 0,", "logit_bias of prompt 0, counted from 0,")
+    different = ("the checkpoint's digest", "the mesh", "dtype", *of_prompts, "the number of prompts")
     expected = [f"{name} differs between processes: process 0 (host {HOST}) has " for name in different]
     expected.insert(3, "mesh tensor=1 has 1 device, and 4 cpu devices are present in 2 processes; expected all of them")
     for results in every:
@@ -126,7 +130,8 @@ def test_two_processes_refuse_what_they_differ_in_and_give_the_logits_and_tokens
             assert np.abs(results[f"arr_{i}"] - logits).max() < 1e-5 * np.abs(logits).max()
         assert results["tokens"].tolist() == [c.token_ids for c in completions]
         for refused, beginning in zip(results["refused"], expected, strict=True):
-            assert refused.startswith(beginning) and "\n" not in refused
+            assert refused.startswith(beginning) and "\n" not in refused and len(refused) < 400
+        assert "has 0.5, process 1 (host " in results["refused"][5]
 
 
 def test_four_processes_give_the_tokens_of_one(checkpoint, port, tmp_path):
@@ -165,8 +170,8 @@ def test_process_0_decides_for_all(talking, port, tmp_path):
     assert {rounds for *_, rounds in first["steps"]} == {None, 3}
     (expected,) = load(talking).generate("the dog", SamplingParams(max_tokens=240, temperature=0.0, ignore_eos=True))
     assert first["text"] == expected.text and expected.text.endswith("".join(first["rest"]))
-    for over, error, tokens in first["ended"]:
-        assert over and error == "this request was cancelled" and len(tokens) < 60
+    for (over, error, tokens), ended in zip(first["ended"], ("this stream was closed, ", "this request was cancelled"), strict=True):
+        assert over and error.startswith(ended) and len(tokens) < 60
 
 
 def test_all_read_what_process_0_sends_and_what_was_read_is_deleted(port, tmp_path):

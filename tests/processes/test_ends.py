@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 
@@ -16,6 +17,7 @@ DRIFT = """
 from l4jax import SamplingParams
 from l4jax.engine import commands
 from l4jax.engine.clock import BurstClock
+from l4jax.engine.handle import Handle
 llm = l4jax.load(checkpoint, mesh=mesh)
 engine = llm.engine
 scheduler, request = engine._scheduler, llm.requests.request([1, 2, 3], SamplingParams(max_tokens=100, ignore_eos=True, seed=0))
@@ -32,7 +34,7 @@ if process_id == "1" and drift == "rounds":
     scheduler.next = lambda most_steps: plan(1)
 commands.ASKED_SECONDS = 1
 if process_id == "0" or drift != "requests":
-    engine.add(request)
+    engine.add(request, Handle)
 while engine.step():
     pass
 """
@@ -49,6 +51,48 @@ elif process_id == "0":
     time.sleep(600)  # the devices wait for those of process 1
 else:
     texts.receive()
+"""
+# Process 1 never comes, or reads nothing.
+LATE = """
+import time
+from sharding import hosts
+hosts._APART_SECONDS, hosts._EXCHANGE_SECONDS, hosts._BEHIND_SECONDS = 1, 2, 2
+texts = hosts.Broadcast()
+if process_id == "1":
+    time.sleep(600)
+elif sends:
+    for i in range(200):
+        texts.send(str(i))
+else:
+    hosts.share("asked")
+"""
+# One thread makes calls, in process 1 so late that it would be a drift if the thread that reads the texts made them.
+THREADS = """
+import json, threading, time
+from sharding import hosts
+hosts._APART_SECONDS = 1
+texts, begun, found = hosts.Broadcast(), threading.Event(), {}
+def call():
+    found["first"] = hosts.share("first " + process_id)
+    begun.set()
+    time.sleep(5 * int(process_id))
+    found["second"] = hosts.share("second " + process_id)
+caller = threading.Thread(target=call)
+caller.start()
+begun.wait()
+time.sleep(0.5)
+found["program"] = hosts.share("program " + process_id, "programs")
+if process_id == "0":
+    try:
+        hosts.share("third")
+    except RuntimeError as error:
+        found["refused"] = str(error)
+    caller.join()
+    texts.send("a step")
+else:
+    found["received"] = texts.receive()
+    caller.join()
+json.dump(found, open(results, "w"))
 """
 # These two go on until they are killed.
 ANSWERING = """
@@ -142,6 +186,28 @@ def assert_drifted(outcomes, reason):
 def test_processes_in_different_calls_end(port, tmp_path, swapped):
     processes = start_all(APART.format(swapped=swapped), 2, "", "", port, files=[tmp_path / str(i) for i in range(2)])
     assert_drifted(ends(processes, 60), "for more than 1 s it has been in another call of l4jax")
+
+
+@pytest.mark.parametrize("sends", [False, True])
+def test_one_that_keeps_process_0_waiting_is_named(port, tmp_path, sends):
+    processes = start_all(f"sends = {sends}\n" + LATE, 2, "", "", port, files=[tmp_path / str(i) for i in range(2)])
+    first, second = ends(processes, 60)
+    assert first[0] != 0 and second[0] != 0
+    advice = "every process must make the same calls in the same order, and read its streams equally often"
+    line = f"process 1 (host {HOST}) has kept process 0 (host {HOST}) waiting for 2 s; {advice}"
+    assert first[2].strip().splitlines()[-1] == f"TimeoutError: {line}"
+    assert one_line(second[2]) == f"l4jax: error: process 0 (host {HOST}) stopped with an error; process 1 (host {HOST}) stops"
+
+
+def test_a_thread_that_is_late_with_its_call_is_no_drift(port, tmp_path):
+    """While another thread reads what process 0 sends; and what programs share waits for neither."""
+    files = [tmp_path / str(i) for i in range(2)]
+    for status, _, errors in ends(start_all(THREADS, 2, "", "", port, files=files), 60):
+        assert status == 0, errors
+    first, second = (json.loads(file.read_text()) for file in files)
+    shared = {f"{name}": [f"{name} 0", f"{name} 1"] for name in ("first", "second", "program")}
+    refused = "another thread is in a call that all processes make together; on several hosts make these from one thread"
+    assert first == {**shared, "refused": refused} and second == {**shared, "received": "a step"}
 
 
 def test_an_uncaught_exception_in_one_ends_the_others(port):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from l4jax import LLM, SamplingParams
-from l4jax.engine.engine import Handle
+from l4jax.engine.handle import Handle
 from l4jax.engine.step import News, Plan, Results, Step
 from tests.engine.families import CHAIN, FAMILIES, SLOTS, TOKENIZER, Family, assert_whole, watched
 from tests.tiny import prompts, weights, with_options

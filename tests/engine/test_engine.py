@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from l4jax import Completion, SamplingParams
-from l4jax.engine.engine import Handle
+from l4jax.engine.handle import Handle
 from l4jax.engine.sequence import State
 from l4jax.engine.step import Step
 from l4jax.stream import Stream
@@ -233,7 +233,7 @@ class World:
         completion = answer.completion if isinstance(answer, Handle) else answer
         expected = self.family.expected(prompt, params)
         if completion is None:
-            assert isinstance(answer, Handle) and answer.over and str(answer.error) == "this request was cancelled"
+            assert isinstance(answer, Handle) and answer.over and str(answer.error) == answer._cancelled
             assert len(answer.tokens) <= len(expected.token_ids)
             if self.family.deterministic:
                 assert answer.tokens == expected.token_ids[: len(answer.tokens)]

@@ -134,6 +134,7 @@ def test_two_processes_refuse_what_they_differ_in_and_give_the_logits_and_tokens
         assert "has 0.5, process 1 (host " in results["refused"][5]
 
 
+@pytest.mark.more_meshes
 def test_four_processes_give_the_tokens_of_one(checkpoint, port, tmp_path):
     files = [tmp_path / f"{i}.npz" for i in range(4)]
     for status, _, errors in ends(start_all(GENERATE, 4, checkpoint, "data=2,expert=2", port, files=files), 300):

@@ -42,8 +42,9 @@ class Commands:
     """The commands of an engine, one an iteration. A process that is alone decides for itself."""
 
     def __init__(self) -> None:
+        self.several = hosts.process_count() > 1
         self.decides = hosts.process_id() == 0
-        self._broadcast = hosts.Broadcast() if hosts.process_count() > 1 else None
+        self._broadcast = hosts.Broadcast() if self.several else None
         self._count = 0
 
     def begin(self, calls: deque[int], most_steps: int) -> Command:

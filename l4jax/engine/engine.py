@@ -48,6 +48,8 @@ class Engine:
         self._clock = BurstClock(runner.platform, options.short_steps)
         self._turn = threading.Condition()
         self._driver: int | None = None
+        self._queue: list[object] = []  # of threads that wait for a turn of their own
+        self._only_driver: threading.Thread | None = None  # on several hosts
 
     def check(self, request: Request, kind: type[Handle]) -> None:
         """Raise ValueError if the cache could never hold the request."""
@@ -104,29 +106,51 @@ class Engine:
 
         self._take_turn(discard)
 
-    def _take_turn[Result](self, act: Callable[[], Result], unless: Callable[[], bool] = lambda: False) -> Result | None:
+    def _take_turn[Result](self, act: Callable[[], Result], unless: Callable[[], bool] | None = None) -> Result | None:
         """Wait until no other thread has the turn, then ``act``; if ``unless()`` holds by then, do nothing and return None.
 
-        If ``act`` raises, every request under way ends with an error, and the next one begins with an empty cache.
+        Threads that need a turn of their own, for they have no ``unless``, get it before those that another thread can serve, in the order
+        in which they came. Raises RuntimeError on several hosts if another thread, which still runs, has had a turn.
         """
-        me, mine = threading.get_ident(), False
+        me, place, mine = threading.get_ident(), object(), False
+        needless = unless or (lambda: False)
+
+        def free() -> bool:
+            return self._driver in (None, me) and (not self._queue if unless else self._queue[0] is place)
+
         try:
             with self._turn:
-                # If Ctrl-C came just here before, this thread still has the turn.
-                self._turn.wait_for(lambda: unless() or self._driver in (None, me))
-                if unless():
+                self._check_driver()
+                try:
+                    if unless is None:
+                        self._queue.append(place)
+                    # If Ctrl-C came just here before, this thread still has the turn.
+                    self._turn.wait_for(lambda: needless() or free())
+                finally:
+                    if place in self._queue:
+                        self._queue.remove(place)
+                        self._turn.notify_all()
+                if needless():
                     return None
                 mine, self._driver = True, me
             return act()
-        except BaseException as error:
-            if mine:
-                self._fail(error)
-            raise
         finally:
             if mine:
                 with self._turn:
                     self._driver = None
                     self._turn.notify_all()
+
+    def _check_driver(self) -> None:
+        """On several hosts let one thread drive. With two, a command could reach the thread that waits for another one's requests."""
+        if not self._commands.several:
+            return
+        if self._only_driver is None or not self._only_driver.is_alive():
+            self._only_driver = threading.current_thread()
+        if self._only_driver is not threading.current_thread():
+            raise RuntimeError(
+                f'on several hosts one thread computes, and "{self._only_driver.name}" has before; generate, step, warm up and read streams '
+                "there (this thread may add requests if no other one does)"
+            )
 
     def _start(self) -> None:
         """Allocate the cache, if there is none."""
@@ -154,6 +178,14 @@ class Engine:
         self._held = None
 
     def _advance(self) -> bool:
+        """One iteration. If it raises, every request under way ends with an error, and the next one begins with an empty cache."""
+        try:
+            return self._iterate()
+        except BaseException as error:
+            self._fail(error)
+            raise
+
+    def _iterate(self) -> bool:
         command = self._take_in()
         planned = self._plan(command)
         self._commands.settle(command, [step for step, _ in planned], self._scheduler)

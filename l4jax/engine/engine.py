@@ -148,8 +148,8 @@ class Engine:
             self._only_driver = threading.current_thread()
         if self._only_driver is not threading.current_thread():
             raise RuntimeError(
-                f'on several hosts one thread computes, and "{self._only_driver.name}" has before; generate, step, warm up and read streams '
-                "there (this thread may add requests if no other one does)"
+                f'on several hosts one thread computes, and "{self._only_driver.name}" has before; generate, step, warm up and read '
+                "streams there (this thread may add requests if no other one does)"
             )
 
     def _start(self) -> None:

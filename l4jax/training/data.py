@@ -161,6 +161,10 @@ def _key(prompt: Sequence[int]) -> str:
     return hashlib.sha256(json.dumps(list(prompt)).encode()).hexdigest()
 
 
+_BATCHES_A_WRITE = 4
+"""How many times ``max_batch`` prompts are answered between two writes: a run that is killed loses these, and rows wait for the last."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Generation:
     """How the target answers; ``length`` is the most tokens that a prompt and its answer may have together."""
@@ -179,7 +183,7 @@ class Generation:
 
 
 def answer(llm: LLM, examples: Sequence[Example], how: Generation, file: Path, progress: Progress) -> list[Example]:
-    """Return the examples with answers: given ones, those in ``file``, and the target's new ones, which are added to ``file`` by batches.
+    """Return the examples with answers: given ones, those in ``file``, and the target's new ones, which are added to ``file`` in groups.
 
     A given answer is cut to what ``how.length`` leaves for it. Each prompt has a random seed of its own, so that its answer does not
     depend on what else is in its batch.
@@ -189,8 +193,9 @@ def answer(llm: LLM, examples: Sequence[Example], how: Generation, file: Path, p
     done = len(examples) - len(missing)
     progress(done, len(examples))
     with file.open("a", encoding="utf-8") as out:
-        for start in range(0, len(missing), llm.max_batch):
-            group = missing[start : start + llm.max_batch]
+        at_once = _BATCHES_A_WRITE * llm.max_batch
+        for start in range(0, len(missing), at_once):
+            group = missing[start : start + at_once]
             params = [
                 SamplingParams(
                     temperature=example.temperature,

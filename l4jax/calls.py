@@ -65,7 +65,7 @@ def _described(number: int, request: Request) -> dict[str, str]:
     """All that a request is made of but its seed, in words that differ where it does."""
     prompt = f"prompt {number}, counted from 0,"
     fields = {f"{name} of {prompt}": value for name, value in vars(request.params).items()}
-    texts = {name: shown(value) if len(repr(value)) < 60 else f"{shown(value)} (digest {_digest(value)})" for name, value in fields.items()}
+    texts = {name: repr(value) if len(repr(value)) < 60 else f"{shown(value)} (digest {_digest(value)})" for name, value in fields.items()}
     return {prompt: f"{counted(len(request.token_ids), 'token')} (digest {_digest(list(request.token_ids))})", **texts}
 
 

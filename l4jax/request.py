@@ -14,6 +14,7 @@ from l4jax.config import ModelConfig
 from l4jax.decoding.params import MAX_STOP_IDS, SamplingParams
 from l4jax.text.chat import ChatOptions
 from l4jax.text.load import Text
+from sharding.kinds import shown
 
 Message = Mapping[str, object]
 FinishReason = Literal["stop", "length"]
@@ -171,4 +172,6 @@ class RequestMaker:
     def _check_vocabulary(self, token_ids: Iterable[int], where: str) -> None:
         for token in token_ids:
             if not 0 <= token < self._config.vocab_size:
-                raise ValueError(f"{where} has token id {token}; expected 0 to {self._config.vocab_size - 1}, the model's vocabulary")
+                raise ValueError(
+                    f"{where} has token id {shown(token)}; expected 0 to {self._config.vocab_size - 1}, the model's vocabulary"
+                )

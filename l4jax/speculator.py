@@ -74,7 +74,7 @@ def choose_speculation(
     if speculation == "off" or (drafter is None and plan is None):
         return None
     if drafter is None or own is None:
-        raise ValueError(f'speculation is {speculation!r}, but no drafter is given; load with drafter="path", or speculation="off"')
+        raise ValueError(f'speculation is {shown(speculation)}, but no drafter is given; load with drafter="path", or speculation="off"')
     check_fits(drafter, config)
     table = SpeculationTable.always(plan) if plan else own
     table.check_fits(config, drafter.draft_vocab_size)

@@ -12,18 +12,20 @@ import difflib
 import json
 import math
 import operator
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from sharding.kinds import is_whole
+from sharding.kinds import is_whole, shown
 from sharding.ranks import Ranks
 from sharding.words import counted
 
 AXES = ("data", "sequence", "expert", "tensor")
 """Names of the mesh axes, outermost first."""
+_MOST = 10**6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,8 +40,8 @@ class MeshSpec:
     def __post_init__(self) -> None:
         for axis in AXES:
             size = getattr(self, axis)
-            if not is_whole(size) or size < 1:
-                raise ValueError(f"mesh axis {axis} is {size!r}; expected a whole number of at least 1")
+            if not is_whole(size) or not 1 <= size <= _MOST:
+                raise ValueError(f"mesh axis {axis} is {shown(size)}; expected a whole number of at least 1, at most {_MOST}")
             object.__setattr__(self, axis, operator.index(size))
 
     @classmethod
@@ -52,9 +54,9 @@ class MeshSpec:
             axis, _, size = (word.strip() for word in part.partition("="))
             _check_axis(axis, text)
             if axis in sizes:
-                raise ValueError(f"mesh {text!r} names {axis} twice; expected each axis once")
-            if not size.isascii() or not size.isdigit():
-                raise ValueError(f"mesh {text!r} has {part!r}; expected {axis}= and a whole number, as in {axis}=8")
+                raise ValueError(f"mesh {shown(text)} names {axis} twice; expected each axis once")
+            if not re.fullmatch("[0-9]{1,9}", size):
+                raise ValueError(f"mesh {shown(text)} has {shown(part)}; expected {axis}= and a whole number, as in {axis}=8")
             sizes[axis] = int(size)
         return cls(**sizes)
 
@@ -129,4 +131,4 @@ def _check_axis(axis: str, text: str) -> None:
     if axis not in AXES:
         close = difflib.get_close_matches(axis, AXES, n=1)
         meant = f" (did you mean {close[0]}?)" if close else ""
-        raise ValueError(f"mesh {text!r} has the axis {axis!r}{meant}; expected {', '.join(AXES)}")
+        raise ValueError(f"mesh {shown(text)} has the axis {shown(axis)}{meant}; expected {', '.join(AXES)}")

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from sharding.kinds import is_number, is_whole
+from sharding.kinds import is_number, is_whole, shown
 
 Variant = Literal["pass_kv", "pass_q"]
 
@@ -32,7 +32,7 @@ class RingHardware:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if not is_number(value) or not 0 < value < math.inf:
-                raise ValueError(f"{field.name} is {value!r}; expected a positive number")
+                raise ValueError(f"{field.name} is {shown(value)}; expected a positive number")
 
     @property
     def flops_per_byte(self) -> float:
@@ -59,7 +59,7 @@ class RingStep:
         for field in dataclasses.fields(self):
             value, lowest = getattr(self, field.name), 0 if field.name == "cached_tokens" else 1
             if not is_whole(value) or value < lowest:
-                raise ValueError(f"{field.name} is {value!r}; expected a whole number of at least {lowest}")
+                raise ValueError(f"{field.name} is {shown(value)}; expected a whole number of at least {lowest}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads is {self.num_heads}; expected a multiple of num_kv_heads, {self.num_kv_heads}")
 

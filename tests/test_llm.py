@@ -154,6 +154,9 @@ def test_half_precision_stays_close_to_float32(dtype):
     [
         (lambda llm: llm.generate([[1, 64]]), "the prompt has token id 64; expected 0 to 63"),
         (lambda llm: llm.generate([[-1]]), "the prompt has token id -1"),
+        (lambda llm: llm.generate([[10**5000]]), "the prompt has token id <an integer of about 5001 digits>; expected 0 to 63"),
+        (lambda llm: llm.generate([[1]], SamplingParams(stop_token_ids=[10**5000])), "stop_token_ids has token id <an integer of about"),
+        (lambda llm: llm.generate([[1]], SamplingParams(logit_bias={10**5000: 1})), "logit_bias has token id <an integer of about 5001"),
         (lambda llm: llm.logits([[]]), "the prompt has no tokens"),
         (lambda llm: llm.generate([[1] * 257]), "the prompt has 257 tokens; expected at most the model's context of 256"),
         (lambda llm: llm.generate([[1] * 256]), "fills the model's context of 256 tokens"),
@@ -252,12 +255,41 @@ def test_half_precision_stays_close_to_float32(dtype):
             lambda llm: LLM(llm.config, {}, prefill_lengths=(32, 10**9)),
             "prefill_lengths has 1000000000; expected at most 256, the model's con",
         ),
+        (lambda llm: LLM(llm.config, {}, prefill_lengths=[10**5000]), "prefill_lengths has <an integer of about 5001 digits>; expected"),
+        (lambda llm: LLM(llm.config, {}, mesh=[[1, 2]] * 500), "the mesh is [[1, 2], [1, 2],"),
+        (lambda llm: dataclasses.replace(llm.config, vocab_size=-(10**5000)), "vocab_size is -<an integer of about 5001 digits>; expected"),
+        (lambda llm: dataclasses.replace(llm.config, pad_token_id=10**5000), "pad_token_id has token <an integer of about 5001 digits>"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(scout, call, message):
     with pytest.raises(ValueError, match=re.escape(message)) as refused:
         call(scout)
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "value", [np.ones((20, 20)), ["word"] * 5000, "x" * 5000, -(10**5000)], ids=["an array", "a list", "a text", "an integer"]
+)
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(SamplingParams)])
+def test_a_sampling_parameter_of_any_kind_is_refused_in_one_short_line(name, value):
+    if name == "stop" and isinstance(value, list | str):  # which it may be
+        value = [*value, 3]
+    with pytest.raises(ValueError, match=rf"^{name} is .*; expected ") as refused:
+        SamplingParams(**{name: value})
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("stop", "a list of non-empty strings ([] for none)"),
+        ("stop_token_ids", "a list of token ids ([] for none)"),
+        ("logit_bias", "a mapping from token ids to numbers, or -inf to forbid a token ({} for none)"),
+    ],
+)
+def test_a_list_that_is_none_is_refused_with_what_to_give_instead(name, expected):
+    with pytest.raises(ValueError, match=re.escape(f"{name} is None; expected {expected}")):
+        SamplingParams(**{name: None})
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,13 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from l4jax import SamplingParams
-from l4jax.request import RequestMaker
+from l4jax.calls import _described
+from l4jax.request import Request, RequestMaker
 from l4jax.text.load import Text
 from tests.tiny import llama3_like
 
@@ -30,3 +32,17 @@ def test_no_more_tokens_may_end_an_answer_than_the_programs_have_room_for() -> N
     assert len(maker.request([5], SamplingParams(stop_token_ids=range(2, 65))).stop_ids) == 64  # 2 is one of the model's own
     with pytest.raises(ValueError, match="65 tokens would end the answer, the model's own included; expected at most 64; shorten stop_t"):
         maker.request([5], SamplingParams(stop_token_ids=range(3, 66)))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"stop_token_ids": range(7)}, {"stop_token_ids": [*range(6), 9]}),
+        ({"stop": ["a" * 99]}, {"stop": ["a" * 98 + "b"]}),
+        ({"seed": 1}, {}),
+    ],
+)
+def test_what_differs_between_processes_is_named_in_words_that_differ(one: dict[str, Any], other: dict[str, Any]) -> None:
+    (name,) = one
+    found = [_described(3, Request([1, 2], SamplingParams(**given), 5, ())) for given in (one, other)]
+    assert {key for key in found[0] if found[0][key] != found[1][key]} == {f"{name} of prompt 3, counted from 0,"}

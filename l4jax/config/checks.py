@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-import numbers
 from typing import Any
+
+from sharding.kinds import is_number, shown
 
 
 class ConfigError(ValueError):
@@ -21,5 +22,4 @@ def check_positive(config: Any, *names: str) -> None:
     """Raise :class:`ConfigError` unless these fields are finite numbers above 0."""
     for name in names:
         value = getattr(config, name)
-        number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        check(number and value > 0 and math.isfinite(value), f"{name} is {value!r}; expected a number above 0")
+        check(is_number(value) and 0 < value < math.inf, f"{name} is {shown(value)}; expected a number above 0")

@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 from l4jax.config.checks import check
 from l4jax.config.drafter import DrafterConfig, Eagle1Config, Eagle3Config
 from l4jax.config.model import ModelConfig
+from sharding.kinds import shown
 
 _OF_DRAFTERS = (
     *("version", "decoder", "draft_vocab_size", "target_layers", "target_hidden_size", "target_tokenizer", "aux_layers", "own_embedding"),
@@ -79,7 +80,7 @@ def _to_json(value: Any) -> Any:
 
 def _fields(kinds: Mapping[str, Any], value: Any, where: str) -> dict[str, Any]:
     """Convert an object that has exactly these fields."""
-    check(isinstance(value, Mapping), f"{where} is {value!r}; expected an object")
+    check(isinstance(value, Mapping), f"{where} is {shown(value)}; expected an object")
     unknown, missing = sorted(value.keys() - kinds), sorted(kinds - value.keys())
     check(not unknown, f"{where} has the unknown fields {', '.join(unknown)}; expected {', '.join(kinds)}")
     check(not missing, f"{where} lacks the fields {', '.join(missing)}")
@@ -95,14 +96,14 @@ def _from_json(kind: Any, value: Any, where: str) -> Any:
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return kind(**_fields(typing.get_type_hints(kind), value, where))
     if origin is tuple:
-        check(isinstance(value, list), f"{where} is {value!r}; expected a list")
+        check(isinstance(value, list), f"{where} is {shown(value)}; expected a list")
         items = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
         check(len(items) == len(value), f"{where} has {len(value)} items; expected {len(items)}")
         return tuple(_from_json(item, v, f"{where}[{i}]") for i, (item, v) in enumerate(zip(items, value, strict=True)))
     if origin is Literal:
-        check(value in arguments, f"{where} is {value!r}; expected one of {', '.join(map(repr, arguments))}")
+        check(value in arguments, f"{where} is {shown(value)}; expected one of {', '.join(map(repr, arguments))}")
         return value
     if kind is float and type(value) is int:
         return float(value)
-    check(type(value) is kind, f"{where} is {value!r}; expected {kind.__name__}")
+    check(type(value) is kind, f"{where} is {shown(value)}; expected {kind.__name__}")
     return value

@@ -8,6 +8,7 @@ from typing import Literal
 
 from l4jax.config.checks import check, check_positive
 from l4jax.config.vision import VisionConfig
+from sharding.kinds import shown
 
 Architecture = Literal["llama", "llama4"]
 
@@ -105,7 +106,7 @@ class ModelConfig:
         tokens = [("bos_token_id", self.bos_token_id), ("pad_token_id", self.pad_token_id)]
         for name, token in tokens + [("eos_token_ids", token) for token in self.eos_token_ids]:
             inside = token is None or 0 <= token < self.vocab_size
-            check(inside, f"{name} has token {token}, which is outside the vocabulary of {self.vocab_size}; correct one of them")
+            check(inside, f"{name} has token {shown(token)}, which is outside the vocabulary of {self.vocab_size}; correct one of them")
 
     @property
     def output_weight(self) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sharding.kinds import is_number, is_whole
+from sharding.kinds import is_number, is_whole, shown
 
 MAX_LOGPROBS = 20
 """The most alternatives that can be reported for each token."""
@@ -68,7 +68,7 @@ class SamplingParams:
         def keep(name: str, valid: Callable[[Any], bool], expected: str, of: Callable[[Any], object]) -> None:
             value = getattr(self, name)
             if not valid(value):
-                raise ValueError(f"{name} is {value!r}; expected {expected}")
+                raise ValueError(f"{name} is {shown(value)}; expected {expected}")
             object.__setattr__(self, name, of(value))
 
         def whole(name: str, least: int, most: float, expected: str) -> None:
@@ -91,18 +91,23 @@ class SamplingParams:
                 isinstance(bias, Mapping)
                 and all(is_whole(token) and is_number(x) and (x == -math.inf or abs(x) <= _LARGEST) for token, x in bias.items())
             ),
-            "token ids with numbers, or -inf to forbid a token",
+            "a mapping from token ids to numbers, or -inf to forbid a token ({} for none)",
             lambda bias: {operator.index(token): float(x) for token, x in bias.items()},
         )
         if len(self.logit_bias) > MAX_BIASES:
             raise ValueError(
                 f"logit_bias has {len(self.logit_bias)} tokens; expected at most {MAX_BIASES}; leave out those that matter least"
             )
-        keep("stop", lambda texts: isinstance(texts, tuple) and all(isinstance(s, str) and s for s in texts), "non-empty strings", tuple)
+        keep(
+            "stop",
+            lambda texts: isinstance(texts, tuple) and all(isinstance(s, str) and s for s in texts),
+            "a list of non-empty strings ([] for none)",
+            tuple,
+        )
         keep(
             "stop_token_ids",
             lambda ids: isinstance(ids, tuple) and all(map(is_whole, ids)),
-            "token ids",
+            "a list of token ids ([] for none)",
             lambda ids: tuple(map(operator.index, ids)),
         )
         keep("ignore_eos", lambda ignored: isinstance(ignored, bool | np.bool_), "True or False", bool)

@@ -87,11 +87,13 @@ class SpeculationTable:
         by_dtype = {}
         for name, by_rows in values.items():
             if name not in UNMEASURED or not isinstance(by_rows, Mapping) or not by_rows:
-                raise ValueError(f"the speculation table has {name!r}: {by_rows!r}; expected dtypes and numbers of rows, as in {example}")
+                raise ValueError(
+                    f"the speculation table has {shown(name)}: {shown(by_rows)}; expected dtypes and numbers of rows, as in {example}"
+                )
             entries = {}
             for rows, text in by_rows.items():
                 if not re.fullmatch("[1-9][0-9]{0,6}", rows) or not isinstance(text, str):
-                    raise ValueError(f"the speculation table has {rows!r}: {text!r}; expected numbers of rows, as in {example}")
+                    raise ValueError(f"the speculation table has {shown(rows)}: {shown(text)}; expected numbers of rows, as in {example}")
                 entries[int(rows)] = Speculation.parse(text)
             by_dtype[name] = cls(tuple(sorted(entries.items(), key=lambda entry: entry[0])))
         return by_dtype.get(dtype, cls.always(None))

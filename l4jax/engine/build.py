@@ -23,6 +23,7 @@ from l4jax.engine.speculator import Speculator
 from l4jax.engine.warmup import program_bytes
 from l4jax.parallel.placement import Placement
 from l4jax.text.load import Text
+from sharding.kinds import shown
 from sharding.mesh import MeshSpec
 from sharding.select import RingHardware
 
@@ -76,13 +77,13 @@ class Settings:
         most = -(-context // block) * block
         if max(asked_for) > most:
             raise ValueError(
-                f"prefill_lengths has {max(asked_for)}; expected at most {most}, the model's context of {context} tokens in whole pages; "
-                "no prompt is longer"
+                f"prefill_lengths has {shown(max(asked_for))}; expected at most {most}, the model's context of {context} tokens in whole "
+                "pages; no prompt is longer"
             )
         if self.deterministic and (len(asked_for) > 1 or asked_for[0] % block):
             raise ValueError(
-                f"prefill_lengths is {list(asked_for)} with deterministic=True; expected one length, a multiple of {block} (the tokens of "
-                f"a page{' on all ranks that share them' if ranks > 1 else ''}), such as [{PREFILL_LENGTHS[-1] * ranks}]"
+                f"prefill_lengths is {shown(list(asked_for))} with deterministic=True; expected one length, a multiple of {block} (the "
+                f"tokens of a page{' on all ranks that share them' if ranks > 1 else ''}), such as [{PREFILL_LENGTHS[-1] * ranks}]"
             )
         return tuple(sorted(asked_for))
 

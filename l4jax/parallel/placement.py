@@ -65,7 +65,7 @@ class Placement:
         """Place the model on the devices of this machine, or of all processes if there are several."""
         spec = MeshSpec.parse(mesh) if isinstance(mesh, str) else mesh
         if not isinstance(spec, MeshSpec):
-            raise ValueError(f'the mesh is {mesh!r}; expected a description such as "sequence=4,tensor=2", or an l4jax.MeshSpec')
+            raise ValueError(f'the mesh is {shown(mesh)}; expected a description such as "sequence=4,tensor=2", or an l4jax.MeshSpec')
         return cls(config, spec.build())
 
     def weight_sharding(self, name: str) -> NamedSharding:

@@ -13,6 +13,7 @@ from l4jax.files import is_there, read_json_if_there, read_text
 from l4jax.text.hf_tokenizer import read_tokenizer_config
 from l4jax.text.template import ChatError, ChatTemplate, TemplateRefusal, turns_of
 from l4jax.text.tokenizer import Tokenizer, TokenizerError, check_unicode, token_text
+from sharding.kinds import shown
 
 ROLES = ("system", "user", "assistant", "tool", "ipython")
 
@@ -161,7 +162,7 @@ class _Conversation:
             raise ChatError(f"chat_template_kwargs is of type {type(variables).__name__}; expected the template's variables by name")
         continues = options.get("continue_final_message", False)
         if not isinstance(continues, bool):
-            raise ChatError(f"continue_final_message is {continues!r}; expected True or False")
+            raise ChatError(f"continue_final_message is {shown(continues)}; expected True or False")
         try:
             return cls(
                 # A key with None says what an absent key says; templates test for keys.
@@ -261,8 +262,8 @@ def _check_messages(messages: Any) -> None:
         if not isinstance(message, Mapping):
             raise ChatError(f"message {number} is of type {type(message).__name__}; expected an object with role and content")
         role = message.get("role")
-        if role not in ROLES:
-            raise ChatError(f"message {number} has role {role!r}; expected one of {', '.join(ROLES)}")
+        if not isinstance(role, str) or role not in ROLES:
+            raise ChatError(f"message {number} has role {shown(role)}; expected one of {', '.join(ROLES)}")
         calls = message.get("tool_calls")
         if calls is not None and not (_is_list(calls) and all(isinstance(call, Mapping) for call in calls)):
             raise ChatError(f"message {number} has tool_calls of type {type(calls).__name__}; expected a list of objects")

@@ -17,6 +17,7 @@ from l4jax.text.hf_tokenizer import HfTokenizer
 from l4jax.text.template import ChatError
 from l4jax.text.tiktoken_tokenizer import LLAMA3_SPLIT, LLAMA4_SPLIT
 from l4jax.text.tokenizer import TokenizerError, token_text
+from sharding.kinds import shown
 
 # GGUF's kinds of token. llama.cpp neither prints unknown and unused ones nor finds them in text.
 _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 2, 3, 4, 5
@@ -60,12 +61,14 @@ def _build(metadata: Mapping[str, Any], without: Set[str] = frozenset()) -> toke
     model, pre = metadata["tokenizer.ggml.model"], metadata.get("tokenizer.ggml.pre")
     if model != "gpt2":
         raise TokenizerError(
-            f"GGUF: tokenizer.ggml.model is {model!r}, which is not supported; expected 'gpt2' (byte-level BPE); "
+            f"GGUF: tokenizer.ggml.model is {shown(model)}, which is not supported; expected 'gpt2' (byte-level BPE); "
             "convert the model's Hugging Face files instead"
         )
     if pre not in (*_SPLITS, *_DIGIT_BY_DIGIT):
         known = ", ".join((*_SPLITS, *_DIGIT_BY_DIGIT))
-        raise TokenizerError(f"GGUF: tokenizer.ggml.pre is {pre!r}, a splitting into words that is not supported; expected one of {known}")
+        raise TokenizerError(
+            f"GGUF: tokenizer.ggml.pre is {shown(pre)}, a splitting into words that is not supported; expected one of {known}"
+        )
     tokens, kinds = _list(metadata, "tokenizer.ggml.tokens"), _list(metadata, "tokenizer.ggml.token_type")
     if len(kinds) != len(tokens) or len(set(tokens)) != len(tokens):
         raise TokenizerError(

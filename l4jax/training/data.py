@@ -16,6 +16,7 @@ from l4jax.files import parse_json, reading
 from l4jax.llm import LLM
 from l4jax.text.chat import ChatOptions
 from l4jax.training.folder import reading_own
+from sharding.kinds import shown
 
 _EXPECTED = 'expected an object with "messages", "prompt", or "prompt_token_ids" and "token_ids"'
 _CHECK = "check its name and its permissions"
@@ -113,7 +114,7 @@ def _example(line: dict[str, Any], llm: LLM, default: float) -> Example:
     prompt, answer = _tokens(line, llm)
     for token in (*prompt, *(answer or ())):
         if not 0 <= token < llm.config.vocab_size:
-            raise ValueError(f"it has token id {token}; expected 0 to {llm.config.vocab_size - 1}, the model's vocabulary")
+            raise ValueError(f"it has token id {shown(token)}; expected 0 to {llm.config.vocab_size - 1}, the model's vocabulary")
     temperature = line.get("temperature")
     if temperature is not None:
         SamplingParams(temperature=temperature)

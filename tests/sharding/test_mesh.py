@@ -46,6 +46,8 @@ def test_a_smaller_mesh_takes_the_first_devices():
         ("tensor", "has 'tensor'; expected tensor= and a whole number, as in tensor=8"),
         ("tensor=-1", "has 'tensor=-1'; expected tensor= and a whole number"),
         ("tensor=0", "mesh axis tensor is 0; expected a whole number of at least 1"),
+        ("tensor=1000001", "mesh axis tensor is 1000001; expected a whole number of at least 1, at most 1000000"),
+        (f"tensor={'9' * 5000}", "; expected tensor= and a whole number, as in tensor=8"),
         ("tensor=2,tensor=4", "names tensor twice"),
         ("nowhere.json", "mesh file nowhere.json does not exist"),
     ],

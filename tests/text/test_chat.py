@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -467,6 +468,7 @@ def test_a_refusal_of_several_lines_is_told_in_one() -> None:
         ([*CONVERSATION, {"content": "hi"}], "message 5 has role None; expected one of system, user, assistant, tool, ipython"),
         ([{"role": "robot", "content": "hi"}], "message 1 has role 'robot'"),
         ([{"role": ["user"], "content": "hi"}], "message 1 has role ['user']"),
+        ([{"role": np.array(["user", "tool"]), "content": "hi"}], "message 1 has role array(['user', 'tool']"),
         ([{"role": "user"}], "message 1 has content of type NoneType; expected a text"),
         ([{"role": "user", "content": 5}], "message 1 has content of type int"),
         ([{"role": "user", "content": [{"type": "image"}]}], "message 1 has a content part that is not text"),

@@ -32,6 +32,8 @@ _SUFFIX = ".program"
 _BEGUN = "begun-"
 """How names of files begin that are being written. Those that a killed process has left are removed after an hour."""
 _DIGEST_BYTES = 32
+_PACKAGES = ("l4jax", "jax", "jaxlib", "flax", "numpy")
+"""Those that decide what code a function is traced and compiled to."""
 _ANOTHER = "set XDG_CACHE_HOME to a folder"
 
 
@@ -85,8 +87,8 @@ class Program:
         self._compiled.clear()
 
     def compiled(self) -> list[ProgramInfo]:
-        """The programs that are compiled, or loaded, so far."""
-        return [_info(self.kind, sizes, compiled) for compiled, sizes in self._compiled.values()]
+        """The programs that are compiled, or loaded, so far. Another thread may compile more meanwhile."""
+        return [_info(self.kind, sizes, compiled) for compiled, sizes in list(self._compiled.values())]
 
     def _make(self, arguments: tuple[Any, ...], static: dict[str, Any]) -> jax.stages.Compiled:
         name, kept = "", None
@@ -203,7 +205,7 @@ class Folder:
                     file.write(_checksum(name, payload) + payload)
                 os.replace(written, self.path / (name + _SUFFIX))
             except BaseException:
-                os.unlink(written)
+                Path(written).unlink(missing_ok=True)  # Ctrl-C may come after it got its name
                 raise
             self._make_room()
         except OSError as error:
@@ -211,9 +213,12 @@ class Folder:
             _warn(_why_not(self.path, error))
 
     def _make_room(self) -> None:
-        """Remove unfinished files older than an hour and, while the folder is too large, the programs that were used longest ago."""
+        """Remove unfinished files older than an hour and, while the files are too large, the programs that were used longest ago.
+
+        What else lies in the folder is not ours.
+        """
         found = []
-        for path in self.path.iterdir():
+        for path in (*self.path.glob(f"*{_SUFFIX}"), *self.path.glob(f"{_BEGUN}*")):
             with contextlib.suppress(FileNotFoundError):  # another process has removed it
                 about = path.stat()
                 found.append((about.st_mtime_ns, about.st_size, path))
@@ -292,7 +297,7 @@ def _surroundings(devices: Sequence[jax.Device]) -> object:
     """What compiled code depends on beside the function and its arguments: versions, settings, machine and devices."""
     settings = {name: getattr(jax.config, name, value) for name, value in jax.config.values.items()}
     return (
-        [importlib.metadata.version(package) for package in ("l4jax", "jax", "jaxlib")],
+        [importlib.metadata.version(package) for package in _PACKAGES],
         _SOURCES,
         settings,
         os.environ.get("XLA_FLAGS"),

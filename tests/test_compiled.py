@@ -86,6 +86,11 @@ def test_other_settings_make_another_program(folder: Path, monkeypatch: pytest.M
     assert len(list(folder.iterdir())) == 3
 
 
+def newer(package: str) -> Callable[[str], str]:
+    real = importlib.metadata.version
+    return lambda asked: "99" if asked == package else real(asked)
+
+
 class Topology:
     """Of other devices."""
 
@@ -100,7 +105,8 @@ class Topology:
     ("where", "name", "value"),
     [
         (compiled, "_SOURCES", "changed"),
-        (importlib.metadata, "version", lambda package: "99"),
+        *[(importlib.metadata, "version", newer(package)) for package in ("l4jax", "jax", "jaxlib", "flax", "numpy")],
+        (jax.local_devices()[0].client.__class__, "platform_version", "another compiler"),
         (os, "sched_getaffinity", lambda _: set(range(999))),
         (jax, "process_index", lambda: 1),
         (compiled.topologies, "TopologyDescription", Topology),
@@ -128,6 +134,38 @@ def test_other_models_kinds_and_meshes_make_another_program(folder: Path) -> Non
     for program in (one, two):
         program(jnp.zeros(1), jnp.zeros(1), jnp.ones(1))
     assert len(list(folder.iterdir())) == 2
+
+
+def test_other_static_arguments_make_another_program(folder: Path) -> None:
+    assert Traced(Folder.of_user())(plan=2.0) == 12.0
+    other = Traced(Folder.of_user())
+    assert (other(plan=3.0), other.times, len(list(folder.iterdir()))) == (18.0, 1, 2)
+
+
+def test_arguments_of_another_structure_make_another_program(folder: Path) -> None:
+    """Although their arrays are alike."""
+
+    def minus(weights: jax.Array, of: dict[str, jax.Array]) -> jax.Array:
+        return weights + of.get("more", 0) - of.get("less", 0)
+
+    found = []
+    for name in ("more", "less"):
+        program = Program("minus", jax.jit(minus), "", jax.local_devices()[:1], Folder.of_user())
+        found.append(float(program(jnp.ones(1), {name: jnp.ones(1)})[0]))
+    assert (found, len(list(folder.iterdir()))) == ([2.0, 0.0], 2)
+
+
+def test_programs_may_be_listed_while_another_thread_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    traced, real = Traced(None), compiled._info
+    traced(size=1)
+
+    def info(*arguments: Any) -> compiled.ProgramInfo:
+        traced(size=2 + traced.times)  # as another thread might, between any two
+        return real(*arguments)
+
+    monkeypatch.setattr(compiled, "_info", info)
+    assert len(traced.program.compiled()) == 1
+    assert len(traced.program.compiled()) == 2
 
 
 def test_a_link_to_the_users_own_folder_is_followed(folder: Path, tmp_path: Path) -> None:
@@ -284,6 +322,19 @@ def test_a_full_disk_costs_no_more_than_a_warning(folder: Path, monkeypatch: pyt
     assert not list(folder.iterdir())
 
 
+def test_ctrl_c_after_a_file_got_its_name_is_not_hidden(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.replace
+
+    def interrupted(source: str, target: Path) -> None:
+        real(source, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Traced(Folder.of_user())()
+    assert [path.suffix for path in folder.iterdir()] == [compiled._SUFFIX]
+
+
 def test_where_jax_keeps_what_it_compiles_we_do_not(folder: Path, tmp_path: Path) -> None:
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "jax"))
     assert Folder.of_user() is None
@@ -314,3 +365,15 @@ def test_the_programs_that_were_used_longest_ago_make_room(folder: Path, monkeyp
     loaded = {size: Traced(kept) for size in (4, 1, 3)}
     assert [traced(size=size) for size, traced in loaded.items()] == [6.0] * 3
     assert [traced.times for traced in loaded.values()] == [0] * 3
+
+
+def test_what_else_lies_in_the_folder_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = Folder.of_user()
+    (folder / "notes").write_bytes(bytes(1000))
+    (folder / "older").mkdir()
+    for path in folder.iterdir():
+        os.utime(path, (0, 0))
+    monkeypatch.setattr(compiled, "_KEPT_BYTES", 0)
+    with warnings.catch_warnings(action="error"):
+        Traced(kept)()
+    assert sorted(path.name for path in folder.iterdir()) == ["notes", "older"]

@@ -59,7 +59,8 @@ def test_beside_other_requests_and_requests_for_logits(monkeypatch):
     handles = [engine.add(make.scoring(asked[2], top), ScoresHandle) for top in (None, 3)]
     while llm.step():
         pass
-    check(alone[2], handles[0].logits, asked[2], 3)
+    check(alone[2], logits := handles[0].logits, asked[2], 3)
+    assert [id(array) for array in handles[0]._logits] == [id(logits)], "the logits are held twice"
     assert handles[1].logprobs == alone[2]
 
 

@@ -107,7 +107,8 @@ class ScoresHandle(Handle):
     @property
     def logits(self) -> np.ndarray:
         """Float32 [T, vocabulary]."""
-        return np.concatenate(self._logits)
+        self._logits = [np.concatenate(self._logits)]  # the pieces are dropped: together they are as large
+        return self._logits[0]
 
     @staticmethod
     def _most_new(request: Request) -> int:

@@ -113,22 +113,30 @@ class CacheMemory:
         return CacheShape(self._slots, full, local)
 
     def _cache_bytes(self, shape: CacheShape) -> int:
-        leaves = jax.tree.leaves(self.abstract(shape))
+        leaves: list[jax.ShapeDtypeStruct] = jax.tree.leaves(self.abstract(shape))
         if self._device.platform == "cpu":  # all of its devices share the machine's memory
             return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
-        return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+        return _bytes_on_a_device(leaves)
 
     def _available_bytes(self, weights: Iterable[Array | jax.ShapeDtypeStruct]) -> float:
-        """The memory beside the weights, in bytes, of the process's devices that have least."""
-        return min(map(float, hosts.share(str(own_available_bytes(self._device, weights)))))
+        """The memory beside the weights, in bytes, of the process's devices that have least. Raises ValueError if weights do not fit."""
+        held = 0 if self._device.platform == "cpu" else _bytes_on_a_device(weights)  # a CPU's free memory has the weights already
+        available = min(map(float, hosts.share(str(own_memory_bytes(self._device) - held))))
+        if available <= 0 < held:
+            raise ValueError(
+                f"the weights take {held / 1e9:,.1f} GB of each device, which has {(available + held) / 1e9:,.1f} GB; use more devices, or "
+                "a dtype that takes less memory"
+            )
+        return available
 
 
-def own_available_bytes(device: jax.Device, weights: Iterable[Array | jax.ShapeDtypeStruct]) -> float:
-    """The memory of this process's device beside the weights, in bytes; on a CPU, which holds the weights already, its free memory."""
-    if device.platform == "cpu":
-        return free_bytes()
-    held = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in weights)
-    return (device.memory_stats() or {}).get("bytes_limit", math.inf) - held
+def _bytes_on_a_device(leaves: Iterable[Array | jax.ShapeDtypeStruct]) -> int:
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def own_memory_bytes(device: jax.Device) -> float:
+    """The memory of this process's device, in bytes; of a CPU what is free."""
+    return free_bytes() if device.platform == "cpu" else (device.memory_stats() or {}).get("bytes_limit", math.inf)
 
 
 def free_bytes(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:

@@ -72,15 +72,15 @@ def test_a_cache_takes_a_quarter_of_a_cpus_memory_at_most(monkeypatch: pytest.Mo
     resident = whole._memory.abstract(whole.shape)
     everything = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(resident))
     # A quarter of what is free; with less, to few binary digits, so that the next process has the same programs.
-    monkeypatch.setattr(memory, "own_available_bytes", lambda *_: everything * 4)
+    monkeypatch.setattr(memory, "own_memory_bytes", lambda *_: everything * 4)
     assert llm().engine.shape == whole.shape
     for less in (1, 300):
-        monkeypatch.setattr(memory, "own_available_bytes", lambda *_, less=less: everything * 4 - less)
+        monkeypatch.setattr(memory, "own_memory_bytes", lambda *_, less=less: everything * 4 - less)
         pages = llm().engine.shape.full_pages
         assert pages == {64: 56, 32: 28}[whole.shape.full_pages]
-    monkeypatch.setattr(memory, "own_available_bytes", lambda *_: everything * 4 - cache_bytes(whole) * 2)
+    monkeypatch.setattr(memory, "own_memory_bytes", lambda *_: everything * 4 - cache_bytes(whole) * 2)
     assert whole.shape.full_pages * 0.3 < llm().engine.shape.full_pages < whole.shape.full_pages * 0.7
-    monkeypatch.setattr(memory, "own_available_bytes", lambda *_: 1000)
+    monkeypatch.setattr(memory, "own_memory_bytes", lambda *_: 1000)
     block, data = PAGE_SIZE * (2 if mesh == "sequence=2" else 1), 2 if mesh == "data=2" else 1
     with pytest.raises(
         ValueError,
@@ -102,6 +102,32 @@ class Gpu:
         return {"bytes_limit": self._bytes}
 
 
+def run_on_gpu(monkeypatch: pytest.MonkeyPatch, memory_bytes: int) -> None:
+    """Make caches be sized as for a GPU with this much memory."""
+    initialise = CacheMemory.__init__
+
+    def on_gpu(self: CacheMemory, *arguments: object) -> None:
+        initialise(self, *arguments)
+        self._device = Gpu(memory_bytes)
+
+    monkeypatch.setattr(CacheMemory, "__init__", on_gpu)
+
+
+@pytest.mark.parametrize("kv_tokens", [None, 128])
+def test_weights_that_do_not_fit_on_a_gpu_are_refused_as_weights(
+    kv_tokens: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A smaller cache would not help."""
+    config = shallow(llama3_like(vocab_size=400_000))  # more than 51 MB in float32
+    save(tmp_path / "model", config)
+    run_on_gpu(monkeypatch, 40_000_000)
+    monkeypatch.setattr(Checkpoint, "restore", lambda *_: pytest.fail("weights were read"))
+    message = r"^the weights take 0\.1 GB of each device, which has 0\.0 GB; use more devices, or a dtype that takes less memory$"
+    for call in (lambda: LLM(config, weights(config), kv_tokens=kv_tokens), lambda: load(tmp_path / "model", kv_tokens=kv_tokens)):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
 @pytest.mark.parametrize("drafts", [False, True])
 def test_on_a_gpu_it_takes_what_weights_and_programs_leave(monkeypatch: pytest.MonkeyPatch, drafts: bool) -> None:
     config = dataclasses.replace(DENSE, max_position_embeddings=128_000)
@@ -118,13 +144,7 @@ def test_on_a_gpu_it_takes_what_weights_and_programs_leave(monkeypatch: pytest.M
 
     monkeypatch.setattr(build, "program_bytes", noted)
     limit = 50_000_000
-    initialise = CacheMemory.__init__
-
-    def on_gpu(self: CacheMemory, *arguments: object) -> None:
-        initialise(self, *arguments)
-        self._device = Gpu(limit)
-
-    monkeypatch.setattr(CacheMemory, "__init__", on_gpu)
+    run_on_gpu(monkeypatch, limit)
     llm = LLM(config, weights(config), drafter=made, speculation="chain:2" if drafts else "off", max_batch=2, prefill_lengths=(8, 32))
     engine = llm.engine
     held = sum(leaf.nbytes for leaf in engine.runner.all_weights)
@@ -189,7 +209,7 @@ def test_a_cache_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -
     size = LLM(CONFIG, weights(CONFIG), kv_tokens=2048).engine
     resident = size._memory.abstract(size.shape)
     everything = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(resident))
-    monkeypatch.setattr(memory, "own_available_bytes", lambda *_: everything)
+    monkeypatch.setattr(memory, "own_memory_bytes", lambda *_: everything)
     assert LLM(CONFIG, weights(CONFIG), kv_tokens=2048).engine.shape == size.shape
     with pytest.raises(ValueError, match="a KV cache of 2,049 tokens"):
         LLM(CONFIG, weights(CONFIG), kv_tokens=2049)

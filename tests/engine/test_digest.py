@@ -8,9 +8,10 @@ from collections.abc import Callable
 
 import pytest
 
+from l4jax.engine.commands import _checksum
 from l4jax.engine.scheduler import Scheduler
 from l4jax.engine.sequence import Flight, Sequence, State
-from l4jax.engine.step import Plan, Results, RowResult
+from l4jax.engine.step import Burst, BurstRow, PieceRow, Plan, Prefill, Results, RowResult, Step
 from tests.engine.calls import CHUNKED, added, finish, prefilled
 
 
@@ -149,3 +150,30 @@ def test_the_same_calls_and_results_give_the_same_digests_and_others_do_not():
     assert digests(range(6), 7) == digests(range(6), 7)
     assert len({*digests(range(6), 7), *digests(range(1, 7), 7)}) == 16
     assert [one == other for one, other in zip(digests(range(6), 7), digests(range(6), 8), strict=True)] == [True] + [False] * 7
+
+
+PIECE = PieceRow(
+    request=1, slot=2, start=4, tokens=(5, 6), before=(), first=True, last=False, prompt_length=9, following=7, full=(3, 4, 5), local=(8, 9)
+)
+ROW = BurstRow(request=1, slot=2, limit=9, full=(3, 4, 5), local=(8, 9))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("request", 9), ("slot", 9), ("start", 9), ("limit", 8), ("tokens", (5, 6, 7)), ("first", False), ("last", True)],
+        *[("full", (3, 4)), ("full", (3, 4, 6)), ("full", (3, 9, 5)), ("full", (2, 3, 4, 5))],
+        *[("local", (8,)), ("local", (7, 9)), ("local", (8, 7)), ("local", ())],
+    ],
+)
+def test_what_programs_are_told_of_a_row_changes_a_steps_checksum(name, value):
+    def step(piece, row):
+        return Step(1, (), (), (), (), (), Prefill(8, (None, piece), False), Burst(2, None, (row, None)))
+
+    expected = _checksum(step(PIECE, ROW))
+    assert expected == _checksum(step(dataclasses.replace(PIECE), dataclasses.replace(ROW)))
+    changed = [row for row in (PIECE, ROW) if hasattr(row, name)]
+    assert changed
+    for row in changed:
+        other = dataclasses.replace(row, **{name: value})
+        assert _checksum(step(other, ROW) if row is PIECE else step(PIECE, other)) != expected

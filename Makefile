@@ -66,7 +66,7 @@ $(STAMP) $(OLDEST)/.installed: pyproject.toml
 	  echo "Making $(@D) with $$("$$found" --version)"; \
 	  "$$found" -m venv --clear $(@D) || exit 1; \
 	fi
-	@echo "Installing l4jax and its dependencies into $(@D)"
+	@echo "Installing l4jax and its dependencies into $(@D): some minutes, about 900 MB"
 	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(filter constraints%,$^) hatchling editables
 	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(filter constraints%,$^) --no-build-isolation --editable '.[dev]'
 	@touch $@

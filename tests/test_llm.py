@@ -202,6 +202,7 @@ def test_half_precision_stays_close_to_float32(dtype):
         (lambda llm: llm.generate([{3: "prompt"}]), "a prompt is {3: 'prompt'}; expected text or a list of token ids"),
         (lambda llm: llm.stream({1, 2}), "a prompt is {1, 2}; expected text or a list of token ids"),
         (lambda llm: llm.logits([iter([1, 2])]), "a prompt is <list_iterator"),
+        (lambda llm: llm.generate(prompt for prompt in [[1], [2]]), "the prompts are <generator"),
         (lambda llm: llm.generate(b""), "a prompt is b''; expected text or a list of token ids"),
         (lambda llm: llm.generate([np.zeros((3, 1))]), "expected text or a list of token ids"),
         (lambda llm: llm.warmup(max_length="10"), "max_length is '10'; expected 2 (a prompt and a token) to 256"),

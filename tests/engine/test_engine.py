@@ -181,6 +181,8 @@ class Oracle(RuleBasedStateMachine):
 
     def see(self, step: Step) -> None:
         self.steps += 1
+        self.loaded |= {load.request for load in step.loads}
+        self.check_pages()
         seen, chunk = self.seen, self.chunk
         for row in filter(None, step.pieces):
             again = row.first and row.request in self.begun
@@ -197,7 +199,6 @@ class Oracle(RuleBasedStateMachine):
         seen["zeroed"] += len(step.zero_full)
         seen["saved"] += len(step.saves)
         seen["loaded"] += len(step.loads)
-        self.loaded |= {load.request for load in step.loads}
         seen["two deep"] += len(self.llm.engine._in_flight)
 
     @rule(steps=st.sampled_from([1, 2, 3, 10]))
@@ -283,15 +284,20 @@ class Oracle(RuleBasedStateMachine):
                 self.end(lacking[0])
         return multiple(*crowd)
 
-    @invariant()
-    def check(self) -> None:
-        """No page is lost, and what a burst did not need is back; and the answers that are there are right."""
-        scheduler = self.llm.engine._scheduler
+    def check_pages(self) -> None:
+        """None is lost, and what a burst did not need is back."""
+        scheduler, held = self.llm.engine._scheduler, self.llm.engine._held
         scheduler.check()
+        loaded = self.loaded | ({load.request for load in held[0].loads} if held else set())
         for sequence in scheduler._active():
             # One that comes back from host memory has pages for a burst until its first results.
-            if sequence.state is State.RUNNING and sequence.committed >= sequence.target and sequence.request not in self.loaded:
+            if sequence.state is State.RUNNING and sequence.committed >= sequence.target and sequence.request not in loaded:
                 assert len(sequence.full) <= scheduler.options.shape.full_pages(sequence.high)
+
+    @invariant()
+    def check(self) -> None:
+        """No page is lost, and the answers that are there are right."""
+        self.check_pages()
         over = [one for one in self.under_way if one.over]
         self.under_way = [one for one in self.under_way if not one.over]
         for one in over:

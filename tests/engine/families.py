@@ -13,6 +13,7 @@ import numpy as np
 
 from l4jax import LLM, Completion, SamplingParams
 from l4jax.config import ModelConfig
+from l4jax.decoding.generate import BURST
 from l4jax.decoding.plan import Speculation, SpeculationTable
 from l4jax.engine.step import Step
 from l4jax.text.hf_tokenizer import HfTokenizer
@@ -28,42 +29,55 @@ SIZES = {"vocab_size": VOCABULARY, "max_position_embeddings": CONTEXT, "tie_word
 CHAIN = Speculation.parse("chain:3")
 
 
+class Expected:
+    """What a request gets alone, in ``plain``."""
+
+    plain: LLM
+
+    @functools.cached_property
+    def known(self) -> dict[str, Completion]:
+        return {}
+
+    def expected(self, prompt: list[int], params: SamplingParams) -> Completion:
+        """What the request gets alone, nothing being cached. It is computed once: while a failure is shrunk, it is asked for often."""
+        asked = repr((prompt, params))
+        if asked not in self.known:
+            handle = self.plain.add(prompt, params)
+            handle._sequence.scope = None
+            while not handle.over:
+                self.plain.step()
+            assert handle.completion is not None
+            self.known[asked] = handle.completion
+        return self.known[asked]
+
+
 @dataclasses.dataclass(frozen=True)
-class Family:
+class Family(Expected):
     """A model, perhaps with a drafter. In chunks of 256 tokens a prefix can end inside one, at a page's end; in shorter ones it cannot."""
 
     config: ModelConfig
     drafts: bool
+    row_buckets: tuple[int, ...] = (SLOTS,)
 
     deterministic = False
 
     @functools.cached_property
     def llm(self) -> LLM:
-        """Three slots, and pages for two and a half requests of the longest context."""
+        """Three slots, and pages for two and a half requests of the longest context; pieces are of two rows, and of 32 or 128 tokens."""
         table = SpeculationTable(((1, CHAIN), (2, None), (3, CHAIN)))
         made = dataclasses.replace(loaded_drafter(drafter(self.config, aux_layers=(0, 1, 2))), table=table) if self.drafts else None
         size = {"max_batch": SLOTS, "kv_tokens": 10 * 128, "prefill_lengths": (32, 128)}
         llm = LLM(self.config, weights(self.config), drafter=made, tokenizer=TOKENIZER, **size)
-        # One row of 128 tokens, or two of 32; a burst of two rows has one of padding.
-        return with_options(llm, row_buckets=(1, SLOTS), piece_rows=(1, 2), piece_tokens=64)
+        return with_options(llm, row_buckets=self.row_buckets, piece_rows=(2,))
 
     @functools.cached_property
     def plain(self) -> LLM:
-        """The same model without a drafter, for one request at a time."""
-        return alone(self.config)
-
-    def expected(self, prompt: list[int], params: SamplingParams) -> Completion:
-        """What the request gets alone, nothing being cached."""
-        handle = self.plain.add(prompt, params)
-        handle._sequence.scope = None
-        while not handle.over:
-            self.plain.step()
-        assert handle.completion is not None
-        return handle.completion
+        """An engine for one request at a time, that drafts nothing. Its pieces are all short, so most end where no others do."""
+        return watched(self.llm, lambda _: None, plans=((1, None),), piece_lengths=(32,))
 
 
 @dataclasses.dataclass(frozen=True)
-class Deterministic:
+class Deterministic(Expected):
     """A model in deterministic mode, in this dtype, that always speculates so."""
 
     config: ModelConfig
@@ -91,13 +105,6 @@ class Deterministic:
         """An engine with the same options and programs, for one request at a time."""
         return watched(self.llm, lambda _: None)
 
-    expected = Family.expected
-
-
-@functools.cache
-def alone(config: ModelConfig) -> LLM:
-    return LLM(config, weights(config), max_batch=1, prefill_lengths=(CONTEXT,), tokenizer=TOKENIZER)
-
 
 CONFIGS = {
     "llama3": shallow(llama3_like(**SIZES)),
@@ -105,17 +112,12 @@ CONFIGS = {
     "llama4 in chunks of 256": shallow(scout_like(attention_chunk_size=256, **SIZES)),
 }
 FAMILIES = {
-    name + (", with a drafter" if drafts else ""): Family(CONFIGS[name], drafts)
-    for name, drafts in (
-        ("llama3", False),
-        ("llama3", True),
-        ("llama4 in chunks of 16", False),
-        ("llama4 in chunks of 16", True),
-        ("llama4 in chunks of 256", True),
-    )
+    "llama3": Family(CONFIGS["llama3"], drafts=False),
+    "llama3, with a drafter": Family(CONFIGS["llama3"], drafts=True, row_buckets=(1, SLOTS)),
+    "llama4 in chunks of 16": Family(CONFIGS["llama4 in chunks of 16"], drafts=False),
+    "llama4 in chunks of 16, with a drafter": Family(CONFIGS["llama4 in chunks of 16"], drafts=True),
+    "llama4 in chunks of 256, with a drafter": Family(CONFIGS["llama4 in chunks of 256"], drafts=True),
 }
-
-
 _16, _256 = CONFIGS["llama4 in chunks of 16"], CONFIGS["llama4 in chunks of 256"]
 DETERMINISTIC = {
     "llama3, float32, a chain": Deterministic(CONFIGS["llama3"], "float32", "chain:3"),
@@ -127,10 +129,21 @@ DETERMINISTIC = {
 }
 
 
+class Unmeasured:
+    """In the place of a BurstClock: no burst is too long, so that the same calls make the same steps on any machine."""
+
+    most_steps = BURST
+
+    def measure(self, *of: object, **how: object) -> None:
+        pass
+
+
 def watched(llm: LLM, see: Callable[[Step], None], **options: Any) -> LLM:
-    """The same model with other options, its prefix cache empty; ``see`` is called with each step before it is dispatched."""
+    """The same model and programs with other options, as if nothing had run; ``see`` is called with each step before it is dispatched."""
     other = with_options(llm, **options)
+    other.engine._clock = Unmeasured()
     runner = other.engine.runner = copy.copy(llm.engine.runner)
+    runner._ready = set()
     vars(runner).pop("dispatch", None)  # that of an LLM that is watched itself
     dispatch = runner.dispatch
 

@@ -29,7 +29,7 @@ import jax
 from jax._src.distributed import global_state
 
 from sharding import monitor
-from sharding.kinds import is_number, is_whole
+from sharding.kinds import is_number, is_whole, shown
 from sharding.rendezvous import Arrival, Rendezvous, check_alone, check_in
 from sharding.words import counted
 
@@ -303,25 +303,25 @@ def _exchange_begun() -> str | None:
 
 def _waiting_time(timeout_seconds: float) -> float:
     if not is_number(timeout_seconds) or not 0 < timeout_seconds <= threading.TIMEOUT_MAX:
-        raise ValueError(f"timeout_seconds is {timeout_seconds!r}; expected a number above 0, at most {threading.TIMEOUT_MAX:g}")
+        raise ValueError(f"timeout_seconds is {shown(timeout_seconds)}; expected a number above 0, at most {threading.TIMEOUT_MAX:g}")
     return float(timeout_seconds)
 
 
 def _join_arguments(coordinator: str, processes: int | None, process_id: int | None, timeout_seconds: float) -> dict[str, Any]:
     """Check the arguments of :func:`join`; returns those of ``jax.distributed.initialize``, none if the coordinator is "auto"."""
     if not isinstance(coordinator, str):
-        raise ValueError(f"the coordinator is {coordinator!r}; expected {_COORDINATOR}")
+        raise ValueError(f"the coordinator is {shown(coordinator)}; expected {_COORDINATOR}")
     for what, number in (("number of processes", processes), ("process id", process_id)):
         # What a launcher sets in the environment is text.
         if number is not None and not is_whole(number):
-            raise ValueError(f"the {what} is {number!r}; expected a whole number")
+            raise ValueError(f"the {what} is {shown(number)}; expected a whole number")
     if coordinator == "auto":
         if processes is not None or process_id is not None:
             raise ValueError("the coordinator is auto, which finds the number of processes and the process id too; leave both out")
         return {}
     host, _, port = coordinator.rpartition(":")
     if not host or not (port.isascii() and port.isdigit()) or not 1 <= int(port) <= 65535:
-        raise ValueError(f"the coordinator is {coordinator!r}; expected {_COORDINATOR}")
+        raise ValueError(f"the coordinator is {shown(coordinator)}; expected {_COORDINATOR}")
     if processes is None or process_id is None:
         missing = "number of processes" if processes is None else "process id"
         raise ValueError(

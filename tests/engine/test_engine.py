@@ -30,6 +30,7 @@ from hypothesis.stateful import (
 )
 
 from l4jax import Completion, SamplingParams
+from l4jax.cache import PAGE_SIZE
 from l4jax.engine.handle import Handle
 from l4jax.engine.sequence import State
 from l4jax.engine.step import Step
@@ -223,11 +224,12 @@ class Oracle(RuleBasedStateMachine):
         return asked
 
     @precondition(lambda self: any(map(short, self.answered)))
-    @rule(target=asked, earlier=asked.filter(short), seed=SEEDS, params=PARAMS)
-    def follow_up(self, earlier: Asked, seed: int, params: SamplingParams) -> Asked:
-        """The next prompt is an earlier one, its answer, and a token more."""
+    @rule(target=asked, earlier=asked.filter(short), at_page_end=st.booleans(), seed=SEEDS, params=PARAMS)
+    def follow_up(self, earlier: Asked, at_page_end: bool, seed: int, params: SamplingParams) -> Asked:
+        """The next prompt is an earlier one, its answer, and a token more; or what of it fills pages, and then another token."""
         self.wait()
-        prompt = [*earlier.prompt, *earlier.handle.tokens, *text(seed, 1)]
+        before = [*earlier.prompt, *earlier.handle.tokens]
+        prompt = before[: len(before) // PAGE_SIZE * PAGE_SIZE if at_page_end else None] + text(seed, 1)
         return self.note(Asked(prompt, params, self.llm.add(prompt, params)))
 
     @precondition(lambda self: self.under_way)

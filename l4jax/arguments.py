@@ -89,7 +89,8 @@ def token_ids(prompt: Sequence[int]) -> list[int]:
             raise TypeError
         return [operator.index(cast(int, token)) for token in items]
     except TypeError as error:
-        raise ValueError(f"a prompt is {shown(prompt)}; expected text or a list of token ids") from error
+        advice = "; use chat, or stream_chat, for a conversation" if isinstance(prompt, Mapping) else ""
+        raise ValueError(f"a prompt is {shown(prompt)}; expected text or a list of token ids{advice}") from error
 
 
 def sampling_params(params: object) -> SamplingParams:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+from collections import deque
 from collections.abc import Sequence
 
 from l4jax.arguments import of_each_prompt, truth
@@ -26,15 +27,23 @@ def run[H: Handle](engine: Engine, requests: Sequence[Request], kind: type[H], *
     with kept_interrupts() as check_interrupts, bar_if(truth("progress", progress)) as show:
         of_each_prompt(functools.partial(engine.check, kind=kind), requests)
         handles: list[H] = []
+        waiting: deque[H] = deque()  # the first of them is not over, or was not when it was last looked at
+
+        def all_over() -> bool:
+            while waiting and waiting[0].over:
+                waiting.popleft()
+            return not waiting
 
         def check() -> None:
-            show("prompts", sum(handle.over for handle in handles), len(handles))
+            if progress:
+                show("prompts", sum(handle.over for handle in handles), len(handles))
             check_interrupts()
 
         try:
             for request in requests:
                 handles.append(engine.add(request, kind))
-            engine.run_until(lambda: all(handle.over for handle in handles), check)
+            waiting.extend(handles)
+            engine.run_until(all_over, check)
         finally:
             for handle in handles:
                 handle.cancel()

@@ -19,7 +19,8 @@ from l4jax.config import ModelConfig
 from l4jax.decoding.params import MAX_LOGPROBS, SamplingParams
 from l4jax.decoding.speculate import BeyondTraining
 from l4jax.engine.build import Parts, Settings, build_engine
-from l4jax.engine.handle import Handle, ScoresHandle
+from l4jax.engine.handle import Handle
+from l4jax.engine.scores import ScoresHandle
 from l4jax.interrupts import kept_interrupts
 from l4jax.parallel.placement import DrafterPlacement, Placement
 from l4jax.parallel.spread import H100_RING

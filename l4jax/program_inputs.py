@@ -33,6 +33,10 @@ def _row(spec: MeshSpec) -> Any:
     return partition(spec, "batch")
 
 
+def _abstract_rows(placement: Placement, dtype: Any, *shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=placement.array_sharding("batch"))
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Weights:
@@ -134,6 +138,14 @@ class Piece:
         layout: Any = PieceLayout(positions, row) if spec.token_ranks.count > 1 else PartitionSpec()
         return cls(row, row, row, row, row, row, row, row, row, layout)
 
+    @classmethod
+    def abstract(cls, placement: Placement, length: int, tables: PageTables, layout: PieceLayout | None, *, drafts: bool) -> Piece:
+        """Its shapes, dtypes and shardings, for pieces of ``length`` tokens with these tables."""
+        rows = len(tables.full_BW)
+        ints, flags = _abstract_rows(placement, jnp.int32, rows), _abstract_rows(placement, jnp.bool_, rows)
+        tokens = _abstract_rows(placement, jnp.int32, rows, length)
+        return cls(tokens, ints, ints, ints, flags, ints, ints, tables, tables if drafts else None, layout)
+
     @property
     def tokens(self) -> SlotTokens:
         """Its tokens, to count."""
@@ -172,6 +184,12 @@ class Burst:
         """How it is sharded: by rows."""
         row, everywhere = _row(spec), PartitionSpec()
         return cls(row, row, row, row, everywhere)  # type: ignore[arg-type]  # specs in the place of arrays
+
+    @classmethod
+    def abstract(cls, placement: Placement, tables: PageTables, *, drafts: bool) -> Burst:
+        """Its shapes, dtypes and shardings, for rows with these tables."""
+        ints = _abstract_rows(placement, jnp.int32, len(tables.full_BW))
+        return cls(ints, ints, tables, tables if drafts else None, host_array(0, np.int32))
 
 
 @jax.tree_util.register_dataclass

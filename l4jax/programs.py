@@ -82,7 +82,7 @@ class Programs:
         self.save = self._program(self._save, (resident, pages), copy, donated=())
         self.load = self._program(self._load, (resident, copy, pages), resident, donated=0)
         pools = partition(spec, *CACHE_AXES)
-        scored = pools, PartitionSpec(*positions, self._vocab.axes or None), PartitionSpec(*positions)
+        scored = pools, PartitionSpec(*positions, self._vocab.axes or None), everywhere
         self.score = self._program(self._score, (weights, pools, Piece.specs(spec), row), scored)
 
     @property
@@ -258,4 +258,8 @@ class Programs:
             follows_BT = tokens_at(follows_BT, piece.layout.position_RBT[self._ranks.index()], piece.start_B)
         B, T, V = logits_BTV.shape
         logprobs = token_logprobs(logits_BTV.reshape(B * T, V), follows_BT.reshape(B * T), jnp.any(wanted_B), self._vocab)
-        return cache, logits_BTV, jax.tree.map(lambda leaf: leaf.reshape(B, T, *leaf.shape[1:]), logprobs)
+
+        def of_all(leaf: Array) -> Array:
+            return self._of_all_rows(self._ranks.concatenate(leaf.reshape(B, T, *leaf.shape[1:]), axis=1))
+
+        return cache, logits_BTV, jax.tree.map(of_all, logprobs)

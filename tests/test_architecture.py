@@ -132,3 +132,14 @@ def test_every_name_on_the_page_exists():
         return split > 0 and defined(MODULES[".".join(parts[:split])], parts[split:])
 
     assert [name for name in names if not exists(name)] == []
+
+
+def test_no_file_of_the_engine_knows_both_text_and_arrays() -> None:
+    found = {
+        name: {other.split(".")[0] if other.split(".")[0] != "l4jax" else ".".join(other.split(".")[:2]) for other in imported(tree)}
+        for name, tree in MODULES.items()
+        if name.startswith("l4jax.engine.")
+    }
+    both = [name for name, others in found.items() if "l4jax.text" in others and others & {"jax", "numpy", "jaxtyping"}]
+    # It puts together what others made.
+    assert both == ["l4jax.engine.build"]

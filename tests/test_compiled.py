@@ -20,11 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from l4jax import compiled
+from l4jax import LLM, SamplingParams, compiled
 from l4jax.compiled import Folder, Program
 from l4jax.parallel.placement import Placement
 from l4jax.programs import Programs
-from tests.tiny import llama3_like
+from tests.tiny import drafter, few_tokens, llama3_like, loaded_drafter, prompts, weights
 
 NOT_KEPT = r"^compiled programs are not kept for the next start: [^\n]*%s$"
 
@@ -75,6 +75,29 @@ def test_what_one_process_compiled_the_next_loads_without_tracing(folder: Path) 
     # Others are not mistaken for it.
     assert (Traced(Folder.of_user(), context="another", factor=2.0)(), Traced(Folder.of_user())(size=2)) == (4.0, 6.0)
     assert len(list(folder.iterdir())) == 3
+
+
+def test_an_engine_loads_all_that_another_compiled_and_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    begin, config = LLM._begin, few_tokens(llama3_like)
+    monkeypatch.setattr(LLM, "_begin", lambda self, parts: begin(self, dataclasses.replace(parts, folder=Folder.of_user())))
+    draft = loaded_drafter(drafter(config, aux_layers=(0, 1)))
+
+    def answers() -> tuple[Any, Any, Any]:
+        options = {"speculation": "chain:2", "deterministic": True, "max_batch": 2, "prefill_lengths": (128,)}
+        # Both rows come to a second page, and there are three: one row is saved and loaded.
+        llm = LLM(config, weights(config), drafter=draft, kv_tokens=3 * 128, **options)
+        llm.warmup()
+        completions = llm.generate(prompts(config, (115, 120)), SamplingParams(max_tokens=40, seed=1, logprobs=1, frequency_penalty=0.1))
+        return [(c.token_ids, c.logprobs, c.stats.accepted) for c in completions], llm.score([[1, 2, 3]], top=2), llm.programs()
+
+    first = answers()
+    assert {"prefill", "speculate", "score", "update_slots", "save", "load"} <= {info.kind for info in first[2]}
+
+    def traced(self: Program, *arguments: Any, **static: Any) -> None:
+        pytest.fail(f"{self.kind} is traced again")
+
+    monkeypatch.setattr(Program, "lower", traced)
+    assert answers() == first
 
 
 def test_other_settings_make_another_program(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -199,6 +199,7 @@ def test_half_precision_stays_close_to_float32(dtype):
         (lambda llm: llm.stream([1], {}), "the sampling params are {}; expected l4jax.SamplingParams"),
         (lambda llm: llm.stream([1], [SamplingParams()]), "the sampling params are [SamplingParams("),
         (lambda llm: llm.generate([{"prompt": 3}]), "a prompt is {'prompt': 3}; expected text or a list of token ids"),
+        (lambda llm: llm.generate([{"role": "user", "content": "hi"}]), "token ids; use chat, or stream_chat, for a conversation"),
         (lambda llm: llm.generate([{3: "prompt"}]), "a prompt is {3: 'prompt'}; expected text or a list of token ids"),
         (lambda llm: llm.stream({1, 2}), "a prompt is {1, 2}; expected text or a list of token ids"),
         (lambda llm: llm.logits([iter([1, 2])]), "a prompt is <list_iterator"),

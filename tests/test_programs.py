@@ -157,8 +157,11 @@ def test_nothing_compiles_after_warm_up(row_buckets):
                     max_tokens=int(rng.integers(1, 9)),
                     temperature=float(rng.choice([0.0, 0.8])),
                     top_k=int(rng.integers(0, 5)),
+                    top_p=float(rng.choice([1.0, 0.9])),
                     min_p=float(rng.choice([0.0, 0.1])),
+                    repetition_penalty=float(rng.choice([1.0, 1.2])),
                     presence_penalty=float(rng.choice([0.0, 0.0, 0.5])),
+                    frequency_penalty=float(rng.choice([0.0, 0.5])),
                     logit_bias={} if rng.random() < 0.7 else {int(token): 1.0 for token in rng.integers(0, config.vocab_size, 12)},
                     stop_token_ids=rng.integers(0, config.vocab_size, rng.integers(0, 12)).tolist(),
                     logprobs=None if rng.random() < 0.7 else 3,
@@ -166,6 +169,12 @@ def test_nothing_compiles_after_warm_up(row_buckets):
                 )
                 for _ in range(size)
             ]
-            completions = llm.generate(prompts(config, tuple(rng.integers(1, 200, size)), seed=served), params)
-            served += len(completions)
+            asked = prompts(config, tuple(rng.integers(1, 200, size)), seed=served)
+            cancelled = llm.add(asked[0], params[0])
+            llm.step()
+            cancelled.cancel()
+            served += len(llm.generate(asked, params))
+            if rng.random() < 0.1:
+                llm.score(asked, top=3)
+                llm.logits(asked)
         assert compiled == []

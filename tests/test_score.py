@@ -8,7 +8,7 @@ from scipy.special import log_softmax
 
 from l4jax import LLM, SamplingParams
 from l4jax.engine import results
-from l4jax.engine.handle import ScoresHandle
+from l4jax.engine.scores import ScoresHandle
 from l4jax.request import TokenLogprob
 from tests.tiny import llama3_like, prompts, scout_like, shallow, weights
 

@@ -135,6 +135,27 @@ def test_a_stream_left_early_does_no_harm(llm):
     assert llm.generate("fox", PARAMS)[0].token_ids == expected
 
 
+def test_ctrl_c_loses_no_piece_of_a_stream(llm, monkeypatch):
+    expected, stream = llm.generate("the dog", PARAMS)[0].text, llm.stream("the dog", PARAMS)
+    run, pieces, interrupt = llm.engine.run_until, [], True
+
+    def interrupted(*given):
+        run(*given)
+        if interrupt:
+            raise KeyboardInterrupt  # after a piece came, before it is returned
+
+    monkeypatch.setattr(llm.engine, "run_until", interrupted)
+    while True:
+        try:
+            pieces.append(next(stream))
+            interrupt = True
+        except KeyboardInterrupt:
+            interrupt = False
+        except StopIteration:
+            break
+    assert len(pieces) > 2 and "".join(pieces) == expected
+
+
 def test_chat_answers_in_the_models_format(llm):
     messages = [{"role": "user", "content": "hi <|im_end|>"}]
     completion = llm.chat(messages, SamplingParams(max_tokens=20, seed=1))

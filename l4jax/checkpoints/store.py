@@ -332,7 +332,8 @@ def _open(path: str | os.PathLike[str]) -> tuple[Stored, dict[str, Any]]:
     if directory.resolve().name.endswith(SUFFIX):
         raise CheckpointError(f"{directory} is an unfinished conversion; run the same `l4jax convert` again to finish it")
     if not (directory / MANIFEST).is_file():
-        raise CheckpointError(f"{directory} has no {MANIFEST}; expected a folder made by `l4jax convert`: convert {directory.name} first")
+        model = directory.resolve().name  # "." has no name of its own
+        raise CheckpointError(f"{directory} has no {MANIFEST}; expected a folder made by `l4jax convert`: convert {model} first")
     manifest = read_json(directory / MANIFEST, MAKE_AGAIN)
     if manifest.get("format_version") != FORMAT_VERSION:
         version = manifest.get("format_version")

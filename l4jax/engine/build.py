@@ -135,11 +135,10 @@ def build_engine(parts: Parts) -> Engine:
 
     def needed_bytes(shape: CacheShape) -> int:
         runner.lay_out(shape)
-        needed = program_bytes(runner, options, memory.abstract(shape), context)
-        runner.programs.forget()  # the cache gets another size
-        return needed
+        return program_bytes(runner, options, memory.abstract(shape), context)
 
     shape = memory.shape(settings.kv_tokens, runner.all_weights, needed_bytes)
+    runner.lay_out(shape)
     options = dataclasses.replace(options, full_pages=shape.full_pages, local_pages=shape.local_pages)
     return Engine(runner, memory, shape, options, parts.text.tokenizer)
 

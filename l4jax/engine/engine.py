@@ -136,8 +136,8 @@ class Engine:
             return act()
         finally:
             if mine:
+                self._driver = None  # at once: while this thread waits to tell the others, a second Ctrl-C may come
                 with self._turn:
-                    self._driver = None
                     self._turn.notify_all()
 
     def _check_driver(self) -> None:

@@ -6,12 +6,10 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-import numpy as np
-
 from l4jax.answer import NO_ROUNDS, Answer, NewTokens
 from l4jax.engine.results import RowOutput
 from l4jax.engine.sequence import Sequence
-from l4jax.request import Completion, Request, TokenLogprob
+from l4jax.request import Completion, Request
 from l4jax.text.tokenizer import Tokenizer
 
 
@@ -94,38 +92,3 @@ class TextHandle(Handle):
 
     def _show(self, text: str) -> None:
         self._text.append(text)
-
-
-class ScoresHandle(Handle):
-    """A prompt that is scored: it has log-probabilities, if its request asks for them, or logits; both are whole once it is over."""
-
-    def __init__(self, number: int, request: Request, tokenizer: Tokenizer | None, cancel: Callable[[int], None]) -> None:
-        super().__init__(number, request, tokenizer, cancel)
-        self.logprobs: list[TokenLogprob] = []
-        self._logits: list[np.ndarray] = []
-
-    @property
-    def logits(self) -> np.ndarray:
-        """Float32 [T, vocabulary]."""
-        self._logits = [np.concatenate(self._logits)]  # the pieces are dropped: together they are as large
-        return self._logits[0]
-
-    @staticmethod
-    def _most_new(request: Request) -> int:
-        return 1
-
-    def _new_sequence(self) -> Sequence:
-        prompt = list(self.request.token_ids)
-        return Sequence(self._number, prompt, len(prompt) + 1, scope=None, scores=True)
-
-    def _restart(self) -> None:
-        self.logprobs.clear()
-        self._logits.clear()
-
-    def _take(self, tokens: tuple[int, ...], output: RowOutput) -> bool:
-        self.logprobs += output.logprobs or ()
-        self._logits += [] if output.logits_TV is None else [output.logits_TV]
-        return False
-
-    def _complete(self) -> None:
-        pass

@@ -94,13 +94,17 @@ class Runner:
             raise ValueError(f"there is no memory for a KV cache of {held} tokens; set a lower kv_tokens, or max_batch") from error
 
     def lay_out(self, shape: CacheShape) -> None:
-        """Build inputs for a cache of this size from now on."""
+        """Build inputs for a cache of this size from now on, and drop the programs for one of another size."""
         if shape != self._inputs.shape:
             self._ready.clear()
+            self.programs.forget()
         self._inputs = self._inputs_for(shape)
 
     def stop(self) -> None:
-        """Free the cache, and drop saved sequences."""
+        """Free the cache, and drop saved sequences. The traceback of an error that is kept may still refer to the cache."""
+        for leaf in jax.tree.leaves(self._resident):
+            if not leaf.is_deleted():
+                leaf.delete()
         self._resident = None
         self._saved = SavedSequences(self.programs, self._spec)
 

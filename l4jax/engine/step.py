@@ -11,7 +11,7 @@ chunks): at least one page of each kind that the model has. The drafter's layers
 
 The rows of a program share one loop over pages, up to the end of the longest row, so every row reads that many pages. What a
 row reads after its own end is masked, but 0 x NaN is NaN, so no row may read a page that may hold another row's NaN. Therefore the runner
-pads a table with the row's own last page (:func:`padded`). A padding row reads page 0, whatever it holds: its results are dropped,
+pads a table with the row's own last page (``engine.tables``). A padding row reads page 0, whatever it holds: its results are dropped,
 as are those of a row that is done.
 
 The next step may run a failed row again before the host knows that it failed. That spoils no other row: the failed row writes only
@@ -28,11 +28,6 @@ from l4jax.engine.sequence import Sequence
 Table = tuple[int, ...]
 PageOnRank = tuple[int, int]
 """A data rank, and one of its pages."""
-
-
-def padded(table: Table, count: int) -> Table:
-    """A row's table, which is not empty, padded to ``count`` pages, those of the program's longest row; see the module."""
-    return table + table[-1:] * (count - len(table))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,6 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +14,9 @@ import numpy as np
 from l4jax.cache import CacheShape
 from l4jax.compiled import Call, device_bytes
 from l4jax.config import DrafterConfig, ModelConfig
-from l4jax.decoding.generate import BURST
 from l4jax.decoding.params import SamplingParams
 from l4jax.decoding.plan import Speculation
 from l4jax.model.step import Spread
-from l4jax.parallel.arrays import host_array
 from l4jax.parallel.placement import DrafterPlacement, Placement
 from l4jax.parallel.spread import Spreader
 from l4jax.planning.ledger import Collective, Ledger
@@ -147,16 +144,15 @@ class AbstractModel:
         """
         piece, spread = self._piece(tokens, cached, capacity, None)
         cache = self._resident(self.placement.spec.data, capacity).cache
-        wanted_B = self._rows(self.placement.spec.data, dtype=jnp.bool_)
+        wanted_B = jax.ShapeDtypeStruct((self.placement.spec.data,), jnp.bool_, sharding=self.placement.array_sharding("batch"))
         return Call(self.programs.score, (self._weights, cache, piece, wanted_B), {"spread": spread})
 
     def _resident(self, rows: int, capacity: int) -> Resident:
         return Resident.abstract(self.placement, self.draft_placement, self._shape(rows, capacity), self._dtype)
 
     def _burst(self, rows: int, capacity: int, *, drafting: bool) -> Burst:
-        shape, a_rank = self._shape(rows, capacity), np.arange(rows) % (rows // self.placement.spec.data)
-        tables, limit_B = shape.identity_tables(a_rank), host_array(np.full(rows, capacity), np.int32)
-        return Burst(host_array(a_rank, np.int32), limit_B, tables, tables if drafting else None, host_array(BURST, np.int32))
+        a_rank = np.arange(rows) % (rows // self.placement.spec.data)
+        return Burst.abstract(self.placement, self._shape(rows, capacity).identity_tables(a_rank), drafts=drafting)
 
     def _piece(self, tokens: int, cached: int, capacity: int, variant: Variant | None) -> tuple[Piece, Spread | None]:
         rows = self.placement.spec.data
@@ -164,9 +160,7 @@ class AbstractModel:
         layout, spread = Spreader(self.placement, self._dtype).spread(np.full(rows, cached), np.full(rows, tokens), tokens, tables)
         if spread is not None and variant is not None:
             spread = dataclasses.replace(spread, variant=variant)
-        ints = self._rows(rows)
-        ends_B = self._rows(rows, dtype=jnp.bool_)
-        return Piece(self._rows(rows, tokens), ints, ints, ints, ends_B, ints, ints, tables, None, layout), spread
+        return Piece.abstract(self.placement, tokens, tables, layout, drafts=False), spread
 
     def cache_bytes(self, rows: int, capacity: int) -> int:
         """Bytes of the cache on each device."""
@@ -174,9 +168,6 @@ class AbstractModel:
 
     def _shape(self, rows: int, capacity: int) -> CacheShape:
         return CacheShape.for_rows(self.placement.config, rows, capacity, self.placement.spec)
-
-    def _rows(self, *shape: int, dtype: Any = jnp.int32) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.placement.array_sharding("batch"))
 
     def _compiled(self, call: Call) -> CompiledProgram:
         return CompiledProgram.of(call.lower().compile(), self.placement.spec)

@@ -16,10 +16,15 @@ from collections import Counter, abc
 
 from l4jax.engine.options import Options
 from l4jax.engine.sequence import Sequence
-from l4jax.engine.step import BurstRow, PieceRow, Results, RowResult, Step, padded
+from l4jax.engine.step import BurstRow, PieceRow, Results, RowResult, Step, Table
 
 NAN = "NaN"
 DECODED = -1
+
+
+def padded(table: Table, count: int) -> Table:
+    """A row's table, which is not empty, padded to ``count`` pages, those of the program's longest row; see ``engine.step``."""
+    return table + table[-1:] * (count - len(table))
 
 
 def mixed(*values: int) -> int:

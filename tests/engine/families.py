@@ -143,7 +143,7 @@ def watched(llm: LLM, see: Callable[[Step], None], **options: Any) -> LLM:
     other = with_options(llm, **options)
     other.engine._clock = Unmeasured()
     runner = other.engine.runner = copy.copy(llm.engine.runner)
-    runner._ready = set()
+    runner._ready, runner._resident = set(), None
     vars(runner).pop("dispatch", None)  # that of an LLM that is watched itself
     dispatch = runner.dispatch
 

@@ -10,10 +10,10 @@ import pytest
 from l4jax.engine.options import Options
 from l4jax.engine.scheduler import Scheduler
 from l4jax.engine.sequence import Sequence, State
-from l4jax.engine.step import Step, padded
+from l4jax.engine.step import Step
 from tests.engine import fake
 from tests.engine.calls import CHUNKED, SMALL
-from tests.engine.fake import FakeDevice, Truth
+from tests.engine.fake import FakeDevice, Truth, padded
 
 
 def started(options: Options) -> tuple[Scheduler, FakeDevice]:

@@ -6,8 +6,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from l4jax.engine.step import BurstRow, Table, padded
+from l4jax.engine.step import BurstRow, Table
 from l4jax.engine.tables import SlotTables
+from tests.engine.fake import padded
 
 SLOTS, FULL, LOCAL = 3, 5, 2
 

@@ -15,6 +15,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ class Program:
         self.context = context
         self._function, self._devices, self._folder = function, list(devices), folder
         self._compiled: dict[object, tuple[jax.stages.Compiled, str]] = {}
+        self._loading: dict[object, Future[jax.stages.Compiled | None]] = {}
 
     def __call__(self, *arguments: Any, **static: Any) -> Any:
         """Run it. Every call must give as many arguments, of the same dtypes and shardings, and weights of the same shapes."""
@@ -72,11 +74,16 @@ class Program:
 
     def prepare(self, *arguments: Any, **static: Any) -> jax.stages.Compiled:
         """Return the compiled program for such arguments; compile or load it first if need be."""
-        changing = [argument for argument in arguments if not isinstance(argument, Weights)]
-        key = (*static.values(), *[leaf.shape for leaf in jax.tree.leaves(changing)])
+        key = _key(arguments, static)
         if key not in self._compiled:
-            self._compiled[key] = self._make(arguments, static), _sizes(arguments, static)
+            self._compiled[key] = self._make(arguments, static, self._loading.pop(key, None)), _sizes(arguments, static)
         return self._compiled[key][0]
+
+    def load_early(self, pool: Executor, *arguments: Any, **static: Any) -> None:
+        """Let the pool load the program for such arguments, if it is kept, for :meth:`prepare` to find."""
+        key = _key(arguments, static)
+        if self._folder is not None and key not in self._compiled and key not in self._loading:
+            self._loading[key] = pool.submit(self._folder.load, self._name(arguments, static), self._devices)
 
     def lower(self, *arguments: Any, **static: Any) -> jax.stages.Lowered:
         """Trace it for these arguments, of which only shapes, dtypes and shardings matter, as ``jax.jit`` does."""
@@ -85,18 +92,25 @@ class Program:
     def forget(self) -> None:
         """Drop what is compiled."""
         self._compiled.clear()
+        self._loading.clear()
 
     def compiled(self) -> list[ProgramInfo]:
         """The programs that are compiled, or loaded, so far. Another thread may compile more meanwhile."""
         return [_info(self.kind, sizes, compiled) for compiled, sizes in list(self._compiled.values())]
 
-    def _make(self, arguments: tuple[Any, ...], static: dict[str, Any]) -> jax.stages.Compiled:
+    def _name(self, arguments: tuple[Any, ...], static: dict[str, Any]) -> str:
+        """What the program for such arguments is kept under."""
+        leaves, tree = jax.tree.flatten(arguments)
+        shapes = [(leaf.shape, str(leaf.dtype)) for leaf in leaves]
+        return _digest(self.kind, self.context, static, shapes, tree, _surroundings(self._devices))
+
+    def _make(
+        self, arguments: tuple[Any, ...], static: dict[str, Any], loading: Future[jax.stages.Compiled | None] | None
+    ) -> jax.stages.Compiled:
         name, kept = "", None
         if self._folder is not None:
-            leaves, tree = jax.tree.flatten(arguments)
-            shapes = [(leaf.shape, str(leaf.dtype)) for leaf in leaves]
-            name = _digest(self.kind, self.context, static, shapes, tree, _surroundings(self._devices))
-            kept = self._folder.load(name, self._devices)
+            name = self._name(arguments, static)
+            kept = self._folder.load(name, self._devices) if loading is None or loading.cancelled() else loading.result()
         # A process that compiles may wait for the others to compile too, so either all do or none, also where only some have a folder.
         if "none" in hosts.share("none" if kept is None else "kept", "programs") or kept is None:
             kept = self.lower(*arguments, **static).compile()
@@ -124,6 +138,10 @@ class Call:
         """Compile, or load, the program, and say what it needs."""
         compiled = self.program.prepare(*self.arguments, **self.static)
         return _info(self.program.kind, _sizes(self.arguments, self.static), compiled)
+
+    def load_early(self, pool: Executor) -> None:
+        """Let the pool load the program, if it is kept."""
+        self.program.load_early(pool, *self.arguments, **self.static)
 
     def lower(self) -> jax.stages.Lowered:
         """The program traced for these arguments."""
@@ -233,6 +251,12 @@ def device_bytes(tree: Any) -> int:
     """Bytes of the abstract arrays of a tree on each device."""
     abstract = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.ShapeDtypeStruct)]
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in abstract)
+
+
+def _key(arguments: tuple[Any, ...], static: Mapping[str, Any]) -> object:
+    """What tells a kind's programs apart."""
+    changing = [argument for argument in arguments if not isinstance(argument, Weights)]
+    return (*static.values(), *[leaf.shape for leaf in jax.tree.leaves(changing)])
 
 
 def _sizes(arguments: tuple[Any, ...], static: Mapping[str, Any]) -> str:

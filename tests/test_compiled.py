@@ -8,9 +8,11 @@ import importlib.metadata
 import os
 import pickle
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -98,6 +100,39 @@ def test_an_engine_loads_all_that_another_compiled_and_computes_the_same(monkeyp
 
     monkeypatch.setattr(Program, "lower", traced)
     assert answers() == first
+
+
+def test_several_programs_are_loaded_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def arguments(size: int) -> tuple[object, ...]:
+        return jnp.zeros(size), jnp.zeros(size), np.zeros(size, np.float32)
+
+    kept = Traced(Folder.of_user())
+    for size in (1, 2):
+        kept(size=size, plan=1.0)
+    again, load, both = Traced(Folder.of_user()), Folder.load, threading.Barrier(2, timeout=60)
+
+    def loaded(*given: Any) -> Any:
+        both.wait()  # until the other program is being loaded too
+        return load(*given)
+
+    monkeypatch.setattr(Folder, "load", loaded)
+    with ThreadPoolExecutor(2) as pool:
+        for size in (1, 2, 1):
+            again.program.load_early(pool, *arguments(size), plan=1.0)
+        assert [again(size=size, plan=1.0) for size in (1, 2)] == [6.0, 6.0]
+    assert again.times == 0
+    monkeypatch.setattr(Folder, "load", load)
+    with ThreadPoolExecutor(1) as pool:
+        again.program.load_early(pool, *arguments(3), plan=1.0)  # not kept
+    assert (again(size=3, plan=1.0), again.times) == (6.0, 1)
+    pool, begun, ends = ThreadPoolExecutor(1), threading.Event(), threading.Event()
+    pool.submit(lambda: (begun.set(), ends.wait(60)))
+    assert begun.wait(60)
+    other = Traced(Folder.of_user())
+    other.program.load_early(pool, *arguments(2), plan=1.0)
+    pool.shutdown(wait=False, cancel_futures=True)  # as after Ctrl-C
+    ends.set()
+    assert (other(size=2, plan=1.0), other.times) == (6.0, 0)
 
 
 def test_other_settings_make_another_program(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

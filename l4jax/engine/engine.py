@@ -6,6 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 from l4jax.cache import CacheShape
 from l4jax.engine.clock import BurstClock
@@ -18,7 +19,7 @@ from l4jax.engine.runner import Runner
 from l4jax.engine.scheduler import Scheduler
 from l4jax.engine.sequence import State
 from l4jax.engine.step import Step
-from l4jax.engine.warmup import preparations
+from l4jax.engine.warmup import load_early, preparations
 from l4jax.request import Request
 from l4jax.text.tokenizer import Tokenizer
 
@@ -91,10 +92,16 @@ class Engine:
         """Compile, or load, every program that requests of up to ``longest`` tokens can need; yields (ready, all) after each."""
         self._take_turn(self._start)
         # Shapes and not the cache itself, because a step that fails in another thread may drop the cache.
-        calls = preparations(self.runner, self.options, self._memory.abstract(self.shape), longest)
-        for done, call in enumerate(calls, start=1):
-            self._take_turn(call)
-            yield done, len(calls)
+        every = self.runner, self.options, self._memory.abstract(self.shape), longest
+        calls = preparations(*every)
+        pool = ThreadPoolExecutor()
+        try:
+            self._take_turn(lambda: load_early(*every, pool))
+            for done, call in enumerate(calls, start=1):
+                self._take_turn(call)
+                yield done, len(calls)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def discard(self) -> None:
         """Free the cache and forget all prefixes, unless a request is under way. The next request allocates the cache again."""

@@ -120,10 +120,13 @@ class Runner:
 
     def prepare(self, part: Prefill | BurstStep, resident: Resident, padding: tuple[int, bool] | None = None) -> ProgramInfo:
         """Compile, or load, the program of a prefill or a burst; ``padding`` as in :meth:`prefill_call`. ``resident`` may be abstract."""
-        call = self.prefill_call(part, resident, padding=padding) if isinstance(part, Prefill) else self.burst_call(part, resident)
-        info = call.prepare()
+        info = self.call(part, resident, padding).prepare()
         self._ready.add(_sizes(part))
         return info
+
+    def call(self, part: Prefill | BurstStep, resident: Resident, padding: tuple[int, bool] | None = None) -> Call:
+        """The call of a prefill or a burst; ``padding`` as in :meth:`prefill_call`."""
+        return self.prefill_call(part, resident, padding=padding) if isinstance(part, Prefill) else self.burst_call(part, resident)
 
     def dispatch(self, step: Step, requests: Mapping[int, Request]) -> Dispatched:
         """Dispatch a step, in the order that :class:`Step` gives. ``requests``: those that it names."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 
 from l4jax.engine.options import Options
 from l4jax.engine.runner import Runner
@@ -16,11 +17,25 @@ def preparations(runner: Runner, options: Options, resident: Resident, longest: 
 
     ``resident`` may be abstract.
     """
-    calls: list[Callable[[], object]] = [call.prepare for call in runner.small_calls(resident, saves=options.deterministic)]
+    small: list[Callable[[], object]] = [call.prepare for call in runner.small_calls(resident, saves=options.deterministic)]
+    return small + [functools.partial(runner.prepare, part, resident, padding) for part, padding in _parts(runner, options, longest)]
+
+
+def load_early(runner: Runner, options: Options, resident: Resident, longest: int, pool: Executor) -> None:
+    """Let the pool load those of these programs that are kept: several at a time, which :func:`preparations` do not."""
+    for call in runner.small_calls(resident, saves=options.deterministic):
+        call.load_early(pool)
+    for part, padding in _parts(runner, options, longest):
+        runner.call(part, resident, padding).load_early(pool)
+
+
+def _parts(runner: Runner, options: Options, longest: int) -> Iterator[tuple[Prefill | Burst, tuple[int, bool] | None]]:
+    """An example of each prefill and burst, and the ``padding`` of :meth:`Runner.prefill_call`."""
     for prefill in example_prefills(options):
         for padding in runner.spreads(prefill.length, longest):
-            calls.append(functools.partial(runner.prepare, prefill, resident, padding))
-    return calls + [functools.partial(runner.prepare, burst, resident) for burst in example_bursts(options, longest)]
+            yield prefill, padding
+    for burst in example_bursts(options, longest):
+        yield burst, None
 
 
 def program_bytes(runner: Runner, options: Options, resident: Resident, longest: int) -> int:

@@ -66,7 +66,7 @@ class Program:
         self.context = context
         self._function, self._devices, self._folder = function, list(devices), folder
         self._compiled: dict[object, tuple[jax.stages.Compiled, str]] = {}
-        self._loading: dict[object, Future[jax.stages.Compiled | None]] = {}
+        self._loading: dict[object, tuple[str, Future[jax.stages.Compiled | None]]] = {}  # with the names that they are kept under
 
     def __call__(self, *arguments: Any, **static: Any) -> Any:
         """Run it. Every call must give as many arguments, of the same dtypes and shardings, and weights of the same shapes."""
@@ -76,14 +76,15 @@ class Program:
         """Return the compiled program for such arguments; compile or load it first if need be."""
         key = _key(arguments, static)
         if key not in self._compiled:
-            self._compiled[key] = self._make(arguments, static, self._loading.pop(key, None)), _sizes(arguments, static)
+            self._compiled[key] = self._make(key, arguments, static), _sizes(arguments, static)
         return self._compiled[key][0]
 
     def load_early(self, pool: Executor, *arguments: Any, **static: Any) -> None:
         """Let the pool load the program for such arguments, if it is kept, for :meth:`prepare` to find."""
         key = _key(arguments, static)
         if self._folder is not None and key not in self._compiled and key not in self._loading:
-            self._loading[key] = pool.submit(self._folder.load, self._name(arguments, static), self._devices)
+            name = self._name(arguments, static)
+            self._loading[key] = name, pool.submit(self._folder.load, name, self._devices)
 
     def lower(self, *arguments: Any, **static: Any) -> jax.stages.Lowered:
         """Trace it for these arguments, of which only shapes, dtypes and shardings matter, as ``jax.jit`` does."""
@@ -104,12 +105,11 @@ class Program:
         shapes = [(leaf.shape, str(leaf.dtype)) for leaf in leaves]
         return _digest(self.kind, self.context, static, shapes, tree, _surroundings(self._devices))
 
-    def _make(
-        self, arguments: tuple[Any, ...], static: dict[str, Any], loading: Future[jax.stages.Compiled | None] | None
-    ) -> jax.stages.Compiled:
+    def _make(self, key: object, arguments: tuple[Any, ...], static: dict[str, Any]) -> jax.stages.Compiled:
         name, kept = "", None
         if self._folder is not None:
-            name = self._name(arguments, static)
+            name, loading = self._loading.pop(key, ("", None))
+            name = name or self._name(arguments, static)
             kept = self._folder.load(name, self._devices) if loading is None or loading.cancelled() else loading.result()
         # A process that compiles may wait for the others to compile too, so either all do or none, also where only some have a folder.
         if "none" in hosts.share("none" if kept is None else "kept", "programs") or kept is None:
@@ -134,10 +134,13 @@ class Call:
         """Dispatch it; returns what the program returns."""
         return self.program(*self.arguments, **self.static)
 
-    def prepare(self) -> ProgramInfo:
-        """Compile, or load, the program, and say what it needs."""
-        compiled = self.program.prepare(*self.arguments, **self.static)
-        return _info(self.program.kind, _sizes(self.arguments, self.static), compiled)
+    def prepare(self) -> jax.stages.Compiled:
+        """Compile, or load, the program."""
+        return self.program.prepare(*self.arguments, **self.static)
+
+    def info(self) -> ProgramInfo:
+        """What the program needs; it is compiled or loaded first if need be."""
+        return _info(self.program.kind, _sizes(self.arguments, self.static), self.prepare())
 
     def load_early(self, pool: Executor) -> None:
         """Let the pool load the program, if it is kept."""

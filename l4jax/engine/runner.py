@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array
 
 from l4jax.cache import PAGE_SIZE, CacheShape
-from l4jax.compiled import Call, Folder, ProgramInfo
+from l4jax.compiled import Call, Folder
 from l4jax.engine.inputs import StepInputs
 from l4jax.engine.memory import CacheMemory
 from l4jax.engine.results import Dispatched, Scored
@@ -118,11 +118,10 @@ class Runner:
         """Whether programs of this step's sizes have been run or prepared before; if not, dispatching the step may compile them."""
         return _programs(step) <= self._ready
 
-    def prepare(self, part: Prefill | BurstStep, resident: Resident, padding: tuple[int, bool] | None = None) -> ProgramInfo:
+    def prepare(self, part: Prefill | BurstStep, resident: Resident, padding: tuple[int, bool] | None = None) -> None:
         """Compile, or load, the program of a prefill or a burst; ``padding`` as in :meth:`prefill_call`. ``resident`` may be abstract."""
-        info = self.call(part, resident, padding).prepare()
+        self.call(part, resident, padding).prepare()
         self._ready.add(_sizes(part))
-        return info
 
     def call(self, part: Prefill | BurstStep, resident: Resident, padding: tuple[int, bool] | None = None) -> Call:
         """The call of a prefill or a burst; ``padding`` as in :meth:`prefill_call`."""

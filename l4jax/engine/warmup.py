@@ -46,9 +46,9 @@ def program_bytes(runner: Runner, options: Options, resident: Resident, longest:
     """
     kinds = [[prefill for prefill in example_prefills(options) if prefill.scores is scores] for scores in (False, True)]
     largest = [max(kind, key=lambda prefill: len(prefill.rows) * prefill.length) for kind in kinds]
-    infos = [runner.prepare(prefill, resident, runner.spreads(prefill.length, longest)[-1]) for prefill in largest]
+    infos = [runner.call(prefill, resident, runner.spreads(prefill.length, longest)[-1]).info() for prefill in largest]
     slots = options.slots * options.data_ranks
-    infos += [runner.prepare(burst, resident) for burst in example_bursts(options, longest) if len(burst.rows) == slots]
+    infos += [runner.call(burst, resident).info() for burst in example_bursts(options, longest) if len(burst.rows) == slots]
     programs = len(preparations(runner, options, resident, longest))
     return max(info.temporaries + 2 * info.results for info in infos) + max(info.code for info in infos) * programs
 

@@ -375,6 +375,22 @@ def test_a_call_that_ends_in_an_error_leaves_a_usable_model(scout, monkeypatch, 
     assert scout.generate([[1, 2, 3]], greedy(5))[0].token_ids == expected
 
 
+def test_a_failed_step_frees_the_cache_while_its_error_is_kept(scout, monkeypatch):
+    scout.generate([[1]], greedy(2))
+    leaves = jax.tree.leaves(scout.engine.runner.resident)
+
+    def fail(runner, step, requests):
+        resident = runner.resident
+        raise MemoryError(f"no memory for a program of {len(jax.tree.leaves(resident))} arrays")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Runner, "dispatch", fail)
+        with pytest.raises(MemoryError) as kept:
+            scout.generate([[1]], greedy(2))
+    assert kept.tb is not None and leaves and all(leaf.is_deleted() for leaf in leaves)
+    assert scout.generate([[1]], greedy(2))
+
+
 def test_a_failed_allocation_leaves_a_usable_model(scout, monkeypatch):
     fresh = LLM(scout.config, weights(scout.config))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 import pytest
 from scipy.special import log_softmax
@@ -41,6 +42,9 @@ def test_they_are_those_of_the_logits(config, mesh):
         found = llm.score(asked, top=top)
         for scores, logits_TV, prompt in zip(found, llm.logits(asked), asked, strict=True):
             check(scores, logits_TV, prompt, top)
+    # So on several hosts nothing is left to gather after the program.
+    for compiled, _ in llm.engine.runner.programs.score._compiled.values():
+        assert all(sharding.is_fully_replicated for sharding in jax.tree.leaves(compiled.output_shardings[2]))
 
 
 def test_beside_other_requests_and_requests_for_logits(monkeypatch):

@@ -19,7 +19,7 @@ from l4jax.engine import build, memory
 from l4jax.engine.engine import Engine
 from l4jax.engine.memory import CacheMemory
 from l4jax.engine.runner import Runner
-from tests.tiny import drafter, llama3_like, loaded_drafter, save, scout_like, shallow, weights
+from tests.tiny import drafter, llama3_like, loaded_drafter, prompts, save, scout_like, shallow, weights
 
 CONFIG = shallow(scout_like(attention_chunk_size=256, max_position_embeddings=1000))
 DENSE = shallow(llama3_like(max_position_embeddings=1000))
@@ -159,6 +159,16 @@ def test_on_a_gpu_it_takes_what_weights_and_programs_leave(monkeypatch: pytest.M
     assert {kind for kind, _ in infos} == {"prefill", "score", "speculate" if drafts else "decode"}
     assert infos["score", "2 rows of 32 tokens"].results >= 2 * 32 * config.vocab_size * 4
     assert llm.generate([[1, 2, 3]], PARAMS)[0].token_ids
+
+
+def test_on_a_gpu_the_programs_for_a_cache_of_the_whole_context_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No memory would make it larger than it is when programs are asked what they need."""
+    run_on_gpu(monkeypatch, 1_000_000_000)
+    llm = LLM(DENSE, weights(DENSE), max_batch=2, prefill_lengths=(32,))
+    kept = llm.programs()
+    assert {info.kind for info in kept} == {"prefill", "score", "decode"}
+    assert llm.generate(prompts(DENSE, (20, 20)), PARAMS)
+    assert [info for info in llm.programs() if info.kind in ("prefill", "decode")] == [info for info in kept if info.kind != "score"]
 
 
 def reporting(code: int) -> Callable[[jax.stages.Compiled], Any]:

@@ -89,7 +89,11 @@ def token_ids(prompt: Sequence[int]) -> list[int]:
             raise TypeError
         return [operator.index(cast(int, token)) for token in items]
     except TypeError as error:
-        advice = "; use chat, or stream_chat, for a conversation" if isinstance(prompt, Mapping) else ""
+        advice = (
+            "; use chat, or stream_chat, for a conversation"
+            if isinstance(prompt, Mapping) and "role" in cast(Mapping[str, object], prompt)
+            else ""
+        )
         raise ValueError(f"a prompt is {shown(prompt)}; expected text or a list of token ids{advice}") from error
 
 

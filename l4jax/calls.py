@@ -27,7 +27,7 @@ def run[H: Handle](engine: Engine, requests: Sequence[Request], kind: type[H], *
     with kept_interrupts() as check_interrupts, bar_if(truth("progress", progress)) as show:
         of_each_prompt(functools.partial(engine.check, kind=kind), requests)
         handles: list[H] = []
-        waiting: deque[H] = deque()  # the first of them is not over, or was not when it was last looked at
+        waiting: deque[H] = deque()  # those that may not be over; the ones that are over are dropped from the front
 
         def all_over() -> bool:
             while waiting and waiting[0].over:

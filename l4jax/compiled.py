@@ -110,7 +110,8 @@ class Program:
         if self._folder is not None:
             name, loading = self._loading.pop(key, ("", None))
             name = name or self._name(arguments, static)
-            kept = self._folder.load(name, self._devices) if loading is None or loading.cancelled() else loading.result()
+            # Cancelled unless it has begun: it may be the last of many, or its pool may be shut down meanwhile.
+            kept = self._folder.load(name, self._devices) if loading is None or loading.cancel() else loading.result()
         # A process that compiles may wait for the others to compile too, so either all do or none, also where only some have a folder.
         if "none" in hosts.share("none" if kept is None else "kept", "programs") or kept is None:
             kept = self.lower(*arguments, **static).compile()
@@ -152,7 +153,7 @@ class Call:
 
     @property
     def device_bytes(self) -> int:
-        """Bytes of the abstract arrays on each device; the small inputs from the host are left out."""
+        """Bytes of the abstract arrays on each device; small inputs that are arrays of the host are left out."""
         return device_bytes(self.arguments)
 
 

@@ -139,12 +139,12 @@ class Piece:
         return cls(row, row, row, row, row, row, row, row, row, layout)
 
     @classmethod
-    def abstract(cls, placement: Placement, length: int, tables: PageTables, layout: PieceLayout | None, *, drafts: bool) -> Piece:
-        """Its shapes, dtypes and shardings, for pieces of ``length`` tokens with these tables."""
+    def abstract(cls, placement: Placement, length: int, tables: PageTables, layout: PieceLayout | None) -> Piece:
+        """Shapes, dtypes and shardings for pieces of ``length`` tokens, with these tables and layout; without a drafter."""
         rows = len(tables.full_BW)
         ints, flags = _abstract_rows(placement, jnp.int32, rows), _abstract_rows(placement, jnp.bool_, rows)
         tokens = _abstract_rows(placement, jnp.int32, rows, length)
-        return cls(tokens, ints, ints, ints, flags, ints, ints, tables, tables if drafts else None, layout)
+        return cls(tokens, ints, ints, ints, flags, ints, ints, tables, None, layout)
 
     @property
     def tokens(self) -> SlotTokens:
@@ -187,7 +187,7 @@ class Burst:
 
     @classmethod
     def abstract(cls, placement: Placement, tables: PageTables, *, drafts: bool) -> Burst:
-        """Its shapes, dtypes and shardings, for rows with these tables."""
+        """Shapes, dtypes and shardings for rows with these tables."""
         ints = _abstract_rows(placement, jnp.int32, len(tables.full_BW))
         return cls(ints, ints, tables, tables if drafts else None, host_array(0, np.int32))
 

@@ -91,6 +91,11 @@ class Programs:
         assert self._drafter is not None
         return self._drafter
 
+    @property
+    def are_kept(self) -> bool:
+        """Whether there is a folder where compiled programs are kept."""
+        return self._folder is not None
+
     def forget(self) -> None:
         """Drop all that is compiled."""
         for program in self._all:

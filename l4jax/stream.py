@@ -21,7 +21,6 @@ class Stream(Iterator[str]):
     def __init__(self, engine: Engine, request: Request) -> None:
         self._engine = engine
         self._handle = engine.add(request, TextHandle)
-        self._text = ""  # the next piece; it waits here if Ctrl-C comes before it is returned
         weakref.finalize(self, self._handle.cancel).atexit = False
 
     @property
@@ -31,17 +30,21 @@ class Stream(Iterator[str]):
 
     def __next__(self) -> str:
         """The next piece. Raises the request's error if it has failed, RuntimeError if the stream was closed."""
-        handle = self._handle
+        handle, text = self._handle, ""
 
         def came() -> bool:
+            nonlocal text
             over = handle.over  # read first: the last text is there before ``over`` is set
-            self._text = self._text or handle.new_text()
-            return bool(self._text) or over
+            text = text or handle.new_text()
+            return bool(text) or over
 
-        with kept_interrupts() as check_interrupts:
-            self._engine.run_until(came, check_interrupts)
-        if self._text:
-            text, self._text = self._text, ""
+        try:
+            with kept_interrupts() as check_interrupts:
+                self._engine.run_until(came, check_interrupts)
+        except BaseException:
+            handle.put_back(text)  # Ctrl-C came when the piece was there
+            raise
+        if text:
             return text
         if handle.error is not None:
             raise handle.error

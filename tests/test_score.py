@@ -34,7 +34,9 @@ def check(found: list[TokenLogprob], logits_TV: np.ndarray, prompt: list[int], t
         assert [[token for token, _ in one.top] for one in found] == id_Tj.tolist()
 
 
-@pytest.mark.parametrize(("config", "mesh"), [(DENSE, "tensor=1"), (SCOUT, "tensor=2"), (SCOUT, "sequence=2"), (DENSE, "data=2,tensor=2")])
+@pytest.mark.parametrize(
+    ("config", "mesh"), [(DENSE, "tensor=1"), (SCOUT, "tensor=2"), (SCOUT, "data=2,sequence=2"), (DENSE, "data=2,tensor=2")]
+)
 def test_they_are_those_of_the_logits(config, mesh):
     llm = LLM(config, weights(config), mesh=mesh, max_batch=4, prefill_lengths=(32,))
     asked = prompts(config, LENGTHS)

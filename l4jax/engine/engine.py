@@ -19,7 +19,7 @@ from l4jax.engine.runner import Runner
 from l4jax.engine.scheduler import Scheduler
 from l4jax.engine.sequence import State
 from l4jax.engine.step import Step
-from l4jax.engine.warmup import load_early, preparations
+from l4jax.engine.warmup import early_loads, preparations
 from l4jax.request import Request
 from l4jax.text.tokenizer import Tokenizer
 
@@ -96,7 +96,8 @@ class Engine:
         calls = preparations(*every)
         pool = ThreadPoolExecutor()
         try:
-            self._take_turn(lambda: load_early(*every, pool))
+            for load in early_loads(*every, pool):
+                self._take_turn(load)
             for done, call in enumerate(calls, start=1):
                 self._take_turn(call)
                 yield done, len(calls)
@@ -131,7 +132,7 @@ class Engine:
                 try:
                     if unless is None:
                         self._queue.append(place)
-                    # If Ctrl-C came just here before, this thread still has the turn.
+                    # If Ctrl-C has kept this thread from giving its last turn back, it still has the turn.
                     self._turn.wait_for(lambda: needless() or free())
                 finally:
                     if place in self._queue:
@@ -179,10 +180,10 @@ class Engine:
 
     def _restart(self) -> None:
         self._started = False
-        self.runner.stop()
         self._scheduler = Scheduler(self.options)
         self._in_flight.clear()
         self._held = None
+        self.runner.stop()  # last, because it takes longest, and another Ctrl-C may come
 
     def _advance(self) -> bool:
         """One iteration. If it raises, every request under way ends with an error, and the next one begins with an empty cache."""

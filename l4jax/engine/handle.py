@@ -90,5 +90,10 @@ class TextHandle(Handle):
         """The text that came since the last call."""
         return "".join(self._text.popleft() for _ in range(len(self._text)))
 
+    def put_back(self, text: str) -> None:
+        """Let the next call return this text again."""
+        if text:
+            self._text.appendleft(text)
+
     def _show(self, text: str) -> None:
         self._text.append(text)

@@ -101,7 +101,7 @@ class Runner:
         self._inputs = self._inputs_for(shape)
 
     def stop(self) -> None:
-        """Free the cache, and drop saved sequences. The traceback of an error that is kept may still refer to the cache."""
+        """Free the cache, and drop saved sequences. The traceback of an error that somebody keeps may refer to the cache's arrays."""
         for leaf in jax.tree.leaves(self._resident):
             if not leaf.is_deleted():
                 leaf.delete()

@@ -21,12 +21,18 @@ def preparations(runner: Runner, options: Options, resident: Resident, longest: 
     return small + [functools.partial(runner.prepare, part, resident, padding) for part, padding in _parts(runner, options, longest)]
 
 
-def load_early(runner: Runner, options: Options, resident: Resident, longest: int, pool: Executor) -> None:
-    """Let the pool load those of these programs that are kept: several at a time, which :func:`preparations` do not."""
-    for call in runner.small_calls(resident, saves=options.deterministic):
-        call.load_early(pool)
-    for part, padding in _parts(runner, options, longest):
+def early_loads(runner: Runner, options: Options, resident: Resident, longest: int, pool: Executor) -> list[Callable[[], None]]:
+    """Functions that each let the pool load one of these programs, if it is kept: several at a time, which :func:`preparations` do not."""
+    if not runner.programs.are_kept:
+        return []
+
+    def load(part: Prefill | Burst, padding: tuple[int, bool] | None) -> None:
         runner.call(part, resident, padding).load_early(pool)
+
+    small: list[Callable[[], None]] = [
+        functools.partial(call.load_early, pool) for call in runner.small_calls(resident, saves=options.deterministic)
+    ]
+    return small + [functools.partial(load, part, padding) for part, padding in _parts(runner, options, longest)]
 
 
 def _parts(runner: Runner, options: Options, longest: int) -> Iterator[tuple[Prefill | Burst, tuple[int, bool] | None]]:

@@ -160,7 +160,7 @@ class AbstractModel:
         layout, spread = Spreader(self.placement, self._dtype).spread(np.full(rows, cached), np.full(rows, tokens), tokens, tables)
         if spread is not None and variant is not None:
             spread = dataclasses.replace(spread, variant=variant)
-        return Piece.abstract(self.placement, tokens, tables, layout, drafts=False), spread
+        return Piece.abstract(self.placement, tokens, tables, layout), spread
 
     def cache_bytes(self, rows: int, capacity: int) -> int:
         """Bytes of the cache on each device."""

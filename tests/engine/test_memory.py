@@ -168,7 +168,7 @@ def test_on_a_gpu_the_programs_for_a_cache_of_the_whole_context_are_kept(monkeyp
     kept = llm.programs()
     assert {info.kind for info in kept} == {"prefill", "score", "decode"}
     assert llm.generate(prompts(DENSE, (20, 20)), PARAMS)
-    assert [info for info in llm.programs() if info.kind in ("prefill", "decode")] == [info for info in kept if info.kind != "score"]
+    assert set(kept) < set(llm.programs())
 
 
 def reporting(code: int) -> Callable[[jax.stages.Compiled], Any]:

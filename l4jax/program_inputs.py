@@ -185,12 +185,6 @@ class Burst:
         row, everywhere = _row(spec), PartitionSpec()
         return cls(row, row, row, row, everywhere)  # type: ignore[arg-type]  # specs in the place of arrays
 
-    @classmethod
-    def abstract(cls, placement: Placement, tables: PageTables, *, drafts: bool) -> Burst:
-        """Shapes, dtypes and shardings for rows with these tables."""
-        ints = _abstract_rows(placement, jnp.int32, len(tables.full_BW))
-        return cls(ints, ints, tables, tables if drafts else None, host_array(0, np.int32))
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

@@ -14,9 +14,11 @@ import numpy as np
 from l4jax.cache import CacheShape
 from l4jax.compiled import Call, device_bytes
 from l4jax.config import DrafterConfig, ModelConfig
+from l4jax.decoding.generate import BURST
 from l4jax.decoding.params import SamplingParams
 from l4jax.decoding.plan import Speculation
 from l4jax.model.step import Spread
+from l4jax.parallel.arrays import host_array
 from l4jax.parallel.placement import DrafterPlacement, Placement
 from l4jax.parallel.spread import Spreader
 from l4jax.planning.ledger import Collective, Ledger
@@ -151,8 +153,10 @@ class AbstractModel:
         return Resident.abstract(self.placement, self.draft_placement, self._shape(rows, capacity), self._dtype)
 
     def _burst(self, rows: int, capacity: int, *, drafting: bool) -> Burst:
-        a_rank = np.arange(rows) % (rows // self.placement.spec.data)
-        return Burst.abstract(self.placement, self._shape(rows, capacity).identity_tables(a_rank), drafts=drafting)
+        # Real values: benchmarks run the program with them.
+        shape, a_rank = self._shape(rows, capacity), np.arange(rows) % (rows // self.placement.spec.data)
+        tables, limit_B = shape.identity_tables(a_rank), host_array(np.full(rows, capacity), np.int32)
+        return Burst(host_array(a_rank, np.int32), limit_B, tables, tables if drafting else None, host_array(BURST, np.int32))
 
     def _piece(self, tokens: int, cached: int, capacity: int, variant: Variant | None) -> tuple[Piece, Spread | None]:
         rows = self.placement.spec.data

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -62,9 +62,8 @@ class Resident:
     def specs(cls, spec: MeshSpec) -> Resident:
         """How it is sharded: pages over the data and token ranks, slots over the data ranks, heads and vocabulary over ``tensor``."""
         pools: Any = partition(spec, *CACHE_AXES)
-        row, counts = _row(spec), partition(spec, "batch", "vocab")
-        # The types differ, because a tree of specs is the dataclass of the arrays with specs in their place.
-        slots = Slots(row, row, row, row, sampling=row, counts=TokenCounts(counts, counts), hidden_UD=row)  # type: ignore[arg-type]
+        row, counts = _row(spec), cast(Any, partition(spec, "batch", "vocab"))
+        slots = Slots(row, row, row, row, sampling=row, counts=TokenCounts(counts, counts), hidden_UD=row)
         return cls(pools, pools, slots)
 
     @classmethod
@@ -182,8 +181,8 @@ class Burst:
     @classmethod
     def specs(cls, spec: MeshSpec) -> Burst:
         """How it is sharded: by rows."""
-        row, everywhere = _row(spec), PartitionSpec()
-        return cls(row, row, row, row, everywhere)  # type: ignore[arg-type]  # specs in the place of arrays
+        row, everywhere = _row(spec), cast(Any, PartitionSpec())
+        return cls(row, row, row, row, everywhere)
 
 
 @jax.tree_util.register_dataclass

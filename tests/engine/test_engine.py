@@ -383,8 +383,8 @@ RUN = settings(
     report_multiple_bugs=False,
     phases=(Phase.generate, Phase.shrink),
 )
-RUNS = 10
-"""At most, for all events to be seen; half of the calls are left out of most examples."""
+RUNS = 30
+"""At most, for all events to be seen: half of the calls are left out of most examples, and 10 runs have been too few."""
 
 
 def check_family(name: str, steps: int, kind: str = "") -> None:

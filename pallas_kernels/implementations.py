@@ -1,21 +1,39 @@
-"""How an op finds the implementation that computes it: the first that does not raise NotImplementedError."""
+"""How an op finds the implementation that computes it: the first, in an order, that supports the arguments."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 
+Chosen = str | Sequence[str] | None
+"""The name of an implementation, or several in the order in which they are tried; None: all of the op's."""
 
-def first_supported[Result](implementations: Sequence[Callable[..., Result]], *arguments: Any, **options: Any) -> Result:
-    """Call the first implementation that supports the arguments, and return its result. The last implementation must support all."""
-    for implementation in implementations[:-1]:
+_LOGGER = logging.getLogger("l4jax.kernels")
+_HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")
+
+
+def first_supported[Result](
+    op: str, implementations: Mapping[str, Callable[..., Result]], chosen: Chosen, *arguments: Any, **options: Any
+) -> Result:
+    """Call the first of the chosen implementations that supports the arguments: the others raise NotImplementedError.
+
+    Raises NotImplementedError with each one's reason if none does, and ValueError for a name that the op does not have.
+    """
+    names = list(implementations) if chosen is None else [chosen] if isinstance(chosen, str) else list(chosen)
+    reasons = []
+    for name in names:
+        if name not in implementations:
+            raise ValueError(f"implementation is {name!r}; {op} has {', '.join(implementations)}")
         try:
-            return implementation(*arguments, **options)
-        except NotImplementedError:
-            continue
-    return implementations[-1](*arguments, **options)
+            return implementations[name](*arguments, **options)
+        except NotImplementedError as error:
+            reasons.append(f"{name}: {error}")
+    raise NotImplementedError(f"no implementation of {op} takes these arguments ({'; '.join(reasons) or 'none was chosen'})")
 
 
 def require_cpu() -> None:
@@ -31,7 +49,25 @@ def require_gpu() -> None:
     _require("gpu")
 
 
-def _require(platform: str) -> None:
+def require_hopper() -> None:
+    """Raise NotImplementedError unless the program that is being traced is for GPUs of NVIDIA's Hopper generation.
+
+    For other GPUs a line of the log says, once, that XLA's own kernels are used.
+    """
+    kind = _require("gpu")
+    if not _HOPPER.search(kind):
+        _log_other_gpu(kind)
+        raise NotImplementedError(f"written for Hopper GPUs (H100, H200, H20, H800, GH200); the program is for {kind}")
+
+
+def _require(platform: str) -> str:
+    """The kind of device that the program is for, if it is of this platform."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is None or device.platform != platform:
-        raise NotImplementedError(f"written for XLA's {platform.upper()} backend; the program is for other devices")
+        raise NotImplementedError(f"written for {platform.upper()}s; the program is for other devices")
+    return device.device_kind
+
+
+@functools.cache
+def _log_other_gpu(kind: str) -> None:
+    _LOGGER.warning("%s is no Hopper GPU: XLA's kernels are used in the place of l4jax's own, which are faster on an H100", kind)

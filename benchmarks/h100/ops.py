@@ -20,6 +20,7 @@ from benchmarks.h100.bench import Bench, Record
 from benchmarks.h100.shapes import SHAPES, Attention, Grouped, Linear, Merge
 from pallas_kernels.flash_attention import attend, attend_pages
 from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.keys import Interval, PagedKeys, TreeKeys
 from pallas_kernels.matmul import matmul
 from pallas_kernels.merge import merge_attention
 from pallas_kernels.tree_attention import tree_attention
@@ -53,7 +54,7 @@ def _pages(shape: Attention) -> Case:
         return _normal(key, (B, T, shape.K, G, shape.h), pool, pool)
 
     def own(q_BTKGh: Array, k_PKph: Array, v_PKph: Array) -> Array:
-        return attend_pages(q_BTKGh, k_PKph, v_PKph, pages_BW, start_BT, end_BT, scale=scale)[0]
+        return attend_pages(q_BTKGh, PagedKeys(k_PKph, v_PKph, pages_BW, Interval(start_BT, end_BT)), scale=scale)[0]
 
     def gathered(q_BTKGh: Array, k_PKph: Array, v_PKph: Array) -> Array:
         k_BSKh, v_BSKh = (jnp.swapaxes(pool[pages_BW], 2, 3).reshape(B, shape.S, shape.K, shape.h) for pool in (k_PKph, v_PKph))
@@ -72,11 +73,15 @@ def _tree(shape: Attention) -> Case:
         pool, nodes = (B * W, shape.K, PAGE, shape.h), (B, N, shape.K, shape.h)
         return _normal(key, (B, N, shape.K, G, shape.h), nodes, nodes, pool, pool)
 
-    def own(q_BNKGh: Array, k_BSKh: Array, v_BSKh: Array, k_PKph: Array, v_PKph: Array) -> Array:
-        prefix = (k_PKph, v_PKph, pages_BW, start_BN, end_BN)
-        return tree_attention(q_BNKGh, k_BSKh, v_BSKh, sees_BNS, *prefix, scale=shape.h**-0.5)[0]
+    def of(implementation: str | None) -> Callable[..., Array]:
+        def call(q_BNKGh: Array, k_BSKh: Array, v_BSKh: Array, k_PKph: Array, v_PKph: Array) -> Array:
+            prefix = PagedKeys(k_PKph, v_PKph, pages_BW, Interval(start_BN, end_BN))
+            tree = TreeKeys(k_BSKh, v_BSKh, sees_BNS)
+            return tree_attention(q_BNKGh, tree, prefix, scale=shape.h**-0.5, implementation=implementation)[0]
 
-    return arrays, {"own": own}, shape.flops(N * shape.S + N * N)
+        return call
+
+    return arrays, {"own": of(None), "own, xla": of("xla")}, shape.flops(N * shape.S + N * N)
 
 
 def _attend(shape: Attention) -> Case:
@@ -158,7 +163,7 @@ def compare(bench: Bench, record: Record, shape: Shape, arrays: Arrays, implemen
     """
     for name, function in implementations.items():
         key, costs = f"{shape.label} | {name}", {"bytes": shape.nbytes, "flops": flops}
-        if name == "own":
+        if name.startswith("own"):
             function = on_device(function, bench.device)
         try:
             times, compile_seconds = timed(bench, function, arrays, shape.nbytes, flops)

@@ -16,7 +16,9 @@ from l4jax.model.packed import PackedCache, attend_packed
 from l4jax.model.rotary import rotate
 from l4jax.model.step import KeyIntervals, PackedKeys, RingKeys, Spread, StepInputs, TreeKeys
 from l4jax.model.weights import WeightSpec, declare
+from pallas_kernels import keys as kernel_keys
 from pallas_kernels.flash_attention import attend, attend_pages
+from pallas_kernels.keys import Interval, PagedKeys
 from pallas_kernels.matmul import matmul
 from pallas_kernels.merge import Partial, merge_attention
 from pallas_kernels.tree_attention import tree_attention
@@ -89,6 +91,7 @@ class Attention(nnx.Module):
             else:
                 apart = step.tables.rows_apart
                 attended_BTKGh = self._replicated(q_BTKGh, k_BTKh, v_BTKh, cache, keys, pages_BW, apart=apart)
+            attended_BTKGh = attended_BTKGh.astype(x_BTi.dtype)  # in the kernel that computes it: none is fused over the barrier
             # The pages must be read before they are overwritten. Because the barrier makes this a data dependence, XLA writes in place.
             attended_BTKGh, k_BTKh, v_BTKh = jax.lax.optimization_barrier((attended_BTKGh, k_BTKh, v_BTKh))
             if isinstance(keys, RingKeys) and keys.send_RBC is not None:
@@ -100,9 +103,9 @@ class Attention(nnx.Module):
 
     def _tree(self, q_BNKGh: Array, cache: TreeCache, keys: TreeKeys, pages_BW: Array, *, apart: bool) -> Float[Array, "B N K G h"]:
         """Attention of tree nodes: every rank has all nodes' keys, which only rank 0 attends to, and its own part of the cached keys."""
-        pools = (cache.layer.k_PKph, cache.layer.v_PKph, pages_BW, keys.cached_start_BN, keys.cached_end_BN)
-        nodes = (q_BNKGh, cache.k_BSKh, cache.v_BSKh, keys.sees_BNS)
-        return self._merge_ranks(tree_attention(*nodes, *pools, scale=self.scale, apart=apart))
+        prefix = PagedKeys(cache.layer.k_PKph, cache.layer.v_PKph, pages_BW, Interval(keys.cached_start_BN, keys.cached_end_BN))
+        nodes = kernel_keys.TreeKeys(cache.k_BSKh, cache.v_BSKh, keys.sees_BNS)
+        return self._merge_ranks(tree_attention(q_BNKGh, nodes, prefix, scale=self.scale, apart=apart))
 
     def _merge_ranks(self, partial: Partial) -> Float[Array, "B T K G h"]:
         """Merge every rank's partial attention."""
@@ -116,10 +119,13 @@ class Attention(nnx.Module):
         self, q_BTKGh: Array, k_BTKh: Array, v_BTKh: Array, cache: LayerCache, keys: KeyIntervals, pages_BW: Array, *, apart: bool
     ) -> Float[Array, "B T K G h"]:
         """Attention of replicated tokens: every rank has all new tokens and its own part of the cached keys."""
-        pools = (cache.k_PKph, cache.v_PKph, pages_BW, keys.cached_start_BT, keys.cached_end_BT)
-        cached = attend_pages(q_BTKGh, *pools, scale=self.scale, apart=apart)
+        prefix = PagedKeys(cache.k_PKph, cache.v_PKph, pages_BW, Interval(keys.cached_start_BT, keys.cached_end_BT))
         # Every rank has the new tokens' keys. Only rank 0 attends to them, so that they enter the merged result once.
         new_end_BT = jnp.where(self.ranks.index() == 0, keys.new_end_BT, 0)
+        if q_BTKGh.shape[1] == 1:
+            token = kernel_keys.TreeKeys(k_BTKh, v_BTKh, (keys.new_start_BT < new_end_BT)[:, :, None])
+            return self._merge_ranks(tree_attention(q_BTKGh, token, prefix, scale=self.scale, apart=apart))
+        cached = attend_pages(q_BTKGh, prefix, scale=self.scale, apart=apart)
         new = attend(q_BTKGh, k_BTKh, v_BTKh, keys.new_start_BT, new_end_BT, scale=self.scale)
         return self._merge_ranks(merge_attention([cached, new]))
 

@@ -7,16 +7,16 @@ zeros and -inf, which change nothing when :func:`pallas_kernels.merge.merge_atte
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.flash_attention import cpu, gpu, xla
-from pallas_kernels.implementations import first_supported
+from pallas_kernels.implementations import Chosen, first_supported
+from pallas_kernels.keys import PagedKeys
 from pallas_kernels.merge import Partial
 
 __all__ = ["attend", "attend_masked", "attend_pages"]
+
+PAGES = {"cpu": cpu.attend_pages, "gpu": gpu.attend_pages, "xla": xla.attend_pages}
 
 
 def attend(
@@ -45,21 +45,11 @@ def attend_masked(
 
 
 def attend_pages(
-    q_BTKGh: Float[Array, "B T K G h"],
-    k_PKph: Float[Array, "P K p h"],
-    v_PKph: Float[Array, "P K p h"],
-    pages_BW: Int32[Array, "B W"],
-    start_BT: Int32[Array, "B T"],
-    end_BT: Int32[Array, "B T"],
-    *,
-    scale: float,
-    apart: bool = False,
+    q_BTKGh: Float[Array, "B T K G h"], cached: PagedKeys, *, scale: float, apart: bool = False, implementation: Chosen = None
 ) -> Partial:
-    """Attention over a paged cache: key ``s`` of row ``b`` is token ``s % p`` of page ``pages_BW[b, s // p]``.
+    """Attention of each query over the keys of a paged cache that are in its interval.
 
     Reads the pages from the earliest start to the longest row's end and no others, however large the cache is. ``apart``: a row's result
     is the same to the last bit whatever the other rows are; that may take longer.
     """
-    # On other devices it always is.
-    implementations: list[Callable[..., Partial]] = [functools.partial(cpu.attend_pages, apart=apart), gpu.attend_pages, xla.attend_pages]
-    return first_supported(implementations, q_BTKGh, k_PKph, v_PKph, pages_BW, start_BT, end_BT, scale=scale)
+    return first_supported("attend_pages", PAGES, implementation, q_BTKGh, cached, scale=scale, apart=apart)

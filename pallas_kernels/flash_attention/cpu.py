@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.flash_attention.blocks import Block, attend_block, inside, merge_blocks, no_keys, normalize
 from pallas_kernels.implementations import require_cpu
+from pallas_kernels.keys import PagedKeys
 from pallas_kernels.merge import Partial
 
 _MOST_QUERIES = 32
@@ -22,11 +23,7 @@ _BLOCK_BYTES = 8 << 20
 
 def attend_pages(
     q_BTKGh: Float[Array, "B T K G h"],
-    k_PKph: Float[Array, "P K p h"],
-    v_PKph: Float[Array, "P K p h"],
-    pages_BW: Int32[Array, "B W"],
-    start_BT: Int32[Array, "B T"],
-    end_BT: Int32[Array, "B T"],
+    cached: PagedKeys,
     *,
     scale: float,
     apart: bool = False,
@@ -44,6 +41,8 @@ def attend_pages(
     require_cpu()
     if q_BTKGh.shape[1] > _MOST_QUERIES:
         raise NotImplementedError(f"{q_BTKGh.shape[1]} queries a row: pages are attended one by one as fast")
+    k_PKph, v_PKph, pages_BW = cached.k_PKph, cached.v_PKph, cached.pages_BW
+    start_BT, end_BT = cached.interval.start_BT, cached.interval.end_BT
     B, (P, K, p, h) = len(pages_BW), k_PKph.shape
     wide = jnp.dtype(jnp.float64 if q_BTKGh.dtype == jnp.float64 else jnp.float32)
     q_BTKGh = q_BTKGh.astype(wide)

@@ -6,6 +6,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.flash_attention import xla
 from pallas_kernels.implementations import require_gpu
+from pallas_kernels.keys import PagedKeys
 from pallas_kernels.merge import Partial
 
 _MOST_PAGES = 16
@@ -17,13 +18,10 @@ _BLOCK_BYTES = 64 << 20
 
 def attend_pages(
     q_BTKGh: Float[Array, "B T K G h"],
-    k_PKph: Float[Array, "P K p h"],
-    v_PKph: Float[Array, "P K p h"],
-    pages_BW: Int32[Array, "B W"],
-    start_BT: Int32[Array, "B T"],
-    end_BT: Int32[Array, "B T"],
+    cached: PagedKeys,
     *,
     scale: float,
+    apart: bool = False,
 ) -> Partial:
     """A loop over blocks of pages that are copied into one matrix.
 
@@ -32,8 +30,8 @@ def attend_pages(
     """
     require_gpu()
     B, T, K, G, _ = q_BTKGh.shape
-    _, _, p, h = k_PKph.shape
-    keys_bytes = 2 * B * K * p * h * k_PKph.dtype.itemsize
+    _, _, p, h = cached.k_PKph.shape
+    keys_bytes = 2 * B * K * p * h * cached.k_PKph.dtype.itemsize
     scores_bytes = 4 * B * T * K * G * p
-    block = max(1, min(_MOST_PAGES, pages_BW.shape[1], _BLOCK_BYTES // max(keys_bytes, scores_bytes)))
-    return xla.attend_pages(q_BTKGh, k_PKph, v_PKph, pages_BW, start_BT, end_BT, scale=scale, block=block)
+    block = max(1, min(_MOST_PAGES, cached.pages_BW.shape[1], _BLOCK_BYTES // max(keys_bytes, scores_bytes)))
+    return xla.attend_pages(q_BTKGh, cached, scale=scale, apart=apart, block=block)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
+from pallas_kernels.keys import PagedKeys
 from pallas_kernels.merge import Partial
 
 _LOWEST = float(np.finfo(np.float32).min)
@@ -49,15 +50,13 @@ def attend_masked(
 
 def attend_pages(
     q_BTKGh: Float[Array, "B T K G h"],
-    k_PKph: Float[Array, "P K p h"],
-    v_PKph: Float[Array, "P K p h"],
-    pages_BW: Int32[Array, "B W"],
-    start_BT: Int32[Array, "B T"],
-    end_BT: Int32[Array, "B T"],
+    cached: PagedKeys,
     *,
     scale: float,
 ) -> Partial:
     """All pages of the table in a row; those outside the longest interval are taken as zeros, whatever is in them."""
+    k_PKph, v_PKph, pages_BW = cached.k_PKph, cached.v_PKph, cached.pages_BW
+    start_BT, end_BT = cached.interval.start_BT, cached.interval.end_BT
     pages, size = pages_BW.shape[1], k_PKph.shape[2]
     page_W = jnp.arange(pages, dtype=jnp.int32)
     read_W = (page_W >= jnp.min(start_BT) // size) & (page_W < -(-jnp.max(end_BT) // size))

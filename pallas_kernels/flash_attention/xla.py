@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.flash_attention.blocks import Block, attend_block, inside, merge_blocks, no_keys, normalize, scores
+from pallas_kernels.keys import PagedKeys
 from pallas_kernels.merge import Partial
 
 
@@ -38,19 +39,19 @@ def attend_masked(
 
 def attend_pages(
     q_BTKGh: Float[Array, "B T K G h"],
-    k_PKph: Float[Array, "P K p h"],
-    v_PKph: Float[Array, "P K p h"],
-    pages_BW: Int32[Array, "B W"],
-    start_BT: Int32[Array, "B T"],
-    end_BT: Int32[Array, "B T"],
+    cached: PagedKeys,
     *,
     scale: float,
+    apart: bool = False,
     block: int = 1,
 ) -> Partial:
     """A loop over blocks of ``block`` pages, from the earliest start to the longest row's end.
 
-    Blocks begin at multiples of ``block`` pages, wherever other rows start and end, so a row's sums are the same whatever is beside it.
+    Blocks begin at multiples of ``block`` pages, wherever other rows start and end, so rows are always computed apart.
     """
+    del apart
+    k_PKph, v_PKph, pages_BW = cached.k_PKph, cached.v_PKph, cached.pages_BW
+    start_BT, end_BT = cached.interval.start_BT, cached.interval.end_BT
     B = len(pages_BW)
     _, K, page_size, h = k_PKph.shape
     first, last = jnp.min(start_BT) // page_size, (jnp.max(end_BT) + page_size - 1) // page_size

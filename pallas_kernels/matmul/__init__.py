@@ -5,15 +5,20 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.implementations import first_supported
+from pallas_kernels.implementations import Chosen, first_supported
 from pallas_kernels.matmul import cpu, xla
 
 __all__ = ["matmul"]
 
 
-def matmul(x_Bi: Float[Array, "*B i"], weight_oi: Float[Array, "o i"], *, dtype: jnp.dtype | None = None) -> Float[Array, "*B o"]:
+IMPLEMENTATIONS = {"cpu": cpu.matmul, "xla": xla.matmul}
+
+
+def matmul(
+    x_Bi: Float[Array, "*B i"], weight_oi: Float[Array, "o i"], *, dtype: jnp.dtype | None = None, implementation: Chosen = None
+) -> Float[Array, "*B o"]:
     """``x @ weight.T``, of two operands of one type; ``dtype``: of the result, if it is not the operands' type.
 
     Sums are float32 (float64 for float64 operands), whatever the types are.
     """
-    return first_supported([cpu.matmul, xla.matmul], x_Bi, weight_oi, dtype=dtype)
+    return first_supported("matmul", IMPLEMENTATIONS, implementation, x_Bi, weight_oi, dtype=dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -17,11 +18,12 @@ def merge_attention(partials: Sequence[Partial]) -> Partial:
     denominator. ``out = Σ out_i exp(lse_i - lse)`` with ``lse = log Σ exp(lse_i)`` (arXiv 2411.01783, appendix). A
     partial over no keys has ``lse = -inf`` and any finite ``out``: it takes no part.
     """
-    lse_stack = jnp.stack([lse for _, lse in partials])
-    highest = jnp.max(lse_stack, axis=0)
+    # Element by element, without an array of all partials, so that XLA makes one kernel of it.
+    outs, lses = zip(*partials, strict=True)
+    highest = functools.reduce(jnp.maximum, lses)
     safe = jnp.where(jnp.isneginf(highest), 0.0, highest)
-    weights = jnp.exp(lse_stack - safe[None])
-    total = jnp.sum(weights, axis=0)
+    weights = [jnp.exp(lse - safe) for lse in lses]
+    total = functools.reduce(jnp.add, weights)
     denominator = jnp.where(total == 0.0, 1.0, total)
-    out = sum(w[..., None] * o for w, (o, _) in zip(weights, partials, strict=True)) / denominator[..., None]
-    return out, jnp.log(total) + safe
+    out = functools.reduce(jnp.add, [weight[..., None] * out for weight, out in zip(weights, outs, strict=True)])
+    return out / denominator[..., None], jnp.log(total) + safe

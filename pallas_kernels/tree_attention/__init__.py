@@ -1,5 +1,32 @@
 """Exact attention of a draft tree's nodes: over the cached prefix, which all may see, and over each other, by the tree's mask."""
 
-from pallas_kernels.tree_attention.xla import tree_attention
+from __future__ import annotations
+
+from jaxtyping import Array, Float
+
+from pallas_kernels.implementations import Chosen, first_supported
+from pallas_kernels.keys import PagedKeys, TreeKeys
+from pallas_kernels.merge import Partial
+from pallas_kernels.tree_attention import hopper, xla
 
 __all__ = ["tree_attention"]
+
+IMPLEMENTATIONS = {"hopper": hopper.tree_attention, "xla": xla.tree_attention}
+
+
+def tree_attention(
+    q_BNKGh: Float[Array, "B N K G h"],
+    tree: TreeKeys,
+    prefix: PagedKeys,
+    *,
+    scale: float,
+    apart: bool = False,
+    implementation: Chosen = None,
+) -> Partial:
+    """Attention of each node over the cached keys in its interval and over the tree's keys that it sees (arXiv 2508.08192).
+
+    A token that is decoded is a tree of one node. Scores are multiplied by ``scale``. Returns output and log-sum-exp in float32 (float64
+    for float64 inputs); zeros and -inf for a node that sees nothing. ``apart`` is as in
+    :func:`pallas_kernels.flash_attention.attend_pages`. Unused tokens of pages that a row attends must be finite.
+    """
+    return first_supported("tree_attention", IMPLEMENTATIONS, implementation, q_BNKGh, tree, prefix, scale=scale, apart=apart)

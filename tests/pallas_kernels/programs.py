@@ -1,14 +1,18 @@
-"""Compiles functions as l4jax does, on a mesh of CPUs: an op reads off the mesh which devices it is traced for."""
+"""Compiles functions as l4jax does, on a mesh: an op reads off the mesh which devices it is traced for."""
 
 import jax
 from jax.sharding import PartitionSpec
 
 from sharding.mesh import ONE_DEVICE
 
-A_GPU = jax.sharding.AbstractMesh(
-    (1,), ("tensor",), (jax.sharding.AxisType.Auto,), abstract_device=jax.sharding.AbstractDevice("NVIDIA H100", None, platform="gpu")
-)
-"""What a program that is compiled for an H100 is traced on."""
+
+def on_a(kind):
+    """What a program that is compiled for a GPU of this kind is traced on."""
+    device = jax.sharding.AbstractDevice(kind, None, platform="gpu")
+    return jax.sharding.AbstractMesh((1,), ("tensor",), (jax.sharding.AxisType.Auto,), abstract_device=device)
+
+
+AN_H100 = on_a("NVIDIA H100 80GB HBM3")
 
 
 def on_one_cpu(function):

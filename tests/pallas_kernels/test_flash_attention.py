@@ -1,5 +1,6 @@
 """Interval attention: the reference against float64 softmax, and every implementation against the reference."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.flash_attention import attend, attend_pages, cpu, gpu, reference, xla
-from tests.pallas_kernels.programs import A_GPU, on_one_cpu
+from pallas_kernels.keys import Interval, PagedKeys
+from tests.pallas_kernels.programs import AN_H100, on_one_cpu
 
 WHOLE = [on_one_cpu(functools.partial(function, scale=1.0)) for function in (attend, reference.attend)]
 PAGED = {"reference": reference.attend_pages, "xla": xla.attend_pages, "cpu": cpu.attend_pages}
@@ -51,7 +53,7 @@ def paged(seed, k_BSKh, v_BSKh, page, start_BT, end_BT):
     first, last = start_BT.min() // page, -(-end_BT.max() // page)
     for pool, keys in zip(pools, (k_BSKh, v_BSKh), strict=True):
         pool[pages_BW[:, first:last]] = keys.reshape(B, width, page, K, h).swapaxes(2, 3)[:, first:last]
-    return *pools, pages_BW
+    return PagedKeys(*pools, pages_BW, Interval(start_BT, end_BT))
 
 
 @functools.cache
@@ -78,7 +80,7 @@ def test_attend_equals_masked_softmax(seed, shape):
 def test_attend_pages_equals_masked_softmax_whatever_the_page_order(name, seed, shape):
     """Intervals differ by row; pages that none of them reaches hold NaN."""
     q, k, v, start, end = problem(seed, *shape, 40)
-    found = program(name)(q, *paged(seed, k, v, 8, start, end), start, end)
+    found = program(name)(q, paged(seed, k, v, 8, start, end))
     check(found, softmax(q, k, v, start, end), 1e-5)
 
 
@@ -90,7 +92,7 @@ def test_any_number_of_pages_is_read_and_no_other(name):
         for last in range(first + 1, 11):
             start, end = np.array([[first * 4 + 1], [first * 4 + 3]], np.int32), np.array([[last * 4 - 3], [last * 4]], np.int32)
             end = np.maximum(start, end)
-            found = program(name)(q, *paged(first, k, v, 4, start, end), start, end)
+            found = program(name)(q, paged(first, k, v, 4, start, end))
             check(found, softmax(q, k, v, start, end), 1e-5)
 
 
@@ -103,11 +105,12 @@ def test_a_row_gets_the_same_bits_whatever_is_beside_it(name, dtype):
     attended = program(name)
     for _ in range(20):
         start, end = np.sort(rng.integers(0, 11 * 4 + 1, (2, 4, 1)).repeat(2, axis=2), axis=0).astype(np.int32)
-        pools = paged(0, k, v, 4, np.zeros_like(start), np.full_like(end, 44))
-        together = attended(q, *pools, start, end)
+        cached = paged(0, k, v, 4, np.zeros_like(start), np.full_like(end, 44))
+        together = attended(q, dataclasses.replace(cached, interval=Interval(start, end)))
         for row in range(4):
             alone_BT = (np.arange(4) == row)[:, None]
-            alone = attended(q, *pools, np.where(alone_BT, start, 0), np.where(alone_BT, end, 0))
+            interval = Interval(np.where(alone_BT, start, 0), np.where(alone_BT, end, 0))
+            alone = attended(q, dataclasses.replace(cached, interval=interval))
             for a, b in zip(together, alone, strict=True):
                 np.testing.assert_array_equal(a[row], b[row])
 
@@ -118,7 +121,7 @@ def test_blocks_hold_as_many_pages_as_have_room(pages, monkeypatch):
     q, k, v, start, end = problem(7, 3, 2, 10 * 4)
     page_bytes = 2 * 3 * 2 * 4 * 4 * 4  # keys and values of 3 rows, 2 heads, 4 tokens of 4 float32 numbers
     monkeypatch.setattr(cpu, "_BLOCK_BYTES", page_bytes * pages + page_bytes // 2)
-    arguments = (q, *paged(7, k, v, 4, start, end), start, end)
+    arguments = (q, paged(7, k, v, 4, start, end))
     attended = on_one_cpu(functools.partial(cpu.attend_pages, scale=1.0))
     check(attended(*arguments), softmax(q, k, v, start, end), 1e-5)
     assert str(jax.make_jaxpr(attended)(*arguments)).count("while[") == (2 if pages > 1 else 1)
@@ -128,7 +131,7 @@ def test_blocks_hold_as_many_pages_as_have_room(pages, monkeypatch):
 @pytest.mark.parametrize(("queries", "dtype"), [(1, "float32"), (4, "float32"), (1, "bfloat16"), (4, "bfloat16")])
 def test_implementations_agree_on_heads_of_real_models(heads, queries, dtype):
     q, k, v, start, end = problem(3, 2, queries, 6 * 32, heads, jnp.dtype(dtype))
-    arguments = (q, *paged(3, k, v, 32, start, end), start, end)
+    arguments = (q, paged(3, k, v, 32, start, end))
     scale = heads[2] ** -0.5
     expected = softmax(q, k, v, start, end, scale)
     # Inputs are the same; in bfloat16 the softmax weights carry eight bits, 2**-9 of rounding each.
@@ -144,7 +147,7 @@ def test_implementations_agree_on_heads_of_real_models(heads, queries, dtype):
 def test_float64_is_kept(name):
     with jax.enable_x64(True):
         q, k, v, start, end = problem(4, 2, 3, 40, dtype=np.float64)
-        out, lse = on_one_cpu(functools.partial(PAGED[name], scale=1.0))(q, *paged(4, k, v, 8, start, end), start, end)
+        out, lse = on_one_cpu(functools.partial(PAGED[name], scale=1.0))(q, paged(4, k, v, 8, start, end))
         assert out.dtype == lse.dtype == jnp.float64
         check((out, lse), softmax(q, k, v, start, end), 1e-13)
 
@@ -153,10 +156,10 @@ def test_float64_is_kept(name):
 def test_a_query_that_sees_nothing_gets_zeros_and_minus_infinity(name):
     q, k, v, start, end = problem(5, 2, 2, 40)
     start[1], end[1] = 7, 7
-    out, lse = program(name)(q, *paged(5, k, v, 8, start, end), start, end)
+    out, lse = program(name)(q, paged(5, k, v, 8, start, end))
     assert (np.asarray(out)[1] == 0).all() and np.isneginf(lse[1]).all()
     nothing = np.zeros_like(start)
-    out, lse = program(name)(q, *paged(5, k, v, 8, nothing, nothing), nothing, nothing)
+    out, lse = program(name)(q, paged(5, k, v, 8, nothing, nothing))
     assert (np.asarray(out) == 0).all() and np.isneginf(lse).all()
 
 
@@ -165,7 +168,7 @@ def test_large_scores_do_not_overflow(scale):
     q, k, v, start, end = problem(1, 1, 2, 40)
     start, end = np.zeros_like(start), np.full_like(end, 40)
     results = [attend(q * np.float32(scale), k, v, start, end, scale=1.0)]
-    results += [program(name)(q * np.float32(scale), *paged(1, k, v, 8, start, end), start, end) for name in PAGED]
+    results += [program(name)(q * np.float32(scale), paged(1, k, v, 8, start, end)) for name in PAGED]
     assert all(np.isfinite(a).all() for result in results for a in result)
 
 
@@ -183,9 +186,10 @@ def test_bfloat16_inputs_give_float32_results():
 def test_programs_for_gpus_attend_as_many_pages_at_once_as_have_room(B, T, W, block):
     """Llama 3.1 8B's heads: a page of keys and values is 0.5 MB a row, its scores are 16 KB a query, and a block takes 64 MiB of either."""
     bf16, int32 = jnp.bfloat16, jnp.int32
-    shapes = [((B, T, 8, 4, 128), bf16), *[((B * W, 8, 128, 128), bf16)] * 2, ((B, W), int32), *[((B, T), int32)] * 2]
-    arguments = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
-    with jax.sharding.use_abstract_mesh(A_GPU):
+    array = jax.ShapeDtypeStruct
+    pool, bounds = array((B * W, 8, 128, 128), bf16), array((B, T), int32)
+    arguments = array((B, T, 8, 4, 128), bf16), PagedKeys(pool, pool, array((B, W), int32), Interval(bounds, bounds))
+    with jax.sharding.use_abstract_mesh(AN_H100):
         expected = jax.make_jaxpr(functools.partial(xla.attend_pages, scale=1.0, block=block))(*arguments)
         for function in (attend_pages, gpu.attend_pages):
             assert str(jax.make_jaxpr(functools.partial(function, scale=1.0))(*arguments)) == str(expected)
@@ -195,7 +199,7 @@ def test_programs_for_gpus_attend_as_many_pages_at_once_as_have_room(B, T, W, bl
 
 def test_programs_for_cpus_take_the_kernels_for_cpus_and_no_others_do():
     q, k, v, start, end = problem(6, 1, 1, 40)
-    arguments = (q, *paged(6, k, v, 8, start, end), start, end)
+    arguments = (q, paged(6, k, v, 8, start, end))
     traced = {name: str(jax.make_jaxpr(functools.partial(f, scale=1.0))(*arguments)) for name, f in PAGED.items() if "cpu" not in name}
     assert str(jax.make_jaxpr(functools.partial(attend_pages, scale=1.0))(*arguments)) == traced["xla"]
     lowered = {f: on_one_cpu(functools.partial(f, scale=1.0)).lower(*arguments).as_text() for f in (attend_pages, *PAGED.values())}
@@ -203,6 +207,7 @@ def test_programs_for_cpus_take_the_kernels_for_cpus_and_no_others_do():
     for platform in (cpu, gpu):
         with pytest.raises(NotImplementedError, match="the program is for other devices"):
             platform.attend_pages(*arguments, scale=1.0)
-    many = np.zeros((1, 33, *q.shape[2:]), np.float32), *arguments[1:4], np.zeros((1, 33), np.int32), np.zeros((1, 33), np.int32)
+    nothing = np.zeros((1, 33), np.int32)
+    many = np.zeros((1, 33, *q.shape[2:]), np.float32), dataclasses.replace(arguments[1], interval=Interval(nothing, nothing))
     with pytest.raises(NotImplementedError, match="33 queries a row"):
         program("cpu").lower(*many)

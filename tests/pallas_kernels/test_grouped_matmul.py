@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.grouped_matmul import gpu, grouped_matmul, reference, xla
-from tests.pallas_kernels.programs import A_GPU
+from tests.pallas_kernels.programs import AN_H100
 
 IMPLEMENTATIONS = {"reference": reference.grouped_matmul, "xla": xla.grouped_matmul, "all products": gpu.all_products}
 
@@ -76,7 +76,7 @@ def test_a_matrix_that_is_not_finite_stays_with_its_rows(name):
 def test_programs_for_gpus_multiply_a_few_rows_at_once(rows, groups, expected):
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((rows, 8), (groups, 8, 4))]
     arguments.append(jax.ShapeDtypeStruct((groups,), jnp.int32))
-    with jax.sharding.use_abstract_mesh(A_GPU):
+    with jax.sharding.use_abstract_mesh(AN_H100):
         functions = {"gpu": gpu.all_products, "xla": xla.grouped_matmul}
         traced = {name: str(jax.make_jaxpr(function)(*arguments)) for name, function in functions.items()}
         assert str(jax.make_jaxpr(grouped_matmul)(*arguments)) == traced[expected]

@@ -1,16 +1,111 @@
-"""Tree attention against softmax over one long row of keys with a dense mask."""
+"""Tree attention: every implementation against the reference, and the reference against softmax over one long row of keys."""
 
 from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.tree_attention import reference, tree_attention
-from tests.pallas_kernels.programs import on_one_cpu
+from pallas_kernels.keys import Interval, PagedKeys, TreeKeys
+from pallas_kernels.tree_attention import IMPLEMENTATIONS, reference, tree_attention
+from pallas_kernels.tree_attention.hopper import Blocks
+from tests.pallas_kernels.programs import AN_H100, on_a, on_one_cpu
+from tests.pallas_kernels.simulator import simulated
 
-B, K, G, H, PAGE = 3, 2, 2, 8, 4
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """B rows of N nodes in a tree of S keys; tables of W pages of p tokens, of which each row sees an interval, and of P pages in all."""
+
+    B: int = 2
+    N: int = 1
+    S: int = 1
+    K: int = 1
+    G: int = 4
+    h: int = 64
+    W: int = 3
+    p: int = 128
+    dtype: str = "bfloat16"
+    windows: bool = False
+    unsupported_on_hoppers: str = ""
+
+    @property
+    def scale(self):
+        return self.h**-0.5
+
+    @functools.cached_property
+    def arguments(self):
+        """The first row's prefix is empty, the last one's ends with its last page. The first node of each row sees none of the tree.
+
+        Pages that are in no row's table are NaN, and so are the first and last ones if no row sees them.
+        """
+        B, N, S, K, G, h, W, p = self.B, self.N, self.S, self.K, self.G, self.h, self.W, self.p
+        rng = np.random.default_rng(N)
+        pages = rng.permutation(B * W + 2)[: B * W].reshape(B, W)
+        end = rng.integers(0, W * p, B)
+        end[0], end[-1] = W * p if B == 1 else 0, W * p
+        start = end // 2
+        start[0] = start[-1]
+        start_BN, end_BN = (np.broadcast_to(a[:, None], (B, N)).astype(np.int32) for a in (start, end))
+        if self.windows:
+            start_BN = start_BN + np.arange(N, dtype=np.int32)
+        sees = rng.random((B, N, S)) < 0.4
+        sees[:, 1:, 0] = True
+        sees[:, 0] = False
+        k_pool, v_pool = (rng.normal(size=(B * W + 2, K, p, h)) for _ in range(2))
+        unseen = np.ones(B * W + 2, bool)
+        unseen[pages[:, start_BN.min() // p : -(-end_BN.max() // p)]] = False
+        k_pool[unseen] = v_pool[unseen] = np.nan
+        q, k, v, k_pool, v_pool = (
+            jnp.asarray(a, self.dtype)
+            for a in (rng.normal(size=(B, N, K, G, h)), rng.normal(size=(B, S, K, h)), rng.normal(size=(B, S, K, h)), k_pool, v_pool)
+        )
+        interval = Interval(jnp.asarray(start_BN), jnp.asarray(end_BN))
+        return q, TreeKeys(k, v, jnp.asarray(sees)), PagedKeys(k_pool, v_pool, jnp.asarray(pages, jnp.int32), interval)
+
+
+CASES = [
+    Case(),
+    Case(N=2, S=4, W=2, dtype="float16"),
+    # Two warpgroups, several groups of them, and one that has only padding; more than 32 nodes.
+    Case(B=1, N=26, S=26, G=5, h=128, W=2),
+    Case(B=1, N=40, S=64, G=5, W=2, windows=True),
+    Case(K=2, G=3, B=3, p=64),
+    # One share of the cached keys.
+    Case(G=1, W=1, p=64),
+    Case(dtype="float32", unsupported_on_hoppers="takes bfloat16 or float16, the same for all arrays; they are float32"),
+    Case(h=32, unsupported_on_hoppers="takes heads of 64 or 128 numbers; they have 32"),
+    Case(p=16, unsupported_on_hoppers="takes pages of a multiple of 64 tokens; they have 16, 3 a row"),
+    Case(S=65, unsupported_on_hoppers="takes trees of up to 64 nodes; it has 65"),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_equals_the_reference_or_says_why_not(name, case):
+    def attend(*arguments):
+        return tree_attention(*arguments, scale=case.scale, implementation=name)
+
+    if name == "hopper" and case.unsupported_on_hoppers:
+        with jax.sharding.use_abstract_mesh(AN_H100), pytest.raises(NotImplementedError) as error:
+            jax.make_jaxpr(attend)(*case.arguments)
+        assert str(error.value) == f"no implementation of tree_attention takes these arguments (hopper: {case.unsupported_on_hoppers})"
+        return
+    out, lse = (simulated if name == "hopper" else lambda f, *a: on_one_cpu(f)(*a))(attend, *case.arguments)
+    expected_out, expected_lse = reference.tree_attention(*case.arguments, scale=case.scale)
+    assert out.dtype == lse.dtype == jnp.float32
+    nothing = np.isneginf(expected_lse)
+    assert nothing.any() or case.B == 1
+    assert (np.isneginf(lse) == nothing).all() and (np.asarray(out)[nothing] == 0).all()
+    # Weights are rounded to the values' dtype, which has 8 bits (bfloat16), or 11; the sums' order differs.
+    error = np.abs(out - expected_out).max() / np.abs(expected_out).max()
+    assert error < {"bfloat16": 2e-2, "float16": 2e-3, "float32": 1e-5}[case.dtype]
+    np.testing.assert_allclose(lse, expected_lse, atol=1e-5)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("float64", 1e-14)])
@@ -18,6 +113,7 @@ B, K, G, H, PAGE = 3, 2, 2, 8, 4
 @pytest.mark.parametrize("implementation", [tree_attention, reference.tree_attention], ids=["merged", "reference"])
 def test_equals_masked_softmax(implementation, nodes, dtype, tolerance):
     """Rows of no cached keys, of some, and of all; a window that begins after a page; a node that sees nothing."""
+    B, K, G, H, PAGE = 3, 2, 2, 8, 4
     with jax.enable_x64(dtype == "float64"):
         rng = np.random.default_rng(nodes)
         pages = np.array([[3, 0, 4], [1, 5, 2], [6, 8, 7]])
@@ -28,8 +124,10 @@ def test_equals_masked_softmax(implementation, nodes, dtype, tolerance):
         start = np.array([[0], [5], [0]]) + np.zeros((1, nodes), int)
         end = np.array([[0], [9], [12]]) + np.zeros((1, nodes), int)
         sees[0, 0] = False
-        arguments = (q, k_new, v_new, sees, k_pool, v_pool, pages.astype(np.int32), start.astype(np.int32), end.astype(np.int32))
-        out, lse = on_one_cpu(lambda *a: implementation(*a, scale=0.3))(*map(jnp.asarray, arguments))
+        interval = Interval(jnp.asarray(start, jnp.int32), jnp.asarray(end, jnp.int32))
+        prefix = PagedKeys(jnp.asarray(k_pool), jnp.asarray(v_pool), jnp.asarray(pages, jnp.int32), interval)
+        tree = TreeKeys(jnp.asarray(k_new), jnp.asarray(v_new), jnp.asarray(sees))
+        out, lse = on_one_cpu(lambda *a: implementation(*a, scale=0.3))(jnp.asarray(q), tree, prefix)
 
         def cached(pool):
             return np.swapaxes(pool[pages], 2, 3).reshape(B, -1, K, H)
@@ -45,3 +143,33 @@ def test_equals_masked_softmax(implementation, nodes, dtype, tolerance):
         assert np.isneginf(lse[0, 0]).all() and (np.asarray(out)[0, 0] == 0).all()
         seen = total > 0
         assert np.abs(np.asarray(lse)[seen] - np.log(total[seen])).max() < 10 * tolerance
+
+
+def test_a_gpu_that_is_no_hopper_takes_xla_s_and_the_log_says_so_once(caplog):
+    case = Case()
+
+    def traced(mesh):
+        with jax.sharding.use_abstract_mesh(mesh), caplog.at_level(logging.INFO):
+            return str(jax.make_jaxpr(lambda *a: tree_attention(*a, scale=1.0))(*case.arguments))
+
+    hopper = "mpmd_map"
+    assert all(hopper in traced(on_a(f"NVIDIA {kind}")) for kind in ("H100 80GB HBM3", "H200", "H800", "GH200 480GB"))
+    assert not caplog.messages
+    assert hopper not in traced(on_a("NVIDIA A100-SXM4-80GB")) + traced(on_a("NVIDIA A100-SXM4-80GB"))
+    assert caplog.messages == [
+        "NVIDIA A100-SXM4-80GB is no Hopper GPU: XLA's kernels are used in the place of l4jax's own, which are faster on an H100"
+    ]
+
+
+def test_a_name_that_the_op_does_not_have_is_refused():
+    with pytest.raises(ValueError, match="^implementation is 'triton'; tree_attention has hopper, xla$"):
+        tree_attention(*Case().arguments, scale=1.0, implementation="triton")
+    with pytest.raises(NotImplementedError, match=r"\(hopper: written for GPUs; the program is for other devices\)$"):
+        tree_attention(*Case().arguments, scale=1.0, implementation=["hopper"])
+
+
+def test_how_a_row_is_cut_depends_on_shapes_and_fills_an_h100():
+    assert Blocks.of(1, 8, 4, 1, 8192) == Blocks(rows=8, warpgroups=1, groups=1, splits=16, tree_keys=16)
+    assert Blocks.of(32, 8, 4, 4, 8192) == Blocks(rows=8, warpgroups=1, groups=1, splits=1, tree_keys=16)
+    assert Blocks.of(8, 1, 26 * 5, 26, 8192) == Blocks(rows=136, warpgroups=2, groups=2, splits=8, tree_keys=32)
+    assert Blocks.of(1, 1, 8, 64, 128) == Blocks(rows=8, warpgroups=1, groups=1, splits=2, tree_keys=64)

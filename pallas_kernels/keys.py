@@ -1,0 +1,40 @@
+"""What attention reads: keys and values in pages of a cache, or of a draft tree's nodes, and which of them each query sees."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+from jaxtyping import Array, Bool, Float, Int32
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """Each query sees the keys with index in [start, end): causal, chunk-local, prefix and padding masks are all intervals."""
+
+    start_BT: Int32[Array, "B T"]
+    end_BT: Int32[Array, "B T"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PagedKeys:
+    """A cache's pools of pages, of which a row's table names some: key ``s`` of row ``b`` is token ``s % p`` of page
+    ``pages_BW[b, s // p]``. Numbers beyond an interval's last page may be any page's.
+    """
+
+    k_PKph: Float[Array, "P K p h"]
+    v_PKph: Float[Array, "P K p h"]
+    pages_BW: Int32[Array, "B W"]
+    interval: Interval
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TreeKeys:
+    """Keys and values of a draft tree's nodes. ``sees_BNS``: which of them each of the N nodes that attend sees."""
+
+    k_BSKh: Float[Array, "B S K h"]
+    v_BSKh: Float[Array, "B S K h"]
+    sees_BNS: Bool[Array, "B N S"]

@@ -1,0 +1,292 @@
+"""Tree attention as one Mosaic GPU kernel for Hopper GPUs: the cached prefix block by block, then the tree's own keys."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from pallas_kernels.implementations import require_hopper
+from pallas_kernels.keys import PagedKeys, TreeKeys
+from pallas_kernels.merge import Partial, merge_attention
+
+MOST_NODES = 64
+_SMS = 132
+"""Streaming multiprocessors of an H100: as many blocks run at once."""
+_ROWS = 64
+"""Query rows of a warpgroup: the least that its matrix product takes."""
+_KEYS = 64
+"""Cached keys that are copied and attended together."""
+_STAGES = {1: 4, 2: 3}
+"""Copies of cached keys under way, by the number of warpgroups that compute: as many as shared memory holds."""
+_REGISTERS = {1: 232, 2: 216}
+_LOG2_E = 1.4426950408889634
+_MASKED = -1e30
+"""The score of a key that a row does not see: finite, because exp2(-inf - -inf) is NaN."""
+_NOWHERE = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """How the work is cut. Each KV head of a row has ``groups`` blocks of ``warpgroups`` x 64 query rows, each in ``splits`` shares of
+    the cached keys.
+
+    ``rows``: the query rows of a KV head, a multiple of 8. ``tree_keys``: the tree's keys, padded.
+    """
+
+    rows: int
+    warpgroups: int
+    groups: int
+    splits: int
+    tree_keys: int
+
+    @classmethod
+    def of(cls, batch: int, heads: int, rows: int, tree_keys: int, slots: int) -> Blocks:
+        """For ``rows`` query rows and up to ``slots`` cached keys. Only shapes decide, so a row's sums do not depend on other rows."""
+        warpgroups = 1 if rows <= _ROWS else 2
+        groups = -(-rows // (warpgroups * _ROWS))
+        splits = max(1, min(_SMS // (batch * heads * groups), slots // _KEYS))
+        padded = next(keys for keys in (16, 32, MOST_NODES) if tree_keys <= keys)
+        return cls(-(-rows // 8) * 8, warpgroups, groups, splits, padded)
+
+
+def tree_attention(q_BNKGh: Float[Array, "B N K G h"], tree: TreeKeys, prefix: PagedKeys, *, scale: float, apart: bool = False) -> Partial:
+    """Each block attends its share of the cached keys; the first share's block attends the tree as well. The results are merged.
+
+    A warpgroup copies keys and values to shared memory, and one or two others compute. The query heads of all nodes that share a KV head
+    are the rows of one matrix product. Weights are rounded to the dtype of the values. Rows are always computed apart.
+    """
+    del apart
+    require_hopper()
+    _check(q_BNKGh, tree, prefix)
+    B, N, K, G, h = q_BNKGh.shape
+    S, page_size = tree.k_BSKh.shape[1], prefix.k_PKph.shape[2]
+    blocks = Blocks.of(B, K, N * G, S, prefix.pages_BW.shape[1] * page_size)
+    all_rows = blocks.groups * blocks.warpgroups * _ROWS
+
+    def of_heads(values_BN: Array) -> Array:
+        return jnp.pad(jnp.repeat(values_BN, G, axis=1), ((0, 0), (0, all_rows - N * G)))
+
+    def nodes(tree_BSKh: Array) -> Array:
+        return jnp.pad(jnp.swapaxes(tree_BSKh, 1, 2), ((0, 0), (0, 0), (0, blocks.tree_keys - S), (0, 0)))
+
+    q_BKRh = jnp.swapaxes(q_BNKGh, 1, 2).reshape(B, K, N * G, h)
+    start_BN, end_BN = prefix.interval.start_BT, prefix.interval.end_BT
+    none_BN = start_BN >= end_BN
+    start_BN, end_BN = jnp.where(none_BN, _NOWHERE, start_BN), jnp.where(none_BN, 0, end_BN)
+    # Keys before the first, and after the last, are seen by no node; keys between the other two by all.
+    bounds_B4 = jnp.stack([jnp.min(start_BN, axis=1), jnp.max(end_BN, axis=1), jnp.max(start_BN, axis=1), jnp.min(end_BN, axis=1)], axis=1)
+    out_BKzRh, lse_BKzR = _kernel(blocks, B, K, h, page_size, q_BNKGh.dtype, scale)(
+        jnp.pad(q_BKRh, ((0, 0), (0, 0), (0, blocks.rows - N * G), (0, 0))),
+        prefix.k_PKph,
+        prefix.v_PKph,
+        nodes(tree.k_BSKh),
+        nodes(tree.v_BSKh),
+        jnp.stack([of_heads(values_BN) for values_BN in (start_BN, end_BN, *_words(tree.sees_BNS))], axis=1),
+        bounds_B4,
+        prefix.pages_BW,
+    )
+    out_BKRh, lse_BKR = merge_attention([(out_BKzRh[:, :, z, : N * G], lse_BKzR[:, :, z, : N * G]) for z in range(blocks.splits)])
+    return jnp.swapaxes(out_BKRh.reshape(B, K, N, G, h), 1, 2), jnp.swapaxes(lse_BKR.reshape(B, K, N, G), 1, 2)
+
+
+def _check(q_BNKGh: Array, tree: TreeKeys, prefix: PagedKeys) -> None:
+    """Raise NotImplementedError, with the reason, for what the kernel does not take."""
+    h, S, page_size = q_BNKGh.shape[-1], tree.k_BSKh.shape[1], prefix.k_PKph.shape[2]
+    dtypes = {str(array.dtype) for array in (q_BNKGh, tree.k_BSKh, tree.v_BSKh, prefix.k_PKph, prefix.v_PKph)}
+    if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float16"}:
+        raise NotImplementedError(f"takes bfloat16 or float16, the same for all arrays; they are {', '.join(sorted(dtypes))}")
+    if h not in (64, 128):
+        raise NotImplementedError(f"takes heads of 64 or 128 numbers; they have {h}")
+    if page_size % _KEYS or prefix.pages_BW.shape[1] == 0:
+        raise NotImplementedError(f"takes pages of a multiple of {_KEYS} tokens; they have {page_size}, {prefix.pages_BW.shape[1]} a row")
+    if S > MOST_NODES:
+        raise NotImplementedError(f"takes trees of up to {MOST_NODES} nodes; it has {S}")
+
+
+def _words(sees_BNS: Array) -> tuple[Array, Array]:
+    """Which of the tree's first 32 keys each node sees, and which of its next 32: a bit for each key."""
+    B, N, S = sees_BNS.shape
+    sees_BN2j = jnp.pad(sees_BNS, ((0, 0), (0, 0), (0, MOST_NODES - S))).reshape(B, N, 2, 32)
+    bit_j = jnp.uint32(1) << jnp.arange(32, dtype=jnp.uint32)
+    words_BN2 = jnp.sum(jnp.where(sees_BN2j, bit_j, jnp.uint32(0)), axis=-1, dtype=jnp.uint32)
+    words_BN2 = jax.lax.bitcast_convert_type(words_BN2, jnp.int32)
+    return words_BN2[..., 0], words_BN2[..., 1]
+
+
+def _kernel(blocks: Blocks, B: int, K: int, h: int, page_size: int, dtype: Any, scale: float) -> Callable[..., tuple[Array, Array]]:
+    """The kernel at these sizes. Its inputs: queries, pools, the tree's keys and values, rows' numbers, bounds and page tables."""
+    warpgroups, splits, tree_keys, stages = blocks.warpgroups, blocks.splits, blocks.tree_keys, _STAGES[blocks.warpgroups]
+    whole_warpgroups, last_rows = divmod(blocks.rows, _ROWS)
+    blocks_a_page = page_size // _KEYS
+    WGMMA, ROW = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)
+
+    def body(
+        q_ref: Any, k_ref: Any, v_ref: Any, k_tree_ref: Any, v_tree_ref: Any, rows_ref: Any, bounds_ref: Any, pages_ref: Any,
+        out_ref: Any, lse_ref: Any, q_s: Any, rows_s: Any, k_s: Any, v_s: Any, k_tree_s: Any, v_tree_s: Any, out_s: Any, lse_s: Any,
+        q_came: Any, rows_came: Any, k_came: Any, v_came: Any, tree_came: Any, k_read: Any, v_read: Any,
+    ) -> None:  # fmt: skip
+        b, head, group, split = (jax.lax.axis_index(name) for name in ("row", "head", "group", "split"))
+        warpgroup = jax.lax.axis_index("warpgroup")
+        first = bounds_ref[b, 0] // _KEYS
+        last = jnp.maximum((bounds_ref[b, 1] + _KEYS - 1) // _KEYS, first)
+        share = (last - first + splits - 1) // splits
+        begin = first + split * share
+        steps = jnp.maximum(jnp.minimum(begin + share, last) - begin, 0)
+
+        @pl.when(warpgroup == warpgroups)
+        def _copy() -> None:
+            plgpu.set_max_registers(40, action="decrease")
+
+            def wait(stage: Array) -> None:
+                plgpu.barrier_wait(k_read.at[stage])
+                plgpu.barrier_wait(v_read.at[stage])
+
+            def fetch(step: Array, carry: int) -> int:
+                stage, block = jax.lax.rem(step, stages), begin + step
+                pl.when(step >= stages)(lambda: wait(stage))
+                page, keys = pages_ref[b, block // blocks_a_page], pl.ds(jax.lax.rem(block, blocks_a_page) * _KEYS, _KEYS)
+                plgpu.copy_gmem_to_smem(k_ref.at[page, head, keys], k_s.at[stage], k_came.at[stage])
+                plgpu.copy_gmem_to_smem(v_ref.at[page, head, keys], v_s.at[stage], v_came.at[stage])
+                return carry
+
+            jax.lax.fori_loop(0, steps, fetch, 0)
+
+            @pl.when(split == 0)
+            def _of_tree() -> None:
+                plgpu.copy_gmem_to_smem(k_tree_ref.at[b, head], k_tree_s, tree_came)
+                plgpu.copy_gmem_to_smem(v_tree_ref.at[b, head], v_tree_s, tree_came)
+
+            def drain(step: Array, carry: int) -> int:
+                wait(jax.lax.rem(step, stages))
+                return carry
+
+            jax.lax.fori_loop(jnp.maximum(steps - stages, 0), steps, drain, 0)
+
+        @pl.when(warpgroup < warpgroups)
+        def _compute() -> None:
+            plgpu.set_max_registers(_REGISTERS[warpgroups], action="increase")
+            number = group * warpgroups + warpgroup
+
+            def with_rows(copy: Callable[[Any, Any], None]) -> None:
+                """Call with the warpgroup's rows of those of the head, and in shared memory. Rows beyond them, which hold anything, are
+                computed too; none are copied for a warpgroup that has only such rows."""
+                for rows, condition in ((_ROWS, number < whole_warpgroups), (last_rows, number == whole_warpgroups)):
+                    if rows:
+                        pl.when(condition)(functools.partial(copy, pl.ds(number * _ROWS, rows), pl.ds(0, rows)))
+
+            def come(of_head: Any, own: Any) -> None:
+                plgpu.copy_gmem_to_smem(q_ref.at[b, head, of_head], q_s.at[warpgroup, own], q_came.at[warpgroup])
+                plgpu.barrier_wait(q_came.at[warpgroup])
+
+            plgpu.copy_gmem_to_smem(rows_ref.at[b, :, pl.ds(number * _ROWS, _ROWS)], rows_s.at[warpgroup], rows_came.at[warpgroup])
+            with_rows(come)
+            plgpu.barrier_wait(rows_came.at[warpgroup])
+
+            def of_rows(index: int, columns: int) -> Array:
+                return over(plgpu.load(rows_s.at[warpgroup, index], layout=ROW), columns)
+
+            def over(row: Array, columns: int) -> Array:
+                return jax.lax.broadcast_in_dim(row, (_ROWS, columns), [0])
+
+            def product(a: Any, b: Any, columns: int) -> Array:
+                def into(accumulator: Any) -> Array:
+                    plgpu.wgmma(accumulator, a, b)
+                    return accumulator[...]
+
+                return pl.run_scoped(into, plgpu.ACC((_ROWS, columns), jnp.float32))
+
+            def weigh(score: Array, carry: Any, keys: int) -> tuple[Array, Any]:
+                """The weights of some keys, and the output, the highest score and the sum of weights, scaled to fit them."""
+                out, highest, total = carry
+                now = jnp.maximum(highest, jnp.max(score, axis=1))
+                shrunk = jnp.exp2(highest - now)
+                weight = jnp.where(score > _MASKED / 2, jnp.exp2(score - over(now, keys)), 0.0)
+                return weight.astype(dtype), (out * over(shrunk, h), now, total * shrunk + jnp.sum(weight, axis=1))
+
+            def step(index: Array, carry: Any) -> Any:
+                stage, first_key = jax.lax.rem(index, stages), (begin + index) * _KEYS
+                plgpu.barrier_wait(k_came.at[stage])
+                score = product(q_s.at[warpgroup], k_s.at[stage].T, _KEYS) * (scale * _LOG2_E)
+                plgpu.barrier_arrive(k_read.at[stage])
+
+                def masked(score: Array) -> Array:
+                    key = plgpu.broadcasted_iota(jnp.int32, (_ROWS, _KEYS), 1, layout=WGMMA) + first_key
+                    return jnp.where((key >= of_rows(0, _KEYS)) & (key < of_rows(1, _KEYS)), score, _MASKED)
+
+                seen_by_all = (first_key >= bounds_ref[b, 2]) & (first_key + _KEYS <= bounds_ref[b, 3])
+                score = jax.lax.cond(seen_by_all, lambda score: score, masked, score)
+                weight, (out, highest, total) = weigh(score, carry, _KEYS)
+                plgpu.barrier_wait(v_came.at[stage])
+                out = out + product(weight, v_s.at[stage], h)
+                plgpu.barrier_arrive(v_read.at[stage])
+                return out, highest, total
+
+            def tree(carry: Any) -> Any:
+                plgpu.barrier_wait(tree_came)
+                q = plgpu.load(q_s.at[warpgroup], layout=WGMMA)  # two operands in shared memory must have the same swizzle
+                score = product(q, k_tree_s.T, tree_keys) * (scale * _LOG2_E)
+                key = plgpu.broadcasted_iota(jnp.int32, (_ROWS, tree_keys), 1, layout=WGMMA)
+                word = of_rows(2, tree_keys)
+                if tree_keys > 32:
+                    word = jnp.where(key < 32, word, of_rows(3, tree_keys))
+                weight, (out, highest, total) = weigh(jnp.where(((word >> (key & 31)) & 1) != 0, score, _MASKED), carry, tree_keys)
+                return out + product(weight, v_tree_s, h), highest, total
+
+            nothing = (
+                plgpu.layout_cast(jnp.zeros((_ROWS, h), jnp.float32), WGMMA),
+                plgpu.layout_cast(jnp.full((_ROWS,), _MASKED, jnp.float32), ROW),
+                plgpu.layout_cast(jnp.zeros((_ROWS,), jnp.float32), ROW),
+            )
+            carry = jax.lax.fori_loop(0, steps, step, nothing)
+            out, highest, total = jax.lax.cond(split == 0, tree, lambda carry: carry, carry)
+            safe = jnp.maximum(total, 1e-30)
+            out_s[warpgroup] = out * over(jnp.where(total > 0.0, 1.0 / safe, 0.0), h)
+            lse_s[warpgroup] = jnp.where(total > 0.0, (highest + jnp.log2(safe)) / _LOG2_E, -jnp.inf)
+            plgpu.commit_smem()
+
+            def go(of_head: Any, own: Any) -> None:
+                plgpu.copy_smem_to_gmem(out_s.at[warpgroup, own], out_ref.at[b, head, split, of_head])
+                plgpu.copy_smem_to_gmem(lse_s.at[warpgroup, own], lse_ref.at[b, head, split, of_head])
+                plgpu.wait_smem_to_gmem(0)
+
+            with_rows(go)
+
+    def tiles(columns: int, itemsize: int = 2) -> Any:
+        return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(columns * itemsize)
+
+    R = blocks.rows
+    return plgpu.kernel(
+        body,
+        out_type=(jax.ShapeDtypeStruct((B, K, splits, R, h), jnp.float32), jax.ShapeDtypeStruct((B, K, splits, R), jnp.float32)),
+        grid=(B, K, blocks.groups, splits),
+        grid_names=("row", "head", "group", "split"),
+        num_threads=warpgroups + 1,
+        thread_name="warpgroup",
+        scratch_types=[
+            plgpu.SMEM((warpgroups, _ROWS, h), dtype, transforms=tiles(64)),
+            plgpu.SMEM((warpgroups, 4, _ROWS), jnp.int32),
+            plgpu.SMEM((stages, _KEYS, h), dtype, transforms=tiles(64)),
+            plgpu.SMEM((stages, _KEYS, h), dtype, transforms=tiles(64)),
+            plgpu.SMEM((tree_keys, h), dtype, transforms=tiles(tree_keys)),
+            plgpu.SMEM((tree_keys, h), dtype, transforms=tiles(tree_keys)),
+            plgpu.SMEM((warpgroups, _ROWS, h), jnp.float32, transforms=tiles(32, 4)),
+            plgpu.SMEM((warpgroups, _ROWS), jnp.float32),
+            plgpu.Barrier(num_barriers=warpgroups),
+            plgpu.Barrier(num_barriers=warpgroups),
+            plgpu.Barrier(num_barriers=stages),
+            plgpu.Barrier(num_barriers=stages),
+            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(num_barriers=stages, num_arrivals=warpgroups),
+            plgpu.Barrier(num_barriers=stages, num_arrivals=warpgroups),
+        ],
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name="tree_attention",
+    )

@@ -17,12 +17,13 @@ from jax.sharding import PartitionSpec
 
 from benchmarks.h100 import timing
 from benchmarks.h100.bench import Bench, Record
-from benchmarks.h100.shapes import SHAPES, Attention, Grouped, Linear, Merge
+from benchmarks.h100.shapes import SHAPES
 from pallas_kernels.flash_attention import attend, attend_pages
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.keys import Interval, PagedKeys, TreeKeys
 from pallas_kernels.matmul import matmul
 from pallas_kernels.merge import merge_attention
+from pallas_kernels.shapes import Attention, Grouped, Linear, Merge
 from pallas_kernels.tree_attention import tree_attention
 from sharding.mesh import ONE_DEVICE
 

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.h100.errors import DeviceBroken, NotHere
-from benchmarks.h100.shapes import SHAPES, Attention, Grouped, Linear
+from benchmarks.h100.shapes import SHAPES
 from benchmarks.h100.sizes import Sizes
+from pallas_kernels.shapes import Attention, Grouped, Linear
 
 
 @dataclasses.dataclass(frozen=True)

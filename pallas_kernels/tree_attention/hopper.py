@@ -24,8 +24,9 @@ _ROWS = 64
 """Query rows of a warpgroup: the least that its matrix product takes."""
 _KEYS = 64
 """Cached keys that are copied and attended together."""
-_STAGES = {1: 4, 2: 3}
-"""Copies of cached keys under way, by the number of warpgroups that compute: as many as shared memory holds."""
+_SHARED_BYTES = 227 * 1024 - 4096
+"""Shared memory of a block, less what barriers, alignment and the compiler take."""
+_MOST_STAGES = 4
 _REGISTERS = {1: 232, 2: 216}
 _LOG2_E = 1.4426950408889634
 _MASKED = -1e30
@@ -38,7 +39,8 @@ class Blocks:
     """How the work is cut. Each KV head of a row has ``groups`` blocks of ``warpgroups`` x 64 query rows, each in ``splits`` shares of
     the cached keys.
 
-    ``rows``: the query rows of a KV head, a multiple of 8. ``tree_keys``: the tree's keys, padded.
+    ``rows``: the query rows of a KV head, a multiple of 8. ``tree_keys``: the tree's keys, padded. ``stages``: copies of cached keys that
+    are under way, or attended, at a time: as many as shared memory holds, up to 4.
     """
 
     rows: int
@@ -46,15 +48,18 @@ class Blocks:
     groups: int
     splits: int
     tree_keys: int
+    stages: int
 
     @classmethod
-    def of(cls, batch: int, heads: int, rows: int, tree_keys: int, slots: int) -> Blocks:
-        """For ``rows`` query rows and up to ``slots`` cached keys. Only shapes decide, so a row's sums do not depend on other rows."""
+    def of(cls, batch: int, heads: int, rows: int, tree_keys: int, slots: int, h: int) -> Blocks:
+        """For ``rows`` query rows and up to ``slots`` cached keys of ``h`` numbers. Only shapes decide, so a row's sums do not depend on other rows."""
         warpgroups = 1 if rows <= _ROWS else 2
         groups = -(-rows // (warpgroups * _ROWS))
         splits = max(1, min(_SMS // (batch * heads * groups), slots // _KEYS))
         padded = next(keys for keys in (16, 32, MOST_NODES) if tree_keys <= keys)
-        return cls(-(-rows // 8) * 8, warpgroups, groups, splits, padded)
+        of_queries, of_tree = warpgroups * _ROWS * (2 * h + 4 * h + 20), 2 * padded * 2 * h
+        stages = min(_MOST_STAGES, (_SHARED_BYTES - of_queries - of_tree) // (2 * _KEYS * 2 * h))
+        return cls(-(-rows // 8) * 8, warpgroups, groups, splits, padded, stages)
 
 
 def tree_attention(q_BNKGh: Float[Array, "B N K G h"], tree: TreeKeys, prefix: PagedKeys, *, scale: float, apart: bool = False) -> Partial:
@@ -68,7 +73,7 @@ def tree_attention(q_BNKGh: Float[Array, "B N K G h"], tree: TreeKeys, prefix: P
     _check(q_BNKGh, tree, prefix)
     B, N, K, G, h = q_BNKGh.shape
     S, page_size = tree.k_BSKh.shape[1], prefix.k_PKph.shape[2]
-    blocks = Blocks.of(B, K, N * G, S, prefix.pages_BW.shape[1] * page_size)
+    blocks = Blocks.of(B, K, N * G, S, prefix.pages_BW.shape[1] * page_size, h)
     all_rows = blocks.groups * blocks.warpgroups * _ROWS
 
     def of_heads(values_BN: Array) -> Array:
@@ -123,7 +128,7 @@ def _words(sees_BNS: Array) -> tuple[Array, Array]:
 
 def _kernel(blocks: Blocks, B: int, K: int, h: int, page_size: int, dtype: Any, scale: float) -> Callable[..., tuple[Array, Array]]:
     """The kernel at these sizes. Its inputs: queries, pools, the tree's keys and values, rows' numbers, bounds and page tables."""
-    warpgroups, splits, tree_keys, stages = blocks.warpgroups, blocks.splits, blocks.tree_keys, _STAGES[blocks.warpgroups]
+    warpgroups, splits, tree_keys, stages = blocks.warpgroups, blocks.splits, blocks.tree_keys, blocks.stages
     whole_warpgroups, last_rows = divmod(blocks.rows, _ROWS)
     blocks_a_page = page_size // _KEYS
     WGMMA, ROW = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)

@@ -169,7 +169,8 @@ def test_a_name_that_the_op_does_not_have_is_refused():
 
 
 def test_how_a_row_is_cut_depends_on_shapes_and_fills_an_h100():
-    assert Blocks.of(1, 8, 4, 1, 8192) == Blocks(rows=8, warpgroups=1, groups=1, splits=16, tree_keys=16)
-    assert Blocks.of(32, 8, 4, 4, 8192) == Blocks(rows=8, warpgroups=1, groups=1, splits=1, tree_keys=16)
-    assert Blocks.of(8, 1, 26 * 5, 26, 8192) == Blocks(rows=136, warpgroups=2, groups=2, splits=8, tree_keys=32)
-    assert Blocks.of(1, 1, 8, 64, 128) == Blocks(rows=8, warpgroups=1, groups=1, splits=2, tree_keys=64)
+    assert Blocks.of(1, 8, 4, 1, 8192, 128) == Blocks(rows=8, warpgroups=1, groups=1, splits=16, tree_keys=16, stages=4)
+    assert Blocks.of(32, 8, 16, 4, 8192, 128) == Blocks(rows=16, warpgroups=1, groups=1, splits=1, tree_keys=16, stages=4)
+    assert Blocks.of(8, 1, 26 * 5, 26, 8192, 128) == Blocks(rows=136, warpgroups=2, groups=2, splits=8, tree_keys=32, stages=3)
+    assert Blocks.of(1, 1, 64 * 5, 64, 8192, 128) == Blocks(rows=320, warpgroups=2, groups=3, splits=44, tree_keys=64, stages=2)
+    assert Blocks.of(1, 1, 8, 64, 128, 64) == Blocks(rows=8, warpgroups=1, groups=1, splits=2, tree_keys=64, stages=4)

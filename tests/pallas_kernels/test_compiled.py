@@ -1,0 +1,64 @@
+"""Kernels for H100s as the compiler makes them, at the shapes of real models: nothing is spilled, and they need no copies of the cache.
+
+Run by ``make test-h100``.
+"""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from l4jax.planning.target import h100_devices
+from pallas_kernels.keys import Interval, PagedKeys, TreeKeys
+from pallas_kernels.shapes import REAL
+from pallas_kernels.tree_attention import tree_attention
+from pallas_kernels.tree_attention.hopper import Blocks
+from sharding.mesh import ONE_DEVICE
+
+pytestmark = pytest.mark.h100
+
+PAGE = 128
+
+
+@pytest.fixture
+def compiled(monkeypatch, capfd):
+    """Compiles a function for an H100; returns the program, and what the assembler says of each kernel that is not XLA's."""
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    mesh = ONE_DEVICE.build(h100_devices(1))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def of(function, *arguments):
+        given = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), arguments)
+        whole = jax.shard_map(function, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
+        program = jax.jit(whole).lower(*given).compile()
+        found = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads\s+ptxas info\s+: Used (\d+) registers", capfd.readouterr().out)
+        return program, [tuple(map(int, kernel)) for kernel in found]
+
+    return of
+
+
+TREES = REAL["tree_attention"]
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [*((shape, "bfloat16") for shape in TREES), (TREES[0], "float16")], ids=str)
+def test_tree_attention(shape, dtype, compiled):
+    B, N, K, G, h, W = shape.B, shape.T, shape.K, shape.G, shape.h, shape.S // PAGE
+    array = jax.ShapeDtypeStruct
+    pool, nodes, bounds = array((B * W, K, PAGE, h), dtype), array((B, N, K, h), dtype), array((B, N), jnp.int32)
+    prefix = PagedKeys(pool, pool, array((B, W), jnp.int32), Interval(bounds, bounds))
+    tree = TreeKeys(nodes, nodes, array((B, N, N), jnp.bool_))
+
+    def attend(*arguments):
+        return tree_attention(*arguments, scale=0.1, implementation="hopper")[0]
+
+    program, kernels = compiled(attend, array((B, N, K, G, h), dtype), tree, prefix)
+    # A block has a warpgroup that copies, and one or two that compute: 255 or 168 registers a thread would be the most.
+    assert kernels == [(0, 0, 232 if N * G <= 64 else 168)]
+    blocks = Blocks.of(B, K, N * G, N, shape.S, h)
+    partial_results = B * K * blocks.splits * blocks.rows * (h + 1) * 4
+    queries, numbers, padded_nodes = B * K * blocks.rows * h * 2, B * blocks.groups * 128 * 4 * 4, 2 * B * K * blocks.tree_keys * h * 2
+    assert program.memory_analysis().temp_size_in_bytes < partial_results + 2 * (queries + numbers + padded_nodes) + 2**16

@@ -19,7 +19,7 @@ from l4jax.cache import CACHE_AXES, CacheShape, LayerCache, PageTables
 from l4jax.decoding.params import SamplingParams
 from l4jax.decoding.sampling import Logprobs, TokenCounts, sampling_settings
 from l4jax.decoding.slots import Slots, SlotTokens, SlotUpdate
-from l4jax.model.step import PieceLayout
+from l4jax.model.steps.spread import PieceLayout
 from l4jax.parallel.arrays import host_array
 from l4jax.parallel.placement import DrafterPlacement, Placement
 from sharding.mesh import MeshSpec

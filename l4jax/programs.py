@@ -31,7 +31,7 @@ from l4jax.decoding.speculate import BeyondTraining, RoundCounts, speculate_toke
 from l4jax.decoding.tree import NONE
 from l4jax.model.drafter import Drafter
 from l4jax.model.llama import Llama
-from l4jax.model.step import Spread, last_state, tokens_at
+from l4jax.model.steps.spread import Spread, last_state, tokens_at
 from l4jax.model.weights import BoundModel, weight_specs
 from l4jax.parallel.placement import DrafterPlacement, Placement
 from l4jax.program_inputs import Burst, Cache, FirstTokens, Piece, Resident, SlotPages, Weights, copy_specs

@@ -26,10 +26,10 @@ from benchmarks.h100.plan import OPS
 from benchmarks.h100.results import Results
 from benchmarks.h100.shapes import SHAPES
 from benchmarks.h100.sizes import REAL, TOY
-from pallas_kernels.shapes import Attention, Grouped, Linear, Merge
 from l4jax.decoding.plan import Speculation
 from l4jax.planning.compile import AbstractModel
 from l4jax.planning.target import h100_devices
+from pallas_kernels.shapes import Attention, Grouped, Linear, Merge
 from sharding.mesh import MeshSpec
 
 CODE = {"code": "c0de"}

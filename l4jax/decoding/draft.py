@@ -20,7 +20,7 @@ from l4jax.decoding.tree import NONE, DynamicTree, StaticTree, TreeTables, tree_
 from l4jax.decoding.verify import Draft
 from l4jax.model.drafter import Drafter
 from l4jax.model.llama import Llama
-from l4jax.model.step import tree_step_inputs
+from l4jax.model.steps.tree import tree_step
 from sharding.ranks import local_index
 
 
@@ -50,7 +50,7 @@ class Drafting:
         # The last entry of the drafter's cache is the root's, so the root's children come next.
         depth_Bn = jnp.full((B, n), depth - 1, jnp.int32)
         decoder, ranks = self.drafter.config.decoder, self.drafter.ranks
-        step = tree_step_inputs(decoder, self.length_B, depth_Bn, jnp.ones((B, n), bool), sees_BnS, self.tables, ranks, window=self.window)
+        step = tree_step(decoder, self.length_B, depth_Bn, jnp.ones((B, n), bool), sees_BnS, self.tables, ranks, window=self.window)
         return self.drafter(self.target, token_Bn, hidden_BnD, step, cache)
 
     def logits(self, hidden_BnD: Array) -> Array:

@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, Int32
 from l4jax.cache import LayerCache, PageTables
 from l4jax.model.drafter import Drafter
 from l4jax.model.llama import Llama
-from l4jax.model.step import PieceLayout, Spread, last_state, spread_step_inputs, step_inputs, tokens_at
+from l4jax.model.steps.replicated import replicated_step
+from l4jax.model.steps.spread import PieceLayout, Spread, last_state, spread_step, tokens_at
 
 
 @jax.tree_util.register_dataclass
@@ -53,11 +54,11 @@ class Entries:
             last_BT = jnp.arange(T, dtype=jnp.int32)[None, :] == new_B[:, None] - 1
             next_BT = jnp.where(last_BT, following_B[:, None], jnp.roll(token_BT, -1, axis=1))
             if layout is None:
-                step = step_inputs(config, start_B, new_B, T, self.tables, drafter.ranks, window=self.window)
+                step = replicated_step(config, start_B, new_B, T, self.tables, drafter.ranks, window=self.window)
             else:
                 assert spread is not None
-                step = spread_step_inputs(config, layout, start_B, self.tables, drafter.ranks, aligned=spread.aligned, window=self.window)
+                step = spread_step(config, layout, spread, start_B, self.tables, drafter.ranks, window=self.window)
                 next_BT = tokens_at(next_BT, layout.position_RBT[drafter.ranks.index()], start_B)
             # NOT_FINITE is negative and ends its row, so any embedding will do.
-            hidden_BTD, cache = drafter(self.target, jnp.maximum(next_BT, 0), drafter.read(feature_Btf), step, cache, spread)
+            hidden_BTD, cache = drafter(self.target, jnp.maximum(next_BT, 0), drafter.read(feature_Btf), step, cache)
             return DraftState(cache, last_state(hidden_BTD, start_B, new_B, layout, drafter.ranks))

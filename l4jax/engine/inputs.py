@@ -14,7 +14,7 @@ from l4jax.decoding.slots import SlotTokens, SlotUpdate
 from l4jax.engine.step import Burst as BurstStep
 from l4jax.engine.step import BurstRow, PageOnRank, PieceRow, Prefill
 from l4jax.engine.tables import SlotTables
-from l4jax.model.step import Spread
+from l4jax.model.steps.spread import Spread
 from l4jax.parallel.arrays import host_array
 from l4jax.parallel.placement import Placement
 from l4jax.parallel.spread import Spreader

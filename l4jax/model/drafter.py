@@ -23,8 +23,8 @@ from l4jax.model.attention import Attention
 from l4jax.model.feed_forward import SwiGLU
 from l4jax.model.llama import DecoderLayer, Llama, embed
 from l4jax.model.norm import RMSNorm
-from l4jax.model.packed import PackedCache
-from l4jax.model.step import Spread, StepInputs
+from l4jax.model.steps.inputs import StepInputs
+from l4jax.model.steps.packed import PackedCache
 from l4jax.model.weights import Weight, WeightSpec, declare
 from pallas_kernels.matmul import matmul
 from sharding.mesh import ONE_DEVICE, MeshSpec
@@ -54,7 +54,6 @@ class Drafter(nnx.Module):
         hidden_BTD: Float[Array, "B T D"],
         step: StepInputs,
         cache: Caches,
-        spread: Spread | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[Any, ...]]:
         """Predict the hidden states of the next entries; also returns the cache, of the kind given, with these entries in it."""
         raise NotImplementedError
@@ -102,7 +101,6 @@ class Eagle1(Drafter):
         hidden_BTD: Float[Array, "B T D"],
         step: StepInputs,
         cache: Caches,
-        spread: Spread | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[Any, ...]]:
         """Run the layers over new entries."""
         joined_BTi = jnp.concatenate([self._embedding(target, token_BT), hidden_BTD], axis=-1)
@@ -111,7 +109,7 @@ class Eagle1(Drafter):
             x_BTD = x_BTD + jnp.broadcast_to(self.fuse_bias[...], x_BTD.shape)
         written = []
         for layer, layer_cache in zip(self.layers, cache, strict=True):
-            x_BTD, layer_cache = layer(x_BTD, step, layer_cache, spread)
+            x_BTD, layer_cache = layer(x_BTD, step, layer_cache)
             written.append(layer_cache)
         return self.norm(x_BTD) if self.config.final_normed else x_BTD, tuple(written)
 
@@ -138,12 +136,11 @@ class Eagle3Layer(nnx.Module):
         hidden_BTD: Float[Array, "B T D"],
         step: StepInputs,
         cache: LayerCache | TreeCache | PackedCache,
-        spread: Spread | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """The layer's output, residuals included, and its cache with the new entries in it."""
         normed_BTD = self.hidden_norm(hidden_BTD)
         joined_BTi = jnp.concatenate([self.embedding_norm(embedding_BTD), normed_BTD], axis=-1)
-        attended_BTD, cache = self.attention(joined_BTi, step, cache, spread)
+        attended_BTD, cache = self.attention(joined_BTi, step, cache)
         x_BTD = (normed_BTD if self.norm_before_residual else hidden_BTD) + attended_BTD
         return x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD)), cache
 
@@ -185,10 +182,9 @@ class Eagle3(Drafter):
         hidden_BTD: Float[Array, "B T D"],
         step: StepInputs,
         cache: Caches,
-        spread: Spread | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[Any, ...]]:
         """Run the layer over new entries."""
-        x_BTD, written = self.layer(self._embedding(target, token_BT), hidden_BTD, step, cache[0], spread)
+        x_BTD, written = self.layer(self._embedding(target, token_BT), hidden_BTD, step, cache[0])
         return self.norm(x_BTD) if self.config.norm_fed_back else x_BTD, (written,)
 
     def logits(self, target: Llama, hidden_BTD: Float[Array, "*B D"]) -> Float32[Array, "*B V"]:

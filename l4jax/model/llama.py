@@ -15,19 +15,11 @@ from l4jax.config import ModelConfig
 from l4jax.model.attention import Attention
 from l4jax.model.feed_forward import MixtureOfExperts, SwiGLU
 from l4jax.model.norm import RMSNorm
-from l4jax.model.packed import PackedCache
-from l4jax.model.step import (
-    PieceLayout,
-    Spread,
-    StepInputs,
-    full_intervals,
-    local_intervals,
-    packed_step_inputs,
-    spread_step_inputs,
-    step_inputs,
-    tokens_at,
-    tree_step_inputs,
-)
+from l4jax.model.steps.inputs import StepInputs
+from l4jax.model.steps.packed import PackedCache, packed_step
+from l4jax.model.steps.replicated import full_intervals, local_intervals, replicated_step
+from l4jax.model.steps.spread import PieceLayout, Spread, spread_step, tokens_at
+from l4jax.model.steps.tree import tree_step
 from l4jax.model.weights import WeightSpec, declare
 from pallas_kernels.matmul import matmul
 from sharding.mesh import ONE_DEVICE, MeshSpec
@@ -51,24 +43,20 @@ class DecoderLayer(nnx.Module):
             self.feed_forward = SwiGLU(config.hidden_size, config.intermediate_size, mesh)
 
     def __call__(
-        self,
-        x_BTD: Float[Array, "B T D"],
-        step: StepInputs,
-        cache: LayerCache | TreeCache | PackedCache,
-        spread: Spread | None = None,
+        self, x_BTD: Float[Array, "B T D"], step: StepInputs, cache: LayerCache | TreeCache | PackedCache
     ) -> tuple[Float[Array, "B T D"], Any]:
         """The layer's output, residuals included, and its cache, of the kind given, with the new tokens in it."""
         with jax.named_scope("attention"):
             normed_BTD = x_BTD if self.attention_norm is None else self.attention_norm(x_BTD)
-            attended_BTD, cache = self.attention(normed_BTD, step, cache, spread)
+            attended_BTD, cache = self.attention(normed_BTD, step, cache)
         x_BTD = x_BTD + attended_BTD
         with jax.named_scope("feed_forward"):
             normed_BTD = self.feed_forward_norm(x_BTD)
             if isinstance(self.feed_forward, MixtureOfExperts):
-                x_BTD = x_BTD + self.feed_forward(normed_BTD, step.valid_BT, spread=spread is not None)
+                x_BTD = x_BTD + self.feed_forward(normed_BTD, step.valid_BT, spread=step.spread)
             else:
                 x_BTD = x_BTD + self.feed_forward(normed_BTD)
-        if spread is not None:
+        if step.spread:
             # Send new keys to the ranks that cache them while the feed-forward computes. Without the barrier XLA would send every
             # layer's keys at the last layer.
             x_BTD, cache = jax.lax.optimization_barrier((x_BTD, cache))
@@ -113,12 +101,12 @@ class Llama(nnx.Module):
         tokens that the layout gives it.
         """
         if layout is None:
-            step = step_inputs(self.config, start_B, new_B, token_BT.shape[1], tables, self.ranks)
+            step = replicated_step(self.config, start_B, new_B, token_BT.shape[1], tables, self.ranks)
         else:
             assert spread is not None
-            step = spread_step_inputs(self.config, layout, start_B, tables, self.ranks, aligned=spread.aligned)
+            step = spread_step(self.config, layout, spread, start_B, tables, self.ranks)
             token_BT = tokens_at(token_BT, layout.position_RBT[self.ranks.index()], start_B)
-        return self._layers(token_BT, step, cache, spread)
+        return self._layers(token_BT, step, cache)
 
     def tree(
         self,
@@ -135,12 +123,12 @@ class Llama(nnx.Module):
         ``sees_BNN[b, n]`` marks node ``n``'s ancestors and itself. The cache is returned unchanged, with the nodes' keys and values
         beside it.
         """
-        step = tree_step_inputs(self.config, start_B, depth_BN, valid_BN, sees_BNN, tables, self.ranks)
+        step = tree_step(self.config, start_B, depth_BN, valid_BN, sees_BNN, tables, self.ranks)
         return self._layers(token_BN, step, [TreeCache.around(layer, len(token_BN)) for layer in cache])
 
     def packed(self, token_BT: Int32[Array, "B T"], first_BT: Int32[Array, "B T"]) -> tuple[Float[Array, "B T D"], Float[Array, "B T f"]]:
         """Final hidden states and a drafter's features of sequences packed into rows; ``first_BT``: where each token's sequence begins."""
-        step = packed_step_inputs(self.config, first_BT)
+        step = packed_step(self.config, first_BT)
         final_BTD, feature_BTf, _ = self._layers(token_BT, step, [PackedCache()] * self.config.num_layers)
         return final_BTD, feature_BTf
 
@@ -159,13 +147,13 @@ class Llama(nnx.Module):
         return tuple(layer.accepted(node_BT, *(local if is_local(self.config, i) else full)) for i, layer in enumerate(nodes))
 
     def _layers(
-        self, token_BT: Array, step: StepInputs, cache: Sequence[LayerCache | TreeCache | PackedCache], spread: Spread | None = None
+        self, token_BT: Array, step: StepInputs, cache: Sequence[LayerCache | TreeCache | PackedCache]
     ) -> tuple[Array, Array, tuple[Any, ...]]:
         x_BTD = self.embedding(token_BT)
         inputs, written = [x_BTD], []
         for index, (layer, layer_cache) in enumerate(zip(self.layers, cache, strict=True)):
             with jax.named_scope(f"layer_{index}"):
-                x_BTD, layer_cache = layer(x_BTD, step, layer_cache, spread)
+                x_BTD, layer_cache = layer(x_BTD, step, layer_cache)
                 written.append(layer_cache)
                 inputs.append(x_BTD)
         final_BTD = self.norm(x_BTD)

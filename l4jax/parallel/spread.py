@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from l4jax.cache import PAGE_SIZE, PageTables
-from l4jax.model.step import PieceLayout, Spread
+from l4jax.model.steps.spread import PieceLayout, Spread
 from l4jax.parallel.arrays import host_array
 from l4jax.parallel.placement import Placement
 from sharding.layout import EMPTY, balanced, batch

@@ -17,7 +17,7 @@ from l4jax.config import DrafterConfig, ModelConfig
 from l4jax.decoding.generate import BURST
 from l4jax.decoding.params import SamplingParams
 from l4jax.decoding.plan import Speculation
-from l4jax.model.step import Spread
+from l4jax.model.steps.spread import Spread
 from l4jax.parallel.arrays import host_array
 from l4jax.parallel.placement import DrafterPlacement, Placement
 from l4jax.parallel.spread import Spreader

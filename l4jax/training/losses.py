@@ -19,8 +19,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from l4jax.model.drafter import Drafter
 from l4jax.model.llama import Llama
-from l4jax.model.packed import PackedCache, shifted
-from l4jax.model.step import packed_step_inputs
+from l4jax.model.steps.packed import PackedCache, packed_step, shifted
 from l4jax.training.batches import Rows
 from sharding.ranks import Ranks
 
@@ -39,7 +38,7 @@ def unroll(drafter: Drafter, target: Llama, rows: Rows, hidden_BTD: Array, passe
     cache: tuple[PackedCache, ...] = (PackedCache(),) * config.num_layers
     for index in range(passes):
         with jax.named_scope(f"pass_{index}"):
-            step = packed_step_inputs(config, rows.first_BT, index)
+            step = packed_step(config, rows.first_BT, index)
             hidden_BTD, cache = drafter(target, next_BT, hidden_BTD, step, cache)
             yield hidden_BTD
             hidden_BTD = shifted(hidden_BTD, -1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float
 
 from pallas_kernels.flash_attention.blocks import Block, attend_block, inside, merge_blocks, no_keys, normalize
 from pallas_kernels.implementations import require_cpu

@@ -10,12 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import mosaic_gpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.implementations import require_hopper
 from pallas_kernels.keys import PagedKeys, TreeKeys
 from pallas_kernels.merge import Partial, merge_attention
+
+plgpu: Any = mosaic_gpu  # its types are incomplete
 
 MOST_NODES = 64
 _SMS = 132
@@ -52,7 +54,10 @@ class Blocks:
 
     @classmethod
     def of(cls, batch: int, heads: int, rows: int, tree_keys: int, slots: int, h: int) -> Blocks:
-        """For ``rows`` query rows and up to ``slots`` cached keys of ``h`` numbers. Only shapes decide, so a row's sums do not depend on other rows."""
+        """For ``rows`` query rows and up to ``slots`` cached keys of ``h`` numbers.
+
+        Only shapes decide, so a row's sums do not depend on other rows.
+        """
         warpgroups = 1 if rows <= _ROWS else 2
         groups = -(-rows // (warpgroups * _ROWS))
         splits = max(1, min(_SMS // (batch * heads * groups), slots // _KEYS))

@@ -17,6 +17,7 @@ from l4jax.model.norm import rms_normalize
 from l4jax.model.rotary import rotary_angles, rotate
 from l4jax.model.weights import BoundModel, weight_specs
 from pallas_kernels.flash_attention import attend, attend_pages
+from pallas_kernels.keys import Interval, PagedKeys
 from pallas_kernels.grouped_matmul import grouped_matmul
 from sharding.mesh import ONE_DEVICE
 from tests.tiny import scout_like, weights
@@ -73,7 +74,7 @@ def test_attention_scores(paged):
     start, end = np.zeros((1, 5), np.int32), np.full((1, 5), 16, np.int32)
     if paged:
         pools = (jnp.asarray(np.swapaxes(a, 1, 2)) for a in (k, v))
-        out, lse = attend_pages(q, *pools, np.zeros((1, 1), np.int32), start, end, scale=0.11)
+        out, lse = attend_pages(q, PagedKeys(*pools, np.zeros((1, 1), np.int32), Interval(start, end)), scale=0.11)
     else:
         out, lse = attend(q, k, v, start, end, scale=0.11)
     scores = 0.11 * np.einsum("btkgh,bskh->btkgs", exact(q), exact(k))

@@ -4,12 +4,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from l4jax.model.step import full_intervals, local_intervals
+from l4jax.model.steps.replicated import full_intervals, local_intervals
 
 
 def visible(intervals, row, start, chunk_slots=None):
     """Which positions each new token sees: '#' seen, '.' not, over cached then new positions of one row."""
-    cached_end, new_start, new_end = (np.asarray(a)[row] for a in (intervals.cached_end_BT, intervals.new_start_BT, intervals.new_end_BT))
+    cached_end, new_start, new_end = (np.asarray(a)[row] for a in (intervals.cached.end_BT, intervals.new.start_BT, intervals.new.end_BT))
     lines = []
     for t in range(len(cached_end)):
         # Slot s of a chunk-local layer is the position of the current chunk with that remainder.

@@ -11,7 +11,8 @@ from l4jax.model.attention import Attention
 from l4jax.model.feed_forward import MixtureOfExperts
 from l4jax.model.norm import rms_normalize
 from l4jax.model.rotary import rotary_angles, rotary_frequencies, rotate
-from l4jax.model.step import attention_temperature, step_inputs
+from l4jax.model.steps.inputs import attention_temperature
+from l4jax.model.steps.replicated import replicated_step
 from l4jax.model.weights import BoundModel, random_weights
 from sharding.mesh import ONE_DEVICE
 from tests.tiny import empty_cache, scout_like
@@ -93,7 +94,7 @@ def test_qk_norm_follows_the_rotation_and_has_the_models_epsilon(scale):
 
     @jax.jit
     def run(leaves, x, cache, tables):
-        step = step_inputs(config, start, new, x.shape[1], tables)
+        step = replicated_step(config, start, new, x.shape[1], tables)
         return bound.bind(leaves)(x, step, cache)[0]
 
     out = run(bound.leaves(weights), x, cache, shape.identity_tables([0]))

@@ -22,6 +22,7 @@ from sharding.mesh import ONE_DEVICE
 pytestmark = pytest.mark.h100
 
 PAGE = 128
+_SAID = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads\s+ptxas info\s+: Used (\d+) registers")
 
 
 @pytest.fixture
@@ -35,7 +36,9 @@ def compiled(monkeypatch, capfd):
         given = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), arguments)
         whole = jax.shard_map(function, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
         program = jax.jit(whole).lower(*given).compile()
-        found = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads\s+ptxas info\s+: Used (\d+) registers", capfd.readouterr().out)
+        found = re.findall(
+            r"(\d+) bytes spill stores, (\d+) bytes spill loads\s+ptxas info\s+: Used (\d+) registers", capfd.readouterr().out
+        )
         return program, [tuple(map(int, kernel)) for kernel in found]
 
     return of

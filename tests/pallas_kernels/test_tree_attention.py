@@ -162,7 +162,7 @@ def test_a_gpu_that_is_no_hopper_takes_xla_s_and_the_log_says_so_once(caplog):
 
 
 def test_a_name_that_the_op_does_not_have_is_refused():
-    with pytest.raises(ValueError, match="^implementation is 'triton'; tree_attention has hopper, xla$"):
+    with pytest.raises(ValueError, match=r"^implementation is 'triton'; tree_attention has hopper, xla$"):
         tree_attention(*Case().arguments, scale=1.0, implementation="triton")
     with pytest.raises(NotImplementedError, match=r"\(hopper: written for GPUs; the program is for other devices\)$"):
         tree_attention(*Case().arguments, scale=1.0, implementation=["hopper"])

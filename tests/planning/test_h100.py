@@ -127,10 +127,12 @@ def test_prefill_fits_and_moves_activations_only(name, mesh, layers):
 
 @pytest.mark.parametrize(("program", "tokens"), [(decode, ROWS), (prefill, PIECE)], ids=["decode", "prefill"])
 def test_temporaries_do_not_grow_with_depth(program, tokens):
-    """So those of a few layers tell what all need. Three layers more that kept anything would keep three times a layer's output."""
+    """So those of a few layers tell what all need. Three layers more that kept anything would keep three times a layer's output; a part of
+    one may be lost between arrays.
+    """
     name, mesh, layers = CASES[-1]
     grown = program(name, mesh, layers + 3).temporary_bytes - program(name, mesh, layers).temporary_bytes
-    assert grown < tokens * read_config(name).hidden_size * BF16.itemsize
+    assert grown < 2 * tokens * read_config(name).hidden_size * BF16.itemsize
 
 
 def test_arguments_are_counted_as_the_compiler_counts_them():
@@ -170,8 +172,8 @@ def test_a_decode_step_is_in_one_cuda_graph(mesh, drafting, tmp_path):
     config = first_layers(read_config("llama-3.1-8b"), 2)
     model = abstract_model(config, mesh, eagle3_head(config, 32000) if drafting else None)
     launches = compiled(model.decode_call(ROWS, CAPACITY, drafting=drafting), tmp_path)
-    # A loop over blocks of pages in each layer, the drafter's too, and two that find the cuts of sampling.
-    assert launches.kernels > 50 and launches.loops == 4 + drafting
+    # Two loops find the cuts of sampling; attention has none.
+    assert launches.kernels > 50 and launches.loops == 2
     assert launches.single == launches.graphs == launches.graphs_a_turn == 0  # so all is in a graph around the outermost loop
 
 

@@ -13,10 +13,13 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Int32, Shaped
 
-from l4jax.model.step import PackedKeys
+from l4jax.config import ModelConfig
+from l4jax.model.steps.inputs import Keys, StepInputs
 from pallas_kernels.flash_attention.blocks import inside
+from pallas_kernels.keys import Interval
+from sharding.ranks import Ranks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +34,48 @@ class PackedCache:
         return PackedCache((*self.k_BTKh, k_BTKh), (*self.v_BTKh, v_BTKh))
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PackedKeys(Keys):
+    """The first pass's keys that each token sees. In later passes it also sees the keys of its own chain in the passes since."""
+
+    first_pass: Interval
+
+    def attend(
+        self,
+        q_BTKGh: Float[Array, "B T K G h"],
+        k_BTKh: Float[Array, "B T K h"],
+        v_BTKh: Float[Array, "B T K h"],
+        cache: PackedCache,
+        ranks: Ranks,
+        *,
+        scale: float,
+    ) -> tuple[Float[Array, "B T K G h"], PackedCache]:
+        """On one token rank."""
+        assert ranks.count == 1
+        cache = cache.extended(k_BTKh, v_BTKh)
+        return _attend(q_BTKGh, cache, self.first_pass, scale).astype(q_BTKGh.dtype), cache
+
+
+def packed_step(config: ModelConfig, first_BT: Int32[Array, "B T"], passes: int = 0) -> StepInputs:
+    """Inputs for sequences packed into rows, without a cache; ``first_BT``: where in its row each token's sequence begins.
+
+    ``passes``: the number of passes that an unrolled drafter has already made over the same tokens.
+    """
+    B, T = first_BT.shape
+    index_1T = jnp.arange(T, dtype=jnp.int32)[None, :]
+    position_BT = index_1T - first_BT
+    end_BT = jnp.broadcast_to(index_1T + 1 - passes, (B, T))
+    full, chunk = PackedKeys(Interval(first_BT, end_BT)), config.attention_chunk_size
+    local = full if chunk is None else PackedKeys(Interval(first_BT + position_BT // chunk * chunk, end_BT))
+    return StepInputs.at(config, position_BT, jnp.ones((B, T), bool), full, local)
+
+
 _BLOCKS = 4
 """Blocks that a row's queries are cut into. No scores are computed for keys after a block's end, so more blocks waste less."""
 
 
-def attend_packed(q_BTKGh: Float[Array, "B T K G h"], cache: PackedCache, keys: PackedKeys, *, scale: float) -> Float[Array, "B T K G h"]:
+def _attend(q_BTKGh: Array, cache: PackedCache, interval: Interval, scale: float) -> Float[Array, "B T K G h"]:
     """Attention of the last pass's queries; scores are multiplied by ``scale``."""
     T, last = q_BTKGh.shape[1], len(cache.k_BTKh) - 1
     chain_k, chain_v = ([shifted(x_BTKh, j - last) for j, x_BTKh in enumerate(of)][1:] for of in (cache.k_BTKh, cache.v_BTKh))
@@ -45,7 +85,7 @@ def attend_packed(q_BTKGh: Float[Array, "B T K G h"], cache: PackedCache, keys: 
         # No query of a block sees keys after the block's last query.
         end = min(begin + size, T)
         mine = slice(begin, end)
-        inside_BTS = inside(keys.start_BT[:, mine], keys.end_BT[:, mine], jnp.int32(0), end)
+        inside_BTS = inside(interval.start_BT[:, mine], interval.end_BT[:, mine], jnp.int32(0), end)
         first = (cache.k_BTKh[0][:, :end], cache.v_BTKh[0][:, :end])
         chain = [(k_BTKh[:, mine], v_BTKh[:, mine]) for k_BTKh, v_BTKh in zip(chain_k, chain_v, strict=True)]
         blocks.append(_attend_block(q_BTKGh[:, mine], first, inside_BTS, chain, scale))

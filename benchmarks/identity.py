@@ -1,6 +1,6 @@
 """Whether SmolLM2's requests get what they get alone, whatever else the engine runs.
 
-    python benchmarks/identity.py [--not-deterministic] [--requests 300] [--speculation off chain:3 tree:eagle26]
+    python benchmarks/identity.py [--not-deterministic] [--requests 300] [--after 0] [--speculation off chain:3 tree:eagle26]
         [--new-tokens 96] [--dtype float32]
 
 Prompts of 10 to 1,500 tokens, at temperatures 0 and 1. Each is answered alone, with nothing cached; then all are asked for at once, and
@@ -9,6 +9,8 @@ then once more, when the cache holds the beginnings of many. The cache is too sm
 In deterministic mode tokens and log-probabilities must be equal to those of the same plan alone. With ``--not-deterministic``, tokens are
 compared with those that a request gets alone without speculation. Each answer that differs is listed, with how far the two tokens' scores
 (logit / temperature + noise; at temperature 0 the logits, divided by the largest) are apart where it first does: at most 1e-5, or it fails.
+
+A plan may take hours: ``--after`` leaves out the first prompts, so that several runs take some each.
 
 A line for each plan says how many answers were equal, and how often what could have made a difference happened.
 """
@@ -35,7 +37,7 @@ from l4jax.decoding.randomness import Purpose, gumbel, stream_keys
 from l4jax.engine.step import Step
 from l4jax.smollm2 import ensure_checkpoint
 
-ROWS, KV_TOKENS = 16, 6144
+ROWS, KV_TOKENS, TEXTS = 16, 6144, 100
 NEAR = 1e-5
 QUESTIONS = Path(__file__).parent / "data" / "speculation_prompts.jsonl"
 
@@ -46,7 +48,7 @@ def prompts(llm: LLM, count: int) -> list[list[int]]:
     asked = [json.loads(line)["messages"][-1]["content"] for line in QUESTIONS.read_text(encoding="utf-8").splitlines()]
     dice, found = random.Random(0), []
     for _ in range(count):
-        text, order = random.Random(dice.randrange(max(1, count // 3))), asked.copy()
+        text, order = random.Random(dice.randrange(TEXTS)), asked.copy()
         text.shuffle(order)
         length = round(math.exp(dice.uniform(math.log(10), math.log(1500))))
         found.append((llm.tokenizer.encode("\n".join(order)) * 3)[:length])
@@ -91,6 +93,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--not-deterministic", action="store_true")
     parser.add_argument("--requests", type=int, default=300)
+    parser.add_argument("--after", type=int, default=0, help="leave out this many prompts (default: %(default)s)")
     parser.add_argument("--speculation", nargs="+", default=["off", "chain:3", "tree:eagle26"])
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--dtype", default="float32")
@@ -106,10 +109,9 @@ def main() -> int:
         deterministic=deterministic,
     )
     plain = load(speculation="off")
-    asked = prompts(plain, arguments.requests)
-    params = [
-        SamplingParams(max_tokens=arguments.new_tokens, temperature=i % 2, seed=i, logprobs=1, ignore_eos=True) for i in range(len(asked))
-    ]
+    numbers = range(arguments.after, arguments.after + arguments.requests)
+    asked = prompts(plain, numbers.stop)[arguments.after :]
+    params = [SamplingParams(max_tokens=arguments.new_tokens, temperature=i % 2, seed=i, logprobs=1, ignore_eos=True) for i in numbers]
 
     def all_alone(llm: LLM) -> list[Completion]:
         alone = []
@@ -139,7 +141,7 @@ def main() -> int:
                 at, gap = apart(plain, asked[i], params[i], alone[i], found[i])
                 bad += gap > NEAR
                 print(
-                    f"  {speculation}, request {i}, {len(asked[i])} tokens, temperature {params[i].temperature:g}: token {at} of "
+                    f"  {speculation}, request {numbers[i]}, {len(asked[i])} tokens, temperature {params[i].temperature:g}: token {at} of "
                     f"{arguments.new_tokens} differs, scores {gap:.1e} apart",
                     flush=True,
                 )

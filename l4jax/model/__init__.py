@@ -44,6 +44,7 @@ s     steps of a burst
 t     new tokens that this rank computes, of a row's T
 v     tokens of a block of the vocabulary
 w     pages of a row, in a chunk-local layer
+z     shares of the cached keys of a row that are attended side by side
 ====  ==========================================================================================
 
 A digit is a dimension of that size. In annotations, ``*B`` stands for any number of leading dimensions, ``...`` for any shape, and

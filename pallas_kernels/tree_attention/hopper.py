@@ -87,14 +87,14 @@ def tree_attention(q_BNKGh: Float[Array, "B N K G h"], tree: TreeKeys, prefix: P
     def nodes(tree_BSKh: Array) -> Array:
         return jnp.pad(jnp.swapaxes(tree_BSKh, 1, 2), ((0, 0), (0, 0), (0, blocks.tree_keys - S), (0, 0)))
 
-    q_BKRh = jnp.swapaxes(q_BNKGh, 1, 2).reshape(B, K, N * G, h)
+    q_BKMh = jnp.swapaxes(q_BNKGh, 1, 2).reshape(B, K, N * G, h)
     start_BN, end_BN = prefix.interval.start_BT, prefix.interval.end_BT
     none_BN = start_BN >= end_BN
     start_BN, end_BN = jnp.where(none_BN, _NOWHERE, start_BN), jnp.where(none_BN, 0, end_BN)
     # Keys before the first, and after the last, are seen by no node; keys between the other two by all.
     bounds_B4 = jnp.stack([jnp.min(start_BN, axis=1), jnp.max(end_BN, axis=1), jnp.max(start_BN, axis=1), jnp.min(end_BN, axis=1)], axis=1)
-    out_BKzRh, lse_BKzR = _kernel(blocks, B, K, h, page_size, q_BNKGh.dtype, scale)(
-        jnp.pad(q_BKRh, ((0, 0), (0, 0), (0, blocks.rows - N * G), (0, 0))),
+    out_BKzMh, lse_BKzM = _kernel(blocks, B, K, h, page_size, q_BNKGh.dtype, scale)(
+        jnp.pad(q_BKMh, ((0, 0), (0, 0), (0, blocks.rows - N * G), (0, 0))),
         prefix.k_PKph,
         prefix.v_PKph,
         nodes(tree.k_BSKh),
@@ -103,8 +103,8 @@ def tree_attention(q_BNKGh: Float[Array, "B N K G h"], tree: TreeKeys, prefix: P
         bounds_B4,
         prefix.pages_BW,
     )
-    out_BKRh, lse_BKR = merge_attention([(out_BKzRh[:, :, z, : N * G], lse_BKzR[:, :, z, : N * G]) for z in range(blocks.splits)])
-    return jnp.swapaxes(out_BKRh.reshape(B, K, N, G, h), 1, 2), jnp.swapaxes(lse_BKR.reshape(B, K, N, G), 1, 2)
+    out_BKMh, lse_BKM = merge_attention([(out_BKzMh[:, :, z, : N * G], lse_BKzM[:, :, z, : N * G]) for z in range(blocks.splits)])
+    return jnp.swapaxes(out_BKMh.reshape(B, K, N, G, h), 1, 2), jnp.swapaxes(lse_BKM.reshape(B, K, N, G), 1, 2)
 
 
 def _check(q_BNKGh: Array, tree: TreeKeys, prefix: PagedKeys) -> None:

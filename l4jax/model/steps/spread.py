@@ -56,7 +56,7 @@ class RingKeys(Keys):
     position_RBT: Int32[Array, "R B T"]
     cached_BW: Int32[Array, "B W"]
     key_position_RBS: Int32[Array, "R B S"]
-    pages_BW: Int32[Array, "B w"]
+    pages_BW: Int32[Array, "B _"]
     send_RBC: Int32[Array, "R B C"] | None
     slot_BA: Int32[Array, "B A"]
     spread: Spread = dataclasses.field(metadata={"static": True})

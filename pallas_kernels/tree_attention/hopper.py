@@ -22,9 +22,9 @@ plgpu: Any = mosaic_gpu  # its types are incomplete
 MOST_NODES = 64
 _SMS = 132
 """Streaming multiprocessors of an H100: as many blocks run at once."""
-_ROWS = 64
+ROWS = 64
 """Query rows of a warpgroup: the least that its matrix product takes."""
-_KEYS = 64
+KEYS = 64
 """Cached keys that are copied and attended together."""
 _SHARED_BYTES = 227 * 1024 - 4096
 """Shared memory of a block, less what barriers, alignment and the compiler take."""
@@ -41,11 +41,12 @@ class Blocks:
     """How the work is cut. Each KV head of a row has ``groups`` blocks of ``warpgroups`` x 64 query rows, each in ``splits`` shares of
     the cached keys.
 
-    ``rows``: the query rows of a KV head, a multiple of 8. ``tree_keys``: the tree's keys, padded. ``stages``: copies of cached keys that
-    are under way, or attended, at a time: as many as shared memory holds, up to 4.
+    ``rows``: the query rows of a KV head, a multiple of 8. ``h``: numbers of a head. ``tree_keys``: the tree's keys, padded. ``stages``:
+    copies of cached keys that are under way, or attended, at a time: as many as shared memory holds, up to 4.
     """
 
     rows: int
+    h: int
     warpgroups: int
     groups: int
     splits: int
@@ -58,13 +59,17 @@ class Blocks:
 
         Only shapes decide, so a row's sums do not depend on other rows.
         """
-        warpgroups = 1 if rows <= _ROWS else 2
-        groups = -(-rows // (warpgroups * _ROWS))
-        splits = max(1, min(_SMS // (batch * heads * groups), slots // _KEYS))
+        warpgroups = 1 if rows <= ROWS else 2
+        groups = -(-rows // (warpgroups * ROWS))
+        splits = max(1, min(_SMS // (batch * heads * groups), slots // KEYS))
         padded = next(keys for keys in (16, 32, MOST_NODES) if tree_keys <= keys)
-        of_queries, of_tree = warpgroups * _ROWS * (2 * h + 4 * h + 20), 2 * padded * 2 * h
-        stages = min(_MOST_STAGES, (_SHARED_BYTES - of_queries - of_tree) // (2 * _KEYS * 2 * h))
-        return cls(-(-rows // 8) * 8, warpgroups, groups, splits, padded, stages)
+        without = cls(-(-rows // 8) * 8, h, warpgroups, groups, splits, padded, 0)
+        return dataclasses.replace(without, stages=min(_MOST_STAGES, (_SHARED_BYTES - without.shared_bytes) // (2 * KEYS * 2 * h)))
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block: its queries, output and numbers of rows, the tree, and the copies of cached keys and values."""
+        return self.warpgroups * ROWS * (2 * self.h + 4 * self.h + 20) + 2 * (self.tree_keys + self.stages * KEYS) * 2 * self.h
 
 
 def tree_attention(q_BNKGh: Float[Array, "B N K G h"], tree: TreeKeys, prefix: PagedKeys, *, scale: float, apart: bool = False) -> Partial:
@@ -79,7 +84,7 @@ def tree_attention(q_BNKGh: Float[Array, "B N K G h"], tree: TreeKeys, prefix: P
     B, N, K, G, h = q_BNKGh.shape
     S, page_size = tree.k_BSKh.shape[1], prefix.k_PKph.shape[2]
     blocks = Blocks.of(B, K, N * G, S, prefix.pages_BW.shape[1] * page_size, h)
-    all_rows = blocks.groups * blocks.warpgroups * _ROWS
+    all_rows = blocks.groups * blocks.warpgroups * ROWS
 
     def of_heads(values_BN: Array) -> Array:
         return jnp.pad(jnp.repeat(values_BN, G, axis=1), ((0, 0), (0, all_rows - N * G)))
@@ -115,8 +120,8 @@ def _check(q_BNKGh: Array, tree: TreeKeys, prefix: PagedKeys) -> None:
         raise NotImplementedError(f"takes bfloat16 or float16, the same for all arrays; they are {', '.join(sorted(dtypes))}")
     if h not in (64, 128):
         raise NotImplementedError(f"takes heads of 64 or 128 numbers; they have {h}")
-    if page_size % _KEYS or prefix.pages_BW.shape[1] == 0:
-        raise NotImplementedError(f"takes pages of a multiple of {_KEYS} tokens; they have {page_size}, {prefix.pages_BW.shape[1]} a row")
+    if page_size % KEYS or prefix.pages_BW.shape[1] == 0:
+        raise NotImplementedError(f"takes pages of a multiple of {KEYS} tokens; they have {page_size}, {prefix.pages_BW.shape[1]} a row")
     if S > MOST_NODES:
         raise NotImplementedError(f"takes trees of up to {MOST_NODES} nodes; it has {S}")
 
@@ -134,8 +139,8 @@ def _words(sees_BNS: Array) -> tuple[Array, Array]:
 def _kernel(blocks: Blocks, B: int, K: int, h: int, page_size: int, dtype: Any, scale: float) -> Callable[..., tuple[Array, Array]]:
     """The kernel at these sizes. Its inputs: queries, pools, the tree's keys and values, rows' numbers, bounds and page tables."""
     warpgroups, splits, tree_keys, stages = blocks.warpgroups, blocks.splits, blocks.tree_keys, blocks.stages
-    whole_warpgroups, last_rows = divmod(blocks.rows, _ROWS)
-    blocks_a_page = page_size // _KEYS
+    whole_warpgroups, last_rows = divmod(blocks.rows, ROWS)
+    blocks_a_page = page_size // KEYS
     WGMMA, ROW = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)
 
     def body(
@@ -145,8 +150,8 @@ def _kernel(blocks: Blocks, B: int, K: int, h: int, page_size: int, dtype: Any, 
     ) -> None:  # fmt: skip
         b, head, group, split = (jax.lax.axis_index(name) for name in ("row", "head", "group", "split"))
         warpgroup = jax.lax.axis_index("warpgroup")
-        first = bounds_ref[b, 0] // _KEYS
-        last = jnp.maximum((bounds_ref[b, 1] + _KEYS - 1) // _KEYS, first)
+        first = bounds_ref[b, 0] // KEYS
+        last = jnp.maximum((bounds_ref[b, 1] + KEYS - 1) // KEYS, first)
         share = (last - first + splits - 1) // splits
         begin = first + split * share
         steps = jnp.maximum(jnp.minimum(begin + share, last) - begin, 0)
@@ -162,7 +167,7 @@ def _kernel(blocks: Blocks, B: int, K: int, h: int, page_size: int, dtype: Any, 
             def fetch(step: Array, carry: int) -> int:
                 stage, block = jax.lax.rem(step, stages), begin + step
                 pl.when(step >= stages)(lambda: wait(stage))
-                page, keys = pages_ref[b, block // blocks_a_page], pl.ds(jax.lax.rem(block, blocks_a_page) * _KEYS, _KEYS)
+                page, keys = pages_ref[b, block // blocks_a_page], pl.ds(jax.lax.rem(block, blocks_a_page) * KEYS, KEYS)
                 plgpu.copy_gmem_to_smem(k_ref.at[page, head, keys], k_s.at[stage], k_came.at[stage])
                 plgpu.copy_gmem_to_smem(v_ref.at[page, head, keys], v_s.at[stage], v_came.at[stage])
                 return carry
@@ -188,15 +193,15 @@ def _kernel(blocks: Blocks, B: int, K: int, h: int, page_size: int, dtype: Any, 
             def with_rows(copy: Callable[[Any, Any], None]) -> None:
                 """Call with the warpgroup's rows of those of the head, and in shared memory. Rows beyond them, which hold anything, are
                 computed too; none are copied for a warpgroup that has only such rows."""
-                for rows, condition in ((_ROWS, number < whole_warpgroups), (last_rows, number == whole_warpgroups)):
+                for rows, condition in ((ROWS, number < whole_warpgroups), (last_rows, number == whole_warpgroups)):
                     if rows:
-                        pl.when(condition)(functools.partial(copy, pl.ds(number * _ROWS, rows), pl.ds(0, rows)))
+                        pl.when(condition)(functools.partial(copy, pl.ds(number * ROWS, rows), pl.ds(0, rows)))
 
             def come(of_head: Any, own: Any) -> None:
                 plgpu.copy_gmem_to_smem(q_ref.at[b, head, of_head], q_s.at[warpgroup, own], q_came.at[warpgroup])
                 plgpu.barrier_wait(q_came.at[warpgroup])
 
-            plgpu.copy_gmem_to_smem(rows_ref.at[b, :, pl.ds(number * _ROWS, _ROWS)], rows_s.at[warpgroup], rows_came.at[warpgroup])
+            plgpu.copy_gmem_to_smem(rows_ref.at[b, :, pl.ds(number * ROWS, ROWS)], rows_s.at[warpgroup], rows_came.at[warpgroup])
             with_rows(come)
             plgpu.barrier_wait(rows_came.at[warpgroup])
 
@@ -204,14 +209,14 @@ def _kernel(blocks: Blocks, B: int, K: int, h: int, page_size: int, dtype: Any, 
                 return over(plgpu.load(rows_s.at[warpgroup, index], layout=ROW), columns)
 
             def over(row: Array, columns: int) -> Array:
-                return jax.lax.broadcast_in_dim(row, (_ROWS, columns), [0])
+                return jax.lax.broadcast_in_dim(row, (ROWS, columns), [0])
 
             def product(a: Any, b: Any, columns: int) -> Array:
                 def into(accumulator: Any) -> Array:
                     plgpu.wgmma(accumulator, a, b)
                     return accumulator[...]
 
-                return pl.run_scoped(into, plgpu.ACC((_ROWS, columns), jnp.float32))
+                return pl.run_scoped(into, plgpu.ACC((ROWS, columns), jnp.float32))
 
             def weigh(score: Array, carry: Any, keys: int) -> tuple[Array, Any]:
                 """The weights of some keys, and the output, the highest score and the sum of weights, scaled to fit them."""
@@ -222,18 +227,18 @@ def _kernel(blocks: Blocks, B: int, K: int, h: int, page_size: int, dtype: Any, 
                 return weight.astype(dtype), (out * over(shrunk, h), now, total * shrunk + jnp.sum(weight, axis=1))
 
             def step(index: Array, carry: Any) -> Any:
-                stage, first_key = jax.lax.rem(index, stages), (begin + index) * _KEYS
+                stage, first_key = jax.lax.rem(index, stages), (begin + index) * KEYS
                 plgpu.barrier_wait(k_came.at[stage])
-                score = product(q_s.at[warpgroup], k_s.at[stage].T, _KEYS) * (scale * _LOG2_E)
+                score = product(q_s.at[warpgroup], k_s.at[stage].T, KEYS) * (scale * _LOG2_E)
                 plgpu.barrier_arrive(k_read.at[stage])
 
                 def masked(score: Array) -> Array:
-                    key = plgpu.broadcasted_iota(jnp.int32, (_ROWS, _KEYS), 1, layout=WGMMA) + first_key
-                    return jnp.where((key >= of_rows(0, _KEYS)) & (key < of_rows(1, _KEYS)), score, _MASKED)
+                    key = plgpu.broadcasted_iota(jnp.int32, (ROWS, KEYS), 1, layout=WGMMA) + first_key
+                    return jnp.where((key >= of_rows(0, KEYS)) & (key < of_rows(1, KEYS)), score, _MASKED)
 
-                seen_by_all = (first_key >= bounds_ref[b, 2]) & (first_key + _KEYS <= bounds_ref[b, 3])
+                seen_by_all = (first_key >= bounds_ref[b, 2]) & (first_key + KEYS <= bounds_ref[b, 3])
                 score = jax.lax.cond(seen_by_all, lambda score: score, masked, score)
-                weight, (out, highest, total) = weigh(score, carry, _KEYS)
+                weight, (out, highest, total) = weigh(score, carry, KEYS)
                 plgpu.barrier_wait(v_came.at[stage])
                 out = out + product(weight, v_s.at[stage], h)
                 plgpu.barrier_arrive(v_read.at[stage])
@@ -243,7 +248,7 @@ def _kernel(blocks: Blocks, B: int, K: int, h: int, page_size: int, dtype: Any, 
                 plgpu.barrier_wait(tree_came)
                 q = plgpu.load(q_s.at[warpgroup], layout=WGMMA)  # two operands in shared memory must have the same swizzle
                 score = product(q, k_tree_s.T, tree_keys) * (scale * _LOG2_E)
-                key = plgpu.broadcasted_iota(jnp.int32, (_ROWS, tree_keys), 1, layout=WGMMA)
+                key = plgpu.broadcasted_iota(jnp.int32, (ROWS, tree_keys), 1, layout=WGMMA)
                 word = of_rows(2, tree_keys)
                 if tree_keys > 32:
                     word = jnp.where(key < 32, word, of_rows(3, tree_keys))
@@ -251,9 +256,9 @@ def _kernel(blocks: Blocks, B: int, K: int, h: int, page_size: int, dtype: Any, 
                 return out + product(weight, v_tree_s, h), highest, total
 
             nothing = (
-                plgpu.layout_cast(jnp.zeros((_ROWS, h), jnp.float32), WGMMA),
-                plgpu.layout_cast(jnp.full((_ROWS,), _MASKED, jnp.float32), ROW),
-                plgpu.layout_cast(jnp.zeros((_ROWS,), jnp.float32), ROW),
+                plgpu.layout_cast(jnp.zeros((ROWS, h), jnp.float32), WGMMA),
+                plgpu.layout_cast(jnp.full((ROWS,), _MASKED, jnp.float32), ROW),
+                plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW),
             )
             carry = jax.lax.fori_loop(0, steps, step, nothing)
             out, highest, total = jax.lax.cond(split == 0, tree, lambda carry: carry, carry)
@@ -281,14 +286,14 @@ def _kernel(blocks: Blocks, B: int, K: int, h: int, page_size: int, dtype: Any, 
         num_threads=warpgroups + 1,
         thread_name="warpgroup",
         scratch_types=[
-            plgpu.SMEM((warpgroups, _ROWS, h), dtype, transforms=tiles(64)),
-            plgpu.SMEM((warpgroups, 4, _ROWS), jnp.int32),
-            plgpu.SMEM((stages, _KEYS, h), dtype, transforms=tiles(64)),
-            plgpu.SMEM((stages, _KEYS, h), dtype, transforms=tiles(64)),
+            plgpu.SMEM((warpgroups, ROWS, h), dtype, transforms=tiles(64)),
+            plgpu.SMEM((warpgroups, 4, ROWS), jnp.int32),
+            plgpu.SMEM((stages, KEYS, h), dtype, transforms=tiles(64)),
+            plgpu.SMEM((stages, KEYS, h), dtype, transforms=tiles(64)),
             plgpu.SMEM((tree_keys, h), dtype, transforms=tiles(tree_keys)),
             plgpu.SMEM((tree_keys, h), dtype, transforms=tiles(tree_keys)),
-            plgpu.SMEM((warpgroups, _ROWS, h), jnp.float32, transforms=tiles(32, 4)),
-            plgpu.SMEM((warpgroups, _ROWS), jnp.float32),
+            plgpu.SMEM((warpgroups, ROWS, h), jnp.float32, transforms=tiles(32, 4)),
+            plgpu.SMEM((warpgroups, ROWS), jnp.float32),
             plgpu.Barrier(num_barriers=warpgroups),
             plgpu.Barrier(num_barriers=warpgroups),
             plgpu.Barrier(num_barriers=stages),

@@ -5,6 +5,7 @@ It finds no missing wait for a matrix product: it computes them at once.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 from unittest import mock
 
@@ -18,15 +19,34 @@ from tests.pallas_kernels.programs import AN_H100
 _wgmma = gpu_callbacks.wgmma
 
 
-def simulated(function, *arguments) -> Any:
-    """The function's result, of a program for an H100. Fails if the simulator finds a race."""
-    mode = plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True))
-    with mode, mock.patch.object(gpu_callbacks, "wgmma", _wgmma_of_registers):
+def simulated(function, *arguments) -> tuple[Any, int]:
+    """The function's result, of a program for an H100, and the bytes that its kernels copy from and to the GPU's memory.
+
+    Fails if the simulator finds a race.
+    """
+    copied: list[int] = []
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)))
+        patches.enter_context(mock.patch.object(gpu_callbacks, "wgmma", _wgmma_of_registers))
+        for copy, in_memory in (("AsyncCopyGmemToSmemTask", "src"), ("AsyncCopySmemToGmemTask", "dst")):
+            patches.enter_context(mock.patch.object(gpu_callbacks, copy, _counted(getattr(gpu_callbacks, copy), in_memory, copied)))
         with jax.sharding.use_abstract_mesh(AN_H100):
             jaxpr, form = jax.make_jaxpr(function, return_shape=True)(*arguments)
         leaves = jax.block_until_ready(jax.jit(jax.extend.core.jaxpr_as_fun(jaxpr))(*jax.tree.leaves(arguments)))
     assert not gpu_callbacks.get_races().races_found
-    return jax.tree.unflatten(jax.tree.structure(form), leaves)
+    return jax.tree.unflatten(jax.tree.structure(form), leaves), sum(copied)
+
+
+def _counted(task, in_memory, copied):
+    """Make the task of a copy, and note its bytes."""
+
+    def make(**fields):
+        about = gpu_callbacks._get_shared_memory().buffer_shape_and_dtype(fields[f"{in_memory}_allocation_key"])
+        taken = np.broadcast_to(np.empty((), about.dtype), about.shape)[fields[f"{in_memory}_access"].range]
+        copied.append(taken.size * taken.itemsize)
+        return task(**fields)
+
+    return make
 
 
 def _wgmma_of_registers(*, a_allocation_key_as_array, **others):

@@ -48,7 +48,7 @@ TREES = REAL["tree_attention"]
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [*((shape, "bfloat16") for shape in TREES), (TREES[0], "float16")], ids=str)
-def test_tree_attention(shape, dtype, compiled):
+def test_tree_attention(shape, dtype, compiled, capfd):
     B, N, K, G, h, W = shape.B, shape.T, shape.K, shape.G, shape.h, shape.S // PAGE
     array = jax.ShapeDtypeStruct
     pool, nodes, bounds = array((B * W, K, PAGE, h), dtype), array((B, N, K, h), dtype), array((B, N), jnp.int32)
@@ -62,6 +62,9 @@ def test_tree_attention(shape, dtype, compiled):
     # A block has a warpgroup that copies, and one or two that compute: 255 or 168 registers a thread would be the most.
     assert kernels == [(0, 0, 232 if N * G <= 64 else 168)]
     blocks = Blocks.of(B, K, N * G, N, shape.S, h)
+    spilled, _, registers = kernels[0]
+    with capfd.disabled():
+        print(f"| tree_attention | {shape.label}, {dtype} | {registers} | {blocks.shared_bytes / 1024:.0f} | {spilled} |")
     partial_results = B * K * blocks.splits * blocks.rows * (h + 1) * 4
     queries, numbers, padded_nodes = B * K * blocks.rows * h * 2, B * blocks.groups * 128 * 4 * 4, 2 * B * K * blocks.tree_keys * h * 2
     assert program.memory_analysis().temp_size_in_bytes < partial_results + 2 * (queries + numbers + padded_nodes) + 2**16

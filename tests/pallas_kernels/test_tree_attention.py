@@ -13,6 +13,7 @@ import pytest
 
 from pallas_kernels.keys import Interval, PagedKeys, TreeKeys
 from pallas_kernels.tree_attention import IMPLEMENTATIONS, reference, tree_attention
+from pallas_kernels.tree_attention.cost import tree_attention_cost
 from pallas_kernels.tree_attention.hopper import Blocks
 from tests.pallas_kernels.programs import AN_H100, on_a, on_one_cpu
 from tests.pallas_kernels.simulator import simulated
@@ -68,6 +69,12 @@ class Case:
         interval = Interval(jnp.asarray(start_BN), jnp.asarray(end_BN))
         return q, TreeKeys(k, v, jnp.asarray(sees)), PagedKeys(k_pool, v_pool, jnp.asarray(pages, jnp.int32), interval)
 
+    @property
+    def cost(self):
+        _, tree, prefix = self.arguments
+        bounds = np.asarray(prefix.interval.start_BT), np.asarray(prefix.interval.end_BT)
+        return tree_attention_cost(self.K, self.G, self.h, self.S, *bounds, int(tree.sees_BNS.sum()), self.W * self.p)
+
 
 CASES = [
     Case(),
@@ -96,7 +103,11 @@ def test_equals_the_reference_or_says_why_not(name, case):
             jax.make_jaxpr(attend)(*case.arguments)
         assert str(error.value) == f"no implementation of tree_attention takes these arguments (hopper: {case.unsupported_on_hoppers})"
         return
-    out, lse = (simulated if name == "hopper" else lambda f, *a: on_one_cpu(f)(*a))(attend, *case.arguments)
+    if name == "hopper":
+        (out, lse), copied = simulated(attend, *case.arguments)
+        assert copied == case.cost.copied_bytes
+    else:
+        out, lse = on_one_cpu(attend)(*case.arguments)
     expected_out, expected_lse = reference.tree_attention(*case.arguments, scale=case.scale)
     assert out.dtype == lse.dtype == jnp.float32
     nothing = np.isneginf(expected_lse)
@@ -169,8 +180,17 @@ def test_a_name_that_the_op_does_not_have_is_refused():
 
 
 def test_how_a_row_is_cut_depends_on_shapes_and_fills_an_h100():
-    assert Blocks.of(1, 8, 4, 1, 8192, 128) == Blocks(rows=8, warpgroups=1, groups=1, splits=16, tree_keys=16, stages=4)
-    assert Blocks.of(32, 8, 16, 4, 8192, 128) == Blocks(rows=16, warpgroups=1, groups=1, splits=1, tree_keys=16, stages=4)
-    assert Blocks.of(8, 1, 26 * 5, 26, 8192, 128) == Blocks(rows=136, warpgroups=2, groups=2, splits=8, tree_keys=32, stages=3)
-    assert Blocks.of(1, 1, 64 * 5, 64, 8192, 128) == Blocks(rows=320, warpgroups=2, groups=3, splits=44, tree_keys=64, stages=2)
-    assert Blocks.of(1, 1, 8, 64, 128, 64) == Blocks(rows=8, warpgroups=1, groups=1, splits=2, tree_keys=64, stages=4)
+    assert Blocks.of(1, 8, 4, 1, 8192, 128) == Blocks(rows=8, h=128, warpgroups=1, groups=1, splits=16, tree_keys=16, stages=4)
+    assert Blocks.of(32, 8, 16, 4, 8192, 128) == Blocks(rows=16, h=128, warpgroups=1, groups=1, splits=1, tree_keys=16, stages=4)
+    assert Blocks.of(8, 1, 26 * 5, 26, 8192, 128) == Blocks(rows=136, h=128, warpgroups=2, groups=2, splits=8, tree_keys=32, stages=3)
+    assert Blocks.of(1, 1, 64 * 5, 64, 8192, 128) == Blocks(rows=320, h=128, warpgroups=2, groups=3, splits=44, tree_keys=64, stages=2)
+    assert Blocks.of(1, 1, 8, 64, 128, 64) == Blocks(rows=8, h=64, warpgroups=1, groups=1, splits=2, tree_keys=64, stages=4)
+
+
+def test_costs_of_decoding_8_rows_with_8k_tokens():
+    """Llama 3.1 8B: almost all is keys and values, 4 KiB a token and layer."""
+    start, end = np.zeros((8, 1), int), np.full((8, 1), 8192)
+    cost = tree_attention_cost(8, 4, 128, 1, start, end, seen=8, slots=8192)
+    assert cost.flops == 4 * 32 * 128 * 8 * 8193
+    assert cost.least_bytes == 8 * (8193 * 4096 + 32 * 128 * 2 + 32 * 129 * 4)
+    assert cost.copied_bytes < 1.02 * cost.least_bytes

@@ -1,0 +1,31 @@
+"""What tree attention costs."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pallas_kernels.cost import Cost
+from pallas_kernels.tree_attention.hopper import KEYS, ROWS, Blocks
+
+
+def tree_attention_cost(
+    K: int, G: int, h: int, S: int, start_BN: np.ndarray, end_BN: np.ndarray, seen: int, slots: int, itemsize: int = 2
+) -> Cost:
+    """Of nodes that see the cached keys in [start, end) and ``seen`` of the tree's S keys in all, with tables of ``slots`` tokens.
+
+    ``itemsize``: bytes of a number of queries, keys and values. Copies are those of the Hopper kernel, without the merge of its results.
+    """
+    (B, N), key_bytes = start_BN.shape, 2 * K * h * itemsize
+    some_BN = start_BN < end_BN
+    first_B = np.min(start_BN, axis=1, where=some_BN, initial=slots)
+    last_B = np.max(end_BN, axis=1, where=some_BN, initial=0)
+    scores = int(np.sum(np.maximum(end_BN - start_BN, 0))) + seen
+    results = B * K * N * G * (h + 1) * 4
+    needed = int(np.sum(np.maximum(last_B - first_B, 0))) * key_bytes + B * S * key_bytes + B * K * N * G * h * itemsize
+    blocks = Blocks.of(B, K, N * G, S, slots, h)
+    blocks_B = np.maximum(-(-last_B // KEYS) - first_B // KEYS, 0)
+    cached = int(np.sum(blocks_B)) * KEYS * key_bytes * blocks.groups
+    tree = B * blocks.tree_keys * key_bytes * blocks.groups
+    rows = B * K * blocks.splits * blocks.rows * (h * itemsize + (h + 1) * 4)
+    numbers = B * K * blocks.splits * blocks.groups * blocks.warpgroups * ROWS * 4 * 4
+    return Cost(4 * K * G * h * scores, needed + results, cached + tree + rows + numbers)

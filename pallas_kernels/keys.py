@@ -19,6 +19,16 @@ class Interval:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class NewKeys:
+    """Keys and values of a step's own tokens, or of those that a ring has passed."""
+
+    k_BSKh: Float[Array, "B S K h"]
+    v_BSKh: Float[Array, "B S K h"]
+    interval: Interval
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class PagedKeys:
     """A cache's pools of pages, of which a row's table names some: key ``s`` of row ``b`` is token ``s % p`` of page
     ``pages_BW[b, s // p]``. Numbers beyond an interval's last page may be any page's.

@@ -7,7 +7,10 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
-    """B rows of T queries over S keys; K KV heads of G query heads each, h numbers a head."""
+    """B rows of T queries over S keys; K KV heads of G query heads each, head dimension h.
+
+    In flash attention the queries are the last T of the S tokens. In tree attention they are T nodes after S cached tokens.
+    """
 
     label: str
     B: int
@@ -102,6 +105,7 @@ class Merge:
 
 NODES = 26
 """Nodes of the tree ``eagle26``, the root included."""
+# Llama 3.1 8B on one GPU; 70B, 405B and Llama 4 Scout on ``tensor`` axes of 8 or 16; SmolLM2-135M.
 REAL = {
     "tree_attention": [
         Attention("8B decode, 1 row, 1K", 1, 1, 1024),
@@ -117,8 +121,14 @@ REAL = {
         Attention("SmolLM2 decode, 8 rows, 2K", 8, 1, 2048, K=3, G=3, h=64),
         Attention("SmolLM2 64 nodes, 1 row, 2K", 1, 64, 2048, K=3, G=3, h=64),
     ],
-    "attend_pages": [Attention("8B prefill, 2K after 8K", 1, 2048, 8192)],
-    "attend": [Attention("8B prefill, 2K", 1, 2048, 2048), Attention("8B prefill, 4K", 1, 4096, 4096)],
+    "flash_attention": [
+        Attention("8B prefill, 2K", 1, 2048, 2048),
+        Attention("8B prefill, 4K", 1, 4096, 4096),
+        Attention("8B prefill, 2K after 6K", 1, 2048, 8192),
+        Attention("70B prefill on tensor=8, 8K", 1, 8192, 8192, K=1, G=8),
+        Attention("Scout prefill on tensor=8, 2 rows of 8K", 2, 8192, 8192, K=1, G=5),
+        Attention("SmolLM2 prefill, 16 rows of 32", 16, 32, 32, K=3, G=3, h=64),
+    ],
     "matmul": [
         Linear("8B queries, keys and values, 1 row", 1, 4096, 6144),
         Linear("8B gate and up, 1 row", 1, 4096, 28672),

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.flash_attention import attend
+from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels.keys import Interval, NewKeys
 from pallas_kernels.merge import Partial, merge_attention
 from sharding.layout import EMPTY
 
@@ -143,4 +144,4 @@ def _attend_run(
         start_BT = slots_below(query_position_BT // chunk * chunk)
     if window is not None:
         start_BT = jnp.maximum(start_BT, slots_below(query_position_BT + 1 - window))
-    return attend(q_BTKGh, kv_2BSKh[0], kv_2BSKh[1], start_BT, end_BT, scale=scale)
+    return flash_attention(q_BTKGh, NewKeys(kv_2BSKh[0], kv_2BSKh[1], Interval(start_BT, end_BT)), scale=scale)

@@ -18,9 +18,9 @@ from jax.sharding import PartitionSpec
 from benchmarks.h100 import timing
 from benchmarks.h100.bench import Bench, Record
 from benchmarks.h100.shapes import SHAPES
-from pallas_kernels.flash_attention import attend, attend_pages
+from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.grouped_matmul import grouped_matmul
-from pallas_kernels.keys import Interval, PagedKeys, TreeKeys
+from pallas_kernels.keys import Interval, NewKeys, PagedKeys, TreeKeys
 from pallas_kernels.matmul import matmul
 from pallas_kernels.merge import merge_attention
 from pallas_kernels.shapes import Attention, Grouped, Linear, Merge
@@ -44,26 +44,6 @@ Case = tuple[Arrays, Implementations, int]
 """A function that makes the arrays from a key, the functions that are called with them by name, and the FLOPs of a call."""
 
 
-def _pages(shape: Attention) -> Case:
-    B, T, W, G = shape.B, shape.T, shape.S // PAGE, shape.G
-    pages_BW = jnp.arange(B * W, dtype=jnp.int32).reshape(B, W)
-    start_BT, end_BT = jnp.zeros((B, T), jnp.int32), jnp.full((B, T), shape.S, jnp.int32)
-    scale = shape.h**-0.5
-
-    def arrays(key: Array) -> tuple[Array, ...]:
-        pool = (B * W, shape.K, PAGE, shape.h)
-        return _normal(key, (B, T, shape.K, G, shape.h), pool, pool)
-
-    def own(q_BTKGh: Array, k_PKph: Array, v_PKph: Array) -> Array:
-        return attend_pages(q_BTKGh, PagedKeys(k_PKph, v_PKph, pages_BW, Interval(start_BT, end_BT)), scale=scale)[0]
-
-    def gathered(q_BTKGh: Array, k_PKph: Array, v_PKph: Array) -> Array:
-        k_BSKh, v_BSKh = (jnp.swapaxes(pool[pages_BW], 2, 3).reshape(B, shape.S, shape.K, shape.h) for pool in (k_PKph, v_PKph))
-        return jax.nn.dot_product_attention(q_BTKGh.reshape(B, T, -1, shape.h), k_BSKh, v_BSKh, scale=scale)
-
-    return arrays, {"own": own, "XLA: pages gathered, then dot_product_attention": gathered}, shape.flops(T * shape.S)
-
-
 def _tree(shape: Attention) -> Case:
     B, N, W, G = shape.B, shape.T, shape.S // PAGE, shape.G
     pages_BW = jnp.arange(B * W, dtype=jnp.int32).reshape(B, W)
@@ -82,21 +62,40 @@ def _tree(shape: Attention) -> Case:
 
         return call
 
-    return arrays, {"own": of(None), "own, xla": of("xla")}, shape.flops(N * shape.S + N * N)
+    def gathered(q_BNKGh: Array, k_BSKh: Array, v_BSKh: Array, k_PKph: Array, v_PKph: Array) -> Array:
+        def keys(pool_PKph: Array, own_BSKh: Array) -> Array:
+            cached_BSKh = jnp.swapaxes(pool_PKph[pages_BW], 2, 3).reshape(B, shape.S, shape.K, shape.h)
+            return jnp.concatenate([cached_BSKh, own_BSKh], axis=1)
+
+        q_BTHh = q_BNKGh.reshape(B, N, -1, shape.h)
+        return jax.nn.dot_product_attention(q_BTHh, keys(k_PKph, k_BSKh), keys(v_PKph, v_BSKh), scale=shape.h**-0.5)
+
+    implementations = {"own": of(None), "own (implementation='xla')": of("xla")}
+    if N == 1:
+        implementations["XLA: pages gathered, then dot_product_attention"] = gathered
+    return arrays, implementations, shape.flops(N * shape.S + N * N)
 
 
-def _attend(shape: Attention) -> Case:
-    B, T = shape.B, shape.T
-    start_BT = jnp.zeros((B, T), jnp.int32)
-    end_BT = jnp.broadcast_to(jnp.arange(1, T + 1, dtype=jnp.int32)[None], (B, T))
+def _flash(shape: Attention) -> Case:
+    """The last T of S tokens: the tokens before them are cached."""
+    B, T, cached = shape.B, shape.T, shape.S - shape.T
+    pages_BW = jnp.arange(B * cached // PAGE, dtype=jnp.int32).reshape(B, -1)
+    token_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
+    causal = Interval(jnp.zeros_like(token_BT), token_BT + 1)
+    whole = Interval(jnp.zeros_like(token_BT), jnp.full_like(token_BT, cached))
     scale = shape.h**-0.5
 
     def arrays(key: Array) -> tuple[Array, ...]:
-        keys = (B, shape.S, shape.K, shape.h)
-        return _normal(key, (B, T, shape.K, shape.G, shape.h), keys, keys)
+        keys, pool = (B, T, shape.K, shape.h), (B * cached // PAGE, shape.K, PAGE, shape.h)
+        return _normal(key, (B, T, shape.K, shape.G, shape.h), keys, keys, *([pool, pool] if cached else []))
 
-    def own(q_BTKGh: Array, k_BSKh: Array, v_BSKh: Array) -> Array:
-        return attend(q_BTKGh, k_BSKh, v_BSKh, start_BT, end_BT, scale=scale)[0]
+    def of(implementation: str | None) -> Callable[..., Array]:
+        def call(q_BTKGh: Array, k_BSKh: Array, v_BSKh: Array, *pools: Array) -> Array:
+            prefix = PagedKeys(*pools, pages_BW, whole) if cached else None
+            new = NewKeys(k_BSKh, v_BSKh, causal)
+            return flash_attention(q_BTKGh, new, prefix, scale=scale, implementation=implementation)[0]
+
+        return call
 
     def jax_nn(implementation: str) -> Callable[..., Array]:
         def call(q_BTKGh: Array, k_BSKh: Array, v_BSKh: Array) -> Array:
@@ -106,8 +105,9 @@ def _attend(shape: Attention) -> Case:
 
         return call
 
-    implementations = {"own": own, "XLA: dot_product_attention": jax_nn("xla"), "cuDNN: dot_product_attention": jax_nn("cudnn")}
-    return arrays, implementations, shape.flops(T * (T + 1) // 2)
+    rivals = {"XLA: dot_product_attention": jax_nn("xla"), "cuDNN: dot_product_attention": jax_nn("cudnn")}
+    own = {"own": of(None), "own (implementation='xla')": of("xla")}
+    return arrays, own if cached else own | rivals, shape.flops(T * cached + T * (T + 1) // 2)
 
 
 def _grouped(shape: Grouped) -> Case:
@@ -149,9 +149,8 @@ def _merge(shape: Merge) -> Case:
 
 
 CASES: Mapping[str, Callable[[Any], Case]] = {
-    "attend_pages": _pages,
     "tree_attention": _tree,
-    "attend": _attend,
+    "flash_attention": _flash,
     "matmul": _linear,
     "grouped_matmul": _grouped,
     "merge": _merge,

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.h100.sizes import Sizes
 
-OPS = ("attend_pages", "tree_attention", "attend", "matmul", "grouped_matmul", "merge")
+OPS = ("tree_attention", "flash_attention", "matmul", "grouped_matmul", "merge")
 """Ops of ``pallas_kernels`` in the order in which they are timed; ``shapes.py`` has their shapes."""
 
 
@@ -45,7 +45,7 @@ def items(sizes: Sizes) -> list[Item]:
         *(Item(f"ops/{op}", "ops", {"op": op}) for op in OPS),
         Item("correctness/llama4", "correctness", {"family": "llama4"}),
         *(item for rows in others for item in _speculation(rows)),
-        *(Item(f"tokamax/{op}", "rivals_tokamax", {"op": op}, packages=("tokamax",)) for op in ("attend", "grouped_matmul")),
+        *(Item(f"tokamax/{op}", "rivals_tokamax", {"op": op}, packages=("tokamax",)) for op in ("flash_attention", "grouped_matmul")),
         *(Item(f"torch/{op}", "rivals_torch", {"op": op}, "torch", ("torch",)) for op in OPS if op != "merge"),
         Item("transformers/decode", "rivals_transformers", {}, "torch", ("torch", "transformers")),
         Item("launches", "launches", {}, "uncached"),

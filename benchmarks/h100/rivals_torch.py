@@ -64,25 +64,27 @@ Implementations = tuple[Callable[[], tuple[Any, ...]], dict[str, Callable[..., A
 
 
 def _attention(torch: Any, bench: TorchBench, op: str, shape: Attention) -> Implementations:
-    H, S, causal, tree = shape.K * shape.G, shape.S, op == "attend", op == "tree_attention"
+    H, S, causal, tree = shape.K * shape.G, shape.S, op == "flash_attention", op == "tree_attention"
     keys = S + shape.T if tree else S
     mask = None
     if tree:
         mask = torch.ones(shape.T, keys, dtype=torch.bool, device=bench.device)
         mask[:, S:] = torch.tril(mask[:, S:])
+    elif causal and S > shape.T:
+        mask = torch.tril(torch.ones(shape.T, S, dtype=torch.bool, device=bench.device), S - shape.T)
 
     def make() -> tuple[Any, ...]:
         sizes = ((shape.B, H, shape.T, shape.h), *[(shape.B, shape.K, keys, shape.h)] * 2)
         return tuple(torch.randn(size, dtype=torch.bfloat16, device=bench.device) for size in sizes)
 
     def sdpa(q: Any, k: Any, v: Any) -> Any:
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None, enable_gqa=True)
 
     def flex() -> Callable[..., Any]:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
         def visible(b: Any, h: Any, query: Any, key: Any) -> Any:
-            return query >= key if causal else (key < S) | (key - S <= query)
+            return query + S - shape.T >= key if causal else (key < S) | (key - S <= query)
 
         blocks = create_block_mask(visible, None, None, shape.T, keys, device=bench.device) if causal or tree else None
         compiled = torch.compile(flex_attention) if bench.device == "cuda" else flex_attention
@@ -95,7 +97,7 @@ def _attention(torch: Any, bench: TorchBench, op: str, shape: Attention) -> Impl
             made.append(flex())
         return made[0](q, k, v)
 
-    scores = shape.T * (shape.T + 1) // 2 if causal else shape.T * keys
+    scores = shape.T * (S - shape.T) + shape.T * (shape.T + 1) // 2 if causal else shape.T * keys
     where = "" if causal else ", keys contiguous"
     return make, {f"PyTorch: SDPA{where}": sdpa, f"PyTorch: flex attention{where}": flex_once}, shape.flops(scores)
 

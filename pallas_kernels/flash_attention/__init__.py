@@ -7,29 +7,41 @@ zeros and -inf, which change nothing when :func:`pallas_kernels.merge.merge_atte
 
 from __future__ import annotations
 
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float
 
-from pallas_kernels.flash_attention import cpu, gpu, xla
+from pallas_kernels.flash_attention import cpu, gpu, hopper, xla
 from pallas_kernels.implementations import Chosen, first_supported
-from pallas_kernels.keys import PagedKeys
-from pallas_kernels.merge import Partial
+from pallas_kernels.keys import NewKeys, PagedKeys
+from pallas_kernels.merge import Partial, merge_attention
 
-__all__ = ["attend", "attend_masked", "attend_pages"]
+__all__ = ["attend_masked", "attend_pages", "flash_attention"]
 
 PAGES = {"cpu": cpu.attend_pages, "gpu": gpu.attend_pages, "xla": xla.attend_pages}
 
 
-def attend(
+def flash_attention(
     q_BTKGh: Float[Array, "B T K G h"],
-    k_BSKh: Float[Array, "B S K h"],
-    v_BSKh: Float[Array, "B S K h"],
-    start_BT: Int32[Array, "B T"],
-    end_BT: Int32[Array, "B T"],
+    new: NewKeys,
+    cached: PagedKeys | None = None,
     *,
     scale: float,
+    apart: bool = False,
+    implementation: Chosen = None,
 ) -> Partial:
-    """Attention of each query over the keys in its interval; scores are multiplied by ``scale``."""
-    return xla.attend(q_BTKGh, k_BSKh, v_BSKh, start_BT, end_BT, scale=scale)
+    """Attention of each query over the new keys, and the cached keys, that are in its intervals; scores are multiplied by ``scale``.
+
+    ``apart`` is as in :func:`attend_pages`. Unused tokens of pages that a query attends must be finite.
+    """
+    return first_supported("flash_attention", IMPLEMENTATIONS, implementation, q_BTKGh, new, cached, scale=scale, apart=apart)
+
+
+def _in_parts(q_BTKGh: Array, new: NewKeys, cached: PagedKeys | None, *, scale: float, apart: bool = False) -> Partial:
+    """As XLA lowers it: all scores of the new keys at once, cached keys some pages at a time, and a merge of the two."""
+    of_new = xla.attend(q_BTKGh, new.k_BSKh, new.v_BSKh, new.interval.start_BT, new.interval.end_BT, scale=scale)
+    return of_new if cached is None else merge_attention([attend_pages(q_BTKGh, cached, scale=scale, apart=apart), of_new])
+
+
+IMPLEMENTATIONS = {"hopper": hopper.flash_attention, "xla": _in_parts}
 
 
 def attend_masked(

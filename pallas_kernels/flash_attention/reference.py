@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels.keys import PagedKeys
+from pallas_kernels.keys import NewKeys, PagedKeys
 from pallas_kernels.merge import Partial
+from pallas_kernels.merge.reference import merge_attention
 
 _LOWEST = float(np.finfo(np.float32).min)
 """The highest score of a query that sees no key: finite, so that its weights are zero and not NaN."""
@@ -66,3 +67,11 @@ def attend_pages(
         return jnp.swapaxes(page_BWKph, 2, 3).reshape(len(pages_BW), pages * size, *page_BWKph.shape[2::2])
 
     return attend(q_BTKGh, keys(k_PKph), keys(v_PKph), start_BT, end_BT, scale=scale)
+
+
+def flash_attention(q_BTKGh: Float[Array, "B T K G h"], new: NewKeys, cached: PagedKeys | None, *, scale: float) -> Partial:
+    """Attention over the pages and over the new keys, merged."""
+    if cached is None:
+        return attend(q_BTKGh, new.k_BSKh, new.v_BSKh, new.interval.start_BT, new.interval.end_BT, scale=scale)
+    parts = attend_pages(q_BTKGh, cached, scale=scale), flash_attention(q_BTKGh, new, None, scale=scale)
+    return merge_attention(parts)

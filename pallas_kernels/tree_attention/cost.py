@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from pallas_kernels.cost import Cost
-from pallas_kernels.tree_attention.hopper import KEYS, ROWS, Blocks
+from pallas_kernels.mosaic import ROWS
+from pallas_kernels.tree_attention.hopper import KEYS, Blocks
 
 
 def tree_attention_cost(

@@ -10,30 +10,36 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.implementations import require_hopper
 from pallas_kernels.keys import PagedKeys, TreeKeys
 from pallas_kernels.merge import Partial, merge_attention
-
-plgpu: Any = mosaic_gpu  # its types are incomplete
+from pallas_kernels.mosaic import (
+    LOG2_E,
+    MASKED,
+    NOWHERE,
+    ROWS,
+    SHARED_BYTES,
+    SMS,
+    Softmax,
+    add_product,
+    copy_in_turn,
+    finish,
+    no_keys,
+    over,
+    plgpu,
+    product,
+    tiles,
+    weigh,
+)
 
 MOST_NODES = 64
-_SMS = 132
-"""Streaming multiprocessors of an H100: as many blocks run at once."""
-ROWS = 64
-"""Query rows of a warpgroup: the least that its matrix product takes."""
 KEYS = 64
 """Cached keys that are copied and attended together."""
-_SHARED_BYTES = 227 * 1024 - 4096
-"""Shared memory of a block, less what barriers, alignment and the compiler take."""
 _MOST_STAGES = 4
 _REGISTERS = {1: 232, 2: 216}
-_LOG2_E = 1.4426950408889634
-_MASKED = -1e30
-"""The score of a key that a row does not see: finite, because exp2(-inf - -inf) is NaN."""
-_NOWHERE = 2**30
+"""Of a thread that computes, by the number of warpgroups that do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +67,10 @@ class Blocks:
         """
         warpgroups = 1 if rows <= ROWS else 2
         groups = -(-rows // (warpgroups * ROWS))
-        splits = max(1, min(_SMS // (batch * heads * groups), slots // KEYS))
+        splits = max(1, min(SMS // (batch * heads * groups), slots // KEYS))
         padded = next(keys for keys in (16, 32, MOST_NODES) if tree_keys <= keys)
         without = cls(-(-rows // 8) * 8, h, warpgroups, groups, splits, padded, 0)
-        return dataclasses.replace(without, stages=min(_MOST_STAGES, (_SHARED_BYTES - without.shared_bytes) // (2 * KEYS * 2 * h)))
+        return dataclasses.replace(without, stages=min(_MOST_STAGES, (SHARED_BYTES - without.shared_bytes) // (2 * KEYS * 2 * h)))
 
     @property
     def shared_bytes(self) -> int:
@@ -95,7 +101,7 @@ def tree_attention(q_BNKGh: Float[Array, "B N K G h"], tree: TreeKeys, prefix: P
     q_BKMh = jnp.swapaxes(q_BNKGh, 1, 2).reshape(B, K, N * G, h)
     start_BN, end_BN = prefix.interval.start_BT, prefix.interval.end_BT
     none_BN = start_BN >= end_BN
-    start_BN, end_BN = jnp.where(none_BN, _NOWHERE, start_BN), jnp.where(none_BN, 0, end_BN)
+    start_BN, end_BN = jnp.where(none_BN, NOWHERE, start_BN), jnp.where(none_BN, 0, end_BN)
     # Keys before the first, and after the last, are seen by no node; keys between the other two by all.
     bounds_B4 = jnp.stack([jnp.min(start_BN, axis=1), jnp.max(end_BN, axis=1), jnp.max(start_BN, axis=1), jnp.min(end_BN, axis=1)], axis=1)
     out_BKzMh, lse_BKzM = _kernel(blocks, B, K, h, page_size, q_BNKGh.dtype, scale)(
@@ -141,7 +147,6 @@ def _kernel(blocks: Blocks, B: int, K: int, h: int, page_size: int, dtype: Any, 
     warpgroups, splits, tree_keys, stages = blocks.warpgroups, blocks.splits, blocks.tree_keys, blocks.stages
     whole_warpgroups, last_rows = divmod(blocks.rows, ROWS)
     blocks_a_page = page_size // KEYS
-    WGMMA, ROW = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)
 
     def body(
         q_ref: Any, k_ref: Any, v_ref: Any, k_tree_ref: Any, v_tree_ref: Any, rows_ref: Any, bounds_ref: Any, pages_ref: Any,
@@ -150,8 +155,9 @@ def _kernel(blocks: Blocks, B: int, K: int, h: int, page_size: int, dtype: Any, 
     ) -> None:  # fmt: skip
         b, head, group, split = (jax.lax.axis_index(name) for name in ("row", "head", "group", "split"))
         warpgroup = jax.lax.axis_index("warpgroup")
-        first = bounds_ref[b, 0] // KEYS
-        last = jnp.maximum((bounds_ref[b, 1] + KEYS - 1) // KEYS, first)
+        first_start, last_end, last_start, first_end = (bounds_ref[b, i] for i in range(4))
+        first = first_start // KEYS
+        last = jnp.maximum((last_end + KEYS - 1) // KEYS, first)
         share = (last - first + splits - 1) // splits
         begin = first + split * share
         steps = jnp.maximum(jnp.minimum(begin + share, last) - begin, 0)
@@ -160,30 +166,18 @@ def _kernel(blocks: Blocks, B: int, K: int, h: int, page_size: int, dtype: Any, 
         def _copy() -> None:
             plgpu.set_max_registers(40, action="decrease")
 
-            def wait(stage: Array) -> None:
-                plgpu.barrier_wait(k_read.at[stage])
-                plgpu.barrier_wait(v_read.at[stage])
-
-            def fetch(step: Array, carry: int) -> int:
-                stage, block = jax.lax.rem(step, stages), begin + step
-                pl.when(step >= stages)(lambda: wait(stage))
-                page, keys = pages_ref[b, block // blocks_a_page], pl.ds(jax.lax.rem(block, blocks_a_page) * KEYS, KEYS)
-                plgpu.copy_gmem_to_smem(k_ref.at[page, head, keys], k_s.at[stage], k_came.at[stage])
-                plgpu.copy_gmem_to_smem(v_ref.at[page, head, keys], v_s.at[stage], v_came.at[stage])
-                return carry
-
-            jax.lax.fori_loop(0, steps, fetch, 0)
-
             @pl.when(split == 0)
-            def _of_tree() -> None:
+            def _tree() -> None:
                 plgpu.copy_gmem_to_smem(k_tree_ref.at[b, head], k_tree_s, tree_came)
                 plgpu.copy_gmem_to_smem(v_tree_ref.at[b, head], v_tree_s, tree_came)
 
-            def drain(step: Array, carry: int) -> int:
-                wait(jax.lax.rem(step, stages))
-                return carry
+            def fetch(step: Array, stage: Array) -> None:
+                block = begin + step
+                page, keys = pages_ref[b, block // blocks_a_page], pl.ds(jax.lax.rem(block, blocks_a_page) * KEYS, KEYS)
+                plgpu.copy_gmem_to_smem(k_ref.at[page, head, keys], k_s.at[stage], k_came.at[stage])
+                plgpu.copy_gmem_to_smem(v_ref.at[page, head, keys], v_s.at[stage], v_came.at[stage])
 
-            jax.lax.fori_loop(jnp.maximum(steps - stages, 0), steps, drain, 0)
+            copy_in_turn(steps, stages, (k_read, v_read), fetch)
 
         @pl.when(warpgroup < warpgroups)
         def _compute() -> None:
@@ -206,65 +200,39 @@ def _kernel(blocks: Blocks, B: int, K: int, h: int, page_size: int, dtype: Any, 
             plgpu.barrier_wait(rows_came.at[warpgroup])
 
             def of_rows(index: int, columns: int) -> Array:
-                return over(plgpu.load(rows_s.at[warpgroup, index], layout=ROW), columns)
+                return over(plgpu.load(rows_s.at[warpgroup, index], layout=plgpu.Layout.WGMMA.reduce(1)), columns)
 
-            def over(row: Array, columns: int) -> Array:
-                return jax.lax.broadcast_in_dim(row, (ROWS, columns), [0])
-
-            def product(a: Any, b: Any, columns: int) -> Array:
-                def into(accumulator: Any) -> Array:
-                    plgpu.wgmma(accumulator, a, b)
-                    return accumulator[...]
-
-                return pl.run_scoped(into, plgpu.ACC((ROWS, columns), jnp.float32))
-
-            def weigh(score: Array, carry: Any, keys: int) -> tuple[Array, Any]:
-                """The weights of some keys, and the output, the highest score and the sum of weights, scaled to fit them."""
-                out, highest, total = carry
-                now = jnp.maximum(highest, jnp.max(score, axis=1))
-                shrunk = jnp.exp2(highest - now)
-                weight = jnp.where(score > _MASKED / 2, jnp.exp2(score - over(now, keys)), 0.0)
-                return weight.astype(dtype), (out * over(shrunk, h), now, total * shrunk + jnp.sum(weight, axis=1))
-
-            def step(index: Array, carry: Any) -> Any:
+            def step(index: Array, before: Softmax) -> Softmax:
                 stage, first_key = jax.lax.rem(index, stages), (begin + index) * KEYS
                 plgpu.barrier_wait(k_came.at[stage])
-                score = product(q_s.at[warpgroup], k_s.at[stage].T, KEYS) * (scale * _LOG2_E)
+                score = product(q_s.at[warpgroup], k_s.at[stage].T, KEYS) * (scale * LOG2_E)
                 plgpu.barrier_arrive(k_read.at[stage])
 
                 def masked(score: Array) -> Array:
-                    key = plgpu.broadcasted_iota(jnp.int32, (ROWS, KEYS), 1, layout=WGMMA) + first_key
-                    return jnp.where((key >= of_rows(0, KEYS)) & (key < of_rows(1, KEYS)), score, _MASKED)
+                    key = plgpu.broadcasted_iota(jnp.int32, (ROWS, KEYS), 1, layout=plgpu.Layout.WGMMA) + first_key
+                    return jnp.where((key >= of_rows(0, KEYS)) & (key < of_rows(1, KEYS)), score, MASKED)
 
-                seen_by_all = (first_key >= bounds_ref[b, 2]) & (first_key + KEYS <= bounds_ref[b, 3])
-                score = jax.lax.cond(seen_by_all, lambda score: score, masked, score)
-                weight, (out, highest, total) = weigh(score, carry, KEYS)
+                seen_by_all = (first_key >= last_start) & (first_key + KEYS <= first_end)
+                weight, (out, highest, total) = weigh(jax.lax.cond(seen_by_all, lambda score: score, masked, score), before, dtype)
                 plgpu.barrier_wait(v_came.at[stage])
-                out = out + product(weight, v_s.at[stage], h)
+                out = add_product(out, weight, v_s.at[stage])
                 plgpu.barrier_arrive(v_read.at[stage])
                 return out, highest, total
 
-            def tree(carry: Any) -> Any:
+            def tree(before: Softmax) -> Softmax:
                 plgpu.barrier_wait(tree_came)
-                q = plgpu.load(q_s.at[warpgroup], layout=WGMMA)  # two operands in shared memory must have the same swizzle
-                score = product(q, k_tree_s.T, tree_keys) * (scale * _LOG2_E)
-                key = plgpu.broadcasted_iota(jnp.int32, (ROWS, tree_keys), 1, layout=WGMMA)
+                q = plgpu.load(q_s.at[warpgroup], layout=plgpu.Layout.WGMMA)  # operands in shared memory must have the same swizzle
+                score = product(q, k_tree_s.T, tree_keys) * (scale * LOG2_E)
+                key = plgpu.broadcasted_iota(jnp.int32, (ROWS, tree_keys), 1, layout=plgpu.Layout.WGMMA)
                 word = of_rows(2, tree_keys)
                 if tree_keys > 32:
                     word = jnp.where(key < 32, word, of_rows(3, tree_keys))
-                weight, (out, highest, total) = weigh(jnp.where(((word >> (key & 31)) & 1) != 0, score, _MASKED), carry, tree_keys)
-                return out + product(weight, v_tree_s, h), highest, total
+                score = jnp.where(((word >> (key & 31)) & 1) != 0, score, MASKED)
+                weight, (out, highest, total) = weigh(score, before, dtype)
+                return add_product(out, weight, v_tree_s), highest, total
 
-            nothing = (
-                plgpu.layout_cast(jnp.zeros((ROWS, h), jnp.float32), WGMMA),
-                plgpu.layout_cast(jnp.full((ROWS,), _MASKED, jnp.float32), ROW),
-                plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW),
-            )
-            carry = jax.lax.fori_loop(0, steps, step, nothing)
-            out, highest, total = jax.lax.cond(split == 0, tree, lambda carry: carry, carry)
-            safe = jnp.maximum(total, 1e-30)
-            out_s[warpgroup] = out * over(jnp.where(total > 0.0, 1.0 / safe, 0.0), h)
-            lse_s[warpgroup] = jnp.where(total > 0.0, (highest + jnp.log2(safe)) / _LOG2_E, -jnp.inf)
+            attended = jax.lax.fori_loop(0, steps, step, no_keys(h))
+            out_s[warpgroup], lse_s[warpgroup] = finish(jax.lax.cond(split == 0, tree, lambda attended: attended, attended))
             plgpu.commit_smem()
 
             def go(of_head: Any, own: Any) -> None:
@@ -273,9 +241,6 @@ def _kernel(blocks: Blocks, B: int, K: int, h: int, page_size: int, dtype: Any, 
                 plgpu.wait_smem_to_gmem(0)
 
             with_rows(go)
-
-    def tiles(columns: int, itemsize: int = 2) -> Any:
-        return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(columns * itemsize)
 
     R = blocks.rows
     return plgpu.kernel(

@@ -16,7 +16,8 @@ from l4jax.model.llama import Llama
 from l4jax.model.norm import rms_normalize
 from l4jax.model.rotary import rotary_angles, rotate
 from l4jax.model.weights import BoundModel, weight_specs
-from pallas_kernels.flash_attention import attend, attend_pages
+from pallas_kernels.flash_attention import attend_pages
+from pallas_kernels.flash_attention.xla import attend
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.keys import Interval, PagedKeys
 from sharding.mesh import ONE_DEVICE

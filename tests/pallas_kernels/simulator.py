@@ -14,6 +14,9 @@ import numpy as np
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.flash_attention import hopper as flash_attention
+from pallas_kernels.mosaic import product
+from pallas_kernels.tree_attention import hopper as tree_attention
 from tests.pallas_kernels.programs import AN_H100
 
 _wgmma = gpu_callbacks.wgmma
@@ -28,6 +31,8 @@ def simulated(function, *arguments) -> tuple[Any, int]:
     with contextlib.ExitStack() as patches:
         patches.enter_context(plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)))
         patches.enter_context(mock.patch.object(gpu_callbacks, "wgmma", _wgmma_of_registers))
+        for module in (tree_attention, flash_attention):  # the simulator accumulates from zero only
+            patches.enter_context(mock.patch.object(module, "add_product", lambda sums, a, b: sums + product(a, b, sums.shape[1])))
         for copy, in_memory in (("AsyncCopyGmemToSmemTask", "src"), ("AsyncCopySmemToGmemTask", "dst")):
             patches.enter_context(mock.patch.object(gpu_callbacks, copy, _counted(getattr(gpu_callbacks, copy), in_memory, copied)))
         with jax.sharding.use_abstract_mesh(AN_H100):

@@ -5,6 +5,7 @@ Run by ``make test-h100``.
 
 from __future__ import annotations
 
+import functools
 import re
 
 import jax
@@ -13,7 +14,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from l4jax.planning.target import h100_devices
-from pallas_kernels.keys import Interval, PagedKeys, TreeKeys
+from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels.keys import Interval, NewKeys, PagedKeys, TreeKeys
 from pallas_kernels.shapes import REAL
 from pallas_kernels.tree_attention import tree_attention
 from pallas_kernels.tree_attention.hopper import Blocks
@@ -68,3 +70,25 @@ def test_tree_attention(shape, dtype, compiled, capfd):
     partial_results = B * K * blocks.splits * blocks.rows * (h + 1) * 4
     queries, numbers, padded_nodes = B * K * blocks.rows * h * 2, B * blocks.groups * 128 * 4 * 4, 2 * B * K * blocks.tree_keys * h * 2
     assert program.memory_analysis().temp_size_in_bytes < partial_results + 2 * (queries + numbers + padded_nodes) + 2**16
+
+
+@pytest.mark.parametrize("shape", REAL["flash_attention"], ids=str)
+def test_flash_attention(shape, compiled, capfd):
+    B, T, K, G, h, cached = shape.B, shape.T, shape.K, shape.G, shape.h, shape.S - shape.T
+    array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    bounds = jax.ShapeDtypeStruct((B, T), jnp.int32)
+    new = NewKeys(array((B, T, K, h)), array((B, T, K, h)), Interval(bounds, bounds))
+    pool, tables = array((B * cached // PAGE, K, PAGE, h)), jax.ShapeDtypeStruct((B, cached // PAGE), jnp.int32)
+    prefix = PagedKeys(pool, pool, tables, Interval(bounds, bounds)) if cached else None
+
+    def attend(*arguments):
+        return flash_attention(*arguments, scale=0.1, implementation="hopper")[0]
+
+    program, kernels = compiled(attend, array((B, T, K, G, h)), new, prefix)
+    spilled, _, registers = kernels[0]
+    assert (len(kernels), spilled, registers) == (1, 0, 168 if T > 64 else 240)
+    # The log-sum-exp, and each query's and block's bounds. Short prompts are padded to 64 tokens.
+    padded = 0 if T % 128 == 0 else B * 64 * K * h * (2 * G + 4 + 4 * G)
+    assert program.memory_analysis().temp_size_in_bytes < B * T * (K * G * 4 + 64) + padded + 2**17
+    with capfd.disabled():
+        print(f"| flash_attention | {shape.label}, bfloat16 | {registers} | {spilled} |")

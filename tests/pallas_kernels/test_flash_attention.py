@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.flash_attention import attend, attend_pages, cpu, gpu, reference, xla
-from pallas_kernels.keys import Interval, PagedKeys
+from pallas_kernels.flash_attention import IMPLEMENTATIONS, attend_pages, cpu, flash_attention, gpu, reference, xla
+from pallas_kernels.flash_attention.xla import attend
+from pallas_kernels.keys import Interval, NewKeys, PagedKeys
 from tests.pallas_kernels.programs import AN_H100, on_one_cpu
+from tests.pallas_kernels.simulator import simulated
 
 WHOLE = [on_one_cpu(functools.partial(function, scale=1.0)) for function in (attend, reference.attend)]
 PAGED = {"reference": reference.attend_pages, "xla": xla.attend_pages, "cpu": cpu.attend_pages}
@@ -211,3 +213,68 @@ def test_programs_for_cpus_take_the_kernels_for_cpus_and_no_others_do():
     many = np.zeros((1, 33, *q.shape[2:]), np.float32), dataclasses.replace(arguments[1], interval=Interval(nothing, nothing))
     with pytest.raises(NotImplementedError, match="33 queries a row"):
         program("cpu").lower(*many)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """B rows of T queries over S new keys, and over W pages of p cached tokens."""
+
+    B: int = 1
+    T: int = 128
+    S: int = 128
+    K: int = 1
+    G: int = 1
+    h: int = 64
+    W: int = 2
+    p: int = 128
+    dtype: str = "bfloat16"
+    unsupported_on_hoppers: str = ""
+
+    @functools.cached_property
+    def arguments(self):
+        """Causal attention in chunks of 48 tokens over the new keys; some queries see no key of the cache, and some see nothing."""
+        rng = np.random.default_rng(self.T)
+        B, T, S, K, G, h, W, p = self.B, self.T, self.S, self.K, self.G, self.h, self.W, self.p
+        q, k, v = (jnp.asarray(rng.normal(size=s), self.dtype) for s in ((B, T, K, G, h), (B, S, K, h), (B, S, K, h)))
+        token = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
+        new = Interval(token // 48 * 48, np.minimum(np.where(token % 7 == 3, 0, token + 1), S).astype(np.int32))
+        if W == 0:
+            return q, NewKeys(k, v, new), None
+        keys, values = rng.normal(size=(2, B, W * p, K, h))
+        start = np.sort(rng.integers(0, W * p, (B, T)), axis=1).astype(np.int32)
+        end = np.where(token % 5 == 3, 0, W * p - 9).astype(np.int32)
+        cached = paged(1, keys.astype(jnp.dtype(self.dtype)), values.astype(jnp.dtype(self.dtype)), p, start, end)
+        return q, NewKeys(k, v, new), jax.tree.map(jnp.asarray, cached)
+
+
+CASES = [
+    Case(),
+    Case(B=2, T=32, S=32, K=2, W=1, p=64, dtype="float16"),
+    Case(T=150, S=150, G=3, h=128, W=0),
+    Case(T=64, S=200, G=2, W=3, p=64),
+    Case(dtype="float32", unsupported_on_hoppers="takes bfloat16 or float16, the same for all arrays; they are float32"),
+    Case(h=32, unsupported_on_hoppers="takes heads of 64 or 128 numbers; they have 32"),
+    Case(p=32, unsupported_on_hoppers="takes pages of a multiple of 64 tokens; they have 32, 2 a row"),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_flash_attention_equals_the_reference_or_says_why_not(name, case):
+    def attended(*arguments):
+        return flash_attention(*arguments, scale=case.h**-0.5, implementation=name)
+
+    if name == "hopper" and case.unsupported_on_hoppers:
+        with jax.sharding.use_abstract_mesh(AN_H100), pytest.raises(NotImplementedError) as error:
+            jax.make_jaxpr(attended)(*case.arguments)
+        assert str(error.value) == f"no implementation of flash_attention takes these arguments (hopper: {case.unsupported_on_hoppers})"
+        return
+    out, lse = simulated(attended, *case.arguments)[0] if name == "hopper" else on_one_cpu(attended)(*case.arguments)
+    expected_out, expected_lse = reference.flash_attention(*case.arguments, scale=case.h**-0.5)
+    assert out.dtype == lse.dtype == jnp.float32
+    nothing = np.isneginf(expected_lse)
+    assert nothing.any() and not nothing.all()
+    assert (np.isneginf(lse) == nothing).all() and (np.asarray(out)[nothing] == 0).all()
+    error = np.abs(out - expected_out).max() / np.abs(expected_out).max()
+    assert error < {"bfloat16": 2e-2, "float16": 2e-3, "float32": 1e-5}[case.dtype]
+    np.testing.assert_allclose(lse, expected_lse, atol=1e-5)

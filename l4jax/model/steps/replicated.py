@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Int32
 from l4jax.cache import LayerCache, PageTables, rank_of, slot_of, slots_before, write
 from l4jax.config import ModelConfig
 from l4jax.model.steps.inputs import Keys, StepInputs
-from pallas_kernels.flash_attention import attend, attend_pages
-from pallas_kernels.keys import Interval, PagedKeys, TreeKeys
+from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels.keys import Interval, NewKeys, PagedKeys, TreeKeys
 from pallas_kernels.merge import Partial, merge_attention
 from pallas_kernels.tree_attention import tree_attention
 from sharding.ranks import ONE, Ranks
@@ -58,8 +58,8 @@ class ReplicatedKeys(Keys):
             token = TreeKeys(k_BTKh, v_BTKh, (start_BT < end_BT)[:, :, None])
             partial = tree_attention(q_BTKGh, token, prefix, scale=scale, apart=self.apart)
         else:
-            new = attend(q_BTKGh, k_BTKh, v_BTKh, start_BT, end_BT, scale=scale)
-            partial = merge_attention([attend_pages(q_BTKGh, prefix, scale=scale, apart=self.apart), new])
+            new = NewKeys(k_BTKh, v_BTKh, Interval(start_BT, end_BT))
+            partial = flash_attention(q_BTKGh, new, prefix, scale=scale, apart=self.apart)
         attended_BTKGh = merge_over(ranks, partial).astype(q_BTKGh.dtype)
         attended_BTKGh, k_BTKh, v_BTKh = before_write(attended_BTKGh, k_BTKh, v_BTKh)
         return attended_BTKGh, write(cache, k_BTKh, v_BTKh, self.pages_BW, self.intervals.slot_BT)

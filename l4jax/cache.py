@@ -5,7 +5,7 @@ chunk: the key at position ``i`` is in slot ``i % attention_chunk_size``, and th
 from 0 up without a gap. All other layers keep everything: slot ``i`` is position ``i``. Page tables address both, one table
 for each kind of layer: slot ``s`` of row ``b`` is token ``s % page_size`` of page ``table[b, s // page_size]``.
 
-New keys are attended before they are written (see ``model.attention``). So a step's tokens may cross a chunk boundary
+New keys are attended before they are written (see ``model.steps``). So a step's tokens may cross a chunk boundary
 although the cache holds only one chunk.
 """
 

@@ -1,4 +1,4 @@
-"""How an op finds the implementation that computes it: the first, in an order, that supports the arguments."""
+"""How an op finds the implementation that computes it: the first, in order, that supports the arguments."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any
 
 import jax
 
-Chosen = str | Sequence[str] | None
-"""The name of an implementation, or several in the order in which they are tried; None: all of the op's."""
+Implementation = str | Sequence[str] | None
+"""The name of an implementation, or several in the order in which they are tried. None: try all of the op's, in order."""
 
 _LOGGER = logging.getLogger("l4jax.kernels")
 _HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")
 
 
 def first_supported[Result](
-    op: str, implementations: Mapping[str, Callable[..., Result]], chosen: Chosen, *arguments: Any, **options: Any
+    op: str, implementations: Mapping[str, Callable[..., Result]], chosen: Implementation, *arguments: Any, **options: Any
 ) -> Result:
-    """Call the first of the chosen implementations that supports the arguments: the others raise NotImplementedError.
+    """Try the chosen implementations in order. One that does not support the arguments raises NotImplementedError, and the next is tried.
 
-    Raises NotImplementedError with each one's reason if none does, and ValueError for a name that the op does not have.
+    Raises NotImplementedError with each one's reason if none supports them, and ValueError for a name that the op does not have.
     """
     names = list(implementations) if chosen is None else [chosen] if isinstance(chosen, str) else list(chosen)
     reasons = []
@@ -63,11 +63,13 @@ def require_hopper() -> None:
 def _require(platform: str) -> str:
     """The kind of device that the program is for, if it is of this platform."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None or device.platform != platform:
-        raise NotImplementedError(f"written for {platform.upper()}s; the program is for other devices")
+    if device is None:
+        raise NotImplementedError(f"written for {platform.upper()}s; there is no mesh that says what the program is for")
+    if device.platform != platform:
+        raise NotImplementedError(f"written for {platform.upper()}s; the program is for {device.platform.upper()}s")
     return device.device_kind
 
 
 @functools.cache
 def _log_other_gpu(kind: str) -> None:
-    _LOGGER.warning("%s is no Hopper GPU: XLA's kernels are used in the place of l4jax's own, which are faster on an H100", kind)
+    _LOGGER.warning("%s is not a Hopper GPU: XLA's kernels are used instead of l4jax's own, which are written for H100s", kind)

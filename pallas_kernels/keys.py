@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int32
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """Each query sees the keys with index in [start, end): causal, chunk-local, prefix and padding masks are all intervals."""
+    """Each query sees the keys with index in [start, end), in tokens: causal, chunk-local, prefix and padding masks are all intervals."""
 
     start_BT: Int32[Array, "B T"]
     end_BT: Int32[Array, "B T"]
@@ -31,7 +31,7 @@ class NewKeys:
 @dataclasses.dataclass(frozen=True)
 class PagedKeys:
     """A cache's pools of pages, of which a row's table names some: key ``s`` of row ``b`` is token ``s % p`` of page
-    ``pages_BW[b, s // p]``. Numbers beyond an interval's last page may be any page's.
+    ``pages_BW[b, s // p]``. Table entries outside a row's interval may name any page, but must be valid indices.
     """
 
     k_PKph: Float[Array, "P K p h"]
@@ -43,7 +43,10 @@ class PagedKeys:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TreeKeys:
-    """Keys and values of a draft tree's nodes. ``sees_BNS``: which of them each of the N nodes that attend sees."""
+    """Keys and values of a draft tree's nodes. ``sees_BNS[b, n, s]``: query node n sees key s.
+
+    S may exceed N: the keys of earlier passes' nodes are the first.
+    """
 
     k_BSKh: Float[Array, "B S K h"]
     v_BSKh: Float[Array, "B S K h"]

@@ -16,9 +16,9 @@ plgpu: Any = mosaic_gpu  # its types are incomplete
 ROWS = 64
 """Rows of a warpgroup: the least that its matrix product takes."""
 SMS = 132
-"""Streaming multiprocessors of an H100: as many blocks run at once."""
+"""Streaming multiprocessors of an H100 (SXM). Each runs one thread block at a time, because of its registers and shared memory."""
 SHARED_BYTES = 227 * 1024 - 4096
-"""Shared memory of a block, less what barriers, alignment and the compiler take."""
+"""Shared memory of a thread block, less what barriers, alignment and the compiler take."""
 LOG2_E = 1.4426950408889634
 MASKED = -1e30
 """The score of a key that a row does not see: finite, because exp2(-inf - -inf) is NaN."""
@@ -26,7 +26,7 @@ NOWHERE = 2**30
 """Where an interval of no keys starts."""
 
 Softmax = tuple[Array, Array, Array]
-"""Attention of a warpgroup's rows over some keys: the sum of weighted values, the highest score, and the sum of weights."""
+"""A warpgroup's running softmax over the keys so far: the sum of weighted values, each row's highest score, and its sum of weights."""
 
 
 def tiles(columns: int, itemsize: int = 2) -> Any:
@@ -35,7 +35,7 @@ def tiles(columns: int, itemsize: int = 2) -> Any:
 
 
 def over(row: Array, columns: int) -> Array:
-    """Each row's number in every column."""
+    """Broadcast a number of each row over its columns."""
     return jax.lax.broadcast_in_dim(row, (ROWS, columns), [0])
 
 
@@ -64,33 +64,35 @@ def no_keys(h: int) -> Softmax:
     )
 
 
-def weigh(score: Array, before: Softmax, dtype: Any) -> tuple[Array, Softmax]:
-    """The weights of some keys, whose scores are base-2 logarithms; and ``before``, scaled so that their weighted values can be added."""
+def online_softmax(score: Array, before: Softmax, dtype: Any) -> tuple[Array, Softmax]:
+    """A step of the online softmax (arXiv 2205.14135, algorithm 1), in base 2: the weights of more keys, rounded to ``dtype``, and the
+    running softmax with these weights in its sum, rescaled so that the weighted values can be added.
+    """
     out, highest, total = before
-    now = jnp.maximum(highest, jnp.max(score, axis=1))
-    shrunk = jnp.exp2(highest - now)
+    new_highest = jnp.maximum(highest, jnp.max(score, axis=1))
+    rescale = jnp.exp2(highest - new_highest)
     # Of a row that has seen no key the highest score is MASKED itself: its weights must be 0, not 1.
-    weight = jnp.exp2(score - over(jnp.maximum(now, MASKED / 2), score.shape[1]))
-    total = total * shrunk + jnp.sum(weight, axis=1)
-    return weight.astype(dtype), (out * over(shrunk, out.shape[1]), now, total)
+    weight = jnp.exp2(score - over(jnp.maximum(new_highest, MASKED / 2), score.shape[1]))
+    total = total * rescale + jnp.sum(weight, axis=1)
+    return weight.astype(dtype), (out * over(rescale, out.shape[1]), new_highest, total)
 
 
 def finish(attended: Softmax) -> tuple[Array, Array]:
     """Output and log-sum-exp; zeros and -inf for a row that saw no key."""
     out, highest, total = attended
-    safe = jnp.maximum(total, 1e-30)
-    out = out * over(jnp.where(total > 0.0, 1.0 / safe, 0.0), out.shape[1])
-    return out, jnp.where(total > 0.0, (highest + jnp.log2(safe)) / LOG2_E, -jnp.inf)
+    nothing = total == 0.0
+    safe = jnp.where(nothing, 1.0, total)
+    return out * over(1.0 / safe, out.shape[1]), jnp.where(nothing, -jnp.inf, (highest + jnp.log2(safe)) / LOG2_E)
 
 
-def copy_in_turn(steps: Array, stages: int, read: tuple[Any, Any], fetch: Callable[[Array, Array], None]) -> None:
-    """Call ``fetch(step, stage)`` for each step, in the warpgroup that copies, when the keys and values before in that stage were read.
+def copy_in_turn(steps: Array, stages: int, consumed: tuple[Any, Any], fetch: Callable[[Array, Array], None]) -> None:
+    """The warpgroup that copies: call ``fetch(step, stage)`` for each step, once the stage's former keys and values are consumed.
 
-    ``read``: barriers at which the other warpgroups arrive, of each stage's keys and of its values.
+    ``consumed``: for keys and for values, a barrier for each stage, at which the warpgroups that compute arrive.
     """
 
     def wait(stage: Array) -> None:
-        for barrier in read:
+        for barrier in consumed:
             plgpu.barrier_wait(barrier.at[stage])
 
     def turn(step: Array, carry: int) -> int:
@@ -104,4 +106,4 @@ def copy_in_turn(steps: Array, stages: int, read: tuple[Any, Any], fetch: Callab
         return carry
 
     jax.lax.fori_loop(0, steps, turn, 0)
-    jax.lax.fori_loop(jnp.maximum(steps - stages, 0), steps, drain, 0)  # a block must not end with a barrier's arrivals not waited for
+    jax.lax.fori_loop(jnp.maximum(steps - stages, 0), steps, drain, 0)  # no thread block may end before its barriers' last phases

@@ -67,7 +67,7 @@ def _attention(torch: Any, bench: TorchBench, op: str, shape: Attention) -> Impl
     H, S, causal, tree = shape.K * shape.G, shape.S, op == "flash_attention", op == "tree_attention"
     keys = S + shape.T if tree else S
     mask = None
-    if tree:
+    if tree and shape.T > 1:
         mask = torch.ones(shape.T, keys, dtype=torch.bool, device=bench.device)
         mask[:, S:] = torch.tril(mask[:, S:])
     elif causal and S > shape.T:
@@ -86,7 +86,7 @@ def _attention(torch: Any, bench: TorchBench, op: str, shape: Attention) -> Impl
         def visible(b: Any, h: Any, query: Any, key: Any) -> Any:
             return query + S - shape.T >= key if causal else (key < S) | (key - S <= query)
 
-        blocks = create_block_mask(visible, None, None, shape.T, keys, device=bench.device) if causal or tree else None
+        blocks = create_block_mask(visible, None, None, shape.T, keys, device=bench.device) if causal or mask is not None else None
         compiled = torch.compile(flex_attention) if bench.device == "cuda" else flex_attention
         return lambda q, k, v: compiled(q, k, v, block_mask=blocks, enable_gqa=True)
 

@@ -14,7 +14,7 @@ G     query heads for each key/value head
 I     nodes of a static draft tree that have children
 K     key/value heads
 L     levels of a draft tree, the root's included
-M     rows of a matrix: the tokens of all rows of a batch
+M     rows of a matrix: the tokens of all rows of a batch, or the query heads of all nodes that share a key/value head
 N     nodes of a draft tree, the root included
 P     pages of the KV cache
 R     ranks: devices along some mesh axes
@@ -44,7 +44,7 @@ s     steps of a burst
 t     new tokens that this rank computes, of a row's T
 v     tokens of a block of the vocabulary
 w     pages of a row, in a chunk-local layer
-z     shares of the cached keys of a row that are attended side by side
+z     splits of a row's cached keys, attended in parallel
 ====  ==========================================================================================
 
 A digit is a dimension of that size. In annotations, ``*B`` stands for any number of leading dimensions, ``...`` for any shape, and

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from pallas_kernels.cost import kernel_flops
 from sharding.mesh import AXES, MeshSpec
 
 _COLLECTIVES = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast|ragged-all-to-all"
@@ -121,10 +122,10 @@ class Ledger:
                 computation[found[1]] = _Instruction(*found.groups())
 
     def flops(self, scope: str = "") -> int:
-        """FLOPs of the matrix products whose scope contains ``scope``, two for each multiplication.
+        """FLOPs of the matrix products whose scope contains ``scope``, two for each multiplication; l4jax's kernels are counted as if all
+        queries saw all keys.
 
-        Not counted: loops of unknown length and branches, whose work only running the program would show, and kernels, whose insides
-        XLA does not know.
+        Not counted: loops of unknown length and branches, whose work only running the program would show, and other kernels.
         """
         return self._computation_flops(self._entry, scope)
 
@@ -157,6 +158,10 @@ class Ledger:
             contracted = [left[int(n)] for n in instruction.found(r"lhs_contracting_dims=\{([\d,]*)\}").split(",") if n]
             (_, result) = instruction.arrays[0]
             return 2 * math.prod(result) * math.prod(contracted) if scope in instruction.scope else 0
+        if instruction.opcode == "custom-call" and "mosaic_gpu" in instruction.found(r'custom_call_target="(\w+)"'):
+            constraints = instruction.found(r"operand_layout_constraints=\{(.*?\})\}")
+            operands = [[int(n) for n in dims.split(",") if n] for dims in re.findall(r"\w+\[([\d,]*)\]", constraints)]
+            return kernel_flops(instruction.scope.split("/")[-2], operands) if scope in instruction.scope else 0
         called = instruction.called
         times = int(instruction.found(r'"known_trip_count":\{"n":"(\d+)"\}') or 0) if instruction.opcode == "while" else 1
         return times * self._computation_flops(called, scope) if called else 0

@@ -2,7 +2,7 @@
 
 At position t a drafter reads the target's state at t and token t + 1. Its output estimates the target's state at t + 1; it is compared
 with that state and with the target's distribution of token t + 2. In pass i the drafter reads its own output of the pass before, at
-t - 1, in place of the target's state: that is the i-th guess of a chain that starts at t - i (see ``model.packed``).
+t - 1, in place of the target's state: that is the i-th guess of a chain that starts at t - i (see ``model.steps.packed``).
 
 EAGLE-1 (arXiv 2401.15077) learns the target's final states, in one pass. EAGLE-3 (arXiv 2503.01840) learns the target's distribution,
 in several passes over its own output, as when it drafts; the tokens are those of the text in every pass.

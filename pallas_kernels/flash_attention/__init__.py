@@ -10,7 +10,7 @@ from __future__ import annotations
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.flash_attention import cpu, gpu, hopper, xla
-from pallas_kernels.implementations import Chosen, first_supported
+from pallas_kernels.implementations import Implementation, first_supported
 from pallas_kernels.keys import NewKeys, PagedKeys
 from pallas_kernels.merge import Partial, merge_attention
 
@@ -26,11 +26,13 @@ def flash_attention(
     *,
     scale: float,
     apart: bool = False,
-    implementation: Chosen = None,
+    implementation: Implementation = None,
 ) -> Partial:
     """Attention of each query over the new keys, and the cached keys, that are in its intervals; scores are multiplied by ``scale``.
 
-    ``apart`` is as in :func:`attend_pages`. Unused tokens of pages that a query attends must be finite.
+    Returns the output, [B, T, K, G, h], and the log-sum-exp of the scores, [B, T, K, G]. ``apart`` is as in :func:`attend_pages`,
+    ``implementation`` as for :func:`pallas_kernels.implementations.first_supported`. Tokens that nobody sees must be finite in every page
+    that a row's table names between the earliest start and the longest row's end.
     """
     return first_supported("flash_attention", IMPLEMENTATIONS, implementation, q_BTKGh, new, cached, scale=scale, apart=apart)
 
@@ -57,11 +59,12 @@ def attend_masked(
 
 
 def attend_pages(
-    q_BTKGh: Float[Array, "B T K G h"], cached: PagedKeys, *, scale: float, apart: bool = False, implementation: Chosen = None
+    q_BTKGh: Float[Array, "B T K G h"], cached: PagedKeys, *, scale: float, apart: bool = False, implementation: Implementation = None
 ) -> Partial:
     """Attention of each query over the keys of a paged cache that are in its interval.
 
     Reads the pages from the earliest start to the longest row's end and no others, however large the cache is. ``apart``: a row's result
-    is the same to the last bit whatever the other rows are; that may take longer.
+    is the same to the last bit whatever the other rows are; that may take longer. ``implementation``: as for
+    :func:`pallas_kernels.implementations.first_supported`. Tokens that nobody sees must be finite in the pages that are read.
     """
     return first_supported("attend_pages", PAGES, implementation, q_BTKGh, cached, scale=scale, apart=apart)

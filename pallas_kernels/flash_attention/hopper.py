@@ -1,4 +1,4 @@
-"""Attention of many queries as one Mosaic GPU kernel for Hopper GPUs: over a paged cache and over new keys (arXiv 2407.08608)."""
+"""Attention of many queries as a Mosaic GPU kernel for Hopper GPUs: over a paged cache and over new keys (arXiv 2407.08608)."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from pallas_kernels.mosaic import (
     copy_in_turn,
     finish,
     no_keys,
+    online_softmax,
     over,
     plgpu,
     product,
     tiles,
-    weigh,
 )
 
 KEYS = 64
@@ -39,36 +39,32 @@ _STAGES = 3
 def flash_attention(
     q_BTKGh: Float[Array, "B T K G h"], new: NewKeys, cached: PagedKeys | None, *, scale: float, apart: bool = False
 ) -> Partial:
-    """Each block computes 128 queries of one head (64 if there are no more) over all keys that any of them sees, 64 at a time.
+    """A thread block computes 128 queries of one head (64 if there are no more) over all keys that any of them sees, 64 at a time.
 
-    A warpgroup copies keys and values to shared memory, and one or two others compute. Blocks of keys that all queries see are not masked,
-    and blocks that none sees are not read. Weights are rounded to the dtype of the values. Rows are always computed apart.
+    One of its warpgroups copies keys and values to shared memory, and one or two others compute. Blocks of keys that all queries see are
+    not masked, and blocks that none sees are not read. Weights are rounded to the dtype of the values. Sequences are always computed apart.
+    Raises NotImplementedError for what the kernel does not take.
     """
     del apart
     require_hopper()
     _check(q_BTKGh, new, cached)
     B, T, K, G, h = q_BTKGh.shape
     warpgroups = 1 if T <= ROWS else 2
-    if cached is None:
-        nothing = Interval(jnp.full((B, T), NOWHERE, jnp.int32), jnp.zeros((B, T), jnp.int32))
-        empty_PKph = jnp.zeros((1, K, KEYS, h), q_BTKGh.dtype)
-        cached = PagedKeys(empty_PKph, empty_PKph, jnp.zeros((B, 1), jnp.int32), nothing)
     more_queries, more_keys = -T % (warpgroups * ROWS), -new.k_BSKh.shape[1] % KEYS
 
     def padded(array: Array, more: int) -> Array:
         return jnp.pad(array, [(0, 0), (0, more), *[(0, 0)] * (array.ndim - 2)]) if more else array
 
-    intervals = cached.interval, new.interval
+    page_size = None if cached is None else cached.k_PKph.shape[2]
+    intervals = [new.interval] if cached is None else [new.interval, cached.interval]
     numbers, bounds = zip(*(_rows_and_bounds(interval, more_queries, warpgroups) for interval in intervals), strict=True)
-    out_BTKGh, lse_BKGT = _kernel((B, T + more_queries, K, G, h), warpgroups, cached.k_PKph.shape[2], q_BTKGh.dtype, scale)(
+    out_BTKGh, lse_BKGT = _kernel((B, T + more_queries, K, G, h), warpgroups, page_size, q_BTKGh.dtype, scale)(
         padded(q_BTKGh, more_queries),
         padded(new.k_BSKh, more_keys),
         padded(new.v_BSKh, more_keys),
-        cached.k_PKph,
-        cached.v_PKph,
         jnp.concatenate(numbers, axis=1),
         jnp.concatenate(bounds, axis=2),
-        cached.pages_BW,
+        *(() if cached is None else (cached.k_PKph, cached.v_PKph, cached.pages_BW)),
     )
     return out_BTKGh[:, :T], jnp.moveaxis(lse_BKGT[..., :T], 3, 1)
 
@@ -81,7 +77,7 @@ def _check(q_BTKGh: Array, new: NewKeys, cached: PagedKeys | None) -> None:
     if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float16"}:
         raise NotImplementedError(f"takes bfloat16 or float16, the same for all arrays; they are {', '.join(sorted(dtypes))}")
     if h not in (64, 128):
-        raise NotImplementedError(f"takes heads of 64 or 128 numbers; they have {h}")
+        raise NotImplementedError(f"takes head dimensions 64 and 128; this one is {h}")
     if cached is not None and (cached.k_PKph.shape[2] % KEYS or cached.pages_BW.shape[1] == 0):
         size, pages = cached.k_PKph.shape[2], cached.pages_BW.shape[1]
         raise NotImplementedError(f"takes pages of a multiple of {KEYS} tokens; they have {size}, {pages} a row")
@@ -101,17 +97,18 @@ def _rows_and_bounds(interval: Interval, more: int, warpgroups: int) -> tuple[Ar
 
 
 def _kernel(
-    shape: tuple[int, int, int, int, int], warpgroups: int, page_size: int, dtype: Any, scale: float
+    shape: tuple[int, int, int, int, int], warpgroups: int, page_size: int | None, dtype: Any, scale: float
 ) -> Callable[..., tuple[Array, Array]]:
-    """The kernel for queries of this shape. Its inputs: queries, new keys and values, pools, rows' numbers, bounds and page tables."""
+    """The kernel for queries of this shape: (queries, new keys and values, each query's starts and ends, bounds; with a cache also its
+    pools and page tables) to (output, log-sum-exp).
+    """
     B, T, K, G, h = shape
-    blocks, blocks_a_page = T // (warpgroups * ROWS), page_size // KEYS
+    blocks, key_blocks_a_page = T // (warpgroups * ROWS), (page_size or 0) // KEYS
 
-    def body(
-        q_ref: Any, k_new_ref: Any, v_new_ref: Any, k_ref: Any, v_ref: Any, rows_ref: Any, bounds_ref: Any, pages_ref: Any,
-        out_ref: Any, lse_ref: Any, q_s: Any, rows_s: Any, k_s: Any, v_s: Any, out_s: Any, lse_s: Any,
-        q_came: Any, k_came: Any, v_came: Any, k_read: Any, v_read: Any,
-    ) -> None:  # fmt: skip
+    def body(q_ref: Any, k_new_ref: Any, v_new_ref: Any, rows_ref: Any, bounds_ref: Any, *refs: Any) -> None:
+        if page_size is not None:
+            (k_ref, v_ref, pages_ref), refs = refs[:3], refs[3:]
+        out_ref, lse_ref, q_s, rows_s, k_s, v_s, out_s, lse_s, q_loaded, k_loaded, v_loaded, k_consumed, v_consumed = refs
         b, head, query_head = (jax.lax.axis_index(name) for name in ("row", "head", "query_head"))
         # Later queries see more keys: they begin first, so that no long block is left at the end.
         block = blocks - 1 - jax.lax.axis_index("block")
@@ -123,8 +120,8 @@ def _kernel(
             first = start // KEYS
             return first, jnp.maximum((end + KEYS - 1) // KEYS - first, 0), last_start, first_end
 
-        first_cached, of_cache, *cached_whole = bounds(0)
-        first_new, of_new, *new_whole = bounds(4)
+        first_new, of_new, *new_whole = bounds(0)
+        first_cached, of_cache, *cached_whole = (jnp.int32(0),) * 4 if page_size is None else bounds(4)
         steps = of_cache + of_new
 
         @pl.when(warpgroup == warpgroups)
@@ -134,26 +131,28 @@ def _kernel(
             def fetch(step: Array, stage: Array) -> None:
                 @pl.when(step < of_cache)
                 def _of_pages() -> None:
+                    if page_size is None:
+                        return
                     block = first_cached + step
-                    page, keys = pages_ref[b, block // blocks_a_page], pl.ds(jax.lax.rem(block, blocks_a_page) * KEYS, KEYS)
-                    plgpu.copy_gmem_to_smem(k_ref.at[page, head, keys], k_s.at[stage], k_came.at[stage])
-                    plgpu.copy_gmem_to_smem(v_ref.at[page, head, keys], v_s.at[stage], v_came.at[stage])
+                    page, keys = pages_ref[b, block // key_blocks_a_page], pl.ds(jax.lax.rem(block, key_blocks_a_page) * KEYS, KEYS)
+                    plgpu.copy_gmem_to_smem(k_ref.at[page, head, keys], k_s.at[stage], k_loaded.at[stage])
+                    plgpu.copy_gmem_to_smem(v_ref.at[page, head, keys], v_s.at[stage], v_loaded.at[stage])
 
                 @pl.when(step >= of_cache)
                 def _of_new() -> None:
                     keys = pl.ds((first_new + step - of_cache) * KEYS, KEYS)
-                    plgpu.copy_gmem_to_smem(k_new_ref.at[b, keys, head], k_s.at[stage], k_came.at[stage])
-                    plgpu.copy_gmem_to_smem(v_new_ref.at[b, keys, head], v_s.at[stage], v_came.at[stage])
+                    plgpu.copy_gmem_to_smem(k_new_ref.at[b, keys, head], k_s.at[stage], k_loaded.at[stage])
+                    plgpu.copy_gmem_to_smem(v_new_ref.at[b, keys, head], v_s.at[stage], v_loaded.at[stage])
 
-            copy_in_turn(steps, _STAGES, (k_read, v_read), fetch)
+            copy_in_turn(steps, _STAGES, (k_consumed, v_consumed), fetch)
 
         @pl.when(warpgroup < warpgroups)
         def _compute() -> None:
             plgpu.set_max_registers(240, action="increase")
             rows = pl.ds((block * warpgroups + warpgroup) * ROWS, ROWS)
-            plgpu.copy_gmem_to_smem(q_ref.at[b, rows, head, query_head], q_s.at[warpgroup], q_came.at[warpgroup])
-            plgpu.copy_gmem_to_smem(rows_ref.at[b, :, rows], rows_s.at[warpgroup], q_came.at[warpgroup])
-            plgpu.barrier_wait(q_came.at[warpgroup])
+            plgpu.copy_gmem_to_smem(q_ref.at[b, rows, head, query_head], q_s.at[warpgroup], q_loaded.at[warpgroup])
+            plgpu.copy_gmem_to_smem(rows_ref.at[b, :, rows], rows_s.at[warpgroup], q_loaded.at[warpgroup])
+            plgpu.barrier_wait(q_loaded.at[warpgroup])
 
             def of_rows(index: Array) -> Array:
                 return over(plgpu.load(rows_s.at[warpgroup, index], layout=plgpu.Layout.WGMMA.reduce(1)), KEYS)
@@ -161,21 +160,21 @@ def _kernel(
             def step(index: Array, before: Softmax) -> Softmax:
                 stage, is_new = jax.lax.rem(index, _STAGES), index >= of_cache
                 first_key = jnp.where(is_new, first_new + index - of_cache, first_cached + index) * KEYS
-                plgpu.barrier_wait(k_came.at[stage])
+                plgpu.barrier_wait(k_loaded.at[stage])
                 score = product(q_s.at[warpgroup], k_s.at[stage].T, KEYS) * (scale * LOG2_E)
-                plgpu.barrier_arrive(k_read.at[stage])
+                plgpu.barrier_arrive(k_consumed.at[stage])
 
                 def masked(score: Array) -> Array:
-                    start = jnp.where(is_new, 2, 0)
+                    start = jnp.where(is_new, 0, 2)
                     key = plgpu.broadcasted_iota(jnp.int32, (ROWS, KEYS), 1, layout=plgpu.Layout.WGMMA) + first_key
                     return jnp.where((key >= of_rows(start)) & (key < of_rows(start + 1)), score, MASKED)
 
                 last_start, first_end = (jnp.where(is_new, a, b) for a, b in zip(new_whole, cached_whole, strict=True))
                 seen_by_all = (first_key >= last_start) & (first_key + KEYS <= first_end)
-                weight, (out, highest, total) = weigh(jax.lax.cond(seen_by_all, lambda score: score, masked, score), before, dtype)
-                plgpu.barrier_wait(v_came.at[stage])
+                weight, (out, highest, total) = online_softmax(jax.lax.cond(seen_by_all, lambda score: score, masked, score), before, dtype)
+                plgpu.barrier_wait(v_loaded.at[stage])
                 out = add_product(out, weight, v_s.at[stage])
-                plgpu.barrier_arrive(v_read.at[stage])
+                plgpu.barrier_arrive(v_consumed.at[stage])
                 return out, highest, total
 
             out_s[warpgroup], lse_s[warpgroup] = finish(jax.lax.fori_loop(0, steps, step, no_keys(h)))
@@ -194,7 +193,7 @@ def _kernel(
         thread_name="warpgroup",
         scratch_types=[
             plgpu.SMEM((warpgroups, ROWS, h), dtype, transforms=tiles(64)),
-            plgpu.SMEM((warpgroups, 4, ROWS), jnp.int32),
+            plgpu.SMEM((warpgroups, 2 if page_size is None else 4, ROWS), jnp.int32),
             plgpu.SMEM((_STAGES, KEYS, h), dtype, transforms=tiles(64)),
             plgpu.SMEM((_STAGES, KEYS, h), dtype, transforms=tiles(64)),
             plgpu.SMEM((warpgroups, ROWS, h), jnp.float32, transforms=tiles(32, 4)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float
 
-from pallas_kernels.implementations import Chosen, first_supported
+from pallas_kernels.implementations import Implementation, first_supported
 from pallas_kernels.keys import PagedKeys, TreeKeys
 from pallas_kernels.merge import Partial
 from pallas_kernels.tree_attention import hopper, xla
@@ -21,12 +21,15 @@ def tree_attention(
     *,
     scale: float,
     apart: bool = False,
-    implementation: Chosen = None,
+    implementation: Implementation = None,
 ) -> Partial:
     """Attention of each node over the cached keys in its interval and over the tree's keys that it sees (arXiv 2508.08192).
 
-    A token that is decoded is a tree of one node. Scores are multiplied by ``scale``. Returns output and log-sum-exp in float32 (float64
-    for float64 inputs); zeros and -inf for a node that sees nothing. ``apart`` is as in
-    :func:`pallas_kernels.flash_attention.attend_pages`. Unused tokens of pages that a row attends must be finite.
+    A token that is decoded is a tree of one node. Scores are multiplied by ``scale``. Returns the output, [B, N, K, G, h], and the
+    log-sum-exp of the scores, [B, N, K, G], in float32 (float64 for float64 inputs); zeros and -inf for a node that sees nothing.
+
+    ``apart``: a row's result is the same to the last bit whatever the other rows are. ``implementation``: as for
+    :func:`pallas_kernels.implementations.first_supported`. Tokens that nobody sees must be finite in every page that a row's table names
+    between the earliest start and the longest row's end.
     """
     return first_supported("tree_attention", IMPLEMENTATIONS, implementation, q_BNKGh, tree, prefix, scale=scale, apart=apart)

@@ -6,27 +6,26 @@ import numpy as np
 
 from pallas_kernels.cost import Cost
 from pallas_kernels.mosaic import ROWS
-from pallas_kernels.tree_attention.hopper import KEYS, Blocks
+from pallas_kernels.tree_attention.hopper import KEYS, Tiling
 
 
-def tree_attention_cost(
-    K: int, G: int, h: int, S: int, start_BN: np.ndarray, end_BN: np.ndarray, seen: int, slots: int, itemsize: int = 2
-) -> Cost:
-    """Of nodes that see the cached keys in [start, end) and ``seen`` of the tree's S keys in all, with tables of ``slots`` tokens.
+def tree_attention_cost(K: int, G: int, h: int, S: int, start_BN: np.ndarray, end_BN: np.ndarray, seen: int, slots: int) -> Cost:
+    """The cost of a call, in bfloat16 or float16; copies are those of the Hopper kernel, without the merge of its results.
 
-    ``itemsize``: bytes of a number of queries, keys and values. Copies are those of the Hopper kernel, without the merge of its results.
+    Nodes see the cached keys in [start, end); ``seen``: pairs of a node and one of the tree's S keys that it sees, in all sequences;
+    ``slots``: tokens of a page table. K, G, h: KV heads, query heads of each, head dimension.
     """
-    (B, N), key_bytes = start_BN.shape, 2 * K * h * itemsize
+    (B, N), key_bytes = start_BN.shape, 2 * K * h * 2
     some_BN = start_BN < end_BN
     first_B = np.min(start_BN, axis=1, where=some_BN, initial=slots)
     last_B = np.max(end_BN, axis=1, where=some_BN, initial=0)
     scores = int(np.sum(np.maximum(end_BN - start_BN, 0))) + seen
     results = B * K * N * G * (h + 1) * 4
-    needed = int(np.sum(np.maximum(last_B - first_B, 0))) * key_bytes + B * S * key_bytes + B * K * N * G * h * itemsize
-    blocks = Blocks.of(B, K, N * G, S, slots, h)
+    needed = int(np.sum(np.maximum(last_B - first_B, 0))) * key_bytes + B * S * key_bytes + B * K * N * G * h * 2
+    tiling = Tiling.of(B, K, N * G, S, slots, h)
     blocks_B = np.maximum(-(-last_B // KEYS) - first_B // KEYS, 0)
-    cached = int(np.sum(blocks_B)) * KEYS * key_bytes * blocks.groups
-    tree = B * blocks.tree_keys * key_bytes * blocks.groups
-    rows = B * K * blocks.splits * blocks.rows * (h * itemsize + (h + 1) * 4)
-    numbers = B * K * blocks.splits * blocks.groups * blocks.warpgroups * ROWS * 4 * 4
+    cached = int(np.sum(blocks_B)) * KEYS * key_bytes * tiling.groups
+    tree = B * tiling.tree_keys * key_bytes * tiling.groups
+    rows = B * K * tiling.splits * tiling.rows * (h * 2 + (h + 1) * 4)
+    numbers = B * K * tiling.splits * tiling.groups * tiling.warpgroups * ROWS * 4 * 4
     return Cost(4 * K * G * h * scores, needed + results, cached + tree + rows + numbers)

@@ -1,4 +1,4 @@
-"""Tree attention as one Mosaic GPU kernel for Hopper GPUs: the cached prefix block by block, then the tree's own keys."""
+"""Tree attention as a Mosaic GPU kernel for Hopper GPUs: the cached prefix in blocks of 64 keys, then the tree's own keys."""
 
 from __future__ import annotations
 
@@ -27,28 +27,29 @@ from pallas_kernels.mosaic import (
     copy_in_turn,
     finish,
     no_keys,
+    online_softmax,
     over,
     plgpu,
     product,
     tiles,
-    weigh,
 )
 
 MOST_NODES = 64
 KEYS = 64
 """Cached keys that are copied and attended together."""
 _MOST_STAGES = 4
+_MOST_WAVES = 4
 _REGISTERS = {1: 232, 2: 216}
-"""Of a thread that computes, by the number of warpgroups that do."""
+"""Of a thread that computes, by the number of warpgroups that do; one that copies keeps 40. All must fit in a multiprocessor's 65,536."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Blocks:
-    """How the work is cut. Each KV head of a row has ``groups`` blocks of ``warpgroups`` x 64 query rows, each in ``splits`` shares of
-    the cached keys.
+class Tiling:
+    """How the work is cut. The grid is (batch, KV heads, ``groups``, ``splits``): a thread block computes ``warpgroups`` x 64 query rows
+    (a node's query head each) over one split of the sequence's cached keys, as in flash-decoding.
 
-    ``rows``: the query rows of a KV head, a multiple of 8. ``h``: numbers of a head. ``tree_keys``: the tree's keys, padded. ``stages``:
-    copies of cached keys that are under way, or attended, at a time: as many as shared memory holds, up to 4.
+    ``rows``: query rows of a KV head, a multiple of 8. ``h``: head dimension. ``tree_keys``: the tree's keys, padded. ``stages``: blocks of
+    cached keys that are being copied, or attended, at a time: as many as shared memory holds, up to 4.
     """
 
     rows: int
@@ -60,52 +61,69 @@ class Blocks:
     stages: int
 
     @classmethod
-    def of(cls, batch: int, heads: int, rows: int, tree_keys: int, slots: int, h: int) -> Blocks:
-        """For ``rows`` query rows and up to ``slots`` cached keys of ``h`` numbers.
+    def of(cls, batch: int, heads: int, rows: int, tree_keys: int, slots: int, h: int) -> Tiling:
+        """For ``rows`` query rows a KV head, and page tables of ``slots`` tokens. At most ``MOST_NODES`` keys of a tree.
 
-        Only shapes decide, so a row's sums do not depend on other rows.
+        Only sizes of arrays decide, so in programs of the same sizes a sequence's result does not depend on the others.
         """
         warpgroups = 1 if rows <= ROWS else 2
         groups = -(-rows // (warpgroups * ROWS))
-        splits = max(1, min(SMS // (batch * heads * groups), slots // KEYS))
+        splits = _splits(batch * heads * groups, max(1, slots // KEYS))
         padded = next(keys for keys in (16, 32, MOST_NODES) if tree_keys <= keys)
         without = cls(-(-rows // 8) * 8, h, warpgroups, groups, splits, padded, 0)
         return dataclasses.replace(without, stages=min(_MOST_STAGES, (SHARED_BYTES - without.shared_bytes) // (2 * KEYS * 2 * h)))
 
     @property
     def shared_bytes(self) -> int:
-        """Shared memory of a block: its queries, output and numbers of rows, the tree, and the copies of cached keys and values."""
+        """Shared memory of a thread block's arrays: queries, output, rows' bounds and masks, the tree, and blocks of cached keys."""
         return self.warpgroups * ROWS * (2 * self.h + 4 * self.h + 20) + 2 * (self.tree_keys + self.stages * KEYS) * 2 * self.h
 
 
-def tree_attention(q_BNKGh: Float[Array, "B N K G h"], tree: TreeKeys, prefix: PagedKeys, *, scale: float, apart: bool = False) -> Partial:
-    """Each block attends its share of the cached keys; the first share's block attends the tree as well. The results are merged.
+def _splits(blocks: int, most: int) -> int:
+    """In how many splits of the cached keys thread blocks of equal work take the least time: those of the last wave may leave
+    multiprocessors idle. More splits have more results to merge, so they must save a tenth of the time.
+    """
 
-    A warpgroup copies keys and values to shared memory, and one or two others compute. The query heads of all nodes that share a KV head
-    are the rows of one matrix product. Weights are rounded to the dtype of the values. Rows are always computed apart.
+    def time(splits: int) -> float:
+        return -(-blocks * splits // SMS) / splits
+
+    best = max(1, min(SMS // blocks, most))
+    for splits in range(best + 1, min(most, _MOST_WAVES * SMS // blocks) + 1):
+        if time(splits) < 0.9 * time(best):
+            best = splits
+    return best
+
+
+def tree_attention(q_BNKGh: Float[Array, "B N K G h"], tree: TreeKeys, prefix: PagedKeys, *, scale: float, apart: bool = False) -> Partial:
+    """Each split attends some of the cached keys, and the first one the tree as well; XLA merges their results.
+
+    In a thread block one warpgroup copies keys and values to shared memory, and one or two others compute. The query heads of all nodes
+    that share a KV head are the rows of one matrix product. Weights are rounded to the dtype of the values. Sequences are always computed
+    apart. Raises NotImplementedError for what the kernel does not take.
     """
     del apart
     require_hopper()
     _check(q_BNKGh, tree, prefix)
     B, N, K, G, h = q_BNKGh.shape
     S, page_size = tree.k_BSKh.shape[1], prefix.k_PKph.shape[2]
-    blocks = Blocks.of(B, K, N * G, S, prefix.pages_BW.shape[1] * page_size, h)
-    all_rows = blocks.groups * blocks.warpgroups * ROWS
+    tiling = Tiling.of(B, K, N * G, S, prefix.pages_BW.shape[1] * page_size, h)
+    all_rows = tiling.groups * tiling.warpgroups * ROWS
 
     def of_heads(values_BN: Array) -> Array:
         return jnp.pad(jnp.repeat(values_BN, G, axis=1), ((0, 0), (0, all_rows - N * G)))
 
     def nodes(tree_BSKh: Array) -> Array:
-        return jnp.pad(jnp.swapaxes(tree_BSKh, 1, 2), ((0, 0), (0, 0), (0, blocks.tree_keys - S), (0, 0)))
+        return jnp.pad(jnp.swapaxes(tree_BSKh, 1, 2), ((0, 0), (0, 0), (0, tiling.tree_keys - S), (0, 0)))
 
     q_BKMh = jnp.swapaxes(q_BNKGh, 1, 2).reshape(B, K, N * G, h)
     start_BN, end_BN = prefix.interval.start_BT, prefix.interval.end_BT
     none_BN = start_BN >= end_BN
     start_BN, end_BN = jnp.where(none_BN, NOWHERE, start_BN), jnp.where(none_BN, 0, end_BN)
-    # Keys before the first, and after the last, are seen by no node; keys between the other two by all.
+    # The earliest start, the latest end, the latest start and the earliest end: no node sees keys outside the first two, and every node
+    # sees those between the last two, which need no mask.
     bounds_B4 = jnp.stack([jnp.min(start_BN, axis=1), jnp.max(end_BN, axis=1), jnp.max(start_BN, axis=1), jnp.min(end_BN, axis=1)], axis=1)
-    out_BKzMh, lse_BKzM = _kernel(blocks, B, K, h, page_size, q_BNKGh.dtype, scale)(
-        jnp.pad(q_BKMh, ((0, 0), (0, 0), (0, blocks.rows - N * G), (0, 0))),
+    out_BKzMh, lse_BKzM = _kernel(tiling, B, K, page_size, q_BNKGh.dtype, scale)(
+        jnp.pad(q_BKMh, ((0, 0), (0, 0), (0, tiling.rows - N * G), (0, 0))),
         prefix.k_PKph,
         prefix.v_PKph,
         nodes(tree.k_BSKh),
@@ -114,7 +132,7 @@ def tree_attention(q_BNKGh: Float[Array, "B N K G h"], tree: TreeKeys, prefix: P
         bounds_B4,
         prefix.pages_BW,
     )
-    out_BKMh, lse_BKM = merge_attention([(out_BKzMh[:, :, z, : N * G], lse_BKzM[:, :, z, : N * G]) for z in range(blocks.splits)])
+    out_BKMh, lse_BKM = merge_attention([(out_BKzMh[:, :, z, : N * G], lse_BKzM[:, :, z, : N * G]) for z in range(tiling.splits)])
     return jnp.swapaxes(out_BKMh.reshape(B, K, N, G, h), 1, 2), jnp.swapaxes(lse_BKM.reshape(B, K, N, G), 1, 2)
 
 
@@ -125,11 +143,11 @@ def _check(q_BNKGh: Array, tree: TreeKeys, prefix: PagedKeys) -> None:
     if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float16"}:
         raise NotImplementedError(f"takes bfloat16 or float16, the same for all arrays; they are {', '.join(sorted(dtypes))}")
     if h not in (64, 128):
-        raise NotImplementedError(f"takes heads of 64 or 128 numbers; they have {h}")
+        raise NotImplementedError(f"takes head dimensions 64 and 128; this one is {h}")
     if page_size % KEYS or prefix.pages_BW.shape[1] == 0:
         raise NotImplementedError(f"takes pages of a multiple of {KEYS} tokens; they have {page_size}, {prefix.pages_BW.shape[1]} a row")
     if S > MOST_NODES:
-        raise NotImplementedError(f"takes trees of up to {MOST_NODES} nodes; it has {S}")
+        raise NotImplementedError(f"takes up to {MOST_NODES} keys of a tree; this one has {S}")
 
 
 def _words(sees_BNS: Array) -> tuple[Array, Array]:
@@ -142,16 +160,18 @@ def _words(sees_BNS: Array) -> tuple[Array, Array]:
     return words_BN2[..., 0], words_BN2[..., 1]
 
 
-def _kernel(blocks: Blocks, B: int, K: int, h: int, page_size: int, dtype: Any, scale: float) -> Callable[..., tuple[Array, Array]]:
-    """The kernel at these sizes. Its inputs: queries, pools, the tree's keys and values, rows' numbers, bounds and page tables."""
-    warpgroups, splits, tree_keys, stages = blocks.warpgroups, blocks.splits, blocks.tree_keys, blocks.stages
-    whole_warpgroups, last_rows = divmod(blocks.rows, ROWS)
-    blocks_a_page = page_size // KEYS
+def _kernel(tiling: Tiling, B: int, K: int, page_size: int, dtype: Any, scale: float) -> Callable[..., tuple[Array, Array]]:
+    """The kernel at these sizes: (queries, pools, the tree's keys and values, each query row's start, end and mask, bounds, page tables) to
+    (output, log-sum-exp) of each split.
+    """
+    h, warpgroups, splits, tree_keys, stages = tiling.h, tiling.warpgroups, tiling.splits, tiling.tree_keys, tiling.stages
+    whole_warpgroups, last_rows = divmod(tiling.rows, ROWS)
+    key_blocks_a_page = page_size // KEYS
 
     def body(
         q_ref: Any, k_ref: Any, v_ref: Any, k_tree_ref: Any, v_tree_ref: Any, rows_ref: Any, bounds_ref: Any, pages_ref: Any,
         out_ref: Any, lse_ref: Any, q_s: Any, rows_s: Any, k_s: Any, v_s: Any, k_tree_s: Any, v_tree_s: Any, out_s: Any, lse_s: Any,
-        q_came: Any, rows_came: Any, k_came: Any, v_came: Any, tree_came: Any, k_read: Any, v_read: Any,
+        q_loaded: Any, rows_loaded: Any, k_loaded: Any, v_loaded: Any, tree_loaded: Any, k_consumed: Any, v_consumed: Any,
     ) -> None:  # fmt: skip
         b, head, group, split = (jax.lax.axis_index(name) for name in ("row", "head", "group", "split"))
         warpgroup = jax.lax.axis_index("warpgroup")
@@ -168,85 +188,85 @@ def _kernel(blocks: Blocks, B: int, K: int, h: int, page_size: int, dtype: Any, 
 
             @pl.when(split == 0)
             def _tree() -> None:
-                plgpu.copy_gmem_to_smem(k_tree_ref.at[b, head], k_tree_s, tree_came)
-                plgpu.copy_gmem_to_smem(v_tree_ref.at[b, head], v_tree_s, tree_came)
+                plgpu.copy_gmem_to_smem(k_tree_ref.at[b, head], k_tree_s, tree_loaded)
+                plgpu.copy_gmem_to_smem(v_tree_ref.at[b, head], v_tree_s, tree_loaded)
 
             def fetch(step: Array, stage: Array) -> None:
                 block = begin + step
-                page, keys = pages_ref[b, block // blocks_a_page], pl.ds(jax.lax.rem(block, blocks_a_page) * KEYS, KEYS)
-                plgpu.copy_gmem_to_smem(k_ref.at[page, head, keys], k_s.at[stage], k_came.at[stage])
-                plgpu.copy_gmem_to_smem(v_ref.at[page, head, keys], v_s.at[stage], v_came.at[stage])
+                page, keys = pages_ref[b, block // key_blocks_a_page], pl.ds(jax.lax.rem(block, key_blocks_a_page) * KEYS, KEYS)
+                plgpu.copy_gmem_to_smem(k_ref.at[page, head, keys], k_s.at[stage], k_loaded.at[stage])
+                plgpu.copy_gmem_to_smem(v_ref.at[page, head, keys], v_s.at[stage], v_loaded.at[stage])
 
-            copy_in_turn(steps, stages, (k_read, v_read), fetch)
+            copy_in_turn(steps, stages, (k_consumed, v_consumed), fetch)
 
         @pl.when(warpgroup < warpgroups)
         def _compute() -> None:
             plgpu.set_max_registers(_REGISTERS[warpgroups], action="increase")
             number = group * warpgroups + warpgroup
 
-            def with_rows(copy: Callable[[Any, Any], None]) -> None:
-                """Call with the warpgroup's rows of those of the head, and in shared memory. Rows beyond them, which hold anything, are
-                computed too; none are copied for a warpgroup that has only such rows."""
+            def for_valid_rows(copy: Callable[[Any, Any], None]) -> None:
+                """Call ``copy(rows in memory, rows in shared memory)`` for this warpgroup's rows, if there are any. Other rows are computed
+                too, from whatever is in shared memory, but not stored.
+                """
                 for rows, condition in ((ROWS, number < whole_warpgroups), (last_rows, number == whole_warpgroups)):
-                    if rows:
+                    if rows and (rows < ROWS or whole_warpgroups):
                         pl.when(condition)(functools.partial(copy, pl.ds(number * ROWS, rows), pl.ds(0, rows)))
 
-            def come(of_head: Any, own: Any) -> None:
-                plgpu.copy_gmem_to_smem(q_ref.at[b, head, of_head], q_s.at[warpgroup, own], q_came.at[warpgroup])
-                plgpu.barrier_wait(q_came.at[warpgroup])
+            def load_queries(of_head: Any, own: Any) -> None:
+                plgpu.copy_gmem_to_smem(q_ref.at[b, head, of_head], q_s.at[warpgroup, own], q_loaded.at[warpgroup])
+                plgpu.barrier_wait(q_loaded.at[warpgroup])
 
-            plgpu.copy_gmem_to_smem(rows_ref.at[b, :, pl.ds(number * ROWS, ROWS)], rows_s.at[warpgroup], rows_came.at[warpgroup])
-            with_rows(come)
-            plgpu.barrier_wait(rows_came.at[warpgroup])
+            plgpu.copy_gmem_to_smem(rows_ref.at[b, :, pl.ds(number * ROWS, ROWS)], rows_s.at[warpgroup], rows_loaded.at[warpgroup])
+            for_valid_rows(load_queries)
+            plgpu.barrier_wait(rows_loaded.at[warpgroup])
 
             def of_rows(index: int, columns: int) -> Array:
                 return over(plgpu.load(rows_s.at[warpgroup, index], layout=plgpu.Layout.WGMMA.reduce(1)), columns)
 
             def step(index: Array, before: Softmax) -> Softmax:
                 stage, first_key = jax.lax.rem(index, stages), (begin + index) * KEYS
-                plgpu.barrier_wait(k_came.at[stage])
+                plgpu.barrier_wait(k_loaded.at[stage])
                 score = product(q_s.at[warpgroup], k_s.at[stage].T, KEYS) * (scale * LOG2_E)
-                plgpu.barrier_arrive(k_read.at[stage])
+                plgpu.barrier_arrive(k_consumed.at[stage])
 
                 def masked(score: Array) -> Array:
                     key = plgpu.broadcasted_iota(jnp.int32, (ROWS, KEYS), 1, layout=plgpu.Layout.WGMMA) + first_key
                     return jnp.where((key >= of_rows(0, KEYS)) & (key < of_rows(1, KEYS)), score, MASKED)
 
                 seen_by_all = (first_key >= last_start) & (first_key + KEYS <= first_end)
-                weight, (out, highest, total) = weigh(jax.lax.cond(seen_by_all, lambda score: score, masked, score), before, dtype)
-                plgpu.barrier_wait(v_came.at[stage])
+                weight, (out, highest, total) = online_softmax(jax.lax.cond(seen_by_all, lambda score: score, masked, score), before, dtype)
+                plgpu.barrier_wait(v_loaded.at[stage])
                 out = add_product(out, weight, v_s.at[stage])
-                plgpu.barrier_arrive(v_read.at[stage])
+                plgpu.barrier_arrive(v_consumed.at[stage])
                 return out, highest, total
 
             def tree(before: Softmax) -> Softmax:
-                plgpu.barrier_wait(tree_came)
-                q = plgpu.load(q_s.at[warpgroup], layout=plgpu.Layout.WGMMA)  # operands in shared memory must have the same swizzle
-                score = product(q, k_tree_s.T, tree_keys) * (scale * LOG2_E)
+                plgpu.barrier_wait(tree_loaded)
+                score = product(q_s.at[warpgroup], k_tree_s.T, tree_keys) * (scale * LOG2_E)
                 key = plgpu.broadcasted_iota(jnp.int32, (ROWS, tree_keys), 1, layout=plgpu.Layout.WGMMA)
                 word = of_rows(2, tree_keys)
                 if tree_keys > 32:
                     word = jnp.where(key < 32, word, of_rows(3, tree_keys))
                 score = jnp.where(((word >> (key & 31)) & 1) != 0, score, MASKED)
-                weight, (out, highest, total) = weigh(score, before, dtype)
+                weight, (out, highest, total) = online_softmax(score, before, dtype)
                 return add_product(out, weight, v_tree_s), highest, total
 
             attended = jax.lax.fori_loop(0, steps, step, no_keys(h))
             out_s[warpgroup], lse_s[warpgroup] = finish(jax.lax.cond(split == 0, tree, lambda attended: attended, attended))
             plgpu.commit_smem()
 
-            def go(of_head: Any, own: Any) -> None:
+            def store(of_head: Any, own: Any) -> None:
                 plgpu.copy_smem_to_gmem(out_s.at[warpgroup, own], out_ref.at[b, head, split, of_head])
                 plgpu.copy_smem_to_gmem(lse_s.at[warpgroup, own], lse_ref.at[b, head, split, of_head])
                 plgpu.wait_smem_to_gmem(0)
 
-            with_rows(go)
+            for_valid_rows(store)
 
-    R = blocks.rows
+    M = tiling.rows
     return plgpu.kernel(
         body,
-        out_type=(jax.ShapeDtypeStruct((B, K, splits, R, h), jnp.float32), jax.ShapeDtypeStruct((B, K, splits, R), jnp.float32)),
-        grid=(B, K, blocks.groups, splits),
+        out_type=(jax.ShapeDtypeStruct((B, K, splits, M, h), jnp.float32), jax.ShapeDtypeStruct((B, K, splits, M), jnp.float32)),
+        grid=(B, K, tiling.groups, splits),
         grid_names=("row", "head", "group", "split"),
         num_threads=warpgroups + 1,
         thread_name="warpgroup",
@@ -255,8 +275,8 @@ def _kernel(blocks: Blocks, B: int, K: int, h: int, page_size: int, dtype: Any, 
             plgpu.SMEM((warpgroups, 4, ROWS), jnp.int32),
             plgpu.SMEM((stages, KEYS, h), dtype, transforms=tiles(64)),
             plgpu.SMEM((stages, KEYS, h), dtype, transforms=tiles(64)),
-            plgpu.SMEM((tree_keys, h), dtype, transforms=tiles(tree_keys)),
-            plgpu.SMEM((tree_keys, h), dtype, transforms=tiles(tree_keys)),
+            plgpu.SMEM((tree_keys, h), dtype, transforms=tiles(64)),
+            plgpu.SMEM((tree_keys, h), dtype, transforms=tiles(tree_keys)),  # a product sums over a multiple of a tile's columns
             plgpu.SMEM((warpgroups, ROWS, h), jnp.float32, transforms=tiles(32, 4)),
             plgpu.SMEM((warpgroups, ROWS), jnp.float32),
             plgpu.Barrier(num_barriers=warpgroups),

@@ -13,6 +13,6 @@ from pallas_kernels.merge import Partial, merge_attention
 
 
 def tree_attention(q_BNKGh: Float[Array, "B N K G h"], tree: TreeKeys, prefix: PagedKeys, *, scale: float, apart: bool = False) -> Partial:
-    """Two attentions and their merge."""
+    """Attention over the cached keys and over the tree's, merged."""
     cached = attend_pages(q_BNKGh, prefix, scale=scale, apart=apart)
     return merge_attention([cached, attend_masked(q_BNKGh, tree.k_BSKh, tree.v_BSKh, tree.sees_BNS, scale=scale)])

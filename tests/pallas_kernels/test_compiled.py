@@ -18,7 +18,7 @@ from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.keys import Interval, NewKeys, PagedKeys, TreeKeys
 from pallas_kernels.shapes import REAL
 from pallas_kernels.tree_attention import tree_attention
-from pallas_kernels.tree_attention.hopper import Blocks
+from pallas_kernels.tree_attention.hopper import Tiling
 from sharding.mesh import ONE_DEVICE
 
 pytestmark = pytest.mark.h100
@@ -63,12 +63,12 @@ def test_tree_attention(shape, dtype, compiled, capfd):
     program, kernels = compiled(attend, array((B, N, K, G, h), dtype), tree, prefix)
     # A block has a warpgroup that copies, and one or two that compute: 255 or 168 registers a thread would be the most.
     assert kernels == [(0, 0, 232 if N * G <= 64 else 168)]
-    blocks = Blocks.of(B, K, N * G, N, shape.S, h)
+    tiling = Tiling.of(B, K, N * G, N, shape.S, h)
     spilled, _, registers = kernels[0]
     with capfd.disabled():
-        print(f"| tree_attention | {shape.label}, {dtype} | {registers} | {blocks.shared_bytes / 1024:.0f} | {spilled} |")
-    partial_results = B * K * blocks.splits * blocks.rows * (h + 1) * 4
-    queries, numbers, padded_nodes = B * K * blocks.rows * h * 2, B * blocks.groups * 128 * 4 * 4, 2 * B * K * blocks.tree_keys * h * 2
+        print(f"| tree_attention | {shape.label}, {dtype} | {registers} | {tiling.shared_bytes / 1024:.0f} | {spilled} |")
+    partial_results = B * K * tiling.splits * tiling.rows * (h + 1) * 4
+    queries, numbers, padded_nodes = B * K * tiling.rows * h * 2, B * tiling.groups * 128 * 4 * 4, 2 * B * K * tiling.tree_keys * h * 2
     assert program.memory_analysis().temp_size_in_bytes < partial_results + 2 * (queries + numbers + padded_nodes) + 2**16
 
 

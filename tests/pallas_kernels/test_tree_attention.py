@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 
 from pallas_kernels.keys import Interval, PagedKeys, TreeKeys
-from pallas_kernels.tree_attention import IMPLEMENTATIONS, reference, tree_attention
+from pallas_kernels.tree_attention import IMPLEMENTATIONS, hopper, reference, tree_attention
 from pallas_kernels.tree_attention.cost import tree_attention_cost
-from pallas_kernels.tree_attention.hopper import Blocks
+from pallas_kernels.tree_attention.hopper import KEYS, Tiling
 from tests.pallas_kernels.programs import AN_H100, on_a, on_one_cpu
 from tests.pallas_kernels.simulator import simulated
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """B rows of N nodes in a tree of S keys; tables of W pages of p tokens, of which each row sees an interval, and of P pages in all."""
+    """B rows of N nodes, a tree of S keys, and page tables of W pages of p tokens."""
 
     B: int = 2
     N: int = 1
@@ -33,6 +33,7 @@ class Case:
     p: int = 128
     dtype: str = "bfloat16"
     windows: bool = False
+    multiprocessors: int = 132
     unsupported_on_hoppers: str = ""
 
     @property
@@ -41,7 +42,7 @@ class Case:
 
     @functools.cached_property
     def arguments(self):
-        """The first row's prefix is empty, the last one's ends with its last page. The first node of each row sees none of the tree.
+        """With several rows the first one's prefix is empty. The last one's ends in its last page. A row's first node sees no node.
 
         Pages that are in no row's table are NaN, and so are the first and last ones if no row sees them.
         """
@@ -49,12 +50,13 @@ class Case:
         rng = np.random.default_rng(N)
         pages = rng.permutation(B * W + 2)[: B * W].reshape(B, W)
         end = rng.integers(0, W * p, B)
-        end[0], end[-1] = W * p if B == 1 else 0, W * p
-        start = end // 2
-        start[0] = start[-1]
+        end[0], end[-1] = 0, W * p - 13
+        start = np.where(np.arange(B) % 2, 0, 9)
         start_BN, end_BN = (np.broadcast_to(a[:, None], (B, N)).astype(np.int32) for a in (start, end))
         if self.windows:
             start_BN = start_BN + np.arange(N, dtype=np.int32)
+            end_BN = end_BN - 7 * np.arange(N, dtype=np.int32)
+            start_BN[:, N // 2] = end_BN[:, N // 2] + 5
         sees = rng.random((B, N, S)) < 0.4
         sees[:, 1:, 0] = True
         sees[:, 0] = False
@@ -78,23 +80,26 @@ class Case:
 
 CASES = [
     Case(),
+    # One split: more blocks of keys than are copied at a time, from within one to within another; one warpgroup, and two.
+    Case(G=2, W=5, multiprocessors=1),
+    Case(B=1, N=33, S=33, G=2, W=3, windows=True, multiprocessors=1),
     Case(N=2, S=4, W=2, dtype="float16"),
     # Two warpgroups, several groups of them, and one that has only padding; more than 32 nodes.
     Case(B=1, N=26, S=26, G=5, h=128, W=2),
     Case(B=1, N=40, S=64, G=5, W=2, windows=True),
     Case(K=2, G=3, B=3, p=64),
-    # One share of the cached keys.
-    Case(G=1, W=1, p=64),
     Case(dtype="float32", unsupported_on_hoppers="takes bfloat16 or float16, the same for all arrays; they are float32"),
-    Case(h=32, unsupported_on_hoppers="takes heads of 64 or 128 numbers; they have 32"),
+    Case(h=32, unsupported_on_hoppers="takes head dimensions 64 and 128; this one is 32"),
     Case(p=16, unsupported_on_hoppers="takes pages of a multiple of 64 tokens; they have 16, 3 a row"),
-    Case(S=65, unsupported_on_hoppers="takes trees of up to 64 nodes; it has 65"),
+    Case(S=65, unsupported_on_hoppers="takes up to 64 keys of a tree; this one has 65"),
 ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_equals_the_reference_or_says_why_not(name, case):
+def test_equals_the_reference_or_says_why_not(name, case, monkeypatch):
+    monkeypatch.setattr(hopper, "SMS", case.multiprocessors)
+
     def attend(*arguments):
         return tree_attention(*arguments, scale=case.scale, implementation=name)
 
@@ -168,23 +173,55 @@ def test_a_gpu_that_is_no_hopper_takes_xla_s_and_the_log_says_so_once(caplog):
     assert not caplog.messages
     assert hopper not in traced(on_a("NVIDIA A100-SXM4-80GB")) + traced(on_a("NVIDIA A100-SXM4-80GB"))
     assert caplog.messages == [
-        "NVIDIA A100-SXM4-80GB is no Hopper GPU: XLA's kernels are used in the place of l4jax's own, which are faster on an H100"
+        "NVIDIA A100-SXM4-80GB is not a Hopper GPU: XLA's kernels are used instead of l4jax's own, which are written for H100s"
     ]
 
 
 def test_a_name_that_the_op_does_not_have_is_refused():
     with pytest.raises(ValueError, match=r"^implementation is 'triton'; tree_attention has hopper, xla$"):
         tree_attention(*Case().arguments, scale=1.0, implementation="triton")
-    with pytest.raises(NotImplementedError, match=r"\(hopper: written for GPUs; the program is for other devices\)$"):
+    with pytest.raises(NotImplementedError, match=r"\(hopper: written for GPUs; there is no mesh that says what the program is for\)$"):
         tree_attention(*Case().arguments, scale=1.0, implementation=["hopper"])
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case.multiprocessors == 1], ids=str)
+def test_a_case_refills_every_stage(case, monkeypatch):
+    """Or the simulator would show nothing of it."""
+    monkeypatch.setattr(hopper, "SMS", 1)
+    tiling = Tiling.of(case.B, case.K, case.N * case.G, case.S, case.W * case.p, case.h)
+    assert tiling.splits == 1 and tiling.warpgroups == (1 if case.N == 1 else 2)
+    assert case.W * case.p // KEYS - 1 > tiling.stages
+
+
+def test_registers_of_all_warpgroups_fit():
+    """Those of a thread at the start (``test_compiled.py`` reads them off the assembler) are divided anew by the kernel."""
+    for warpgroups, at_the_start in ((1, 232), (2, 168)):
+        assert 40 + warpgroups * hopper._REGISTERS[warpgroups] <= (warpgroups + 1) * at_the_start
+
+
+def test_a_sequence_gets_the_same_bits_whatever_is_beside_it():
+    case = Case(B=3, N=2, S=2, G=2, W=2)
+    q, tree, prefix = case.arguments
+
+    def attended(keep):
+        interval = jax.tree.map(lambda bound: jnp.where(keep[:, None], bound, 0), prefix.interval)
+        sees = tree.sees_BNS & keep[:, None, None]
+        given = q, dataclasses.replace(tree, sees_BNS=sees), dataclasses.replace(prefix, interval=interval)
+        return simulated(lambda *a: tree_attention(*a, scale=0.1, implementation="hopper"), *given)[0]
+
+    together, alone = attended(jnp.ones(3, bool)), attended(jnp.arange(3) == 2)
+    for a, b in zip(together, alone, strict=True):
+        np.testing.assert_array_equal(a[2], b[2])
+
+
 def test_how_a_row_is_cut_depends_on_shapes_and_fills_an_h100():
-    assert Blocks.of(1, 8, 4, 1, 8192, 128) == Blocks(rows=8, h=128, warpgroups=1, groups=1, splits=16, tree_keys=16, stages=4)
-    assert Blocks.of(32, 8, 16, 4, 8192, 128) == Blocks(rows=16, h=128, warpgroups=1, groups=1, splits=1, tree_keys=16, stages=4)
-    assert Blocks.of(8, 1, 26 * 5, 26, 8192, 128) == Blocks(rows=136, h=128, warpgroups=2, groups=2, splits=8, tree_keys=32, stages=3)
-    assert Blocks.of(1, 1, 64 * 5, 64, 8192, 128) == Blocks(rows=320, h=128, warpgroups=2, groups=3, splits=44, tree_keys=64, stages=2)
-    assert Blocks.of(1, 1, 8, 64, 128, 64) == Blocks(rows=8, h=64, warpgroups=1, groups=1, splits=2, tree_keys=64, stages=4)
+    assert Tiling.of(1, 8, 4, 1, 8192, 128) == Tiling(rows=8, h=128, warpgroups=1, groups=1, splits=16, tree_keys=16, stages=4)
+    assert Tiling.of(32, 8, 16, 4, 8192, 128) == Tiling(rows=16, h=128, warpgroups=1, groups=1, splits=1, tree_keys=16, stages=4)
+    assert Tiling.of(8, 1, 26 * 5, 26, 8192, 128) == Tiling(rows=136, h=128, warpgroups=2, groups=2, splits=8, tree_keys=32, stages=3)
+    assert Tiling.of(1, 1, 64 * 5, 64, 8192, 128) == Tiling(rows=320, h=128, warpgroups=2, groups=3, splits=44, tree_keys=64, stages=2)
+    # 72 blocks in one wave would leave 60 multiprocessors idle: 7 splits are 504 blocks, 4 waves, 57 % of the time.
+    assert [Tiling.of(batch, 8, 4, 1, 8192, 128).splits for batch in (2, 4, 9, 16, 17)] == [8, 4, 7, 1, 3]
+    assert Tiling.of(1, 1, 8, 64, 128, 64) == Tiling(rows=8, h=64, warpgroups=1, groups=1, splits=2, tree_keys=64, stages=4)
 
 
 def test_costs_of_decoding_8_rows_with_8k_tokens():

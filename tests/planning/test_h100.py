@@ -288,9 +288,9 @@ def test_a_long_prompt_passes_keys_or_queries_in_the_layers_without_rope_only(va
     one_product = 2 * T * attended * (cached // 4 + T)
     assert all(transfer.flops_meanwhile >= one_product for transfer in transfers)
     # Every rank's tokens meet their own keys in one layer and all ranks' in the other, masked ones too.
-    assert program.ledger.flops("bktgs") == 4 * T * attended * (T + cached + tokens)
+    assert program.ledger.flops("flash_attention") == 4 * T * attended * (T + cached + tokens)
     attention = 2 * D * (attended + small.num_kv_heads * small.head_dim)
     feed_forward = D * (3 * small.moe.intermediate_size + small.moe.num_experts)
     head = 2 * small.vocab_size * D
     # Routed experts are loops as long as the router says.
-    assert program.ledger.flops() - program.ledger.flops("bktgs") == 2 * 2 * T * (attention + feed_forward) + head
+    assert program.ledger.flops() - program.ledger.flops("flash_attention") == 2 * 2 * T * (attention + feed_forward) + head

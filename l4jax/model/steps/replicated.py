@@ -17,6 +17,9 @@ from pallas_kernels.merge import Partial, merge_attention
 from pallas_kernels.tree_attention import tree_attention
 from sharding.ranks import ONE, Ranks
 
+FEW_TOKENS = 16
+"""Up to as many tokens are attended as the nodes of a tree: its kernels divide the cached keys among a GPU's multiprocessors."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +57,11 @@ class ReplicatedKeys(Keys):
         prefix = PagedKeys(cache.k_PKph, cache.v_PKph, self.pages_BW, self.intervals.cached)
         # Every rank has the new tokens' keys. Only rank 0 attends to them, so that they enter the merged result once.
         start_BT, end_BT = self.intervals.new.start_BT, jnp.where(ranks.index() == 0, self.intervals.new.end_BT, 0)
-        if q_BTKGh.shape[1] == 1:
-            token = TreeKeys(k_BTKh, v_BTKh, (start_BT < end_BT)[:, :, None])
-            partial = tree_attention(q_BTKGh, token, prefix, scale=scale, apart=self.apart)
+        T = q_BTKGh.shape[1]
+        if T <= FEW_TOKENS:
+            token_T = jnp.arange(T, dtype=jnp.int32)
+            tokens = TreeKeys(k_BTKh, v_BTKh, (token_T >= start_BT[:, :, None]) & (token_T < end_BT[:, :, None]))
+            partial = tree_attention(q_BTKGh, tokens, prefix, scale=scale, apart=self.apart)
         else:
             new = NewKeys(k_BTKh, v_BTKh, Interval(start_BT, end_BT))
             partial = flash_attention(q_BTKGh, new, prefix, scale=scale, apart=self.apart)

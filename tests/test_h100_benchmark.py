@@ -476,7 +476,18 @@ def test_floors_are_the_same_runs_ceilings_and_say_so(results):
 
 def test_items_come_in_order_of_worth_and_groups_can_be_named():
     names = [item.name for item in items(REAL)]
-    first = ["ceilings", "correctness/llama", "decode/1", "decode/8", "decode/32", "chain3/1", "eagle26/1", "prefill/2048"]
+    first = [
+        "ceilings",
+        "correctness/llama",
+        "kernels/tree_attention",
+        "kernels/flash_attention",
+        "decode/1",
+        "decode/8",
+        "decode/32",
+        "chain3/1",
+        "eagle26/1",
+        "prefill/2048",
+    ]
     assert names[: len(first)] == first
     assert [item.name for item in selected(items(REAL), ["decode"], ["decode/8"])] == ["decode/1", "decode/32"]
 

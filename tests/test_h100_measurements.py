@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from benchmarks.h100 import generation, launches, ops, timing
+from benchmarks.h100 import generation, kernels, launches, ops, timing
 from benchmarks.h100.bench import Bench, Model, llama_and_head
 from benchmarks.h100.errors import DeviceBroken
 from benchmarks.h100.generation import BURST, decode_bytes, prefill_flops, round_bytes
@@ -344,3 +344,22 @@ def test_launches_are_counted_by_the_loop_that_they_are_in():
     counted = Launches.of(THUNKS)
     assert counted == Launches(kernels=5, graphs=2, single=2, loops=1, kernels_a_turn=3, graphs_a_turn=1)
     assert dataclasses.astuple(counted - counted) == (0,) * 6
+
+
+@pytest.mark.parametrize("op", kernels.OPS)
+def test_a_kernel_that_computes_something_else_fails_its_item(op, monkeypatch, tmp_path):
+    bench, recorded = Bench(TOY, jax.devices()[0], tmp_path), {}
+    kernels.measure(bench, recorded.__setitem__, op=op)
+    assert [values["agree"] for values in recorded.values()] == [True, True]
+    real = kernels.OPS[op]
+
+    def without_the_last_key(q, own, prefix, *, implementation, **options):
+        if implementation is None:
+            end_BT = prefix and prefix.interval.end_BT - 1
+            prefix = prefix and dataclasses.replace(prefix, interval=dataclasses.replace(prefix.interval, end_BT=end_BT))
+        return real(q, own, prefix, implementation=implementation, **options)
+
+    monkeypatch.setitem(kernels.OPS, op, without_the_last_key)
+    wrong = {"tree_attention": "toy decode, toy tree", "flash_attention": "toy piece"}[op]
+    with pytest.raises(RuntimeError, match=rf"^{op} is wrong at: {wrong}$"):
+        kernels.measure(bench, recorded.__setitem__, op=op)

@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.h100.sizes import Sizes
 
 OPS = ("tree_attention", "flash_attention", "matmul", "grouped_matmul", "merge")
-"""Ops of ``pallas_kernels`` in the order in which they are timed; ``shapes.py`` has their shapes."""
+"""Ops of ``pallas_kernels`` in the order in which they are timed; ``pallas_kernels.shapes`` has their shapes. Attention has kernels."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +39,7 @@ def items(sizes: Sizes) -> list[Item]:
     return [
         Item("ceilings", "ceilings"),
         Item("correctness/llama", "correctness", {"family": "llama"}),
+        *(Item(f"kernels/{op}", "kernels", {"op": op}) for op in OPS[:2]),
         *(Item(f"decode/{rows}", "generation", {"part": "decode", "rows": rows}) for rows in sizes.rows),
         *_speculation(first),
         *(Item(f"prefill/{piece}", "generation", {"part": "prefill", "piece": piece}) for piece in sizes.pieces),

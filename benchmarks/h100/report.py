@@ -49,6 +49,7 @@ class _Report:
         yield ""
         yield from self._sources()
         yield from self._correctness()
+        yield from self._kernels()
         yield from self._generation()
         yield from self._ops()
         yield from self._launches()
@@ -90,6 +91,21 @@ class _Report:
                 )
                 rows.append((name.split("/")[1], what, seen, "yes" if values["agree"] else "**no**"))
         yield from _table(("like", "compared with the CPU", "seen", "agrees"), rows)
+
+    def _kernels(self) -> Iterator[str]:
+        rows = [
+            (
+                name.split("/")[1],
+                at,
+                f"{values['output_difference']:.1e} of the largest",
+                f"{values['lse_difference']:.1e}",
+                "yes" if values["same_bits_twice"] else "**no**",
+                "yes" if values["agree"] else "**no**",
+            )
+            for name, item in self._named("kernels")
+            for at, values in item["values"].items()
+        ]
+        yield from _table(("kernel, compared with float32", "shape", "output", "log-sum-exp", "same bits twice", "agrees"), rows)
 
     def _generation(self) -> Iterator[str]:
         rows = []

@@ -69,6 +69,11 @@ def flash_attention(
     return out_BTKGh[:, :T], jnp.moveaxis(lse_BKGT[..., :T], 3, 1)
 
 
+def shared_bytes(warpgroups: int, h: int) -> int:
+    """Shared memory of a thread block's arrays: queries, output, their bounds and log-sum-exp, and blocks of keys."""
+    return warpgroups * ROWS * (2 * h + 4 * h + 20) + 2 * _STAGES * KEYS * 2 * h
+
+
 def _check(q_BTKGh: Array, new: NewKeys, cached: PagedKeys | None) -> None:
     """Raise NotImplementedError, with the reason, for what the kernel does not take."""
     h = q_BTKGh.shape[-1]

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from l4jax.planning.target import h100_devices
 from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels.flash_attention.hopper import shared_bytes
 from pallas_kernels.keys import Interval, NewKeys, PagedKeys, TreeKeys
 from pallas_kernels.shapes import REAL
 from pallas_kernels.tree_attention import tree_attention
@@ -91,4 +92,5 @@ def test_flash_attention(shape, compiled, capfd):
     padded = 0 if T % 128 == 0 else B * 64 * K * h * (2 * G + 4 + 4 * G)
     assert program.memory_analysis().temp_size_in_bytes < B * T * (K * G * 4 + 64) + padded + 2**17
     with capfd.disabled():
-        print(f"| flash_attention | {shape.label}, bfloat16 | {registers} | {spilled} |")
+        shared = shared_bytes(1 if T <= 64 else 2, h)
+        print(f"| flash_attention | {shape.label}, bfloat16 | {registers} | {shared / 1024:.0f} | {spilled} |")

@@ -12,6 +12,7 @@ from l4jax.cache import LayerCache, PageTables, rank_of, slot_of, slots_before, 
 from l4jax.config import ModelConfig
 from l4jax.model.steps.inputs import Keys, StepInputs
 from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels.flash_attention.blocks import inside
 from pallas_kernels.keys import Interval, NewKeys, PagedKeys, TreeKeys
 from pallas_kernels.merge import Partial, merge_attention
 from pallas_kernels.tree_attention import tree_attention
@@ -59,8 +60,7 @@ class ReplicatedKeys(Keys):
         start_BT, end_BT = self.intervals.new.start_BT, jnp.where(ranks.index() == 0, self.intervals.new.end_BT, 0)
         T = q_BTKGh.shape[1]
         if T <= FEW_TOKENS:
-            token_T = jnp.arange(T, dtype=jnp.int32)
-            tokens = TreeKeys(k_BTKh, v_BTKh, (token_T >= start_BT[:, :, None]) & (token_T < end_BT[:, :, None]))
+            tokens = TreeKeys(k_BTKh, v_BTKh, inside(start_BT, end_BT, jnp.int32(0), T))
             partial = tree_attention(q_BTKGh, tokens, prefix, scale=scale, apart=self.apart)
         else:
             new = NewKeys(k_BTKh, v_BTKh, Interval(start_BT, end_BT))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 from jaxtyping import Array
+
+from pallas_kernels.keys import PagedKeys
 
 plgpu: Any = mosaic_gpu  # its types are incomplete
 
@@ -27,6 +29,19 @@ NOWHERE = 2**30
 
 Softmax = tuple[Array, Array, Array]
 """A warpgroup's running softmax over the keys so far: the sum of weighted values, each row's highest score, and its sum of weights."""
+
+
+def require_supported(q: Array, keys: Sequence[Array], key_block: int, cached: PagedKeys | None) -> None:
+    """Raise NotImplementedError, with the reason, unless the dtypes, the head dimension and the pages are such as the kernels take."""
+    pools = () if cached is None else (cached.k_PKph, cached.v_PKph)
+    dtypes = {str(array.dtype) for array in (q, *keys, *pools)}
+    if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float16"}:
+        raise NotImplementedError(f"takes bfloat16 or float16, the same for all arrays; they are {', '.join(sorted(dtypes))}")
+    if q.shape[-1] not in (64, 128):
+        raise NotImplementedError(f"takes head dimensions 64 and 128; this one is {q.shape[-1]}")
+    if cached is not None and (cached.k_PKph.shape[2] % key_block or cached.pages_BW.shape[1] == 0):
+        size, pages = cached.k_PKph.shape[2], cached.pages_BW.shape[1]
+        raise NotImplementedError(f"takes pages of a multiple of {key_block} tokens; they have {size}, {pages} a row")
 
 
 def tiles(columns: int, itemsize: int = 2) -> Any:

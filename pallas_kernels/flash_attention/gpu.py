@@ -1,4 +1,4 @@
-"""Attention over a paged KV cache on GPUs, until a kernel of its own replaces it: many pages at a time."""
+"""Attention over a paged KV cache on GPUs, for what the Hopper kernels do not take: many pages at a time."""
 
 from __future__ import annotations
 

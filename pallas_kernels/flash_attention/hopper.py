@@ -27,6 +27,7 @@ from pallas_kernels.mosaic import (
     over,
     plgpu,
     product,
+    require_supported,
     tiles,
 )
 
@@ -47,7 +48,7 @@ def flash_attention(
     """
     del apart
     require_hopper()
-    _check(q_BTKGh, new, cached)
+    require_supported(q_BTKGh, (new.k_BSKh, new.v_BSKh), KEYS, cached)
     B, T, K, G, h = q_BTKGh.shape
     warpgroups = 1 if T <= ROWS else 2
     more_queries, more_keys = -T % (warpgroups * ROWS), -new.k_BSKh.shape[1] % KEYS
@@ -72,20 +73,6 @@ def flash_attention(
 def shared_bytes(warpgroups: int, h: int) -> int:
     """Shared memory of a thread block's arrays: queries, output, their bounds and log-sum-exp, and blocks of keys."""
     return warpgroups * ROWS * (2 * h + 4 * h + 20) + 2 * _STAGES * KEYS * 2 * h
-
-
-def _check(q_BTKGh: Array, new: NewKeys, cached: PagedKeys | None) -> None:
-    """Raise NotImplementedError, with the reason, for what the kernel does not take."""
-    h = q_BTKGh.shape[-1]
-    arrays = [q_BTKGh, new.k_BSKh, new.v_BSKh, *(() if cached is None else (cached.k_PKph, cached.v_PKph))]
-    dtypes = {str(array.dtype) for array in arrays}
-    if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float16"}:
-        raise NotImplementedError(f"takes bfloat16 or float16, the same for all arrays; they are {', '.join(sorted(dtypes))}")
-    if h not in (64, 128):
-        raise NotImplementedError(f"takes head dimensions 64 and 128; this one is {h}")
-    if cached is not None and (cached.k_PKph.shape[2] % KEYS or cached.pages_BW.shape[1] == 0):
-        size, pages = cached.k_PKph.shape[2], cached.pages_BW.shape[1]
-        raise NotImplementedError(f"takes pages of a multiple of {KEYS} tokens; they have {size}, {pages} a row")
 
 
 def _rows_and_bounds(interval: Interval, more: int, warpgroups: int) -> tuple[Array, Array]:

@@ -31,6 +31,7 @@ from pallas_kernels.mosaic import (
     over,
     plgpu,
     product,
+    require_supported,
     tiles,
 )
 
@@ -103,9 +104,11 @@ def tree_attention(q_BNKGh: Float[Array, "B N K G h"], tree: TreeKeys, prefix: P
     """
     del apart
     require_hopper()
-    _check(q_BNKGh, tree, prefix)
+    require_supported(q_BNKGh, (tree.k_BSKh, tree.v_BSKh), KEYS, prefix)
     B, N, K, G, h = q_BNKGh.shape
     S, page_size = tree.k_BSKh.shape[1], prefix.k_PKph.shape[2]
+    if S > MOST_NODES:
+        raise NotImplementedError(f"takes up to {MOST_NODES} keys of a tree; this one has {S}")
     tiling = Tiling.of(B, K, N * G, S, prefix.pages_BW.shape[1] * page_size, h)
     all_rows = tiling.groups * tiling.warpgroups * ROWS
 
@@ -134,20 +137,6 @@ def tree_attention(q_BNKGh: Float[Array, "B N K G h"], tree: TreeKeys, prefix: P
     )
     out_BKMh, lse_BKM = merge_attention([(out_BKzMh[:, :, z, : N * G], lse_BKzM[:, :, z, : N * G]) for z in range(tiling.splits)])
     return jnp.swapaxes(out_BKMh.reshape(B, K, N, G, h), 1, 2), jnp.swapaxes(lse_BKM.reshape(B, K, N, G), 1, 2)
-
-
-def _check(q_BNKGh: Array, tree: TreeKeys, prefix: PagedKeys) -> None:
-    """Raise NotImplementedError, with the reason, for what the kernel does not take."""
-    h, S, page_size = q_BNKGh.shape[-1], tree.k_BSKh.shape[1], prefix.k_PKph.shape[2]
-    dtypes = {str(array.dtype) for array in (q_BNKGh, tree.k_BSKh, tree.v_BSKh, prefix.k_PKph, prefix.v_PKph)}
-    if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float16"}:
-        raise NotImplementedError(f"takes bfloat16 or float16, the same for all arrays; they are {', '.join(sorted(dtypes))}")
-    if h not in (64, 128):
-        raise NotImplementedError(f"takes head dimensions 64 and 128; this one is {h}")
-    if page_size % KEYS or prefix.pages_BW.shape[1] == 0:
-        raise NotImplementedError(f"takes pages of a multiple of {KEYS} tokens; they have {page_size}, {prefix.pages_BW.shape[1]} a row")
-    if S > MOST_NODES:
-        raise NotImplementedError(f"takes up to {MOST_NODES} keys of a tree; this one has {S}")
 
 
 def _words(sees_BNS: Array) -> tuple[Array, Array]:

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 class Cost:
     """What a call costs.
 
-    ``flops``: of the scores that are not masked and of their product with the values, two for each multiplication. ``least_bytes``:
-    queries, the keys and values that are seen, and the result, each moved once. ``copied_bytes``: what the kernel copies between the GPU's
-    memory and shared memory.
+    ``flops``: those that are needed (for attention, of the scores that are not masked and of their product with the values), two for each
+    multiplication. ``least_bytes``: what is read (for attention, the keys and values that are seen; the matrices of experts that rows
+    chose) and the result, each moved once. ``copied_bytes``: what the kernels copy between the GPU's memory and shared memory.
     """
 
     flops: int
@@ -21,11 +21,18 @@ class Cost:
 
 
 def kernel_flops(kernel: str, operands: Sequence[Sequence[int]]) -> int:
-    """FLOPs of a kernel for Hopper GPUs whose operands have these shapes, if every query sees all keys; 0 for a kernel of another name."""
+    """FLOPs of a kernel for Hopper GPUs whose operands have these shapes; 0 for a kernel of another name.
+
+    As if every query saw all keys, and each row, or place for one, had an expert on this device.
+    """
     match kernel, operands:
         case "tree_attention", [(B, K, M, h), (_, _, p, _), _, (_, _, S, _), *_, (_, W)]:
             return 4 * B * K * M * h * (W * p + S)
         case "flash_attention", [(B, T, K, G, h), (_, S, _, _), _, _, _, *cache]:
             cached = cache[0][2] * cache[2][1] if cache else 0
             return 4 * B * T * K * G * h * (S + cached)
+        case "experts_gate_up" | "experts_down", [(sources, _, i), (_, _, o, _), _, _, (M,)]:  # of a few rows
+            return 4 * sources * M * i * o
+        case "experts_gate_up" | "experts_down", [(places, i), (_, _, o, _), _]:
+            return 4 * places * i * o
     return 0

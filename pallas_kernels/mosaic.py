@@ -100,7 +100,12 @@ def finish(attended: Softmax) -> tuple[Array, Array]:
     return out * over(1.0 / safe, out.shape[1]), jnp.where(nothing, -jnp.inf, (highest + jnp.log2(safe)) / LOG2_E)
 
 
-def copy_in_turn(steps: Array, stages: int, consumed: tuple[Any, Any], fetch: Callable[[Array, Array], None]) -> None:
+def swiglu(gate: Array, up: Array) -> Array:
+    """``silu(gate) * up``, in float32."""
+    return gate / (1.0 + jnp.exp(-gate)) * up
+
+
+def copy_in_turn(steps: Array, stages: int, consumed: Sequence[Any], fetch: Callable[[Array, Array], None]) -> None:
     """The warpgroup that copies: call ``fetch(step, stage)`` for each step, once the stage's former keys and values are consumed.
 
     ``consumed``: for keys and for values, a barrier for each stage, at which the warpgroups that compute arrive.

@@ -31,8 +31,8 @@ class Attention:
 
 
 @dataclasses.dataclass(frozen=True)
-class Grouped:
-    """M rows, sorted by group, times the matrix of their group: one of E matrices [D, F]."""
+class Mixture:
+    """M rows of width D, sorted by expert, through E experts of width F, without a shared one."""
 
     label: str
     M: int
@@ -42,23 +42,23 @@ class Grouped:
 
     @property
     def hit(self) -> int:
-        """Groups that have rows: all, or one for each row if there are fewer rows than groups."""
+        """Experts that have rows: all, or one for each row if there are fewer rows than experts."""
         return min(self.E, self.M)
 
     @property
     def sizes(self) -> list[int]:
-        """Rows of each group, as even as possible."""
-        return [self.M // self.E + (group < self.M % self.E) for group in range(self.E)]
+        """Rows of each expert, as even as possible."""
+        return [self.M // self.E + (expert < self.M % self.E) for expert in range(self.E)]
 
     @property
     def nbytes(self) -> int:
-        """The matrices of groups that have rows, the rows and the products in bfloat16, each moved once."""
-        return 2 * (self.hit * self.D * self.F + self.M * (self.D + self.F))
+        """The matrices of experts that have rows, the rows and their results in bfloat16, each moved once."""
+        return 2 * (self.hit * 3 * self.D * self.F + self.M * 2 * self.D)
 
     @property
     def flops(self) -> int:
         """Two for each multiplication."""
-        return 2 * self.M * self.D * self.F
+        return 2 * self.M * 3 * self.D * self.F
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Merge:
 
 NODES = 26
 """Nodes of the tree ``eagle26``, the root included."""
-# Llama 3.1 8B on one GPU; 70B, 405B and Llama 4 Scout on ``tensor`` axes of 8 or 16; SmolLM2-135M.
+# Llama 3.1 8B on one GPU; 70B, 405B and Llama 4 Scout and Maverick on ``tensor`` axes of 8 or 16; SmolLM2-135M.
 REAL = {
     "tree_attention": [
         Attention("8B decode, 1 row, 1K", 1, 1, 1024),
@@ -136,10 +136,14 @@ REAL = {
         Linear("8B gate and up, 32 rows", 32, 4096, 28672),
         Linear("8B gate and up, 2048 rows", 2048, 4096, 28672),
     ],
-    "grouped_matmul": [
-        Grouped("Scout gate and up on tensor=8, 8 rows", 8, 16, 5120, 2048),
-        Grouped("Scout down on tensor=8, 8 rows", 8, 16, 1024, 5120),
-        Grouped("Scout gate and up on tensor=8, 2048 rows", 2048, 16, 5120, 2048),
+    "experts": [
+        Mixture("Scout on tensor=8, 1 row", 1, 16, 5120, 1024),
+        Mixture("Scout on tensor=8, 8 rows", 8, 16, 5120, 1024),
+        Mixture("Scout on tensor=8, 64 rows", 64, 16, 5120, 1024),
+        Mixture("Maverick on tensor=16, 32 rows", 32, 128, 5120, 512),
+        Mixture("Scout on tensor=8, 2048 rows", 2048, 16, 5120, 1024),
+        Mixture("Scout on tensor=8, 8192 rows", 8192, 16, 5120, 1024),
+        Mixture("Maverick on tensor=16, 8192 rows", 8192, 128, 5120, 512),
     ],
     "merge": [
         Merge("8B decode, cached and new, 32 rows", 32, 1, 32, 2),

@@ -42,15 +42,13 @@ def read(out):
 
 
 def test_a_toy_run_measures_what_is_asked_and_a_second_one_what_is_missing(tmp_path):
-    code, stdout, stderr = run(
-        tmp_path, "--device", "cpu", "--minutes", "2", "--only", "ceilings", "decode/2", "ops/grouped_matmul", "launches"
-    )
+    code, stdout, stderr = run(tmp_path, "--device", "cpu", "--minutes", "2", "--only", "ceilings", "decode/2", "ops/experts", "launches")
     assert (code, stderr) == (0, "")
     first = read(tmp_path)["items"]
     assert {name: item["status"] for name, item in first.items()} == {
         "ceilings": "done",
         "decode/2": "done",
-        "ops/grouped_matmul": "done",
+        "ops/experts": "done",
         "launches": "skipped",
     }
     assert first["launches"]["why"] == "a CPU has no kernels to launch; expected a GPU"
@@ -59,7 +57,7 @@ def test_a_toy_run_measures_what_is_asked_and_a_second_one_what_is_missing(tmp_p
     assert all(0 < values["least_ms"] <= values["ms"] <= values["most_ms"] for values in contexts.values())
     assert first["decode/2"]["compile"]["compile_seconds"] > 0
     assert "| decode/2 | context 160 |" in stdout
-    assert "| grouped_matmul | toy experts | XLA: ragged_dot |" in stdout
+    assert "| experts | toy experts | XLA: ragged_dot, twice |" in stdout
 
     code, stdout, stderr = run(tmp_path, "--device", "cpu", "--minutes", "2", "--only", "ceilings", "chain3", "prefill", "--skip", "ops")
     assert (code, stderr) == (0, "")
@@ -481,6 +479,7 @@ def test_items_come_in_order_of_worth_and_groups_can_be_named():
         "correctness/llama",
         "kernels/tree_attention",
         "kernels/flash_attention",
+        "kernels/experts",
         "decode/1",
         "decode/8",
         "decode/32",

@@ -1,4 +1,4 @@
-"""Compares attention's kernels with XLA's lowering in float32, both on the device, at real shapes and with ragged intervals.
+"""Compares our kernels with XLA's lowering in float32, both on the device, at real shapes and with ragged inputs.
 
 The simulator of a GPU that the tests use computes matrix products at once; only a GPU shows whether a kernel waits for them.
 """
@@ -16,12 +16,12 @@ from jax import Array
 from benchmarks.h100.bench import Bench, Record
 from benchmarks.h100.ops import PAGE, on_device
 from benchmarks.h100.shapes import SHAPES
+from pallas_kernels.experts import Experts, experts
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.keys import Interval, NewKeys, PagedKeys, TreeKeys
-from pallas_kernels.shapes import Attention
+from pallas_kernels.shapes import Attention, Mixture
 from pallas_kernels.tree_attention import tree_attention
 
-OPS: dict[str, Callable[..., Any]] = {"tree_attention": tree_attention, "flash_attention": flash_attention}
 OUTPUT_TOLERANCE, LSE_TOLERANCE = 2e-2, 1e-3
 """Most that outputs differ by, as a part of the largest one (weights are rounded to bfloat16), and that log-sum-exps differ by."""
 
@@ -35,24 +35,27 @@ def measure(bench: Bench, record: Record, *, op: str) -> None:
     for shape in SHAPES[bench.sizes.name][op]:
         given = problem(op, shape)
 
-        def call(implementation: str | None, dtype: Any, given: Any = given, shape: Attention = shape) -> tuple[Array, Array]:
+        def call(implementation: str | None, dtype: Any, given: Any = given, shape: Any = shape) -> list[np.ndarray]:
             def whole(*arguments: Any) -> Any:
-                return OPS[op](*arguments, scale=shape.h**-0.5, implementation=implementation)
+                return OPS[op](shape, implementation, *arguments)
 
-            arguments = jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, given)
-            return jax.jit(on_device(whole, bench.device))(*jax.device_put(arguments, bench.device))
+            arguments = jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.dtype == jnp.bfloat16 else leaf, given)
+            results = jax.jit(on_device(whole, bench.device))(*jax.device_put(arguments, bench.device))
+            return [np.asarray(result, np.float32) for result in results]
 
         with jax.default_matmul_precision("highest"):
-            expected_out, expected_lse = (np.asarray(a) for a in call("xla", jnp.float32))
-        (out, lse), again = (tuple(np.asarray(a) for a in call(None, jnp.bfloat16)) for _ in range(2))
-        nothing = np.isneginf(expected_lse)
+            expected = call("xla", jnp.float32)
+        results, again = call(None, jnp.bfloat16), call(None, jnp.bfloat16)
         values = {
-            "output_difference": float(np.abs(out - expected_out).max() / np.abs(expected_out).max()),
-            "lse_difference": float(np.abs(np.where(nothing, 0, lse) - np.where(nothing, 0, expected_lse)).max()),
-            "same_bits_twice": bool((out == again[0]).all() and (lse == again[1]).all()),
+            "output_difference": float(np.abs(results[0] - expected[0]).max() / np.abs(expected[0]).max()),
+            "same_bits_twice": all((a == b).all() for a, b in zip(results, again, strict=True)),
         }
-        agree = values["output_difference"] <= OUTPUT_TOLERANCE and values["lse_difference"] <= LSE_TOLERANCE and values["same_bits_twice"]
-        agree = agree and bool((np.isneginf(lse) == nothing).all())
+        agree = values["output_difference"] <= OUTPUT_TOLERANCE and values["same_bits_twice"]
+        if len(expected) == 2:  # a log-sum-exp, which is -inf where a query saw nothing
+            lse, expected_lse = results[1], expected[1]
+            nothing = np.isneginf(expected_lse)
+            values["lse_difference"] = float(np.abs(np.where(nothing, 0, lse) - np.where(nothing, 0, expected_lse)).max())
+            agree = agree and values["lse_difference"] <= LSE_TOLERANCE and bool((np.isneginf(lse) == nothing).all())
         record(shape.label, values | {"agree": agree})
         if not agree:
             wrong.append(shape.label)
@@ -60,23 +63,54 @@ def measure(bench: Bench, record: Record, *, op: str) -> None:
         raise RuntimeError(f"{op} is wrong at: {', '.join(wrong)}")
 
 
-def problem(op: str, shape: Attention) -> tuple[Any, ...]:
-    """Random arguments, on the host. In some rows, and for some queries, nothing is cached; ends are anywhere in a page."""
+def _tree(shape: Attention, implementation: str | None, *arguments: Any) -> tuple[Array, ...]:
+    return tree_attention(*arguments, scale=shape.h**-0.5, implementation=implementation)
+
+
+def _flash(shape: Attention, implementation: str | None, *arguments: Any) -> tuple[Array, ...]:
+    return flash_attention(*arguments, scale=shape.h**-0.5, implementation=implementation)
+
+
+def _experts(shape: Mixture, implementation: str | None, *arguments: Any) -> tuple[Array, ...]:
+    return (experts(*arguments, implementation=implementation),)
+
+
+OPS: dict[str, Callable[..., tuple[Array, ...]]] = {"tree_attention": _tree, "flash_attention": _flash, "experts": _experts}
+
+
+def problem(op: str, shape: Any) -> tuple[Any, ...]:
+    """Random arguments."""
+    return _mixture(shape) if op == "experts" else _attention(op, shape)
+
+
+def _normal(rng: np.random.Generator, *sizes: int) -> Array:
+    """Drawn by JAX: numpy takes seconds for the matrices of many experts."""
+    return jax.random.normal(jax.random.key(rng.integers(2**31)), sizes, jnp.bfloat16)
+
+
+def _mixture(shape: Mixture) -> tuple[Any, ...]:
+    """Half of the rows chose one expert, some none; there is a shared expert."""
+    rng = np.random.default_rng(0)
+    M, E, D, F = shape.M, shape.E, shape.D, shape.F
+    expert_M = np.where(rng.random(M) < 0.5, E // 2, rng.integers(-1, E + 1, M)).astype(np.int32)
+    routed, shared = (Experts(_normal(rng, count, 2, F, D), _normal(rng, count, D, F)) for count in (E, 1))
+    return _normal(rng, M, D), rng.random(M, np.float32), expert_M, routed, shared
+
+
+def _attention(op: str, shape: Attention) -> tuple[Any, ...]:
+    """In some rows, and for some queries, nothing is cached; ends are anywhere in a page."""
     rng = np.random.default_rng(0)
     B, T, K, G, h = shape.B, shape.T, shape.K, shape.G, shape.h
     cached = shape.S if op == "tree_attention" else shape.S - T
     W = -(-cached // PAGE)
-
-    def normal(*sizes: int) -> Any:
-        return rng.standard_normal(sizes, np.float32).astype(jnp.bfloat16)
-
     end_B = np.where(np.arange(B) % 5 == 1, 0, rng.integers(cached // 2, cached + 1, B))
     start_BT = np.broadcast_to((rng.integers(0, cached // 3 + 1, B) * (np.arange(B) % 3 == 2))[:, None], (B, T))
     end_BT = np.where(np.arange(T)[None] % 11 == 7, 0, end_B[:, None])
     interval = Interval(start_BT.astype(np.int32), end_BT.astype(np.int32))
     pages_BW = rng.permutation(B * W).reshape(B, W).astype(np.int32)
-    prefix = PagedKeys(normal(B * W, K, PAGE, h), normal(B * W, K, PAGE, h), pages_BW, interval) if cached else None
-    q, k, v = normal(B, T, K, G, h), normal(B, T, K, h), normal(B, T, K, h)
+    pool = B * W, K, PAGE, h
+    prefix = PagedKeys(_normal(rng, *pool), _normal(rng, *pool), pages_BW, interval) if cached else None
+    q, k, v = _normal(rng, B, T, K, G, h), _normal(rng, B, T, K, h), _normal(rng, B, T, K, h)
     if op == "tree_attention":
         sees_BNS = (rng.random((B, T, T)) < 0.4) | np.eye(T, dtype=bool)[None]
         return q, TreeKeys(k, v, sees_BNS), prefix

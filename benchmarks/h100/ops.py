@@ -18,12 +18,12 @@ from jax.sharding import PartitionSpec
 from benchmarks.h100 import timing
 from benchmarks.h100.bench import Bench, Record
 from benchmarks.h100.shapes import SHAPES
+from pallas_kernels.experts import Experts, experts
 from pallas_kernels.flash_attention import flash_attention
-from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.keys import Interval, NewKeys, PagedKeys, TreeKeys
 from pallas_kernels.matmul import matmul
 from pallas_kernels.merge import merge_attention
-from pallas_kernels.shapes import Attention, Grouped, Linear, Merge
+from pallas_kernels.shapes import Attention, Linear, Merge, Mixture
 from pallas_kernels.tree_attention import tree_attention
 from sharding.mesh import ONE_DEVICE
 
@@ -37,7 +37,7 @@ def measure(bench: Bench, record: Record, *, op: str) -> None:
         compare(bench, record, shape, *CASES[op](shape))
 
 
-Shape = Attention | Linear | Grouped | Merge
+Shape = Attention | Linear | Mixture | Merge
 Arrays = Callable[[Array], tuple[Array, ...]]
 Implementations = Mapping[str, Callable[..., Any]]
 Case = tuple[Arrays, Implementations, int]
@@ -52,7 +52,7 @@ def _tree(shape: Attention) -> Case:
 
     def arrays(key: Array) -> tuple[Array, ...]:
         pool, nodes = (B * W, shape.K, PAGE, shape.h), (B, N, shape.K, shape.h)
-        return _normal(key, (B, N, shape.K, G, shape.h), nodes, nodes, pool, pool)
+        return normal(key, (B, N, shape.K, G, shape.h), nodes, nodes, pool, pool)
 
     def of(implementation: str | None) -> Callable[..., Array]:
         def call(q_BNKGh: Array, k_BSKh: Array, v_BSKh: Array, k_PKph: Array, v_PKph: Array) -> Array:
@@ -87,7 +87,7 @@ def _flash(shape: Attention) -> Case:
 
     def arrays(key: Array) -> tuple[Array, ...]:
         keys, pool = (B, T, shape.K, shape.h), (B * cached // PAGE, shape.K, PAGE, shape.h)
-        return _normal(key, (B, T, shape.K, shape.G, shape.h), keys, keys, *([pool, pool] if cached else []))
+        return normal(key, (B, T, shape.K, shape.G, shape.h), keys, keys, *([pool, pool] if cached else []))
 
     def of(implementation: str | None) -> Callable[..., Array]:
         def call(q_BTKGh: Array, k_BSKh: Array, v_BSKh: Array, *pools: Array) -> Array:
@@ -110,24 +110,36 @@ def _flash(shape: Attention) -> Case:
     return arrays, own if cached else own | rivals, shape.flops(T * cached + T * (T + 1) // 2)
 
 
-def _grouped(shape: Grouped) -> Case:
-    sizes_E = jnp.asarray(shape.sizes, jnp.int32)
+def _experts(shape: Mixture) -> Case:
+    M, E, D, F = shape.M, shape.E, shape.D, shape.F
+    expert_M = jnp.repeat(jnp.arange(E, dtype=jnp.int32), jnp.asarray(shape.sizes), total_repeat_length=M)
 
     def arrays(key: Array) -> tuple[Array, ...]:
-        return _normal(key, (shape.M, shape.D), (shape.E, shape.D, shape.F))
+        return normal(key, (M, D), (E, 2, F, D), (E, D, F))
 
-    def own(x_MD: Array, w_EDF: Array) -> Array:
-        return grouped_matmul(x_MD, w_EDF, sizes_E)
+    def of(implementation: str | None) -> Callable[..., Array]:
+        def call(x_MD: Array, gate_up_E2FD: Array, down_EDF: Array) -> Array:
+            return experts(x_MD, None, expert_M, Experts(gate_up_E2FD, down_EDF), implementation=implementation)
 
-    def ragged(x_MD: Array, w_EDF: Array) -> Array:
-        return jax.lax.ragged_dot(x_MD, w_EDF, sizes_E)
+        return call
 
-    return arrays, {"own": own, "XLA: ragged_dot": ragged}, shape.flops
+    def ragged(x_MD: Array, gate_up_E2FD: Array, down_EDF: Array) -> Array:
+        matrices = jnp.swapaxes(gate_up_E2FD.reshape(E, 2 * F, D), 1, 2), jnp.swapaxes(down_EDF, 1, 2)
+        return in_groups(jax.lax.ragged_dot, shape, x_MD, *matrices)
+
+    return arrays, {"own": of(None), "own (implementation='xla')": of("xla"), "XLA: ragged_dot, twice": ragged}, shape.flops
+
+
+def in_groups(grouped: Callable[..., Array], shape: Mixture, x_MD: Array, gate_up_EDf: Array, down_EFD: Array) -> Array:
+    """Experts by two products of sorted rows, ``grouped(rows, matrices, group_sizes=...)``, which takes matrices as [in, out]."""
+    sizes_E = jnp.asarray(shape.sizes, jnp.int32)
+    gate_up_Mf = grouped(x_MD, gate_up_EDf, group_sizes=sizes_E)
+    return grouped(jax.nn.silu(gate_up_Mf[:, : shape.F]) * gate_up_Mf[:, shape.F :], down_EFD, group_sizes=sizes_E)
 
 
 def _linear(shape: Linear) -> Case:
     def arrays(key: Array) -> tuple[Array, ...]:
-        return _normal(key, (shape.M, shape.i), (shape.o, shape.i))
+        return normal(key, (shape.M, shape.i), (shape.o, shape.i))
 
     def dot(x_Mi: Array, weight_oi: Array) -> Array:
         return x_Mi @ weight_oi.T
@@ -140,7 +152,7 @@ def _merge(shape: Merge) -> Case:
 
     def arrays(key: Array) -> tuple[Array, ...]:
         out, lse = (B, T, H, h), (B, T, H)
-        return _normal(key, *[out] * shape.parts, *[lse] * shape.parts, dtype=jnp.float32)
+        return normal(key, *[out] * shape.parts, *[lse] * shape.parts, dtype=jnp.float32)
 
     def own(*given: Array) -> Any:
         return merge_attention(list(zip(given[: shape.parts], given[shape.parts :], strict=True)))
@@ -152,7 +164,7 @@ CASES: Mapping[str, Callable[[Any], Case]] = {
     "tree_attention": _tree,
     "flash_attention": _flash,
     "matmul": _linear,
-    "grouped_matmul": _grouped,
+    "experts": _experts,
     "merge": _merge,
 }
 
@@ -215,6 +227,6 @@ def in_turn(function: Callable[..., Any], loops: int) -> Callable[[list[tuple[Ar
     return program
 
 
-def _normal(key: Array, *shapes: tuple[int, ...], dtype: Any = jnp.bfloat16) -> tuple[Array, ...]:
+def normal(key: Array, *shapes: tuple[int, ...], dtype: Any = jnp.bfloat16) -> tuple[Array, ...]:
     keys = jax.random.split(key, len(shapes))
     return tuple(jax.random.normal(k, shape, jnp.float32).astype(dtype) for k, shape in zip(keys, shapes, strict=True))

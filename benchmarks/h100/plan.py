@@ -8,8 +8,10 @@ from typing import Any
 
 from benchmarks.h100.sizes import Sizes
 
-OPS = ("tree_attention", "flash_attention", "matmul", "grouped_matmul", "merge")
-"""Ops of ``pallas_kernels`` in the order in which they are timed; ``pallas_kernels.shapes`` has their shapes. Attention has kernels."""
+OPS = ("tree_attention", "flash_attention", "matmul", "experts", "merge")
+"""Ops of ``pallas_kernels`` in the order in which they are timed; ``pallas_kernels.shapes`` has their shapes."""
+KERNELS = ("tree_attention", "flash_attention", "experts")
+"""Those that have kernels of our own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,14 +41,14 @@ def items(sizes: Sizes) -> list[Item]:
     return [
         Item("ceilings", "ceilings"),
         Item("correctness/llama", "correctness", {"family": "llama"}),
-        *(Item(f"kernels/{op}", "kernels", {"op": op}) for op in OPS[:2]),
+        *(Item(f"kernels/{op}", "kernels", {"op": op}) for op in KERNELS),
         *(Item(f"decode/{rows}", "generation", {"part": "decode", "rows": rows}) for rows in sizes.rows),
         *_speculation(first),
         *(Item(f"prefill/{piece}", "generation", {"part": "prefill", "piece": piece}) for piece in sizes.pieces),
         *(Item(f"ops/{op}", "ops", {"op": op}) for op in OPS),
         Item("correctness/llama4", "correctness", {"family": "llama4"}),
         *(item for rows in others for item in _speculation(rows)),
-        *(Item(f"tokamax/{op}", "rivals_tokamax", {"op": op}, packages=("tokamax",)) for op in ("flash_attention", "grouped_matmul")),
+        *(Item(f"tokamax/{op}", "rivals_tokamax", {"op": op}, packages=("tokamax",)) for op in ("flash_attention", "experts")),
         *(Item(f"torch/{op}", "rivals_torch", {"op": op}, "torch", ("torch",)) for op in OPS if op != "merge"),
         Item("transformers/decode", "rivals_transformers", {}, "torch", ("torch", "transformers")),
         Item("launches", "launches", {}, "uncached"),

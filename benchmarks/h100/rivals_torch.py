@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.h100.errors import DeviceBroken, NotHere
 from benchmarks.h100.shapes import SHAPES
 from benchmarks.h100.sizes import Sizes
-from pallas_kernels.shapes import Attention, Grouped, Linear
+from pallas_kernels.shapes import Attention, Linear, Mixture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,21 +109,22 @@ def _linear(torch: Any, bench: TorchBench, op: str, shape: Linear) -> Implementa
     return make, {"PyTorch: linear": torch.nn.functional.linear}, shape.flops
 
 
-def _grouped(torch: Any, bench: TorchBench, op: str, shape: Grouped) -> Implementations:
+def _experts(torch: Any, bench: TorchBench, op: str, shape: Mixture) -> Implementations:
     ends = torch.tensor(shape.sizes, device=bench.device).cumsum(0).to(torch.int32)
 
     def make() -> tuple[Any, ...]:
-        sizes = ((shape.M, shape.D), (shape.E, shape.D, shape.F))
+        sizes = ((shape.M, shape.D), (shape.E, shape.D, 2 * shape.F), (shape.E, shape.F, shape.D))
         return tuple(torch.randn(size, dtype=torch.bfloat16, device=bench.device) for size in sizes)
 
-    def grouped(x: Any, w: Any) -> Any:
+    def grouped(x: Any, gate_up: Any, down: Any) -> Any:
         function = getattr(torch.nn.functional, "grouped_mm", None) or torch._grouped_mm
-        return function(x, w, offs=ends)
+        gate, up = function(x, gate_up, offs=ends).chunk(2, dim=-1)
+        return function(torch.nn.functional.silu(gate) * up, down, offs=ends)
 
-    return make, {"PyTorch: grouped_mm": grouped}, shape.flops
+    return make, {"PyTorch: grouped_mm, twice": grouped}, shape.flops
 
 
-_CASES: dict[type, Callable[..., Implementations]] = {Attention: _attention, Linear: _linear, Grouped: _grouped}
+_CASES: dict[type, Callable[..., Implementations]] = {Attention: _attention, Linear: _linear, Mixture: _experts}
 
 
 def _timed(torch: Any, bench: TorchBench, function: Callable[..., Any], sets: list[tuple[Any, ...]]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from l4jax.checkpoints.partial import LOCK, check_destination, unfinished
-from l4jax.checkpoints.recipes import halve
+from l4jax.checkpoints.recipes import halve, transposed
 from l4jax.checkpoints.source import CheckpointError
 from l4jax.checkpoints.store import (
     MAKE_AGAIN,
@@ -135,8 +135,8 @@ def _layer(config: ModelConfig, ours: str, theirs: str, layer: int, *, attention
         | _swiglu(f"{ours}shared.", f"{theirs}shared_expert.", D, F)
         | {
             f"{theirs}router.weight": Export(f"{ours}router", (E, D), _same),
-            f"{theirs}experts.gate_up_proj": Export(f"{ours}experts_gate_up", (E, D, 2 * F), lambda w: w.reshape(E, D, 2 * F)),
-            f"{theirs}experts.down_proj": Export(f"{ours}experts_down", (E, F, D), _same),
+            f"{theirs}experts.gate_up_proj": Export(f"{ours}experts_gate_up", (E, D, 2 * F), lambda w: transposed(w.reshape(E, 2 * F, D))),
+            f"{theirs}experts.down_proj": Export(f"{ours}experts_down", (E, F, D), transposed),
         }
     )
 

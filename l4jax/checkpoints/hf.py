@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from l4jax.checkpoints.files import LICENCES, copy_files
-from l4jax.checkpoints.recipes import Wanted, fuse_qkv, stack_gate_up
+from l4jax.checkpoints.recipes import Wanted, fuse_qkv, stack_gate_up, transposed
 from l4jax.checkpoints.safetensors import SafetensorsFiles
 from l4jax.checkpoints.source import CheckpointError, Recipe, TensorInfo
 from l4jax.checkpoints.store import SOURCE_CONFIG
@@ -148,21 +148,23 @@ def _feed_forward(wanted: Wanted, config: ModelConfig, layer: int, ours: str, th
     wanted.same(f"{ours}router", f"{theirs}router.weight", (E, D))
     swiglu_recipes(wanted, f"{ours}shared.", f"{theirs}shared_expert.", D, F)
     if wanted.has(f"{theirs}experts.gate_up_proj"):
-        wanted.reshaped(f"{ours}experts_gate_up", f"{theirs}experts.gate_up_proj", (E, D, 2 * F), (E, D, 2, F))
-        wanted.same(f"{ours}experts_down", f"{theirs}experts.down_proj", (E, F, D))
+        gate_up, down = f"{theirs}experts.gate_up_proj", f"{theirs}experts.down_proj"
+        said = "transposed to [out, in]"
+        wanted.add(f"{ours}experts_gate_up", [(gate_up, (E, D, 2 * F))], lambda parts: transposed(parts[0]).reshape(E, 2, F, D), said)
+        wanted.add(f"{ours}experts_down", [(down, (E, F, D))], lambda parts: transposed(parts[0]), said)
         return
     # As stored for offline quantisation: one matrix for each expert, [out, in].
     wanted.add(
         f"{ours}experts_gate_up",
         [(f"{theirs}experts.{e}.{x}_proj.weight", (F, D)) for e in range(E) for x in ("gate", "up")],
-        _stack_transposed_gate_up,
-        "experts stacked, transposed to [in, out]",
+        lambda parts: np.stack(parts).reshape(E, 2, F, D),
+        "experts stacked",
     )
     wanted.add(
         f"{ours}experts_down",
         [(f"{theirs}experts.{e}.down_proj.weight", (D, F)) for e in range(E)],
-        lambda parts: np.stack([part.T for part in parts]),
-        "experts stacked, transposed to [in, out]",
+        np.stack,
+        "experts stacked",
     )
 
 
@@ -170,12 +172,3 @@ def swiglu_recipes(wanted: Wanted, ours: str, theirs: str, D: int, F: int) -> No
     """Add the recipes of the weights of a dense feed-forward block of width ``F``."""
     wanted.add(f"{ours}gate_up", [(f"{theirs}{x}_proj.weight", (F, D)) for x in ("gate", "up")], stack_gate_up, "gate, up stacked")
     wanted.same(f"{ours}down", f"{theirs}down_proj.weight", (D, F))
-
-
-def _stack_transposed_gate_up(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """Return [E, D, 2, F] from gate and up [F, D] of each expert in turn."""
-    F, D = parts[0].shape
-    stacked = np.empty((len(parts) // 2, D, 2, F), np.result_type(*parts))
-    for i, part in enumerate(parts):
-        stacked[i // 2, :, i % 2] = part.T
-    return stacked

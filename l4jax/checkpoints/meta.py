@@ -133,22 +133,23 @@ class _Recipes:
 
         def assemble_gate_up(parts: Sequence[np.ndarray]) -> np.ndarray:
             n = self._shards
-            joined = np.empty((E, D, 2, F), np.result_type(*parts))
+            joined = np.empty((E, 2, F, D), np.result_type(*parts))
             for which in range(2):
-                np.concatenate([part.reshape(E, D, -1) for part in parts[which * n : (which + 1) * n]], axis=-1, out=joined[:, :, which])
+                shares = [part.reshape(E, D, -1).swapaxes(1, 2) for part in parts[which * n : (which + 1) * n]]
+                np.concatenate(shares, axis=1, out=joined[:, which])
             return joined
 
         self._add(
             f"{at}experts_gate_up",
             [(gate, (E * D, F // self._shards)), (up, (E * D, F // self._shards))],
             assemble_gate_up,
-            "gate, up stacked",
+            "gate, up stacked, transposed to [out, in]",
         )
         self._add(
             f"{at}experts_down",
             [(out, (E * F // self._shards, D))],
-            lambda parts: np.concatenate([part.reshape(E, -1, D) for part in parts], axis=1),
-            "each expert's rows joined",
+            lambda parts: np.concatenate([part.reshape(E, -1, D).swapaxes(1, 2) for part in parts], axis=2),
+            "each expert's columns joined, transposed to [out, in]",
         )
 
     def _fused_qkv(self, name: str, key: str, config: ModelConfig) -> None:

@@ -64,6 +64,11 @@ def halve(rows: np.ndarray) -> np.ndarray:
     return rows.reshape(*leading, h // 2, 2, D).swapaxes(-3, -2).reshape(rows.shape)
 
 
+def transposed(matrices: np.ndarray) -> np.ndarray:
+    """Return a copy of [E, i, o] as [E, o, i]."""
+    return np.ascontiguousarray(matrices.swapaxes(1, 2))
+
+
 def stack_gate_up(parts: Sequence[np.ndarray]) -> np.ndarray:
     """Return [2, F, D]: the gate projection, then the up projection."""
     return np.stack(parts)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from l4jax.config import MoEConfig
 from l4jax.model.weights import WeightSpec, declare
-from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.experts import Experts, experts, swiglu_block
+from pallas_kernels.experts.weights import scaled
 from pallas_kernels.matmul import matmul
 from sharding.exchange import RowExchange
 from sharding.mesh import MeshSpec
@@ -32,11 +33,11 @@ class SwiGLU(nnx.Module):
 
     def partial(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """This rank's summand of the output."""
-        gate_up_2FD = self.gate_up[...]
-        width = gate_up_2FD.shape[1]
-        gate_up_BTf = matmul(x_BTD, gate_up_2FD.reshape(2 * width, -1))
-        hidden_BTF = jax.nn.silu(gate_up_BTf[..., :width]) * gate_up_BTf[..., width:]
-        return matmul(hidden_BTF, self.down[...])
+        return swiglu_block(x_BTD, self.gate_up[...], self.down[...])
+
+    def as_experts(self) -> Experts:
+        """The block as the only one of its kind."""
+        return Experts(self.gate_up[...][None], self.down[...][None])
 
 
 class MixtureOfExperts(nnx.Module):
@@ -57,9 +58,9 @@ class MixtureOfExperts(nnx.Module):
         self.all_ranks = mesh.along("expert", "tensor")
         self.router = declare(WeightSpec((experts, hidden_size), (None, "embed"), fan_in=hidden_size))
         self.experts_gate_up = declare(
-            WeightSpec((experts, hidden_size, 2, width), ("expert", "embed", None, "feed_forward"), fan_in=hidden_size)
+            WeightSpec((experts, 2, width, hidden_size), ("expert", None, "feed_forward", "embed"), fan_in=hidden_size)
         )
-        self.experts_down = declare(WeightSpec((experts, width, hidden_size), ("expert", "feed_forward", "embed"), fan_in=width))
+        self.experts_down = declare(WeightSpec((experts, hidden_size, width), ("expert", "embed", "feed_forward"), fan_in=width))
         self.shared = SwiGLU(hidden_size, width, mesh)
 
     def __call__(self, x_BTD: Float[Array, "B T D"], valid_BT: Bool[Array, "B T"], *, spread: bool = False) -> Float[Array, "B T D"]:
@@ -68,54 +69,46 @@ class MixtureOfExperts(nnx.Module):
         Tokens that are not valid (padding, finished rows) are not routed. ``spread``: True if each rank along ``expert`` has tokens
         of its own.
         """
-        exchanged = spread and self.expert_ranks.count > 1
-        with jax.named_scope("shared_expert"):
-            shared_BTD = self.shared.partial(x_BTD)
-            if self.expert_ranks.count > 1 and not exchanged:  # every rank has computed it, but it must count once
-                shared_BTD = jnp.where(self.expert_ranks.index() == 0, shared_BTD, jnp.zeros_like(shared_BTD))
-        with jax.named_scope("routed_experts"):
-            x_MD, valid_M = x_BTD.reshape(-1, x_BTD.shape[-1]), valid_BT.reshape(-1)
-            routed_MD = self._sent_to_experts(x_MD, valid_M) if exchanged else self._here(x_MD, valid_M)
-        ranks = self.width_ranks if exchanged else self.all_ranks
-        return ranks.sum(shared_BTD + routed_MD.reshape(x_BTD.shape))
+        x_MD, valid_M = x_BTD.reshape(-1, x_BTD.shape[-1]), valid_BT.reshape(-1)
+        if spread and self.expert_ranks.count > 1:
+            with jax.named_scope("shared_expert"):
+                shared_MD = self.shared.partial(x_MD)
+            with jax.named_scope("routed_experts"):
+                out_MD, ranks = shared_MD + self._sent_to_experts(x_MD, valid_M), self.width_ranks
+        else:
+            out_MD, ranks = self._here(x_MD, valid_M), self.all_ranks
+        return ranks.sum(out_MD.reshape(x_BTD.shape))
 
-    def _route(self, x_MD: Float[Array, "M D"]) -> tuple[Int32[Array, "M"], Float[Array, "M D"]]:
-        """Choose each token's expert; also returns the expert's input, the token times its score."""
+    def _route(self, x_MD: Float[Array, "M D"]) -> tuple[Int32[Array, "M"], Float32[Array, "M"]]:
+        """Choose each token's expert; also returns its score, by which the expert's input is multiplied."""
         scores_ME = matmul(x_MD, self.router[...], dtype=jnp.dtype(jnp.float32))
-        gate_M1 = jax.nn.sigmoid(jnp.max(scores_ME, axis=-1, keepdims=True))
-        return jnp.argmax(scores_ME, axis=-1).astype(jnp.int32), (x_MD.astype(jnp.float32) * gate_M1).astype(x_MD.dtype)
+        return jnp.argmax(scores_ME, axis=-1).astype(jnp.int32), jax.nn.sigmoid(jnp.max(scores_ME, axis=-1))
 
     def _here(self, x_MD: Float[Array, "M D"], valid_M: Bool[Array, "M"]) -> Float[Array, "M D"]:
-        """Outputs of this rank's experts for the tokens routed to them; zeros for the other tokens."""
-        expert_M, gated_MD = self._route(x_MD)
-        # Experts are renumbered so that this rank's own are 0, 1, ...: sorting then puts their tokens first, and all others after them.
-        experts, own = self.router.shape[0], self.experts_down.shape[0]
-        expert_M = jnp.where(valid_M, (expert_M - self.expert_ranks.index() * own) % experts, experts)
-        return self._experts(gated_MD, expert_M, jnp.bincount(expert_M, length=experts)[:own].astype(jnp.int32))
+        """Outputs of this rank's experts for the tokens routed to them; on the first rank along ``expert`` also the shared expert's."""
+        expert_M, score_M = self._route(x_MD)
+        rank = self.expert_ranks.index()
+        own_M = jnp.where(valid_M, expert_M - rank * self.experts_down.shape[0], -1)
+        # Every rank has every token, but the shared expert must count once.
+        shared_here = rank == 0 if self.expert_ranks.count > 1 else None
+        return experts(x_MD, score_M, own_M, self._own(), self.shared.as_experts(), shared_here)
+
+    def _own(self) -> Experts:
+        return Experts(self.experts_gate_up[...], self.experts_down[...])
 
     def _sent_to_experts(self, x_MD: Float[Array, "M D"], valid_M: Bool[Array, "M"]) -> Float[Array, "M D"]:
         """Send each token to the rank of its expert; returns the experts' outputs."""
-        expert_M, gated_MD = self._route(x_MD)
+        expert_M, score_M = self._route(x_MD)
         R, own = self.expert_ranks.count, self.experts_down.shape[0]
         expert_M = jnp.where(valid_M, expert_M, R * own)
         order_M = jnp.argsort(expert_M)
         # The number of tokens that each rank has for each expert determines how many arrive where.
         size_RRe = self.expert_ranks.gather(jnp.bincount(expert_M, length=R * own).astype(jnp.int32)).reshape(R, R, own)
         exchange = RowExchange(self.expert_ranks, jnp.sum(size_RRe, axis=2))
-        arrived_AD = exchange.send(gated_MD[order_M])
+        arrived_AD = exchange.send(scaled(x_MD, score_M)[order_M])
         arriving_Re = size_RRe[:, self.expert_ranks.index()]
         run_A = jnp.searchsorted(jnp.cumsum(arriving_Re.reshape(-1)), jnp.arange(arrived_AD.shape[0], dtype=jnp.int32), side="right")
         expert_A = jnp.where(run_A < R * own, run_A % own, own).astype(jnp.int32)
-        out_MD = exchange.send_back(self._experts(arrived_AD, expert_A, jnp.sum(arriving_Re, axis=0)))
+        out_MD = exchange.send_back(experts(arrived_AD, None, expert_A, self._own()))
         out_MD = jnp.where(valid_M[order_M][:, None], out_MD, jnp.zeros((), out_MD.dtype))
-        return jnp.zeros_like(out_MD).at[order_M].set(out_MD, unique_indices=True)
-
-    def _experts(self, x_MD: Float[Array, "M D"], expert_M: Int32[Array, "M"], group_sizes_e: Int32[Array, "e"]) -> Float[Array, "M D"]:
-        """Put row ``m`` through this rank's expert ``expert_M[m]``; zeros if this rank does not have it."""
-        order_M = jnp.argsort(expert_M)
-        gate_up_eDf = self.experts_gate_up[...].reshape(*self.experts_gate_up.shape[:2], -1)
-        gate_up_Mf = grouped_matmul(x_MD[order_M], gate_up_eDf, group_sizes_e)
-        width = gate_up_Mf.shape[-1] // 2
-        hidden_MF = jax.nn.silu(gate_up_Mf[:, :width]) * gate_up_Mf[:, width:]
-        out_MD = grouped_matmul(hidden_MF, self.experts_down[...], group_sizes_e)
         return jnp.zeros_like(out_MD).at[order_M].set(out_MD, unique_indices=True)

@@ -16,9 +16,9 @@ from l4jax.model.llama import Llama
 from l4jax.model.norm import rms_normalize
 from l4jax.model.rotary import rotary_angles, rotate
 from l4jax.model.weights import BoundModel, weight_specs
+from pallas_kernels.experts.grouped import grouped_matmul
 from pallas_kernels.flash_attention import attend_pages
 from pallas_kernels.flash_attention.xla import attend
-from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.keys import Interval, PagedKeys
 from sharding.mesh import ONE_DEVICE
 from tests.tiny import scout_like, weights
@@ -117,7 +117,7 @@ def test_logits():
 
 def test_grouped_matmul_accumulates_in_float32():
     sizes = np.array([3, 0, 5, 2], np.int32)
-    assert set(dot_types(grouped_matmul, bfloat16(10, 16), bfloat16(4, 16, 8), sizes)) == {jnp.dtype(jnp.float32)}
+    assert set(dot_types(grouped_matmul, bfloat16(10, 16), bfloat16(4, 8, 16), sizes)) == {jnp.dtype(jnp.float32)}
 
 
 def test_the_router_scores_in_float32():

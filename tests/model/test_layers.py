@@ -112,8 +112,8 @@ def moe_reference(weights, x):
     router = x @ w["router"].T
     chosen = router.argmax(-1)
     scored = x / (1 + np.exp(-router.max(-1, keepdims=True)))
-    gate_up = np.einsum("md,edcf->emcf", scored, w["experts_gate_up"])
-    routed = np.einsum("emf,efd->emd", silu(gate_up[:, :, 0]) * gate_up[:, :, 1], w["experts_down"])[chosen, np.arange(len(x))]
+    gate_up = np.einsum("md,ecfd->emcf", scored, w["experts_gate_up"])
+    routed = np.einsum("emf,edf->emd", silu(gate_up[:, :, 0]) * gate_up[:, :, 1], w["experts_down"])[chosen, np.arange(len(x))]
     shared = np.einsum("md,cfd->mcf", x, w["shared.gate_up"])
     return routed + (silu(shared[:, 0]) * shared[:, 1]) @ w["shared.down"].T
 

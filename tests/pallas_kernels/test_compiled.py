@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from l4jax.planning.target import h100_devices
+from pallas_kernels.experts import Experts, experts, few_rows, many_rows
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.flash_attention.hopper import shared_bytes
 from pallas_kernels.keys import Interval, NewKeys, PagedKeys, TreeKeys
@@ -94,3 +95,25 @@ def test_flash_attention(shape, compiled, capfd):
     with capfd.disabled():
         shared = shared_bytes(1 if T <= 64 else 2, h)
         print(f"| flash_attention | {shape.label}, bfloat16 | {registers} | {shared / 1024:.0f} | {spilled} |")
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [*((shape, "bfloat16") for shape in REAL["experts"]), (REAL["experts"][0], "float16")], ids=str
+)
+def test_experts(shape, dtype, compiled, capfd):
+    M, E, D, F = shape.M, shape.E, shape.D, shape.F
+    array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.dtype(dtype))
+    routed, shared = (Experts(array((n, 2, F, D)), array((n, D, F))) for n in (E, 1))
+    given = array((M, D)), jax.ShapeDtypeStruct((M,), jnp.float32), jax.ShapeDtypeStruct((M,), jnp.int32), routed, shared
+    program, found = compiled(functools.partial(experts, implementation="hopper"), *given)
+    few = M <= few_rows.MOST_ROWS
+    shared_bytes = [tiling.shared_bytes for tiling in few_rows.tilings(M, E, D, F)] if few else [many_rows.shared_bytes()] * 2
+    for name, (stores, loads, registers), nbytes in zip(("gate_up", "down"), found, shared_bytes, strict=True):
+        assert stores == loads == 0
+        # Of few rows two blocks of a warpgroup share a multiprocessor; of many rows, one block of three has it.
+        assert registers <= 168
+        with capfd.disabled():
+            print(f"| experts_{name} | {shape.label}, {dtype} | {registers} | {nbytes / 1024:.0f} | {stores} |")
+    # Rows and hidden values, each with its place among the sorted rows; or partial results. Never a matrix.
+    places = M + 8 * E + 128
+    assert program.memory_analysis().temp_size_in_bytes < (2**23 if few else 2 * places * (2 * D + F) + 4 * M * (D + F) * 2)

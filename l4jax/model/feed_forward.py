@@ -72,7 +72,7 @@ class MixtureOfExperts(nnx.Module):
         x_MD, valid_M = x_BTD.reshape(-1, x_BTD.shape[-1]), valid_BT.reshape(-1)
         if spread and self.expert_ranks.count > 1:
             with jax.named_scope("shared_expert"):
-                shared_MD = self.shared.partial(x_MD)
+                shared_MD = self.shared.partial(x_BTD).reshape(x_MD.shape)
             with jax.named_scope("routed_experts"):
                 out_MD, ranks = shared_MD + self._sent_to_experts(x_MD, valid_M), self.width_ranks
         else:

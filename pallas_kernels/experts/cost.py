@@ -15,7 +15,7 @@ def experts_cost(expert_M: np.ndarray, E: int, D: int, F: int, *, shared: bool) 
     For many rows the copies leave out the shared block, which XLA multiplies, and sorting.
     """
     M, size_E = len(expert_M), np.bincount(expert_M[(expert_M >= 0) & (expert_M < E)], minlength=E)
-    blocks, rows = np.count_nonzero(size_E) + shared, int(size_E.sum()) + shared * M
+    blocks, rows = int(np.count_nonzero(size_E)) + shared, int(size_E.sum()) + shared * M
     copied = _few(M, E, D, F, size_E, shared) if M <= few_rows.MOST_ROWS else _many(D, F, size_E)
     return Cost(6 * rows * D * F, 2 * (3 * blocks * D * F + 2 * M * D), copied)
 

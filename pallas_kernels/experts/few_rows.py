@@ -161,7 +161,7 @@ def _kernel(name: str, tiling: Tiling, S: int, E: int, M: int, sources: int, dty
             return sums[0][...], sums[1][...]
 
         @pl.when(expert >= 0)
-        def _chosen() -> None:
+        def _compute() -> None:
             for stage in range(stages):
                 fetch(stage, stage)
             gate, up = pl.run_scoped(multiply, *[plgpu.ACC((ROWS, OUTPUTS), jnp.float32)] * 2)
@@ -170,10 +170,10 @@ def _kernel(name: str, tiling: Tiling, S: int, E: int, M: int, sources: int, dty
                 out_s[...] = result.astype(out_type)
                 plgpu.commit_smem()
 
-                def store(row: int, source: int, i: int = i) -> None:
-                    plgpu.copy_smem_to_gmem(
-                        out_s.at[pl.ds(row, 1)], out_ref.at[split, source, pl.ds(row, 1), pl.ds(i * F + first, OUTPUTS)]
-                    )
+                columns = pl.ds(i * F + first, OUTPUTS)
+
+                def store(row: int, source: int, columns: Any = columns) -> None:
+                    plgpu.copy_smem_to_gmem(out_s.at[pl.ds(row, 1)], out_ref.at[split, source, pl.ds(row, 1), columns])
 
                 for row in range(M):
                     pl.when(expert == E)(functools.partial(store, row, sources - 1))

@@ -292,5 +292,7 @@ def test_a_long_prompt_passes_keys_or_queries_in_the_layers_without_rope_only(va
     attention = 2 * D * (attended + small.num_kv_heads * small.head_dim)
     feed_forward = D * (3 * small.moe.intermediate_size + small.moe.num_experts)
     head = 2 * small.vocab_size * D
-    # Routed experts are loops as long as the router says.
-    assert program.ledger.flops() - program.ledger.flops("flash_attention") == 2 * 2 * T * (attention + feed_forward) + head
+    # Each expert's rows begin at a multiple of 8, and the last one's block may be almost empty.
+    places = T + 7 * small.moe.num_experts + 128
+    routed = 2 * 6 * places * D * small.moe.intermediate_size
+    assert program.ledger.flops() - program.ledger.flops("flash_attention") == 2 * 2 * T * (attention + feed_forward) + head + routed

@@ -5,8 +5,8 @@ chunk: the key at position ``i`` is in slot ``i % attention_chunk_size``, and th
 from 0 up without a gap. All other layers keep everything: slot ``i`` is position ``i``. Page tables address both, one table
 for each kind of layer: slot ``s`` of row ``b`` is token ``s % page_size`` of page ``table[b, s // page_size]``.
 
-New keys are attended before they are written (see ``model.steps``). So a step's tokens may cross a chunk boundary
-although the cache holds only one chunk.
+The keys of several tokens are attended before they are written (see ``model.steps``). So a step's tokens may cross a chunk boundary
+although the cache holds only one chunk. A single token's key is written first: no key that it attends is in its slot.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int32
 
 from l4jax.config import ModelConfig
 from l4jax.parallel.arrays import host_array
+from pallas_kernels.heads import Pools, Targets, put
 from sharding.mesh import MeshSpec
 
 PAGE_SIZE = 128
@@ -32,11 +33,8 @@ CACHE_AXES = ("pages", "kv_heads", None, "head_dim")
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LayerCache:
+class LayerCache(Pools):
     """One layer's keys and values, [pages, KV heads, page size, head dim] each."""
-
-    k_PKph: Float[Array, "P K p h"]
-    v_PKph: Float[Array, "P K p h"]
 
     def zeroed(self, page_W: Int32[Array, "W"]) -> LayerCache:
         """The cache with zeros in these pages; a number past the last page changes nothing."""
@@ -164,12 +162,10 @@ def write(
     slot_BT: Int32[Array, "B T"],
 ) -> LayerCache:
     """Write new keys and values to their slots; a slot of -1 means that the token is not kept."""
+    return put(cache, k_BTKh, v_BTKh, targets(cache, pages_BW, slot_BT))
+
+
+def targets(cache: LayerCache, pages_BW: Int32[Array, "B W"], slot_BT: Int32[Array, "B T"]) -> Targets:
+    """The page and the place in it of each slot; a page past the last one for a slot of -1."""
     page_BT = jnp.take_along_axis(pages_BW, jnp.maximum(slot_BT, 0) // PAGE_SIZE, axis=1)
-    # A page number past the last page: the scatter drops the token.
-    page_BT = jnp.where(slot_BT >= 0, page_BT, cache.k_PKph.shape[0])
-    offset_BT = slot_BT % PAGE_SIZE
-
-    def put(pool_PKph: Array, new_BTKh: Array) -> Array:
-        return pool_PKph.at[page_BT, :, offset_BT, :].set(new_BTKh.astype(pool_PKph.dtype), mode="drop")
-
-    return LayerCache(put(cache.k_PKph, k_BTKh), put(cache.v_PKph, v_BTKh))
+    return Targets(jnp.where(slot_BT >= 0, page_BT, cache.k_PKph.shape[0]), slot_BT % PAGE_SIZE)

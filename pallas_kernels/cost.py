@@ -26,8 +26,8 @@ def kernel_flops(kernel: str, operands: Sequence[Sequence[int]]) -> int:
     As if every query saw all keys, and each row, or place for one, had an expert on this device.
     """
     match kernel, operands:
-        case "tree_attention", [(B, K, M, h), (_, _, p, _), _, (_, _, S, _), *_, (_, W)]:
-            return 4 * B * K * M * h * (W * p + S)
+        case "tree_attention", [(B, K, M, h), (_, _, p, _), _, _, _, (_, W), *tree]:
+            return 4 * B * K * M * h * (W * p + (tree[0][2] if tree else 0))
         case "flash_attention", [(B, T, K, G, h), (_, S, _, _), _, _, _, *cache]:
             cached = cache[0][2] * cache[2][1] if cache else 0
             return 4 * B * T * K * G * h * (S + cached)

@@ -9,7 +9,8 @@ import dataclasses
 class Attention:
     """B rows of T queries over S keys; K KV heads of G query heads each, head dimension h.
 
-    In flash attention the queries are the last T of the S tokens. In tree attention they are T nodes after S cached tokens.
+    In flash attention the queries are the last T of the S tokens. In tree attention they are T nodes after S cached tokens, or, if there is
+    one, the last of the S.
     """
 
     label: str

@@ -111,6 +111,8 @@ def _attention(op: str, shape: Attention) -> tuple[Any, ...]:
     pool = B * W, K, PAGE, h
     prefix = PagedKeys(_normal(rng, *pool), _normal(rng, *pool), pages_BW, interval) if cached else None
     q, k, v = _normal(rng, B, T, K, G, h), _normal(rng, B, T, K, h), _normal(rng, B, T, K, h)
+    if op == "tree_attention" and T == 1:
+        return q, None, prefix
     if op == "tree_attention":
         sees_BNS = (rng.random((B, T, T)) < 0.4) | np.eye(T, dtype=bool)[None]
         return q, TreeKeys(k, v, sees_BNS), prefix

@@ -52,28 +52,25 @@ def _tree(shape: Attention) -> Case:
 
     def arrays(key: Array) -> tuple[Array, ...]:
         pool, nodes = (B * W, shape.K, PAGE, shape.h), (B, N, shape.K, shape.h)
-        return normal(key, (B, N, shape.K, G, shape.h), nodes, nodes, pool, pool)
+        return normal(key, (B, N, shape.K, G, shape.h), pool, pool, *([] if N == 1 else [nodes, nodes]))
 
     def of(implementation: str | None) -> Callable[..., Array]:
-        def call(q_BNKGh: Array, k_BSKh: Array, v_BSKh: Array, k_PKph: Array, v_PKph: Array) -> Array:
+        def call(q_BNKGh: Array, k_PKph: Array, v_PKph: Array, *nodes: Array) -> Array:
             prefix = PagedKeys(k_PKph, v_PKph, pages_BW, Interval(start_BN, end_BN))
-            tree = TreeKeys(k_BSKh, v_BSKh, sees_BNS)
+            tree = TreeKeys(*nodes, sees_BNS) if nodes else None
             return tree_attention(q_BNKGh, tree, prefix, scale=shape.h**-0.5, implementation=implementation)[0]
 
         return call
 
-    def gathered(q_BNKGh: Array, k_BSKh: Array, v_BSKh: Array, k_PKph: Array, v_PKph: Array) -> Array:
-        def keys(pool_PKph: Array, own_BSKh: Array) -> Array:
-            cached_BSKh = jnp.swapaxes(pool_PKph[pages_BW], 2, 3).reshape(B, shape.S, shape.K, shape.h)
-            return jnp.concatenate([cached_BSKh, own_BSKh], axis=1)
-
+    def gathered(q_BNKGh: Array, k_PKph: Array, v_PKph: Array) -> Array:
         q_BTHh = q_BNKGh.reshape(B, N, -1, shape.h)
-        return jax.nn.dot_product_attention(q_BTHh, keys(k_PKph, k_BSKh), keys(v_PKph, v_BSKh), scale=shape.h**-0.5)
+        keys, values = (jnp.swapaxes(pool[pages_BW], 2, 3).reshape(B, shape.S, shape.K, shape.h) for pool in (k_PKph, v_PKph))
+        return jax.nn.dot_product_attention(q_BTHh, keys, values, scale=shape.h**-0.5)
 
     implementations = {"own": of(None), "own (implementation='xla')": of("xla")}
     if N == 1:
         implementations["XLA: pages gathered, then dot_product_attention"] = gathered
-    return arrays, implementations, shape.flops(N * shape.S + N * N)
+    return arrays, implementations, shape.flops(shape.S if N == 1 else N * shape.S + N * N)
 
 
 def _flash(shape: Attention) -> Case:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from l4jax.cache import LayerCache, TreeCache, is_local
 from l4jax.config import ModelConfig
-from l4jax.model.norm import rms_normalize
-from l4jax.model.rotary import rotate
 from l4jax.model.steps.inputs import StepInputs
 from l4jax.model.steps.packed import PackedCache
 from l4jax.model.weights import WeightSpec, declare
+from pallas_kernels.heads import Heads
 from pallas_kernels.matmul import matmul
 from sharding.mesh import MeshSpec
 
@@ -52,19 +50,15 @@ class Attention(nnx.Module):
         """
         B, T, width = x_BTi.shape
         K, groups, h, _ = self.qkv.shape
-        qkv = matmul(x_BTi, self.qkv[...].reshape(-1, width)).reshape(B, T, K, groups, h)
-        # Queries and keys are rotated and normalised together: both operations are per head.
-        qk_BTKgh, v_BTKh = qkv[:, :, :, :-1], qkv[:, :, :, -1]
-        if self.uses_rope:
-            qk_BTKgh = rotate(qk_BTKgh, step.angles)
-            if self.config.use_qk_norm:
-                qk_BTKgh = rms_normalize(qk_BTKgh, self.config.rms_norm_eps)
-        q_BTKGh, k_BTKh = qk_BTKgh[:, :, :, :-1], qk_BTKgh[:, :, :, -1]
-        if not self.uses_rope and self.config.attn_temperature_tuning:
-            q_BTKGh = (q_BTKGh.astype(jnp.float32) * step.temperature_BT[:, :, None, None, None]).astype(x_BTi.dtype)
-
+        qkv_BTKsh = matmul(x_BTi, self.qkv[...].reshape(-1, width)).reshape(B, T, K, groups, h)
+        heads = Heads(
+            qkv_BTKsh,
+            angles=step.angles if self.uses_rope else None,
+            scale_BT=step.temperature_BT if self.config.attn_temperature_tuning and not self.uses_rope else None,
+            norm_eps=self.config.rms_norm_eps if self.config.use_qk_norm and self.uses_rope else None,
+        )
         keys = step.local if self.is_local else step.full
-        attended_BTKGh, cache = keys.attend(q_BTKGh, k_BTKh, v_BTKh, cache, self.ranks, scale=self.scale)
+        attended_BTKGh, cache = keys.attend(heads, cache, self.ranks, scale=self.scale)
         attended_BTf = attended_BTKGh.reshape(B, T, -1)
         out_Df = self.out[...].reshape(self.out.shape[0], -1)
         return self.head_ranks.sum(matmul(attended_BTf, out_Df)), cache

@@ -1,4 +1,4 @@
-"""Rotary position embedding in interleaved pairs, with Llama 3's frequency scaling."""
+"""Angles of rotary position embedding, with Llama 3's frequency scaling."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float32, Int32
 
 from l4jax.config import ModelConfig, RopeScaling
 
@@ -48,15 +48,3 @@ def rotary_angles(config: ModelConfig, position_BT: Int32[Array, "B T"]) -> tupl
     frequencies = jnp.asarray(rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling))
     angles = position_BT.astype(jnp.float32)[:, :, None] * frequencies[None, None, :]
     return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(
-    x_BTKGh: Float[Array, "B T K G h"], angles: tuple[Float32[Array, "B T r"], Float32[Array, "B T r"]]
-) -> Float[Array, "B T K G h"]:
-    """Rotate the pairs (0, 1), (2, 3), ... of the last axis, in float32; the result has ``x``'s dtype."""
-    cos, sin = (a[:, :, None, None, :] for a in angles)
-    pairs = x_BTKGh.astype(jnp.float32).reshape(*x_BTKGh.shape[:-1], -1, 2)
-    even, odd = pairs[..., 0], pairs[..., 1]
-    cos, sin = jnp.broadcast_to(cos, even.shape), jnp.broadcast_to(sin, even.shape)
-    rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-    return rotated.reshape(x_BTKGh.shape).astype(x_BTKGh.dtype)

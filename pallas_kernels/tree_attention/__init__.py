@@ -16,7 +16,7 @@ IMPLEMENTATIONS = {"hopper": hopper.tree_attention, "xla": xla.tree_attention}
 
 def tree_attention(
     q_BNKGh: Float[Array, "B N K G h"],
-    tree: TreeKeys,
+    tree: TreeKeys | None,
     prefix: PagedKeys,
     *,
     scale: float,
@@ -25,8 +25,9 @@ def tree_attention(
 ) -> Partial:
     """Attention of each node over the cached keys in its interval and over the tree's keys that it sees (arXiv 2508.08192).
 
-    A token that is decoded is a tree of one node. Scores are multiplied by ``scale``. Returns the output, [B, N, K, G, h], and the
-    log-sum-exp of the scores, [B, N, K, G], in float32 (float64 for float64 inputs); zeros and -inf for a node that sees nothing.
+    ``tree`` is None for decoding: the one node's own key is cached already. Scores are multiplied by ``scale``. Returns the output,
+    [B, N, K, G, h], and the log-sum-exp of the scores, [B, N, K, G], in float32 (float64 for float64 inputs); zeros and -inf for a node
+    that sees nothing.
 
     ``apart``: a row's result is the same to the last bit whatever the other rows are. ``implementation``: as for
     :func:`pallas_kernels.implementations.first_supported`. Tokens that nobody sees must be finite in every page that a row's table names

@@ -26,6 +26,6 @@ def tree_attention_cost(K: int, G: int, h: int, S: int, start_BN: np.ndarray, en
     blocks_B = np.maximum(-(-last_B // KEYS) - first_B // KEYS, 0)
     cached = int(np.sum(blocks_B)) * KEYS * key_bytes * tiling.groups
     tree = B * tiling.tree_keys * key_bytes * tiling.groups
-    rows = B * K * tiling.splits * tiling.rows * (h * 2 + (h + 1) * 4)
-    numbers = B * K * tiling.splits * tiling.groups * tiling.warpgroups * ROWS * 4 * 4
+    rows = B * K * tiling.splits * (N * G * h * 2 + tiling.rows * (h + 1) * 4)
+    numbers = B * K * tiling.splits * tiling.groups * tiling.warpgroups * ROWS * 4 * (4 if S else 2)
     return Cost(4 * K * G * h * scores, needed + results, cached + tree + rows + numbers)

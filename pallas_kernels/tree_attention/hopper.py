@@ -70,7 +70,7 @@ class Tiling:
         warpgroups = 1 if rows <= ROWS else 2
         groups = -(-rows // (warpgroups * ROWS))
         splits = _splits(batch * heads * groups, max(1, slots // KEYS))
-        padded = next(keys for keys in (16, 32, MOST_NODES) if tree_keys <= keys)
+        padded = next(keys for keys in (0, 16, 32, MOST_NODES) if tree_keys <= keys)
         without = cls(-(-rows // 8) * 8, h, warpgroups, groups, splits, padded, 0)
         return dataclasses.replace(without, stages=min(_MOST_STAGES, (SHARED_BYTES - without.shared_bytes) // (2 * KEYS * 2 * h)))
 
@@ -95,7 +95,9 @@ def _splits(blocks: int, most: int) -> int:
     return best
 
 
-def tree_attention(q_BNKGh: Float[Array, "B N K G h"], tree: TreeKeys, prefix: PagedKeys, *, scale: float, apart: bool = False) -> Partial:
+def tree_attention(
+    q_BNKGh: Float[Array, "B N K G h"], tree: TreeKeys | None, prefix: PagedKeys, *, scale: float, apart: bool = False
+) -> Partial:
     """Each split attends some of the cached keys, and the first one the tree as well; XLA merges their results.
 
     In a thread block one warpgroup copies keys and values to shared memory, and one or two others compute. The query heads of all nodes
@@ -104,9 +106,9 @@ def tree_attention(q_BNKGh: Float[Array, "B N K G h"], tree: TreeKeys, prefix: P
     """
     del apart
     require_hopper()
-    require_supported(q_BNKGh, (tree.k_BSKh, tree.v_BSKh), KEYS, prefix)
+    require_supported(q_BNKGh, () if tree is None else (tree.k_BSKh, tree.v_BSKh), KEYS, prefix)
     B, N, K, G, h = q_BNKGh.shape
-    S, page_size = tree.k_BSKh.shape[1], prefix.k_PKph.shape[2]
+    S, page_size = 0 if tree is None else tree.k_BSKh.shape[1], prefix.k_PKph.shape[2]
     if S > MOST_NODES:
         raise NotImplementedError(f"takes up to {MOST_NODES} keys of a tree; this one has {S}")
     tiling = Tiling.of(B, K, N * G, S, prefix.pages_BW.shape[1] * page_size, h)
@@ -125,15 +127,15 @@ def tree_attention(q_BNKGh: Float[Array, "B N K G h"], tree: TreeKeys, prefix: P
     # The earliest start, the latest end, the latest start and the earliest end: no node sees keys outside the first two, and every node
     # sees those between the last two, which need no mask.
     bounds_B4 = jnp.stack([jnp.min(start_BN, axis=1), jnp.max(end_BN, axis=1), jnp.max(start_BN, axis=1), jnp.min(end_BN, axis=1)], axis=1)
-    out_BKzMh, lse_BKzM = _kernel(tiling, B, K, page_size, q_BNKGh.dtype, scale)(
-        jnp.pad(q_BKMh, ((0, 0), (0, 0), (0, tiling.rows - N * G), (0, 0))),
+    of_nodes = [start_BN, end_BN] if tree is None else [start_BN, end_BN, *_words(tree.sees_BNS)]
+    out_BKzMh, lse_BKzM = _kernel(tiling, B, K, N * G, page_size, q_BNKGh.dtype, scale)(
+        q_BKMh,
         prefix.k_PKph,
         prefix.v_PKph,
-        nodes(tree.k_BSKh),
-        nodes(tree.v_BSKh),
-        jnp.stack([of_heads(values_BN) for values_BN in (start_BN, end_BN, *_words(tree.sees_BNS))], axis=1),
+        jnp.stack([of_heads(values_BN) for values_BN in of_nodes], axis=1),
         bounds_B4,
         prefix.pages_BW,
+        *([] if tree is None else [nodes(tree.k_BSKh), nodes(tree.v_BSKh)]),
     )
     out_BKMh, lse_BKM = merge_attention([(out_BKzMh[:, :, z, : N * G], lse_BKzM[:, :, z, : N * G]) for z in range(tiling.splits)])
     return jnp.swapaxes(out_BKMh.reshape(B, K, N, G, h), 1, 2), jnp.swapaxes(lse_BKM.reshape(B, K, N, G), 1, 2)
@@ -149,19 +151,22 @@ def _words(sees_BNS: Array) -> tuple[Array, Array]:
     return words_BN2[..., 0], words_BN2[..., 1]
 
 
-def _kernel(tiling: Tiling, B: int, K: int, page_size: int, dtype: Any, scale: float) -> Callable[..., tuple[Array, Array]]:
-    """The kernel at these sizes: (queries, pools, the tree's keys and values, each query row's start, end and mask, bounds, page tables) to
-    (output, log-sum-exp) of each split.
+def _kernel(tiling: Tiling, B: int, K: int, M: int, page_size: int, dtype: Any, scale: float) -> Callable[..., tuple[Array, Array]]:
+    """The kernel for M query rows a KV head: (queries, pools, each row's start, end and mask, bounds, page tables, the tree's keys and
+    values) to (output, log-sum-exp) of each split. Without a tree there are no masks either.
     """
     h, warpgroups, splits, tree_keys, stages = tiling.h, tiling.warpgroups, tiling.splits, tiling.tree_keys, tiling.stages
-    whole_warpgroups, last_rows = divmod(tiling.rows, ROWS)
+    whole_warpgroups, last_rows = divmod(M, ROWS)
     key_blocks_a_page = page_size // KEYS
 
-    def body(
-        q_ref: Any, k_ref: Any, v_ref: Any, k_tree_ref: Any, v_tree_ref: Any, rows_ref: Any, bounds_ref: Any, pages_ref: Any,
-        out_ref: Any, lse_ref: Any, q_s: Any, rows_s: Any, k_s: Any, v_s: Any, k_tree_s: Any, v_tree_s: Any, out_s: Any, lse_s: Any,
-        q_loaded: Any, rows_loaded: Any, k_loaded: Any, v_loaded: Any, tree_loaded: Any, k_consumed: Any, v_consumed: Any,
-    ) -> None:  # fmt: skip
+    def body(q_ref: Any, k_ref: Any, v_ref: Any, rows_ref: Any, bounds_ref: Any, pages_ref: Any, *given: Any) -> None:
+        refs = iter(given)
+        if tree_keys:
+            k_tree_ref, v_tree_ref = next(refs), next(refs)
+        out_ref, lse_ref, q_s, rows_s, k_s, v_s, out_s, lse_s = (next(refs) for _ in range(8))
+        q_loaded, rows_loaded, k_loaded, v_loaded, k_consumed, v_consumed = (next(refs) for _ in range(6))
+        if tree_keys:
+            k_tree_s, v_tree_s, tree_loaded = refs
         b, head, group, split = (jax.lax.axis_index(name) for name in ("row", "head", "group", "split"))
         warpgroup = jax.lax.axis_index("warpgroup")
         first_start, last_end, last_start, first_end = (bounds_ref[b, i] for i in range(4))
@@ -177,8 +182,9 @@ def _kernel(tiling: Tiling, B: int, K: int, page_size: int, dtype: Any, scale: f
 
             @pl.when(split == 0)
             def _tree() -> None:
-                plgpu.copy_gmem_to_smem(k_tree_ref.at[b, head], k_tree_s, tree_loaded)
-                plgpu.copy_gmem_to_smem(v_tree_ref.at[b, head], v_tree_s, tree_loaded)
+                if tree_keys:
+                    plgpu.copy_gmem_to_smem(k_tree_ref.at[b, head], k_tree_s, tree_loaded)
+                    plgpu.copy_gmem_to_smem(v_tree_ref.at[b, head], v_tree_s, tree_loaded)
 
             def fetch(step: Array, stage: Array) -> None:
                 block = begin + step
@@ -193,9 +199,9 @@ def _kernel(tiling: Tiling, B: int, K: int, page_size: int, dtype: Any, scale: f
             plgpu.set_max_registers(_REGISTERS[warpgroups], action="increase")
             number = group * warpgroups + warpgroup
 
-            def for_valid_rows(copy: Callable[[Any, Any], None]) -> None:
+            def for_valid_rows(copy: Callable[[Any, Any], None], last_rows: int = last_rows) -> None:
                 """Call ``copy(rows in memory, rows in shared memory)`` for this warpgroup's rows, if there are any. Other rows are computed
-                too, from whatever is in shared memory, but not stored.
+                too, from whatever is in shared memory, but nobody reads what is stored of them.
                 """
                 for rows, condition in ((ROWS, number < whole_warpgroups), (last_rows, number == whole_warpgroups)):
                     if rows and (rows < ROWS or whole_warpgroups):
@@ -208,6 +214,7 @@ def _kernel(tiling: Tiling, B: int, K: int, page_size: int, dtype: Any, scale: f
             plgpu.copy_gmem_to_smem(rows_ref.at[b, :, pl.ds(number * ROWS, ROWS)], rows_s.at[warpgroup], rows_loaded.at[warpgroup])
             for_valid_rows(load_queries)
             plgpu.barrier_wait(rows_loaded.at[warpgroup])
+            q = plgpu.load(q_s.at[warpgroup], layout=plgpu.Layout.WGMMA)
 
             def of_rows(index: int, columns: int) -> Array:
                 return over(plgpu.load(rows_s.at[warpgroup, index], layout=plgpu.Layout.WGMMA.reduce(1)), columns)
@@ -215,7 +222,7 @@ def _kernel(tiling: Tiling, B: int, K: int, page_size: int, dtype: Any, scale: f
             def step(index: Array, before: Softmax) -> Softmax:
                 stage, first_key = jax.lax.rem(index, stages), (begin + index) * KEYS
                 plgpu.barrier_wait(k_loaded.at[stage])
-                score = product(q_s.at[warpgroup], k_s.at[stage].T, KEYS) * (scale * LOG2_E)
+                score = product(q, k_s.at[stage].T, KEYS) * (scale * LOG2_E)
                 plgpu.barrier_arrive(k_consumed.at[stage])
 
                 def masked(score: Array) -> Array:
@@ -231,7 +238,7 @@ def _kernel(tiling: Tiling, B: int, K: int, page_size: int, dtype: Any, scale: f
 
             def tree(before: Softmax) -> Softmax:
                 plgpu.barrier_wait(tree_loaded)
-                score = product(q_s.at[warpgroup], k_tree_s.T, tree_keys) * (scale * LOG2_E)
+                score = product(q, k_tree_s.T, tree_keys) * (scale * LOG2_E)
                 key = plgpu.broadcasted_iota(jnp.int32, (ROWS, tree_keys), 1, layout=plgpu.Layout.WGMMA)
                 word = of_rows(2, tree_keys)
                 if tree_keys > 32:
@@ -241,7 +248,9 @@ def _kernel(tiling: Tiling, B: int, K: int, page_size: int, dtype: Any, scale: f
                 return add_product(out, weight, v_tree_s), highest, total
 
             attended = jax.lax.fori_loop(0, steps, step, no_keys(h))
-            out_s[warpgroup], lse_s[warpgroup] = finish(jax.lax.cond(split == 0, tree, lambda attended: attended, attended))
+            if tree_keys:
+                attended = jax.lax.cond(split == 0, tree, lambda attended: attended, attended)
+            out_s[warpgroup], lse_s[warpgroup] = finish(attended)
             plgpu.commit_smem()
 
             def store(of_head: Any, own: Any) -> None:
@@ -249,32 +258,39 @@ def _kernel(tiling: Tiling, B: int, K: int, page_size: int, dtype: Any, scale: f
                 plgpu.copy_smem_to_gmem(lse_s.at[warpgroup, own], lse_ref.at[b, head, split, of_head])
                 plgpu.wait_smem_to_gmem(0)
 
-            for_valid_rows(store)
+            for_valid_rows(store, -(-last_rows // 8) * 8)  # a copy of the output takes whole tiles
 
-    M = tiling.rows
+    results = B, K, splits, tiling.rows
+    tree_types = (
+        [
+            plgpu.SMEM((tree_keys, h), dtype, transforms=tiles(64)),
+            plgpu.SMEM((tree_keys, h), dtype, transforms=tiles(tree_keys)),  # a product sums over a multiple of a tile's columns
+            plgpu.Barrier(num_arrivals=2),
+        ]
+        if tree_keys
+        else []
+    )
     return plgpu.kernel(
         body,
-        out_type=(jax.ShapeDtypeStruct((B, K, splits, M, h), jnp.float32), jax.ShapeDtypeStruct((B, K, splits, M), jnp.float32)),
+        out_type=(jax.ShapeDtypeStruct((*results, h), jnp.float32), jax.ShapeDtypeStruct(results, jnp.float32)),
         grid=(B, K, tiling.groups, splits),
         grid_names=("row", "head", "group", "split"),
         num_threads=warpgroups + 1,
         thread_name="warpgroup",
         scratch_types=[
-            plgpu.SMEM((warpgroups, ROWS, h), dtype, transforms=tiles(64)),
-            plgpu.SMEM((warpgroups, 4, ROWS), jnp.int32),
+            plgpu.SMEM((warpgroups, ROWS, h), dtype),
+            plgpu.SMEM((warpgroups, 4 if tree_keys else 2, ROWS), jnp.int32),
             plgpu.SMEM((stages, KEYS, h), dtype, transforms=tiles(64)),
             plgpu.SMEM((stages, KEYS, h), dtype, transforms=tiles(64)),
-            plgpu.SMEM((tree_keys, h), dtype, transforms=tiles(64)),
-            plgpu.SMEM((tree_keys, h), dtype, transforms=tiles(tree_keys)),  # a product sums over a multiple of a tile's columns
             plgpu.SMEM((warpgroups, ROWS, h), jnp.float32, transforms=tiles(32, 4)),
             plgpu.SMEM((warpgroups, ROWS), jnp.float32),
             plgpu.Barrier(num_barriers=warpgroups),
             plgpu.Barrier(num_barriers=warpgroups),
             plgpu.Barrier(num_barriers=stages),
             plgpu.Barrier(num_barriers=stages),
-            plgpu.Barrier(num_arrivals=2),
             plgpu.Barrier(num_barriers=stages, num_arrivals=warpgroups),
             plgpu.Barrier(num_barriers=stages, num_arrivals=warpgroups),
+            *tree_types,
         ],
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="tree_attention",

@@ -13,13 +13,14 @@ import pytest
 from l4jax.config import MoEConfig
 from l4jax.model.feed_forward import MixtureOfExperts
 from l4jax.model.llama import Llama
-from l4jax.model.norm import rms_normalize
-from l4jax.model.rotary import rotary_angles, rotate
+from l4jax.model.rotary import rotary_angles
 from l4jax.model.weights import BoundModel, weight_specs
 from pallas_kernels.experts.grouped import grouped_matmul
 from pallas_kernels.flash_attention import attend_pages
 from pallas_kernels.flash_attention.xla import attend
+from pallas_kernels.heads.xla import rotate
 from pallas_kernels.keys import Interval, PagedKeys
+from pallas_kernels.norm import rms_normalize
 from sharding.mesh import ONE_DEVICE
 from tests.tiny import scout_like, weights
 

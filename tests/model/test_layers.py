@@ -9,11 +9,12 @@ from l4jax.cache import CacheShape
 from l4jax.config import MoEConfig, RopeScaling
 from l4jax.model.attention import Attention
 from l4jax.model.feed_forward import MixtureOfExperts
-from l4jax.model.norm import rms_normalize
-from l4jax.model.rotary import rotary_angles, rotary_frequencies, rotate
+from l4jax.model.rotary import rotary_angles, rotary_frequencies
 from l4jax.model.steps.inputs import attention_temperature
 from l4jax.model.steps.replicated import replicated_step
 from l4jax.model.weights import BoundModel, random_weights
+from pallas_kernels.heads.xla import rotate
+from pallas_kernels.norm import rms_normalize
 from sharding.mesh import ONE_DEVICE
 from tests.tiny import empty_cache, scout_like
 

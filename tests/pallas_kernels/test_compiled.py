@@ -57,7 +57,7 @@ def test_tree_attention(shape, dtype, compiled, capfd):
     array = jax.ShapeDtypeStruct
     pool, nodes, bounds = array((B * W, K, PAGE, h), dtype), array((B, N, K, h), dtype), array((B, N), jnp.int32)
     prefix = PagedKeys(pool, pool, array((B, W), jnp.int32), Interval(bounds, bounds))
-    tree = TreeKeys(nodes, nodes, array((B, N, N), jnp.bool_))
+    tree = None if N == 1 else TreeKeys(nodes, nodes, array((B, N, N), jnp.bool_))
 
     def attend(*arguments):
         return tree_attention(*arguments, scale=0.1, implementation="hopper")[0]
@@ -65,12 +65,13 @@ def test_tree_attention(shape, dtype, compiled, capfd):
     program, kernels = compiled(attend, array((B, N, K, G, h), dtype), tree, prefix)
     # A block has a warpgroup that copies, and one or two that compute: 255 or 168 registers a thread would be the most.
     assert kernels == [(0, 0, 232 if N * G <= 64 else 168)]
-    tiling = Tiling.of(B, K, N * G, N, shape.S, h)
+    tiling = Tiling.of(B, K, N * G, N if tree else 0, shape.S, h)
     spilled, _, registers = kernels[0]
     with capfd.disabled():
         print(f"| tree_attention | {shape.label}, {dtype} | {registers} | {tiling.shared_bytes / 1024:.0f} | {spilled} |")
     partial_results = B * K * tiling.splits * tiling.rows * (h + 1) * 4
-    queries, numbers, padded_nodes = B * K * tiling.rows * h * 2, B * tiling.groups * 128 * 4 * 4, 2 * B * K * tiling.tree_keys * h * 2
+    queries = 0 if N == 1 else B * K * N * G * h * 2  # transposed
+    numbers, padded_nodes = B * tiling.groups * 128 * 4 * 4, 2 * B * K * tiling.tree_keys * h * 2
     assert program.memory_analysis().temp_size_in_bytes < partial_results + 2 * (queries + numbers + padded_nodes) + 2**16
 
 

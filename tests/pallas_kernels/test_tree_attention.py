@@ -58,7 +58,7 @@ class Case:
             end_BN = end_BN - 7 * np.arange(N, dtype=np.int32)
             start_BN[:, N // 2] = end_BN[:, N // 2] + 5
         sees = rng.random((B, N, S)) < 0.4
-        sees[:, 1:, 0] = True
+        sees[:, 1:, :1] = True
         sees[:, 0] = False
         k_pool, v_pool = (rng.normal(size=(B * W + 2, K, p, h)) for _ in range(2))
         unseen = np.ones(B * W + 2, bool)
@@ -69,17 +69,22 @@ class Case:
             for a in (rng.normal(size=(B, N, K, G, h)), rng.normal(size=(B, S, K, h)), rng.normal(size=(B, S, K, h)), k_pool, v_pool)
         )
         interval = Interval(jnp.asarray(start_BN), jnp.asarray(end_BN))
-        return q, TreeKeys(k, v, jnp.asarray(sees)), PagedKeys(k_pool, v_pool, jnp.asarray(pages, jnp.int32), interval)
+        tree = TreeKeys(k, v, jnp.asarray(sees)) if S else None
+        return q, tree, PagedKeys(k_pool, v_pool, jnp.asarray(pages, jnp.int32), interval)
 
     @property
     def cost(self):
         _, tree, prefix = self.arguments
         bounds = np.asarray(prefix.interval.start_BT), np.asarray(prefix.interval.end_BT)
-        return tree_attention_cost(self.K, self.G, self.h, self.S, *bounds, int(tree.sees_BNS.sum()), self.W * self.p)
+        seen = int(tree.sees_BNS.sum()) if tree else 0
+        return tree_attention_cost(self.K, self.G, self.h, self.S, *bounds, seen, self.W * self.p)
 
 
 CASES = [
     Case(),
+    # Without a tree.
+    Case(S=0, G=5, h=128),
+    Case(S=0, B=1, N=14, G=5, W=2),
     # One split: more blocks of keys than are copied at a time, from within one to within another; one warpgroup, and two.
     Case(G=2, W=5, multiprocessors=1),
     Case(B=1, N=33, S=33, G=2, W=3, windows=True, multiprocessors=1),

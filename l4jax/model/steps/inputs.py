@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from l4jax.config import ModelConfig
 from l4jax.model.rotary import rotary_angles
+from pallas_kernels.heads import Heads
 from sharding.ranks import Ranks
 
 
@@ -21,15 +22,13 @@ class Keys(abc.ABC):
     @abc.abstractmethod
     def attend(
         self,
-        q_BTKGh: Float[Array, "B T K G h"],
-        k_BTKh: Float[Array, "B T K h"],
-        v_BTKh: Float[Array, "B T K h"],
+        heads: Heads,
         cache: Any,
         ranks: Ranks,
         *,
         scale: float,
     ) -> tuple[Float[Array, "B T K G h"], Any]:
-        """Attention of the new tokens, in the queries' dtype, and the cache, of the kind given, with their keys and values in it.
+        """Attention of the new tokens, in the heads' dtype, and the cache, of the kind given, with their keys and values in it.
 
         ``ranks``: the token ranks. Scores are multiplied by ``scale``.
         """

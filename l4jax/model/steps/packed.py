@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int32, Shaped
 from l4jax.config import ModelConfig
 from l4jax.model.steps.inputs import Keys, StepInputs
 from pallas_kernels.flash_attention.blocks import inside
+from pallas_kernels.heads import Heads, split_heads
 from pallas_kernels.keys import Interval
 from sharding.ranks import Ranks
 
@@ -43,9 +44,7 @@ class PackedKeys(Keys):
 
     def attend(
         self,
-        q_BTKGh: Float[Array, "B T K G h"],
-        k_BTKh: Float[Array, "B T K h"],
-        v_BTKh: Float[Array, "B T K h"],
+        heads: Heads,
         cache: PackedCache,
         ranks: Ranks,
         *,
@@ -53,6 +52,7 @@ class PackedKeys(Keys):
     ) -> tuple[Float[Array, "B T K G h"], PackedCache]:
         """On one token rank."""
         assert ranks.count == 1
+        q_BTKGh, k_BTKh, v_BTKh = split_heads(heads, implementation="xla")  # the others have no gradient
         cache = cache.extended(k_BTKh, v_BTKh)
         return _attend(q_BTKGh, cache, self.first_pass, scale).astype(q_BTKGh.dtype), cache
 

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from l4jax.cache import LayerCache, PageTables, rank_of, slot_of, slots_before, write
+from l4jax.cache import LayerCache, PageTables, rank_of, slot_of, slots_before, targets, write
 from l4jax.config import ModelConfig
 from l4jax.model.steps.inputs import Keys, StepInputs
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.flash_attention.blocks import inside
+from pallas_kernels.heads import Heads, split_heads, write_heads
 from pallas_kernels.keys import Interval, NewKeys, PagedKeys, TreeKeys
 from pallas_kernels.merge import Partial, merge_attention
 from pallas_kernels.tree_attention import tree_attention
@@ -46,15 +47,16 @@ class ReplicatedKeys(Keys):
 
     def attend(
         self,
-        q_BTKGh: Float[Array, "B T K G h"],
-        k_BTKh: Float[Array, "B T K h"],
-        v_BTKh: Float[Array, "B T K h"],
+        heads: Heads,
         cache: LayerCache,
         ranks: Ranks,
         *,
         scale: float,
     ) -> tuple[Float[Array, "B T K G h"], LayerCache]:
         """Every rank has all new tokens and its own part of the cached keys."""
+        if heads.qkv_BTKsh.shape[1] == 1:
+            return self._attend_one(heads, cache, ranks, scale)
+        q_BTKGh, k_BTKh, v_BTKh = split_heads(heads)
         prefix = PagedKeys(cache.k_PKph, cache.v_PKph, self.pages_BW, self.intervals.cached)
         # Every rank has the new tokens' keys. Only rank 0 attends to them, so that they enter the merged result once.
         start_BT, end_BT = self.intervals.new.start_BT, jnp.where(ranks.index() == 0, self.intervals.new.end_BT, 0)
@@ -68,6 +70,15 @@ class ReplicatedKeys(Keys):
         attended_BTKGh = merge_over(ranks, partial).astype(q_BTKGh.dtype)
         attended_BTKGh, k_BTKh, v_BTKh = before_write(attended_BTKGh, k_BTKh, v_BTKh)
         return attended_BTKGh, write(cache, k_BTKh, v_BTKh, self.pages_BW, self.intervals.slot_BT)
+
+    def _attend_one(self, heads: Heads, cache: LayerCache, ranks: Ranks, scale: float) -> tuple[Array, LayerCache]:
+        """Attention of one new token in each row. Its key is written first, after the cached ones that it sees, and attended with them."""
+        cached, slot_BT = self.intervals.cached, self.intervals.slot_BT
+        q_BTKGh, cache = write_heads(heads, cache, targets(cache, self.pages_BW, slot_BT))
+        seen = Interval(cached.start_BT, jnp.where(slot_BT >= 0, slot_BT + 1, cached.end_BT))
+        prefix = PagedKeys(cache.k_PKph, cache.v_PKph, self.pages_BW, seen)
+        partial = tree_attention(q_BTKGh, None, prefix, scale=scale, apart=self.apart)
+        return merge_over(ranks, partial).astype(q_BTKGh.dtype), cache
 
 
 def full_intervals(

@@ -12,6 +12,7 @@ from l4jax.cache import PAGE_SIZE, LayerCache, PageTables, rank_of, read, slot_o
 from l4jax.config import ModelConfig
 from l4jax.model.steps.inputs import Keys, StepInputs
 from l4jax.model.steps.replicated import before_write
+from pallas_kernels.heads import Heads, split_heads
 from sharding.layout import EMPTY
 from sharding.ranks import Ranks
 from sharding.ring import attend_positions, pass_kv, pass_q
@@ -65,15 +66,14 @@ class RingKeys(Keys):
 
     def attend(
         self,
-        q_BTKGh: Float[Array, "B T K G h"],
-        k_BTKh: Float[Array, "B T K h"],
-        v_BTKh: Float[Array, "B T K h"],
+        heads: Heads,
         cache: LayerCache,
         ranks: Ranks,
         *,
         scale: float,
     ) -> tuple[Float[Array, "B T K G h"], LayerCache]:
         """Each rank has some of the new tokens and its own part of the cached keys."""
+        q_BTKGh, k_BTKh, v_BTKh = split_heads(heads)
         attended_BTKGh = self._ring(q_BTKGh, k_BTKh, v_BTKh, cache, ranks, scale).astype(q_BTKGh.dtype)
         attended_BTKGh, k_BTKh, v_BTKh = before_write(attended_BTKGh, k_BTKh, v_BTKh)
         if self.send_RBC is not None:

@@ -12,6 +12,7 @@ from l4jax.cache import PageTables, TreeCache, slots_before
 from l4jax.config import ModelConfig
 from l4jax.model.steps.inputs import Keys, StepInputs
 from l4jax.model.steps.replicated import full_intervals, local_intervals, merge_over
+from pallas_kernels.heads import Heads, split_heads
 from pallas_kernels.keys import Interval, PagedKeys, TreeKeys
 from pallas_kernels.tree_attention import tree_attention
 from sharding.ranks import ONE, Ranks
@@ -33,15 +34,14 @@ class NodeKeys(Keys):
 
     def attend(
         self,
-        q_BNKGh: Float[Array, "B N K G h"],
-        k_BNKh: Float[Array, "B N K h"],
-        v_BNKh: Float[Array, "B N K h"],
+        heads: Heads,
         cache: TreeCache,
         ranks: Ranks,
         *,
         scale: float,
     ) -> tuple[Float[Array, "B N K G h"], TreeCache]:
         """Every rank has all nodes' keys, and its own part of the cached keys."""
+        q_BNKGh, k_BNKh, v_BNKh = split_heads(heads)
         cache = cache.extended(k_BNKh, v_BNKh)
         prefix = PagedKeys(cache.layer.k_PKph, cache.layer.v_PKph, self.pages_BW, self.cached)
         tree = TreeKeys(cache.k_BSKh, cache.v_BSKh, self.sees_BNS)

@@ -107,11 +107,13 @@ class Eagle1(Drafter):
         x_BTD = matmul(joined_BTi, self.fuse[...])
         if self.config.fuse_bias:
             x_BTD = x_BTD + jnp.broadcast_to(self.fuse_bias[...], x_BTD.shape)
-        written = []
+        update_BTD, written = None, []
         for layer, layer_cache in zip(self.layers, cache, strict=True):
-            x_BTD, layer_cache = layer(x_BTD, step, layer_cache)
+            x_BTD, update_BTD, layer_cache = layer(x_BTD, update_BTD, step, layer_cache)
             written.append(layer_cache)
-        return self.norm(x_BTD) if self.config.final_normed else x_BTD, tuple(written)
+        if self.config.final_normed:
+            return self.norm.add(x_BTD, update_BTD)[1], tuple(written)
+        return x_BTD if update_BTD is None else x_BTD + update_BTD, tuple(written)
 
     def logits(self, target: Llama, hidden_BTD: Float[Array, "*B D"]) -> Float32[Array, "*B V"]:
         """Logits of the target's own output head."""
@@ -141,8 +143,8 @@ class Eagle3Layer(nnx.Module):
         normed_BTD = self.hidden_norm(hidden_BTD)
         joined_BTi = jnp.concatenate([self.embedding_norm(embedding_BTD), normed_BTD], axis=-1)
         attended_BTD, cache = self.attention(joined_BTi, step, cache)
-        x_BTD = (normed_BTD if self.norm_before_residual else hidden_BTD) + attended_BTD
-        return x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD)), cache
+        x_BTD, normed_BTD = self.feed_forward_norm.add(normed_BTD if self.norm_before_residual else hidden_BTD, attended_BTD)
+        return x_BTD + self.feed_forward(normed_BTD), cache
 
 
 class Eagle3(Drafter):

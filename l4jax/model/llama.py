@@ -29,6 +29,8 @@ from sharding.ranks import Ranks, local_index
 class DecoderLayer(nnx.Module):
     """Pre-norm residual block: attention, then a dense or mixture-of-experts feed-forward.
 
+    The last summand of the residual stream is passed on apart, as its update: the next norm adds it, in one kernel.
+
     ``attention_normed`` is False for the first layer of most EAGLE-1 drafters, which has no norm before its attention.
     """
 
@@ -43,24 +45,33 @@ class DecoderLayer(nnx.Module):
             self.feed_forward = SwiGLU(config.hidden_size, config.intermediate_size, mesh)
 
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], step: StepInputs, cache: LayerCache | TreeCache | PackedCache
-    ) -> tuple[Float[Array, "B T D"], Any]:
-        """The layer's output, residuals included, and its cache, of the kind given, with the new tokens in it."""
+        self,
+        x_BTD: Float[Array, "B T D"],
+        update_BTD: Float[Array, "B T D"] | None,
+        step: StepInputs,
+        cache: LayerCache | TreeCache | PackedCache,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"], Any]:
+        """The residual stream, its update by this layer's feed-forward, and the cache, of the kind given, with the new tokens in it.
+
+        The layer's input is ``x + update``; None: no update.
+        """
         with jax.named_scope("attention"):
-            normed_BTD = x_BTD if self.attention_norm is None else self.attention_norm(x_BTD)
-            attended_BTD, cache = self.attention(normed_BTD, step, cache)
-        x_BTD = x_BTD + attended_BTD
-        with jax.named_scope("feed_forward"):
-            normed_BTD = self.feed_forward_norm(x_BTD)
-            if isinstance(self.feed_forward, MixtureOfExperts):
-                x_BTD = x_BTD + self.feed_forward(normed_BTD, step.valid_BT, spread=step.spread)
+            if self.attention_norm is not None:
+                x_BTD, normed_BTD = self.attention_norm.add(x_BTD, update_BTD)
             else:
-                x_BTD = x_BTD + self.feed_forward(normed_BTD)
+                x_BTD = normed_BTD = x_BTD if update_BTD is None else x_BTD + update_BTD
+            attended_BTD, cache = self.attention(normed_BTD, step, cache)
+        with jax.named_scope("feed_forward"):
+            x_BTD, normed_BTD = self.feed_forward_norm.add(x_BTD, attended_BTD)
+            if isinstance(self.feed_forward, MixtureOfExperts):
+                update_BTD = self.feed_forward(normed_BTD, step.valid_BT, spread=step.spread)
+            else:
+                update_BTD = self.feed_forward(normed_BTD)
         if step.spread:
             # Send new keys to the ranks that cache them while the feed-forward computes. Without the barrier XLA would send every
             # layer's keys at the last layer.
-            x_BTD, cache = jax.lax.optimization_barrier((x_BTD, cache))
-        return x_BTD, cache
+            x_BTD, update_BTD, cache = jax.lax.optimization_barrier((x_BTD, update_BTD, cache))
+        return x_BTD, update_BTD, cache
 
 
 class Llama(nnx.Module):
@@ -149,15 +160,17 @@ class Llama(nnx.Module):
     def _layers(
         self, token_BT: Array, step: StepInputs, cache: Sequence[LayerCache | TreeCache | PackedCache]
     ) -> tuple[Array, Array, tuple[Any, ...]]:
-        x_BTD = self.embedding(token_BT)
-        inputs, written = [x_BTD], []
+        x_BTD, update_BTD = self.embedding(token_BT), None
+        inputs: list[tuple[Array, Array | None]] = [(x_BTD, update_BTD)]
+        written = []
         for index, (layer, layer_cache) in enumerate(zip(self.layers, cache, strict=True)):
             with jax.named_scope(f"layer_{index}"):
-                x_BTD, layer_cache = layer(x_BTD, step, layer_cache)
+                x_BTD, update_BTD, layer_cache = layer(x_BTD, update_BTD, step, layer_cache)
                 written.append(layer_cache)
-                inputs.append(x_BTD)
-        final_BTD = self.norm(x_BTD)
-        feature_BTf = jnp.concatenate([inputs[tap] for tap in self.taps], axis=-1) if self.taps else final_BTD
+                inputs.append((x_BTD, update_BTD))
+        _, final_BTD = self.norm.add(x_BTD, update_BTD)
+        tapped = [x_BTD if update_BTD is None else x_BTD + update_BTD for x_BTD, update_BTD in (inputs[tap] for tap in self.taps)]
+        feature_BTf = jnp.concatenate(tapped, axis=-1) if self.taps else final_BTD
         return final_BTD, feature_BTf, tuple(written)
 
     def embedding(self, token_BT: Int32[Array, "B T"]) -> Float[Array, "B T D"]:

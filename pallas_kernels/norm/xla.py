@@ -15,3 +15,11 @@ def rms_normalize(x: Float[Array, "*B"], eps: float) -> Float[Array, "*B"]:
     x32 = x.astype(jnp.float32)
     mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
     return (x32 * jax.lax.rsqrt(mean_square + eps)).astype(x.dtype)
+
+
+def add_norm(
+    x_BD: Float[Array, "*B D"], update_BD: Float[Array, "*B D"], scale_D: Float[Array, "D"], eps: float
+) -> tuple[Float[Array, "*B D"], Float[Array, "*B D"]]:
+    """The sum, then its norm."""
+    sum_BD = x_BD + update_BD
+    return sum_BD, rms_normalize(sum_BD, eps) * jnp.broadcast_to(scale_D, x_BD.shape)

@@ -104,6 +104,26 @@ class Merge:
         return 2 * self.parts * self.B * self.T * self.H * self.h
 
 
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """Heads of one new token in each of B rows, rotated and written to a cache; K KV heads of G query heads each, head dimension h."""
+
+    label: str
+    B: int
+    K: int = 8
+    G: int = 4
+    h: int = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Normed:
+    """M rows of width D, to which others are added before they are normalised."""
+
+    label: str
+    M: int
+    D: int
+
+
 NODES = 26
 """Nodes of the tree ``eagle26``, the root included."""
 # Llama 3.1 8B on one GPU; 70B, 405B and Llama 4 Scout and Maverick on ``tensor`` axes of 8 or 16; SmolLM2-135M.
@@ -146,6 +166,12 @@ REAL = {
         Mixture("Scout on tensor=8, 8192 rows", 8192, 16, 5120, 1024),
         Mixture("Maverick on tensor=16, 8192 rows", 8192, 128, 5120, 512),
     ],
+    "write_heads": [
+        Written("8B decode, 1 row", 1),
+        Written("8B decode, 32 rows", 32),
+        Written("Scout decode on tensor=8, 32 rows", 32, K=1, G=5),
+    ],
+    "add_norm": [Normed("8B decode, 1 row", 1, 4096), Normed("405B decode, 32 rows", 32, 16384)],
     "merge": [
         Merge("8B decode, cached and new, 32 rows", 32, 1, 32, 2),
         Merge("70B decode on sequence=8, 8 rows", 8, 1, 64, 8),

@@ -480,6 +480,8 @@ def test_items_come_in_order_of_worth_and_groups_can_be_named():
         "kernels/tree_attention",
         "kernels/flash_attention",
         "kernels/experts",
+        "kernels/write_heads",
+        "kernels/add_norm",
         "decode/1",
         "decode/8",
         "decode/32",

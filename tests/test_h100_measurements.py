@@ -22,13 +22,15 @@ from benchmarks.h100.errors import DeviceBroken
 from benchmarks.h100.generation import BURST, decode_bytes, prefill_flops, round_bytes
 from benchmarks.h100.launches import Launches
 from benchmarks.h100.ops import CASES, in_turn
-from benchmarks.h100.plan import OPS
+from benchmarks.h100.plan import KERNELS, OPS
 from benchmarks.h100.results import Results
 from benchmarks.h100.shapes import SHAPES
 from benchmarks.h100.sizes import REAL, TOY
 from l4jax.decoding.plan import Speculation
 from l4jax.planning.compile import AbstractModel
 from l4jax.planning.target import h100_devices
+from pallas_kernels.heads import Targets
+from pallas_kernels.keys import PagedKeys
 from pallas_kernels.shapes import Attention, Linear, Merge, Mixture
 from sharding.mesh import MeshSpec
 
@@ -101,10 +103,12 @@ def test_our_ops_are_timed_as_they_are_compiled_for_the_device(results, tmp_path
 
 def test_every_op_is_timed():
     rooms = [importlib.import_module(f"pallas_kernels.{room.name}") for room in pkgutil.iter_modules(pallas_kernels.__path__) if room.ispkg]
-    public = {name for room in rooms for name in room.__all__ if name not in ("Partial", "Experts")}
-    # Two are parts of tree_attention and flash_attention, and timed within them; one is two products of matmul.
-    timed = {name.replace("merge_attention", "merge") for name in public - {"attend_masked", "attend_pages", "swiglu_block"}}
-    assert timed == set(OPS) == set(CASES) == set(SHAPES["real"])
+    public = {name for room in rooms for name in room.__all__ if name[0].islower()}
+    parts = {"attend_masked", "attend_pages", "put", "rms_normalize", "split_heads", "swiglu_block"}  # of other ops, and timed within them
+    timed = {name.replace("merge_attention", "merge") for name in public - parts}
+    small = {"write_heads", "add_norm"}  # each takes no longer than starting a kernel
+    assert timed - small == set(OPS) == set(CASES)
+    assert timed == set(SHAPES["real"]) and small < set(KERNELS) < timed
 
 
 def test_the_arrays_of_every_shape_exceed_the_l2_cache():
@@ -354,13 +358,23 @@ def test_a_kernel_that_computes_something_else_fails_its_item(op, monkeypatch, t
     real = kernels.OPS[op]
 
     def wrong_in_one_place(shape, implementation, first, own, third, *others):
-        if implementation is None and op == "experts":
-            third = third.at[-1].set((third[-1] + 1) % shape.E)  # the last row's expert
-        elif implementation is None and third is not None:  # no query sees its last cached key
-            third = dataclasses.replace(third, interval=dataclasses.replace(third.interval, end_BT=third.interval.end_BT - 1))
+        if implementation is None:
+            match third:
+                case PagedKeys():  # no query sees its last cached key
+                    third = dataclasses.replace(third, interval=dataclasses.replace(third.interval, end_BT=third.interval.end_BT - 1))
+                case Targets():  # keys and values are written one place too far
+                    third = dataclasses.replace(third, offset_BT=third.offset_BT + 1)
+                case jax.Array():  # the last row's expert, or the last scale
+                    third = third.at[-1].set((third[-1] + 1) % 4)
         return real(shape, implementation, first, own, third, *others)
 
     monkeypatch.setitem(kernels.OPS, op, wrong_in_one_place)
-    wrong = {"tree_attention": "toy decode, toy tree", "flash_attention": "toy piece", "experts": "toy experts"}[op]
+    wrong = {
+        "tree_attention": "toy decode, toy tree",
+        "flash_attention": "toy piece",
+        "experts": "toy experts",
+        "write_heads": "toy heads",
+        "add_norm": "toy norm",
+    }[op]
     with pytest.raises(RuntimeError, match=rf"^{op} is wrong at: {wrong}$"):
         kernels.measure(bench, recorded.__setitem__, op=op)

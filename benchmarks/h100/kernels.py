@@ -18,8 +18,10 @@ from benchmarks.h100.ops import PAGE, on_device
 from benchmarks.h100.shapes import SHAPES
 from pallas_kernels.experts import Experts, experts
 from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels.heads import Heads, Pools, Targets, write_heads
 from pallas_kernels.keys import Interval, NewKeys, PagedKeys, TreeKeys
-from pallas_kernels.shapes import Attention, Mixture
+from pallas_kernels.norm import add_norm
+from pallas_kernels.shapes import Attention, Mixture, Normed, Written
 from pallas_kernels.tree_attention import tree_attention
 
 OUTPUT_TOLERANCE, LSE_TOLERANCE = 2e-2, 1e-3
@@ -75,12 +77,46 @@ def _experts(shape: Mixture, implementation: str | None, *arguments: Any) -> tup
     return (experts(*arguments, implementation=implementation),)
 
 
-OPS: dict[str, Callable[..., tuple[Array, ...]]] = {"tree_attention": _tree, "flash_attention": _flash, "experts": _experts}
+def _write_heads(shape: Written, implementation: str | None, *arguments: Any) -> tuple[Array, ...]:
+    q_BTKGh, pools = write_heads(*arguments, implementation=implementation)
+    return (jnp.concatenate([array.reshape(-1) for array in (q_BTKGh, pools.k_PKph, pools.v_PKph)]),)
+
+
+def _add_norm(shape: Normed, implementation: str | None, *arguments: Any) -> tuple[Array, ...]:
+    return (jnp.concatenate(add_norm(*arguments, eps=1e-5, implementation=implementation)),)
+
+
+OPS: dict[str, Callable[..., tuple[Array, ...]]] = {
+    "tree_attention": _tree,
+    "flash_attention": _flash,
+    "experts": _experts,
+    "write_heads": _write_heads,
+    "add_norm": _add_norm,
+}
 
 
 def problem(op: str, shape: Any) -> tuple[Any, ...]:
     """Random arguments."""
-    return _mixture(shape) if op == "experts" else _attention(op, shape)
+    match shape:
+        case Mixture():
+            return _mixture(shape)
+        case Written():
+            return _written(shape)
+        case Normed(M=M, D=D):
+            rng = np.random.default_rng(0)
+            return _normal(rng, M, D), _normal(rng, M, D), _normal(rng, D)
+    return _attention(op, shape)
+
+
+def _written(shape: Written) -> tuple[Any, ...]:
+    """Heads that are rotated, normalised and scaled; one row's key and value go nowhere."""
+    rng = np.random.default_rng(0)
+    B, K, h = shape.B, shape.K, shape.h
+    angle_BTr = rng.uniform(-9, 9, (B, 1, h // 2)).astype(np.float32)
+    heads = Heads(_normal(rng, B, 1, K, shape.G + 2, h), (np.cos(angle_BTr), np.sin(angle_BTr)), rng.random((B, 1), np.float32), 1e-5)
+    page_BT = rng.permutation(B).astype(np.int32)[:, None]
+    page_BT[B // 2] = B if B > 1 else 0
+    return heads, Pools(_normal(rng, B, K, PAGE, h), _normal(rng, B, K, PAGE, h)), Targets(page_BT, page_BT * 7 % PAGE)
 
 
 def _normal(rng: np.random.Generator, *sizes: int) -> Array:

@@ -164,7 +164,7 @@ def test_output_that_is_prefilled_again_leaves_what_decoding_it_left(make, versi
     decoded, produced = on.resident, [own[:steps] for own in on.tokens]
     decoded = jax.tree.map(np.asarray, decoded)
     accepted = on.finish("chain:3")
-    assert on.tokens == expected(make, version) and accepted.sum() > 3
+    assert on.tokens == expected(make, version) and accepted.sum() >= 3
     again = on.start()
     again.prefill([text + own for text, own in zip(texts(on), produced, strict=True)])
     for found, wanted in zip(jax.tree.leaves(again.slots), jax.tree.leaves(decoded.slots), strict=True):

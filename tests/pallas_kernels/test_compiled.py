@@ -17,7 +17,9 @@ from l4jax.planning.target import h100_devices
 from pallas_kernels.experts import Experts, experts, few_rows, many_rows
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.flash_attention.hopper import shared_bytes
+from pallas_kernels.heads import Heads, Pools, Targets, write_heads
 from pallas_kernels.keys import Interval, NewKeys, PagedKeys, TreeKeys
+from pallas_kernels.norm import add_norm
 from pallas_kernels.shapes import REAL
 from pallas_kernels.tree_attention import tree_attention
 from pallas_kernels.tree_attention.hopper import Tiling
@@ -36,10 +38,10 @@ def compiled(monkeypatch, capfd):
     mesh = ONE_DEVICE.build(h100_devices(1))
     everywhere = NamedSharding(mesh, PartitionSpec())
 
-    def of(function, *arguments):
+    def of(function, *arguments, donated=()):
         given = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), arguments)
         whole = jax.shard_map(function, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
-        program = jax.jit(whole).lower(*given).compile()
+        program = jax.jit(whole, donate_argnums=donated).lower(*given).compile()
         found = re.findall(
             r"(\d+) bytes spill stores, (\d+) bytes spill loads\s+ptxas info\s+: Used (\d+) registers", capfd.readouterr().out
         )
@@ -118,3 +120,31 @@ def test_experts(shape, dtype, compiled, capfd):
     # Rows and hidden values, each with its place among the sorted rows; or partial results. Never a matrix.
     places = M + 8 * E + 128
     assert program.memory_analysis().temp_size_in_bytes < (2**23 if few else 2 * places * (2 * D + F) + 4 * M * (D + F) * 2)
+
+
+@pytest.mark.parametrize("shape", REAL["write_heads"], ids=str)
+def test_write_heads(shape, compiled, capfd):
+    B, K, h = shape.B, shape.K, shape.h
+    array, number = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16), jax.ShapeDtypeStruct((B, 1), jnp.int32)
+    angle = jax.ShapeDtypeStruct((B, 1, h // 2), jnp.float32)
+    heads = Heads(array((B, 1, K, shape.G + 2, h)), (angle, angle), jax.ShapeDtypeStruct((B, 1), jnp.float32), 1e-5)
+    pools = Pools(array((64, K, PAGE, h)), array((64, K, PAGE, h)))
+    write = functools.partial(write_heads, implementation="hopper")
+    program, kernels = compiled(write, heads, pools, Targets(number, number), donated=1)
+    ((stores, loads, registers),) = kernels
+    assert stores == loads == 0 and registers <= 255
+    # In place: the pools are neither copied nor returned apart.
+    assert program.memory_analysis().alias_size_in_bytes == 2 * 64 * K * PAGE * h * 2
+    assert program.memory_analysis().temp_size_in_bytes < 2 * B * h * 4 + 2**14
+    with capfd.disabled():
+        print(f"| heads | {shape.label}, bfloat16 | {registers} | {(64 * h * 2 + h * h * 2 + 8 * h) / 1024:.0f} | {stores} |")
+
+
+@pytest.mark.parametrize("shape", REAL["add_norm"], ids=str)
+def test_add_norm(shape, compiled, capfd):
+    row, scale = jax.ShapeDtypeStruct((shape.M, shape.D), jnp.bfloat16), jax.ShapeDtypeStruct((shape.D,), jnp.bfloat16)
+    _, kernels = compiled(functools.partial(add_norm, eps=1e-5, implementation="hopper"), row, row, scale)
+    ((stores, loads, registers),) = kernels
+    assert stores == loads == 0 and registers <= 64
+    with capfd.disabled():
+        print(f"| add_norm | {shape.label}, bfloat16 | {registers} | 0 | {stores} |")

@@ -6,7 +6,8 @@ from 0 up without a gap. All other layers keep everything: slot ``i`` is positio
 for each kind of layer: slot ``s`` of row ``b`` is token ``s % page_size`` of page ``table[b, s // page_size]``.
 
 The keys of several tokens are attended before they are written (see ``model.steps``). So a step's tokens may cross a chunk boundary
-although the cache holds only one chunk. A single token's key is written first: no key that it attends is in its slot.
+although the cache holds only one chunk. If each row has one new token (decoding), its key is written first and attended in its page: it
+overwrites no key that the token sees.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ CACHE_AXES = ("pages", "kv_heads", None, "head_dim")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerCache(Pools):
-    """One layer's keys and values, [pages, KV heads, page size, head dim] each."""
+    """One layer's pools, [pages, KV heads, page size, head dim] each; pages can be zeroed."""
 
     def zeroed(self, page_W: Int32[Array, "W"]) -> LayerCache:
         """The cache with zeros in these pages; a number past the last page changes nothing."""

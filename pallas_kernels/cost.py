@@ -23,7 +23,7 @@ class Cost:
 def kernel_flops(kernel: str, operands: Sequence[Sequence[int]]) -> int:
     """FLOPs of a kernel for Hopper GPUs whose operands have these shapes; 0 for a kernel of another name.
 
-    As if every query saw all keys, and each row, or place for one, had an expert on this device.
+    As if every query saw all keys; every row of experts, padding included, counts as computed.
     """
     match kernel, operands:
         case "tree_attention", [(B, K, M, h), (_, _, p, _), _, _, _, (_, W), *tree]:

@@ -18,7 +18,7 @@ plgpu: Any = mosaic_gpu  # its types are incomplete
 ROWS = 64
 """Rows of a warpgroup: the least that its matrix product takes."""
 SMS = 132
-"""Streaming multiprocessors of an H100 (SXM). Each runs one thread block at a time, because of its registers and shared memory."""
+"""Streaming multiprocessors of an H100 (SXM)."""
 SHARED_BYTES = 227 * 1024 - 4096
 """Shared memory of a thread block, less what barriers, alignment and the compiler take."""
 LOG2_E = 1.4426950408889634
@@ -106,9 +106,9 @@ def swiglu(gate: Array, up: Array) -> Array:
 
 
 def copy_in_turn(steps: Array, stages: int, consumed: Sequence[Any], fetch: Callable[[Array, Array], None]) -> None:
-    """The warpgroup that copies: call ``fetch(step, stage)`` for each step, once the stage's former keys and values are consumed.
+    """The warpgroup that copies: call ``fetch(step, stage)`` for each step, once what the stage held before is consumed.
 
-    ``consumed``: for keys and for values, a barrier for each stage, at which the warpgroups that compute arrive.
+    ``consumed``: sets of barriers, one barrier a stage in each, at which the warpgroups that compute arrive.
     """
 
     def wait(stage: Array) -> None:

@@ -33,7 +33,7 @@ class Attention:
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """M rows of width D, sorted by expert, through E experts of width F, without a shared one."""
+    """M rows of width D through E experts of width F. Bytes and FLOPs are those without a shared expert."""
 
     label: str
     M: int
@@ -105,7 +105,7 @@ class Merge:
 
 
 @dataclasses.dataclass(frozen=True)
-class Written:
+class NewHeads:
     """Heads of one new token in each of B rows, rotated and written to a cache; K KV heads of G query heads each, head dimension h."""
 
     label: str
@@ -116,8 +116,8 @@ class Written:
 
 
 @dataclasses.dataclass(frozen=True)
-class Normed:
-    """M rows of width D, to which others are added before they are normalised."""
+class Residual:
+    """M rows of width D, and as many updates, which are added before the norm."""
 
     label: str
     M: int
@@ -167,11 +167,15 @@ REAL = {
         Mixture("Maverick on tensor=16, 8192 rows", 8192, 128, 5120, 512),
     ],
     "write_heads": [
-        Written("8B decode, 1 row", 1),
-        Written("8B decode, 32 rows", 32),
-        Written("Scout decode on tensor=8, 32 rows", 32, K=1, G=5),
+        NewHeads("8B decode, 1 row", 1),
+        NewHeads("8B decode, 32 rows", 32),
+        NewHeads("Scout decode on tensor=8, 32 rows", 32, K=1, G=5),
     ],
-    "add_norm": [Normed("8B decode, 1 row", 1, 4096), Normed("405B decode, 32 rows", 32, 16384)],
+    "add_norm": [
+        Residual("8B decode, 1 row", 1, 4096),
+        Residual("Scout decode, 8 rows", 8, 5120),
+        Residual("405B decode, 32 rows", 32, 16384),
+    ],
     "merge": [
         Merge("8B decode, cached and new, 32 rows", 32, 1, 32, 2),
         Merge("70B decode on sequence=8, 8 rows", 8, 1, 64, 8),

@@ -21,7 +21,7 @@ from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.heads import Heads, Pools, Targets, write_heads
 from pallas_kernels.keys import Interval, NewKeys, PagedKeys, TreeKeys
 from pallas_kernels.norm import add_norm
-from pallas_kernels.shapes import Attention, Mixture, Normed, Written
+from pallas_kernels.shapes import Attention, Mixture, NewHeads, Residual
 from pallas_kernels.tree_attention import tree_attention
 
 OUTPUT_TOLERANCE, LSE_TOLERANCE = 2e-2, 1e-3
@@ -77,12 +77,12 @@ def _experts(shape: Mixture, implementation: str | None, *arguments: Any) -> tup
     return (experts(*arguments, implementation=implementation),)
 
 
-def _write_heads(shape: Written, implementation: str | None, *arguments: Any) -> tuple[Array, ...]:
+def _write_heads(shape: NewHeads, implementation: str | None, *arguments: Any) -> tuple[Array, ...]:
     q_BTKGh, pools = write_heads(*arguments, implementation=implementation)
     return (jnp.concatenate([array.reshape(-1) for array in (q_BTKGh, pools.k_PKph, pools.v_PKph)]),)
 
 
-def _add_norm(shape: Normed, implementation: str | None, *arguments: Any) -> tuple[Array, ...]:
+def _add_norm(shape: Residual, implementation: str | None, *arguments: Any) -> tuple[Array, ...]:
     return (jnp.concatenate(add_norm(*arguments, eps=1e-5, implementation=implementation)),)
 
 
@@ -100,16 +100,16 @@ def problem(op: str, shape: Any) -> tuple[Any, ...]:
     match shape:
         case Mixture():
             return _mixture(shape)
-        case Written():
+        case NewHeads():
             return _written(shape)
-        case Normed(M=M, D=D):
+        case Residual(M=M, D=D):
             rng = np.random.default_rng(0)
             return _normal(rng, M, D), _normal(rng, M, D), _normal(rng, D)
     return _attention(op, shape)
 
 
-def _written(shape: Written) -> tuple[Any, ...]:
-    """Heads that are rotated, normalised and scaled; one row's key and value go nowhere."""
+def _written(shape: NewHeads) -> tuple[Any, ...]:
+    """Heads that are rotated, normalised and scaled. With two rows or more, one row's key and value are dropped."""
     rng = np.random.default_rng(0)
     B, K, h = shape.B, shape.K, shape.h
     angle_BTr = rng.uniform(-9, 9, (B, 1, h // 2)).astype(np.float32)

@@ -76,7 +76,8 @@ def convert(
     with unfinished(result, "conversion") as partial, kept_interrupts() as check_interrupts:
         nbytes = {name: _nbytes(source, recipe, dtype) for name, recipe in source.recipes.items()}
         groups = group_weights(nbytes)
-        made = _resume(partial, _identity(source, dtype), groups, note)
+        shapes = {name: spec.shape for name, spec in weight_specs(module_of(source.config)).items()}
+        made = _resume(partial, _identity(source, dtype), groups, shapes, note)
         text_files = source.write_other_files(partial)
         if not without_tokenizer:
             text_files += source.write_tokenizer(partial)
@@ -132,18 +133,25 @@ class _Made:
     weights: Mapping[str, StoredWeight]
 
 
-def _resume(partial: Path, identity: Mapping[str, Any], groups: Mapping[str, Collection[str]], note: Callable[[str], None]) -> _Made:
+def _resume(
+    partial: Path,
+    identity: Mapping[str, Any],
+    groups: Mapping[str, Collection[str]],
+    shapes: Mapping[str, tuple[int, ...]],
+    note: Callable[[str], None],
+) -> _Made:
     """Return what an earlier conversion of the same source to the same dtype has done; remove everything else from the folder.
 
-    ``note`` is told what has become of an earlier conversion's weights; ``groups``: the names of the weights in each group.
+    ``note`` is told what has become of an earlier conversion's weights; ``groups``: the names of the weights in each group;
+    ``shapes``: those of the model's weights.
     """
     file, directory = partial / _PROGRESS, partial / WEIGHTS
     made, is_damaged = _read_made(file), False
     if made is None:
         made, is_damaged = _Made(identity, {}), file.exists()
     differing = [name for name in identity if made.source.get(name) != identity[name]]
-    # A group that was not what had been written is removed, and other versions of l4jax may group weights otherwise.
-    found = groups_of({} if differing else made.weights)
+    # A group that was not what had been written is removed, and other versions of l4jax may group or lay out weights otherwise.
+    found = groups_of({} if differing else {n: w for n, w in made.weights.items() if shapes.get(n, tuple(w.shape)) == tuple(w.shape)})
     whole = {group for group, names in groups.items() if set(names) == set(found.get(group, ())) and (directory / group).is_dir()}
     made = _Made(identity, {name: weight for name, weight in made.weights.items() if weight.group in whole})
     if directory.exists():

@@ -368,5 +368,6 @@ def _check_weights(stored: Stored, module: nnx.Module) -> None:
         dtypes = TABLE_DTYPES if spec.init == "numbers" else tuple(DTYPES)
         if weight is None or weight.shape != spec.shape or weight.dtype not in dtypes:
             raise CheckpointError(
-                f"{stored.directory / MANIFEST} has no entry that fits weight {name}; it is damaged, make the checkpoint again"
+                f"{stored.directory / MANIFEST} has no entry that fits weight {name}; "
+                "it is damaged, or another version of l4jax made it: make it again"
             )

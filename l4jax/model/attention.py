@@ -50,9 +50,9 @@ class Attention(nnx.Module):
         """
         B, T, width = x_BTi.shape
         K, groups, h, _ = self.qkv.shape
-        qkv_BTKsh = matmul(x_BTi, self.qkv[...].reshape(-1, width)).reshape(B, T, K, groups, h)
+        qkv_BTKgh = matmul(x_BTi, self.qkv[...].reshape(-1, width)).reshape(B, T, K, groups, h)
         heads = Heads(
-            qkv_BTKsh,
+            qkv_BTKgh,
             angles=step.angles if self.uses_rope else None,
             scale_BT=step.temperature_BT if self.config.attn_temperature_tuning and not self.uses_rope else None,
             norm_eps=self.config.rms_norm_eps if self.config.use_qk_norm and self.uses_rope else None,

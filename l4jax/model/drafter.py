@@ -112,7 +112,7 @@ class Eagle1(Drafter):
             x_BTD, update_BTD, layer_cache = layer(x_BTD, update_BTD, step, layer_cache)
             written.append(layer_cache)
         if self.config.final_normed:
-            return self.norm.add(x_BTD, update_BTD)[1], tuple(written)
+            return self.norm.add_norm(x_BTD, update_BTD)[1], tuple(written)
         return x_BTD if update_BTD is None else x_BTD + update_BTD, tuple(written)
 
     def logits(self, target: Llama, hidden_BTD: Float[Array, "*B D"]) -> Float32[Array, "*B V"]:
@@ -143,7 +143,7 @@ class Eagle3Layer(nnx.Module):
         normed_BTD = self.hidden_norm(hidden_BTD)
         joined_BTi = jnp.concatenate([self.embedding_norm(embedding_BTD), normed_BTD], axis=-1)
         attended_BTD, cache = self.attention(joined_BTi, step, cache)
-        x_BTD, normed_BTD = self.feed_forward_norm.add(normed_BTD if self.norm_before_residual else hidden_BTD, attended_BTD)
+        x_BTD, normed_BTD = self.feed_forward_norm.add_norm(normed_BTD if self.norm_before_residual else hidden_BTD, attended_BTD)
         return x_BTD + self.feed_forward(normed_BTD), cache
 
 

@@ -36,7 +36,7 @@ class SwiGLU(nnx.Module):
         return swiglu_block(x_BTD, self.gate_up[...], self.down[...])
 
     def as_experts(self) -> Experts:
-        """The block as the only one of its kind."""
+        """The same weights, as one expert."""
         return Experts(self.gate_up[...][None], self.down[...][None])
 
 
@@ -88,12 +88,12 @@ class MixtureOfExperts(nnx.Module):
         """Outputs of this rank's experts for the tokens routed to them; on the first rank along ``expert`` also the shared expert's."""
         expert_M, score_M = self._route(x_MD)
         rank = self.expert_ranks.index()
-        own_M = jnp.where(valid_M, expert_M - rank * self.experts_down.shape[0], -1)
+        local_expert_M = jnp.where(valid_M, expert_M - rank * self.experts_down.shape[0], -1)
         # Every rank has every token, but the shared expert must count once.
         shared_here = rank == 0 if self.expert_ranks.count > 1 else None
-        return experts(x_MD, score_M, own_M, self._own(), self.shared.as_experts(), shared_here)
+        return experts(x_MD, score_M, local_expert_M, self._routed(), self.shared.as_experts(), shared_here)
 
-    def _own(self) -> Experts:
+    def _routed(self) -> Experts:
         return Experts(self.experts_gate_up[...], self.experts_down[...])
 
     def _sent_to_experts(self, x_MD: Float[Array, "M D"], valid_M: Bool[Array, "M"]) -> Float[Array, "M D"]:
@@ -109,6 +109,6 @@ class MixtureOfExperts(nnx.Module):
         arriving_Re = size_RRe[:, self.expert_ranks.index()]
         run_A = jnp.searchsorted(jnp.cumsum(arriving_Re.reshape(-1)), jnp.arange(arrived_AD.shape[0], dtype=jnp.int32), side="right")
         expert_A = jnp.where(run_A < R * own, run_A % own, own).astype(jnp.int32)
-        out_MD = exchange.send_back(experts(arrived_AD, None, expert_A, self._own()))
+        out_MD = exchange.send_back(experts(arrived_AD, None, expert_A, self._routed()))
         out_MD = jnp.where(valid_M[order_M][:, None], out_MD, jnp.zeros((), out_MD.dtype))
         return jnp.zeros_like(out_MD).at[order_M].set(out_MD, unique_indices=True)

@@ -29,7 +29,8 @@ from sharding.ranks import Ranks, local_index
 class DecoderLayer(nnx.Module):
     """Pre-norm residual block: attention, then a dense or mixture-of-experts feed-forward.
 
-    The last summand of the residual stream is passed on apart, as its update: the next norm adds it, in one kernel.
+    A layer returns the residual stream and its feed-forward's output separately. The next norm adds them, so that the sum and the norm can
+    be one kernel.
 
     ``attention_normed`` is False for the first layer of most EAGLE-1 drafters, which has no norm before its attention.
     """
@@ -57,12 +58,12 @@ class DecoderLayer(nnx.Module):
         """
         with jax.named_scope("attention"):
             if self.attention_norm is not None:
-                x_BTD, normed_BTD = self.attention_norm.add(x_BTD, update_BTD)
+                x_BTD, normed_BTD = self.attention_norm.add_norm(x_BTD, update_BTD)
             else:
                 x_BTD = normed_BTD = x_BTD if update_BTD is None else x_BTD + update_BTD
             attended_BTD, cache = self.attention(normed_BTD, step, cache)
         with jax.named_scope("feed_forward"):
-            x_BTD, normed_BTD = self.feed_forward_norm.add(x_BTD, attended_BTD)
+            x_BTD, normed_BTD = self.feed_forward_norm.add_norm(x_BTD, attended_BTD)
             if isinstance(self.feed_forward, MixtureOfExperts):
                 update_BTD = self.feed_forward(normed_BTD, step.valid_BT, spread=step.spread)
             else:
@@ -168,7 +169,7 @@ class Llama(nnx.Module):
                 x_BTD, update_BTD, layer_cache = layer(x_BTD, update_BTD, step, layer_cache)
                 written.append(layer_cache)
                 inputs.append((x_BTD, update_BTD))
-        _, final_BTD = self.norm.add(x_BTD, update_BTD)
+        _, final_BTD = self.norm.add_norm(x_BTD, update_BTD)
         tapped = [x_BTD if update_BTD is None else x_BTD + update_BTD for x_BTD, update_BTD in (inputs[tap] for tap in self.taps)]
         feature_BTf = jnp.concatenate(tapped, axis=-1) if self.taps else final_BTD
         return final_BTD, feature_BTf, tuple(written)

@@ -22,7 +22,7 @@ class RMSNorm(nnx.Module):
         scale_D = self.scale[...]
         return rms_normalize(x_BTD, self.eps) * jnp.broadcast_to(scale_D, x_BTD.shape)
 
-    def add(
+    def add_norm(
         self, x_BTD: Float[Array, "*B D"], update_BTD: Float[Array, "*B D"] | None
     ) -> tuple[Float[Array, "*B D"], Float[Array, "*B D"]]:
         """``x + update`` (None: no update), and its norm."""

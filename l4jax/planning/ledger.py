@@ -130,6 +130,26 @@ class Ledger:
         return self._computation_flops(self._entry, scope)
 
     @functools.cached_property
+    def launches(self) -> list[tuple[str, str, str]]:
+        """Opcode, scope and name of each kernel, copy and collective, in the order in which the device gets them, one computation after the
+        other: the program's body, and those of loops and branches.
+        """
+        opcodes = (*_KERNELS, "fusion-start", "async-start", *(f"{kind}-start" for kind in _COLLECTIVES.split("|")))
+        within = {
+            instruction.called
+            for computation in self._computations.values()
+            for instruction in computation.values()
+            if instruction.opcode != "while"
+        }
+        return [
+            (instruction.opcode, instruction.scope, name)
+            for computation, instructions in self._computations.items()
+            if computation not in within
+            for name, instruction in instructions.items()
+            if instruction.opcode in opcodes
+        ]
+
+    @functools.cached_property
     def collectives(self) -> list[Collective]:
         """Every collective, those in loop bodies once; XLA may have combined several into one of many results."""
         return [

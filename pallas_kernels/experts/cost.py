@@ -10,7 +10,7 @@ from pallas_kernels.mosaic import ROWS
 
 
 def experts_cost(expert_M: np.ndarray, E: int, D: int, F: int, *, shared: bool) -> Cost:
-    """The cost of a call on rows that chose these of E experts, in bfloat16 or float16; copies are those of the Hopper kernels.
+    """The cost of a call, in bfloat16 or float16; ``expert_M``: each row's expert. Copies are those of the Hopper kernels.
 
     For many rows the copies leave out the shared block, which XLA multiplies, and sorting.
     """

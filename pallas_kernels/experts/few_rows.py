@@ -19,23 +19,24 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 from pallas_kernels.experts.weights import Experts, scaled
 from pallas_kernels.mosaic import ROWS, SMS, plgpu, swiglu, tiles
 
-MOST_ROWS = 64
-"""With more rows, products of a row with experts that it did not choose would take longer than reading the experts."""
+MOST_ROWS = ROWS
+"""Rows of one matrix product of a warpgroup: multiplying by as many takes no longer than by one."""
 OUTPUTS = INPUTS = 64
 _BLOCKS_AN_SM = 2
 """Thread blocks that share a multiprocessor: while one stores its results or starts, the other reads."""
 _STAGES = 3
-"""Blocks of inputs in shared memory at a time. Two thread blocks with as many fit."""
+"""Steps of inputs in shared memory at a time. Two thread blocks with as many fit."""
 _LEAST_STEPS = 4
-"""Blocks of inputs in the smallest share. Smaller ones would write more partial results than they save time."""
+"""Steps of the smallest part of the inputs. With smaller parts, writing partial results costs more time than splitting saves."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """How ``products`` of all chosen experts are divided into thread blocks.
+    """How the products of a kernel are divided into thread blocks.
 
-    Each computes ``OUTPUTS`` outputs of both of an expert's matrices, for all rows, of which ``rows`` are copied (those of the batch, and
-    padding), over one of ``splits`` shares of the inputs. It reads up to ``stages`` blocks of ``INPUTS`` inputs ahead.
+    Each multiplies 64 rows, of which the first ``rows`` are copied (the batch, rounded up to 8), by ``OUTPUTS`` rows of each of an expert's
+    two matrices [``outputs``, ``inputs``], over one of ``splits`` equal parts of the inputs. ``stages``: steps of ``INPUTS`` inputs that
+    are in shared memory at a time.
     """
 
     rows: int
@@ -45,13 +46,8 @@ class Tiling:
     stages: int
 
     @classmethod
-    def of(cls, M: int, E: int, outputs: int, inputs: int, itemsize: int = 2) -> Tiling:
-        """For M rows and E experts, of two matrices [outputs, inputs] each. It depends on shapes only, and fills an H100.
-
-        Raises NotImplementedError if the sizes of the matrices cannot be divided so.
-        """
-        if outputs % OUTPUTS or inputs % INPUTS:
-            raise NotImplementedError(f"takes matrices whose sizes are multiples of 64; these are [{outputs}, {inputs}]")
+    def of(cls, M: int, E: int, outputs: int, inputs: int) -> Tiling:
+        """For M rows and E experts: as many parts of the inputs as an H100 needs to be busy. Only sizes of arrays decide."""
         # The chosen experts, if rows choose at random, and the shared one.
         chosen = 1 + E * (1 - (1 - 1 / E) ** M)
         steps, blocks = inputs // INPUTS, chosen * outputs / OUTPUTS
@@ -66,7 +62,12 @@ class Tiling:
 
 
 def tilings(M: int, E: int, D: int, F: int) -> tuple[Tiling, Tiling]:
-    """Of the products with gate and up, and with down, whose outputs are taken in two halves."""
+    """The tiling of gate and up, and that of down, whose outputs are halved to make two matrices.
+
+    Raises NotImplementedError for sizes that cannot be divided so.
+    """
+    if D % (2 * OUTPUTS) or F % OUTPUTS:
+        raise NotImplementedError(f"takes D a multiple of {2 * OUTPUTS} and F of {OUTPUTS}; they are {D} and {F}")
     return Tiling.of(M, E, F, D), Tiling.of(M, E, D // 2, F)
 
 
@@ -81,26 +82,29 @@ def experts(
     """Gate and up, then down. Raises NotImplementedError for sizes of matrices that the kernels do not take."""
     (M, D), (E, _, F, _) = x_MD.shape, routed.gate_up_E2FD.shape
     up, down = tilings(M, E, D, F)
-    here_M = (expert_M >= 0) & (expert_M < E)
-    slot_S, sources = _chosen(jnp.where(here_M, expert_M, E), E), [scaled(x_MD, score_M)]
+    here_M = expert_M < E
+    chosen, sources = _chosen(expert_M, E), [scaled(x_MD, score_M)]
     if shared is not None:
-        first = jnp.int32(E) if shared_here is None else jnp.where(shared_here, E, -1)
-        slot_S, sources = jnp.concatenate([first[None], slot_S]), [*sources, x_MD]
-    expert_M = jnp.where(here_M, expert_M, -1)
+        number = jnp.int32(E) if shared_here is None else jnp.where(shared_here, E, -1)
+        chosen, sources = jnp.concatenate([number[None], chosen]), [*sources, x_MD]
+    expert_M = jnp.where(here_M, expert_M, -1)  # E is the shared expert's number
     x_sRD = jnp.pad(jnp.stack(sources), ((0, 0), (0, up.rows - M), (0, 0)))
 
-    def products(name: str, tiling: Tiling, x_sRi: Array, matrices: Callable[[Experts], Array]) -> Array:
-        # Without a shared expert nothing reads its matrices.
+    def products(name: str, tiling: Tiling, x_sRi: Array, matrices: Callable[[Experts], Array], *, gated: bool) -> Array:
+        # Without a shared expert the second is a placeholder: the kernel reads it for number E only.
         both = matrices(routed), matrices(routed if shared is None else shared)
-        return _kernel(name, tiling, len(slot_S), E, M, len(sources), x_MD.dtype)(x_sRi, *both, slot_S, expert_M)
+        return _kernel(name, tiling, len(chosen), E, M, len(sources), x_MD.dtype, gated=gated)(x_sRi, *both, chosen, expert_M)
 
-    hidden_sRF = products("experts_gate_up", up, x_sRD, lambda of: of.gate_up_E2FD)
-    if up.splits > 1:
-        gate_up_sRf = jnp.sum(hidden_sRF, axis=0)
+    # SwiGLU needs whole sums: it is in the kernel only if the inputs are in one part.
+    in_kernel = up.splits == 1
+    up_results = products("experts_gate_up", up, x_sRD, lambda of: of.gate_up_E2FD, gated=in_kernel)
+    hidden_sRF = up_results[0]
+    if not in_kernel:
+        gate_up_sRf = jnp.sum(up_results, axis=0)
         hidden_sRF = swiglu(gate_up_sRf[..., :F], gate_up_sRf[..., F:]).astype(x_MD.dtype)
-    out_zsRD = products("experts_down", down, hidden_sRF, lambda of: of.down_EDF.reshape(-1, 2, D // 2, F))
+    out_zsRD = products("experts_down", down, hidden_sRF, lambda of: of.down_EDF.reshape(-1, 2, D // 2, F), gated=False)
     routed_MD, *shared_MD = jnp.sum(out_zsRD, axis=0)[:, :M]
-    # What no expert computed is not zero but whatever was in memory.
+    # Rows without an expert were never written.
     y_MD = jnp.where(here_M[:, None], routed_MD, 0.0)
     if shared is not None:
         y_MD = y_MD + (shared_MD[0] if shared_here is None else jnp.where(shared_here, shared_MD[0], 0.0))
@@ -115,24 +119,23 @@ def _chosen(expert_M: Int32[Array, "M"], E: int) -> Int32[Array, "S"]:
     return jnp.max(jnp.where(chosen_E[None, :] & (rank_E[None, :] == index_S[:, None]), index_E[None, :], -1), axis=1)
 
 
-def _kernel(name: str, tiling: Tiling, S: int, E: int, M: int, sources: int, dtype: Any) -> Callable[..., Array]:
-    """Products of every slot's expert with the rows that chose it: (rows times their scores and, with a second source, rows as they are;
-    the routed experts' matrices, the shared one's; each slot's expert, each row's) to a result for each share, source and row.
+def _kernel(name: str, tiling: Tiling, most_chosen: int, E: int, M: int, sources: int, dtype: Any, *, gated: bool) -> Callable[..., Array]:
+    """Products of each chosen expert with the rows that chose it: (rows times their scores and, as a second source, rows as they are; the
+    routed experts' matrices, the shared one's; the chosen experts, -1 for none; each row's expert) to a result for each part of the inputs,
+    source and row: both products, or if ``gated`` SwiGLU of them.
 
     The shared expert, which is number E, reads the second source.
     """
-    rows, stages, splits, F = tiling.rows, tiling.stages, tiling.splits, tiling.outputs
+    rows, stages, splits, outputs = tiling.rows, tiling.stages, tiling.splits, tiling.outputs
     steps = tiling.inputs // INPUTS // splits
-    gated = name == "experts_gate_up" and splits == 1
-    out_type, parts = (dtype, 1) if gated else (jnp.float32, 2)
+    out_type, products = (dtype, 1) if gated else (jnp.float32, 2)
 
     def body(
-        x_ref: Any, routed_ref: Any, shared_ref: Any, slot_ref: Any, expert_ref: Any, out_ref: Any,
+        x_ref: Any, routed_ref: Any, shared_ref: Any, chosen_ref: Any, expert_ref: Any, out_ref: Any,
         x_s: Any, w_s: Any, out_s: Any, x_loaded: Any, w_loaded: Any,
     ) -> None:  # fmt: skip
-        slot, split = jax.lax.axis_index("slot"), jax.lax.axis_index("split")
-        first = jax.lax.axis_index("tile") * OUTPUTS
-        expert = slot_ref[slot]
+        split, first = jax.lax.axis_index("split"), jax.lax.axis_index("tile") * OUTPUTS
+        expert = chosen_ref[jax.lax.axis_index("chosen")]
 
         def fetch(step: Any, stage: Any) -> None:
             inputs = pl.ds((split * steps + step) * INPUTS, INPUTS)
@@ -164,13 +167,13 @@ def _kernel(name: str, tiling: Tiling, S: int, E: int, M: int, sources: int, dty
         def _compute() -> None:
             for stage in range(stages):
                 fetch(stage, stage)
-            gate, up = pl.run_scoped(multiply, *[plgpu.ACC((ROWS, OUTPUTS), jnp.float32)] * 2)
-            for i, result in enumerate([swiglu(gate, up)] if gated else [gate, up]):
+            both = pl.run_scoped(multiply, *[plgpu.ACC((ROWS, OUTPUTS), jnp.float32)] * 2)
+            for i, result in enumerate([swiglu(*both)] if gated else both):
                 plgpu.wait_smem_to_gmem(0)
                 out_s[...] = result.astype(out_type)
                 plgpu.commit_smem()
 
-                columns = pl.ds(i * F + first, OUTPUTS)
+                columns = pl.ds(i * outputs + first, OUTPUTS)
 
                 def store(row: int, source: int, columns: Any = columns) -> None:
                     plgpu.copy_smem_to_gmem(out_s.at[pl.ds(row, 1)], out_ref.at[split, source, pl.ds(row, 1), columns])
@@ -180,12 +183,11 @@ def _kernel(name: str, tiling: Tiling, S: int, E: int, M: int, sources: int, dty
                     pl.when(expert == expert_ref[row])(functools.partial(store, row, 0))
             plgpu.wait_smem_to_gmem(0)
 
-    shape = (splits, sources, rows, parts * F)
-    kernel = plgpu.kernel(
+    return plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct(shape, out_type),
-        grid=(S, splits, F // OUTPUTS),
-        grid_names=("slot", "split", "tile"),
+        out_type=jax.ShapeDtypeStruct((splits, sources, rows, products * outputs), out_type),
+        grid=(most_chosen, splits, outputs // OUTPUTS),
+        grid_names=("chosen", "split", "tile"),
         scratch_types=[
             plgpu.SMEM((stages, ROWS, INPUTS), dtype, transforms=tiles(64)),
             plgpu.SMEM((stages, 2, OUTPUTS, INPUTS), dtype, transforms=tiles(64)),
@@ -196,4 +198,3 @@ def _kernel(name: str, tiling: Tiling, S: int, E: int, M: int, sources: int, dty
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name=name,
     )
-    return lambda *arguments: kernel(*arguments)[0] if gated else kernel(*arguments)

@@ -27,14 +27,15 @@ def experts(
         raise NotImplementedError(f"takes bfloat16 or float16, the same for all arrays; they are {', '.join(sorted(dtypes))}")
     (M, D), (E, _, F, _) = x_MD.shape, routed.gate_up_E2FD.shape
     if M <= few_rows.MOST_ROWS:
-        return few_rows.experts(x_MD, score_M, expert_M, routed, shared, shared_here)
+        with jax.named_scope("routed_experts"):
+            return few_rows.experts(x_MD, score_M, expert_M, routed, shared, shared_here)
     if D % (2 * many_rows.OUTPUTS) or F % many_rows.OUTPUTS:
-        multiples = 2 * many_rows.OUTPUTS, many_rows.OUTPUTS
-        raise NotImplementedError(f"takes a width of a multiple of {multiples[0]}, experts' of {multiples[1]}; they are {D} and {F}")
+        D_unit, F_unit = 2 * many_rows.OUTPUTS, many_rows.OUTPUTS
+        raise NotImplementedError(f"takes D a multiple of {D_unit} and F of {F_unit}; they are {D} and {F}")
     with jax.named_scope("routed_experts"):
         out_MD = many_rows.experts(scaled(x_MD, score_M), expert_M, routed)
-        # What no expert computed is not zero but whatever was in memory.
-        out_MD = jnp.where(((expert_M >= 0) & (expert_M < E))[:, None], out_MD, jnp.zeros((), x_MD.dtype))
+        # Rows without an expert were never written.
+        out_MD = jnp.where((expert_M < E)[:, None], out_MD, jnp.zeros((), x_MD.dtype))
     if shared is None:
         return out_MD
     with jax.named_scope("shared_expert"):

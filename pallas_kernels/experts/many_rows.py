@@ -19,6 +19,8 @@ BLOCK = WARPGROUPS * ROWS
 OUTPUTS, INPUTS = 128, 64
 """Outputs of each of two matrices that a thread block computes, and inputs that it reads at a time."""
 STAGES = 3
+REGISTERS = (240, 240, 24)
+"""Of a thread of each warpgroup, the one that copies last."""
 _GRANULE = 8
 """An expert's rows begin at a multiple of this many, which is what the copies can address."""
 
@@ -29,24 +31,25 @@ def shared_bytes() -> int:
 
 
 def experts(x_MD: Float[Array, "M D"], expert_M: Int32[Array, "M"], routed: Experts) -> Float[Array, "M D"]:
-    """The chosen expert's output for each row, whatever is in memory for a row that chose none (a number outside [0, E))."""
+    """The chosen expert's output for each row; for a row that chose none (number E), whatever is in memory."""
     M, D = x_MD.shape
     E, _, F, _ = routed.gate_up_E2FD.shape
-    expert_M = jnp.where((expert_M >= 0) & (expert_M < E), expert_M, E)
     order_M = jnp.argsort(expert_M)
     size_E = jnp.bincount(expert_M, length=E).astype(jnp.int32)
     room_E = (size_E + _GRANULE - 1) // _GRANULE * _GRANULE
     first_E, sorted_first_E = jnp.cumsum(room_E) - room_E, jnp.cumsum(size_E) - size_E
-    # A row's place among the sorted rows, and among those with room for whole granules.
-    padded = -(-(M + E * (_GRANULE - 1)) // _GRANULE) * _GRANULE + BLOCK
-    index_M, sorted_M = jnp.arange(M, dtype=jnp.int32), jnp.minimum(expert_M[order_M], E - 1)
-    place_M = jnp.where(expert_M[order_M] < E, index_M - sorted_first_E[sorted_M] + first_E[sorted_M], padded)
-    source_P = jnp.zeros(padded, jnp.int32).at[place_M].set(order_M, mode="drop", unique_indices=True)
+    # Each expert's rows begin at a multiple of 8, so sorted rows move up to places with gaps between them. A row without an expert gets a
+    # place past the end: it is dropped here, and read at the end as whatever the last place holds.
+    places = -(-(M + E * (_GRANULE - 1)) // _GRANULE) * _GRANULE + BLOCK
+    index_M, safe_expert_M = jnp.arange(M, dtype=jnp.int32), jnp.minimum(expert_M[order_M], E - 1)
+    place_M = index_M - sorted_first_E[safe_expert_M] + first_E[safe_expert_M]
+    place_M = jnp.where(expert_M[order_M] < E, place_M, places + index_M)
+    source_P = jnp.zeros(places, jnp.int32).at[place_M].set(order_M, mode="drop", unique_indices=True)
     blocks = _blocks(size_E, first_E, M)
 
-    hidden_PF = _kernel("experts_gate_up", x_MD.dtype, padded, F, D, len(blocks), gated=True)(x_MD[source_P], routed.gate_up_E2FD, blocks)
+    hidden_PF = _kernel("experts_gate_up", x_MD.dtype, places, F, D, len(blocks), gated=True)(x_MD[source_P], routed.gate_up_E2FD, blocks)
     halves = routed.down_EDF.reshape(E, 2, D // 2, F)
-    out_PD = _kernel("experts_down", x_MD.dtype, padded, D // 2, F, len(blocks), gated=False)(hidden_PF, halves, blocks)
+    out_PD = _kernel("experts_down", x_MD.dtype, places, D // 2, F, len(blocks), gated=False)(hidden_PF, halves, blocks)
     return out_PD[jnp.zeros(M, jnp.int32).at[order_M].set(place_M, unique_indices=True)]
 
 
@@ -62,11 +65,11 @@ def _blocks(size_E: Array, first_E: Array, M: int) -> Int32[Array, "n 3"]:
     return jnp.stack([jnp.where(expert_n < E, expert_n, -1), first_E[safe_n] + begin_n, rows_n], axis=1)
 
 
-def _kernel(name: str, dtype: Any, P: int, F: int, D: int, blocks: int, *, gated: bool) -> Callable[..., Array]:
-    """The kernel for P rows and two matrices [F, D] of each expert: (rows, matrices, blocks of rows) to SwiGLU's hidden values [P, F] if
-    ``gated``, or else to the products with both matrices, [P, 2 F].
+def _kernel(name: str, dtype: Any, places: int, outputs: int, inputs: int, blocks: int, *, gated: bool) -> Callable[..., Array]:
+    """The kernel for two matrices [outputs, inputs] of each expert: (rows in their places, matrices, blocks of rows) to both products side
+    by side, [places, 2 outputs], or if ``gated`` to SwiGLU of them, [places, outputs].
     """
-    steps, parts = D // INPUTS, 1 if gated else 2
+    steps, products = inputs // INPUTS, 1 if gated else 2
 
     def body(
         x_ref: Any, w_ref: Any, blocks_ref: Any, out_ref: Any, x_s: Any, w_s: Any, out_s: Any, x_loaded: Any, w_loaded: Any, consumed: Any
@@ -78,19 +81,19 @@ def _kernel(name: str, dtype: Any, P: int, F: int, D: int, blocks: int, *, gated
 
         @pl.when((expert >= 0) & (warpgroup == WARPGROUPS))
         def _copy() -> None:
-            plgpu.set_max_registers(24, action="decrease")
+            plgpu.set_max_registers(REGISTERS[-1], action="decrease")
 
             def fetch(step: Array, stage: Array) -> None:
-                inputs = pl.ds(step * INPUTS, INPUTS)
-                plgpu.copy_gmem_to_smem(x_ref.at[pl.ds(begin, BLOCK), inputs], x_s.at[stage], x_loaded.at[stage])
+                columns = pl.ds(step * INPUTS, INPUTS)
+                plgpu.copy_gmem_to_smem(x_ref.at[pl.ds(begin, BLOCK), columns], x_s.at[stage], x_loaded.at[stage])
                 for i in range(2):
-                    plgpu.copy_gmem_to_smem(w_ref.at[expert, i, pl.ds(first, OUTPUTS), inputs], w_s.at[stage, i], w_loaded.at[stage])
+                    plgpu.copy_gmem_to_smem(w_ref.at[expert, i, pl.ds(first, OUTPUTS), columns], w_s.at[stage, i], w_loaded.at[stage])
 
             copy_in_turn(jnp.int32(steps), STAGES, (consumed,), fetch)
 
         @pl.when((expert >= 0) & (warpgroup < WARPGROUPS))
         def _compute() -> None:
-            plgpu.set_max_registers(240, action="increase")
+            plgpu.set_max_registers(REGISTERS[0], action="increase")
             mine = pl.ds(warpgroup * ROWS, ROWS)
 
             def multiply(*sums: Any) -> tuple[Array, Array]:
@@ -109,13 +112,13 @@ def _kernel(name: str, dtype: Any, P: int, F: int, D: int, blocks: int, *, gated
                 plgpu.barrier_arrive(consumed.at[(steps - 1) % STAGES])
                 return sums[0][...], sums[1][...]
 
-            gate, up = pl.run_scoped(multiply, *[plgpu.ACC((ROWS, OUTPUTS), jnp.float32)] * 2)
+            both = pl.run_scoped(multiply, *[plgpu.ACC((ROWS, OUTPUTS), jnp.float32)] * 2)
             own_rows = rows - warpgroup * ROWS
-            for i, result in enumerate([swiglu(gate, up)] if gated else [gate, up]):
+            for i, result in enumerate([swiglu(*both)] if gated else both):
                 plgpu.wait_smem_to_gmem(0)
                 out_s[warpgroup] = result.astype(dtype)
                 plgpu.commit_smem()
-                columns = pl.ds(i * F + first, OUTPUTS)
+                columns = pl.ds(i * outputs + first, OUTPUTS)
                 for granule in range(0, ROWS, _GRANULE):
 
                     def store(granule: int = granule, columns: Any = columns) -> None:
@@ -128,9 +131,9 @@ def _kernel(name: str, dtype: Any, P: int, F: int, D: int, blocks: int, *, gated
 
     return plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((P, parts * F), dtype),
+        out_type=jax.ShapeDtypeStruct((places, products * outputs), dtype),
         # Neighbours read the same rows, and one expert's matrices.
-        grid=(blocks, F // OUTPUTS),
+        grid=(blocks, outputs // OUTPUTS),
         grid_names=("block", "tile"),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",

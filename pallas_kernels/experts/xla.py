@@ -22,7 +22,7 @@ def experts(
     """Two grouped products with SwiGLU between them, and the shared block beside them."""
     E, _, F, D = routed.gate_up_E2FD.shape
     with jax.named_scope("routed_experts"):
-        expert_M = jnp.where((expert_M >= 0) & (expert_M < E), expert_M, E)  # rows of no expert are sorted last
+        # Rows without an expert have number E: they are sorted last.
         order_M, size_E = jnp.argsort(expert_M), jnp.bincount(expert_M, length=E).astype(jnp.int32)
         gate_up_Mf = grouped_matmul(scaled(x_MD, score_M)[order_M], routed.gate_up_E2FD.reshape(E, 2 * F, D), size_E)
         hidden_MF = jax.nn.silu(gate_up_Mf[:, :F]) * gate_up_Mf[:, F:]

@@ -21,7 +21,7 @@ def split_heads(
     """Queries, keys and values. ``implementation``: as for :func:`pallas_kernels.implementations.first_supported`.
 
     Queries and keys are rotated in interleaved pairs, (0, 1), (2, 3), ... (arXiv 2104.09864), then normalised, and queries then scaled;
-    each of these in float32, and only where ``heads`` asks for it. Results have the heads' dtype.
+    each of these in float32, rounded to the heads' dtype, and only where ``heads`` asks for it.
     """
     return first_supported("split_heads", SPLIT, implementation, heads)
 
@@ -29,8 +29,8 @@ def split_heads(
 def write_heads[P: Pools](
     heads: Heads, pools: P, targets: Targets, *, implementation: Implementation = None
 ) -> tuple[Float[Array, "B T K G h"], P]:
-    """As :func:`split_heads`, but keys and values go to the pools; no two tokens may have one target.
+    """As :func:`split_heads`, but keys and values are written to the pools. No two tokens that are written may have the same target.
 
-    Returns the queries and the pools. In a program that owns the pools they are written in place.
+    Returns the queries and the pools. If the caller's program donates the pools, they are written in place.
     """
     return first_supported("write_heads", WRITE, implementation, heads, pools, targets)

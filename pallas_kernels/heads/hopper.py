@@ -29,8 +29,8 @@ def split_heads(heads: Heads) -> tuple[Float[Array, "B T K G h"], Float[Array, "
 def write_heads[P: Pools](heads: Heads, pools: P, targets: Targets) -> tuple[Float[Array, "B T K G h"], P]:
     """As :func:`split_heads`; the pools are written in place."""
     _require(heads)
-    if pools.k_PKph.dtype != heads.qkv_BTKsh.dtype:
-        raise NotImplementedError(f"takes pools of the heads' dtype; they are {pools.k_PKph.dtype} and {heads.qkv_BTKsh.dtype}")
+    if pools.k_PKph.dtype != heads.qkv_BTKgh.dtype:
+        raise NotImplementedError(f"takes pools of the heads' dtype; they are {pools.k_PKph.dtype} and {heads.qkv_BTKgh.dtype}")
     refs = jax.new_ref(pools.k_PKph), jax.new_ref(pools.v_PKph)
     (q_BTKGh,) = _kernel(heads, pools)(*_operands(heads), targets.page_BT, targets.offset_BT, *refs)
     return q_BTKGh, dataclasses.replace(pools, k_PKph=jax.freeze(refs[0]), v_PKph=jax.freeze(refs[1]))
@@ -38,17 +38,17 @@ def write_heads[P: Pools](heads: Heads, pools: P, targets: Targets) -> tuple[Flo
 
 def _require(heads: Heads) -> None:
     require_hopper()
-    B, T, K, s, h = heads.qkv_BTKsh.shape
-    if heads.qkv_BTKsh.dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"takes bfloat16 or float16; the heads are {heads.qkv_BTKsh.dtype}")
-    if h not in (64, 128) or s > ROWS:
-        raise NotImplementedError(f"takes head dimensions 64 and 128 and up to {ROWS - 2} query heads a KV head; these are {h} and {s - 2}")
+    B, T, K, g, h = heads.qkv_BTKgh.shape
+    if heads.qkv_BTKgh.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"takes bfloat16 or float16; the heads are {heads.qkv_BTKgh.dtype}")
+    if h not in (64, 128) or g > ROWS:
+        raise NotImplementedError(f"takes head dimensions 64 and 128 and up to {ROWS - 2} query heads a KV head; these are {h} and {g - 2}")
     if B * T * K > MOST_BLOCKS:
         raise NotImplementedError(f"takes up to {MOST_BLOCKS} tokens times KV heads; there are {B * T * K}")
 
 
 def _operands(heads: Heads) -> list[Array]:
-    operands = [heads.qkv_BTKsh]
+    operands = [heads.qkv_BTKgh]
     if heads.angles is not None:
         operands += [jnp.repeat(angle_BTr, 2, axis=2) for angle_BTr in heads.angles]
     if heads.scale_BT is not None:
@@ -60,7 +60,7 @@ def _kernel(heads: Heads, pools: Pools | None) -> Callable[..., tuple[Array, ...
     """The kernel for such heads: (heads; cosines and sines; scales; with ``pools`` also target pages, target offsets and the pools) to the
     queries, and without ``pools`` the keys and values.
     """
-    (B, T, K, s, h), dtype = heads.qkv_BTKsh.shape, heads.qkv_BTKsh.dtype
+    (B, T, K, g, h), dtype = heads.qkv_BTKgh.shape, heads.qkv_BTKgh.dtype
     rotated, scaled, eps = heads.angles is not None, heads.scale_BT is not None, heads.norm_eps
 
     def body(*given: Any) -> None:
@@ -77,7 +77,7 @@ def _kernel(heads: Heads, pools: Pools | None) -> Callable[..., tuple[Array, ...
             k_ref, v_ref = next(refs), next(refs)
         heads_s, angles_s, swap_s, loaded = refs
         b, t, head = (jax.lax.axis_index(name) for name in ("row", "token", "head"))
-        plgpu.copy_gmem_to_smem(qkv_ref.at[b, t, head], heads_s.at[pl.ds(0, s)], loaded)
+        plgpu.copy_gmem_to_smem(qkv_ref.at[b, t, head], heads_s.at[pl.ds(0, g)], loaded)
         if rotated:
             plgpu.copy_gmem_to_smem(cos_ref.at[b, t], angles_s.at[0], loaded)
             plgpu.copy_gmem_to_smem(sin_ref.at[b, t], angles_s.at[1], loaded)
@@ -97,35 +97,36 @@ def _kernel(heads: Heads, pools: Pools | None) -> Callable[..., tuple[Array, ...
             cos, sin = (
                 jax.lax.broadcast_in_dim(plgpu.load(angles_s.at[i], layout=plgpu.Layout.WGMMA.reduce(0)), (ROWS, h), [1]) for i in range(2)
             )
+            # Rounded before the norm, as in the model's definition.
             y = (x * cos + product(loaded_heads, swap_s, h) * sin).astype(dtype).astype(jnp.float32)
             if eps is not None:
                 mean_square = jnp.sum(y * y, axis=1) * (1.0 / h)
                 y = y * over(jax.lax.rsqrt(mean_square + eps), h)
-            y = jnp.where(row < s - 1, y, x)  # the last row is the values
+            y = jnp.where(row < g - 1, y, x)  # the last row is the values
         if scaled:
-            y = jnp.where(row < s - 2, y * scale_ref[b, t], y)
+            y = jnp.where(row < g - 2, y * scale_ref[b, t], y)
         heads_s[...] = y.astype(dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(heads_s.at[pl.ds(0, s - 2)], q_ref.at[b, t, head])
-        own = heads_s.at[pl.ds(s - 2, 1)], heads_s.at[pl.ds(s - 1, 1)]
+        plgpu.copy_smem_to_gmem(heads_s.at[pl.ds(0, g - 2)], q_ref.at[b, t, head])
+        key_s, value_s = heads_s.at[pl.ds(g - 2, 1)], heads_s.at[pl.ds(g - 1, 1)]
         if pools is None:
-            plgpu.copy_smem_to_gmem(own[0], k_ref.at[b, t, pl.ds(head, 1)])
-            plgpu.copy_smem_to_gmem(own[1], v_ref.at[b, t, pl.ds(head, 1)])
+            plgpu.copy_smem_to_gmem(key_s, k_ref.at[b, t, pl.ds(head, 1)])
+            plgpu.copy_smem_to_gmem(value_s, v_ref.at[b, t, pl.ds(head, 1)])
         else:
             page = page_ref[b, t]
 
             @pl.when(page < pools.k_PKph.shape[0])
             def _write() -> None:
                 place = pl.ds(offset_ref[b, t], 1)
-                plgpu.copy_smem_to_gmem(own[0], k_pool_ref.at[page, head, place])
-                plgpu.copy_smem_to_gmem(own[1], v_pool_ref.at[page, head, place])
+                plgpu.copy_smem_to_gmem(key_s, k_pool_ref.at[page, head, place])
+                plgpu.copy_smem_to_gmem(value_s, v_pool_ref.at[page, head, place])
 
         plgpu.wait_smem_to_gmem(0)
 
     keys = jax.ShapeDtypeStruct((B, T, K, h), dtype)
     return plgpu.kernel(
         body,
-        out_type=(jax.ShapeDtypeStruct((B, T, K, s - 2, h), dtype), *([keys, keys] if pools is None else [])),
+        out_type=(jax.ShapeDtypeStruct((B, T, K, g - 2, h), dtype), *([keys, keys] if pools is None else [])),
         grid=(B, T, K),
         grid_names=("row", "token", "head"),
         scratch_types=[

@@ -13,7 +13,7 @@ from pallas_kernels.norm import rms_normalize
 
 def split_heads(heads: Heads) -> tuple[Float[Array, "B T K G h"], Float[Array, "B T K h"], Float[Array, "B T K h"]]:
     """Queries and keys are rotated and normalised together: both operations are per head."""
-    qk_BTKgh, v_BTKh = heads.qkv_BTKsh[:, :, :, :-1], heads.qkv_BTKsh[:, :, :, -1]
+    qk_BTKgh, v_BTKh = heads.qkv_BTKgh[:, :, :, :-1], heads.qkv_BTKgh[:, :, :, -1]
     if heads.angles is not None:
         qk_BTKgh = rotate(qk_BTKgh, heads.angles)
         if heads.norm_eps is not None:

@@ -16,9 +16,10 @@ from pallas_kernels.norm import xla
 
 MOST_ROWS = 64
 """With more, XLA's own kernel has as many thread blocks as an H100 needs."""
+MOST_NUMBERS = 16384
+"""Numbers of a row that fit in a warpgroup's registers."""
 _WIDTH = 4096
-"""Most numbers of a row that a warpgroup keeps in registers."""
-_WARPGROUPS = (1, 2, 4, 8)
+"""Numbers of a row that are added at a time."""
 
 
 def add_norm(
@@ -32,42 +33,40 @@ def add_norm(
     rows = x_BD.size // D
     if rows > MOST_ROWS:
         raise NotImplementedError(f"takes up to {MOST_ROWS} rows; there are {rows}")
-    warpgroups = next((n for n in _WARPGROUPS if n * _WIDTH >= D and D % (n * 128) == 0), None)
-    if warpgroups is None:
-        raise NotImplementedError(f"takes rows of a multiple of 128 numbers, up to {_WARPGROUPS[-1] * _WIDTH}; they have {D}")
-    results = _differentiable(x_BD.reshape(rows, D), update_BD.reshape(rows, D), scale_D, eps, warpgroups)
+    if D % 128 or D > MOST_NUMBERS:
+        raise NotImplementedError(f"takes rows of a multiple of 128 numbers, up to {MOST_NUMBERS}; they have {D}")
+    results = _differentiable(x_BD.reshape(rows, D), update_BD.reshape(rows, D), scale_D, eps)
     return results[0].reshape(*B, D), results[1].reshape(*B, D)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
-def _differentiable(x_MD: Array, update_MD: Array, scale_D: Array, eps: float, warpgroups: int) -> tuple[Array, Array]:
-    return _kernel(x_MD.shape, x_MD.dtype, eps, warpgroups)(x_MD, update_MD, scale_D)
+# A Pallas kernel has no derivative: gradients are those of XLA's implementation.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _differentiable(x_MD: Array, update_MD: Array, scale_D: Array, eps: float) -> tuple[Array, Array]:
+    return _kernel(x_MD.shape, x_MD.dtype, eps)(x_MD, update_MD, scale_D)
 
 
 @_differentiable.defjvp
-def _as_xla(eps: float, warpgroups: int, primals: Any, tangents: Any) -> Any:
+def _as_xla(eps: float, primals: Any, tangents: Any) -> Any:
     return jax.jvp(functools.partial(xla.add_norm, eps=eps), primals, tangents)
 
 
-def _kernel(shape: tuple[int, ...], dtype: Any, eps: float, warpgroups: int) -> Any:
+def _kernel(shape: tuple[int, ...], dtype: Any, eps: float) -> Any:
     """The kernel for rows of this shape: (rows, updates, scales) to (sums, normalised sums)."""
     rows, D = shape
-    width = D // warpgroups
+    # One warpgroup has the whole row: sums over several would share the memory that the compiler reserves for a sum.
+    parts = [pl.ds(first, min(_WIDTH, D - first)) for first in range(0, D, _WIDTH)]
 
-    def body(x_ref: Any, update_ref: Any, scale_ref: Any, sum_ref: Any, out_ref: Any, parts_s: Any, part_written: Any) -> None:
-        row, warpgroup = jax.lax.axis_index("row"), jax.lax.axis_index("warpgroup")
-        mine = pl.ds(warpgroup * width, width)
-        total = (x_ref[row, mine].astype(jnp.float32) + update_ref[row, mine].astype(jnp.float32)).astype(dtype)
-        sum_ref[row, mine] = total
-        total = total.astype(jnp.float32)
-        squares = jnp.sum(total * total)
-        if warpgroups > 1:
-            parts_s[warpgroup] = squares
-            plgpu.barrier_arrive(part_written)
-            plgpu.barrier_wait(part_written)
-            squares = functools.reduce(jnp.add, [parts_s[i] for i in range(warpgroups)])
-        normed = (total * jax.lax.rsqrt(squares * (1.0 / D) + eps)).astype(dtype)
-        out_ref[row, mine] = (normed.astype(jnp.float32) * scale_ref[mine].astype(jnp.float32)).astype(dtype)
+    def body(x_ref: Any, update_ref: Any, scale_ref: Any, sum_ref: Any, out_ref: Any) -> None:
+        row = jax.lax.axis_index("row")
+        sums = []
+        for part in parts:
+            sums.append((x_ref[row, part].astype(jnp.float32) + update_ref[row, part].astype(jnp.float32)).astype(dtype))
+            sum_ref[row, part] = sums[-1]
+        squares = functools.reduce(jnp.add, [jnp.sum(jnp.square(total.astype(jnp.float32))) for total in sums])
+        factor = jax.lax.rsqrt(squares * (1.0 / D) + eps)
+        for part, total in zip(parts, sums, strict=True):
+            normed = (total.astype(jnp.float32) * factor).astype(dtype)
+            out_ref[row, part] = (normed.astype(jnp.float32) * scale_ref[part].astype(jnp.float32)).astype(dtype)
 
     result = jax.ShapeDtypeStruct(shape, dtype)
     return plgpu.kernel(
@@ -75,9 +74,6 @@ def _kernel(shape: tuple[int, ...], dtype: Any, eps: float, warpgroups: int) -> 
         out_type=(result, result),
         grid=(rows,),
         grid_names=("row",),
-        num_threads=warpgroups,
-        thread_name="warpgroup",
-        scratch_types=[plgpu.SMEM((warpgroups,), jnp.float32), plgpu.Barrier(num_arrivals=warpgroups)],
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=1024),
         kernel_name="add_norm",
     )

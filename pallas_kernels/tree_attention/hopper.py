@@ -49,8 +49,8 @@ class Tiling:
     """How the work is cut. The grid is (batch, KV heads, ``groups``, ``splits``): a thread block computes ``warpgroups`` x 64 query rows
     (a node's query head each) over one split of the sequence's cached keys, as in flash-decoding.
 
-    ``rows``: query rows of a KV head, a multiple of 8. ``h``: head dimension. ``tree_keys``: the tree's keys, padded. ``stages``: blocks of
-    cached keys that are being copied, or attended, at a time: as many as shared memory holds, up to 4.
+    ``rows``: query rows of a KV head, rounded up to 8: as many are stored. ``h``: head dimension. ``tree_keys``: the tree's keys, padded.
+    ``stages``: blocks of cached keys that are being copied, or attended, at a time: as many as shared memory holds, up to 4.
     """
 
     rows: int
@@ -203,8 +203,11 @@ def _kernel(tiling: Tiling, B: int, K: int, M: int, page_size: int, dtype: Any, 
                 """Call ``copy(rows in memory, rows in shared memory)`` for this warpgroup's rows, if there are any. Other rows are computed
                 too, from whatever is in shared memory, but nobody reads what is stored of them.
                 """
-                for rows, condition in ((ROWS, number < whole_warpgroups), (last_rows, number == whole_warpgroups)):
-                    if rows and (rows < ROWS or whole_warpgroups):
+                for any_such, rows, condition in (
+                    (whole_warpgroups, ROWS, number < whole_warpgroups),
+                    (last_rows, last_rows, number == whole_warpgroups),
+                ):
+                    if any_such:
                         pl.when(condition)(functools.partial(copy, pl.ds(number * ROWS, rows), pl.ds(0, rows)))
 
             def load_queries(of_head: Any, own: Any) -> None:
@@ -278,7 +281,7 @@ def _kernel(tiling: Tiling, B: int, K: int, M: int, page_size: int, dtype: Any, 
         num_threads=warpgroups + 1,
         thread_name="warpgroup",
         scratch_types=[
-            plgpu.SMEM((warpgroups, ROWS, h), dtype),
+            plgpu.SMEM((warpgroups, ROWS, h), dtype),  # in no tiles, so that any number of rows can be copied
             plgpu.SMEM((warpgroups, 4 if tree_keys else 2, ROWS), jnp.int32),
             plgpu.SMEM((stages, KEYS, h), dtype, transforms=tiles(64)),
             plgpu.SMEM((stages, KEYS, h), dtype, transforms=tiles(64)),

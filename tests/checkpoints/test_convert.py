@@ -297,6 +297,33 @@ def test_weights_that_were_grouped_otherwise_are_converted_anew(source, tmp_path
     assert [entry.name for entry in (tmp_path / "ours" / "weights").iterdir()] == ["00000"]
 
 
+def test_weights_that_were_laid_out_otherwise_are_converted_anew(source, tmp_path, monkeypatch, many_groups):
+    """By another version of l4jax: what is kept has the shapes that this one expects."""
+    save, saved = ocp.Checkpointer.save, []
+
+    def interrupted(self, directory, *args, **kwargs):
+        saved.append(directory)
+        if len(saved) == 4:
+            raise KeyboardInterrupt
+        save(self, directory, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.Checkpointer, "save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, tmp_path / "ours")
+    file = tmp_path / "ours.partial" / "progress.json"
+    progress = json.loads(file.read_text())
+    changed = next(weight for weight in progress["weights"].values() if len(set(weight["shape"])) > 1)
+    changed["shape"].reverse()
+    file.write_text(json.dumps(progress))
+    with_it = sum(weight["group"] == changed["group"] for weight in progress["weights"].values())
+    notes = []
+    convert(source, tmp_path / "ours", note=notes.append)
+    (note,) = (note for note in notes if "is continued" in note)
+    assert f"is continued: {len(progress['weights']) - with_it} of " in note
+    open_checkpoint(tmp_path / "ours")
+
+
 @pytest.mark.parametrize(
     "error",
     [

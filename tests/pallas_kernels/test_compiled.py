@@ -29,6 +29,8 @@ pytestmark = pytest.mark.h100
 
 PAGE = 128
 _SAID = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads\s+ptxas info\s+: Used (\d+) registers")
+_WARNINGS = ("C7508", "C7510")
+"""What the assembler says if it ignores a change of the number of registers, or waits for matrix products one by one."""
 
 
 @pytest.fixture
@@ -42,10 +44,9 @@ def compiled(monkeypatch, capfd):
         given = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), arguments)
         whole = jax.shard_map(function, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
         program = jax.jit(whole, donate_argnums=donated).lower(*given).compile()
-        found = re.findall(
-            r"(\d+) bytes spill stores, (\d+) bytes spill loads\s+ptxas info\s+: Used (\d+) registers", capfd.readouterr().out
-        )
-        return program, [tuple(map(int, kernel)) for kernel in found]
+        said = capfd.readouterr().out
+        assert not any(warning in said for warning in _WARNINGS)
+        return program, [tuple(map(int, kernel)) for kernel in _SAID.findall(said)]
 
     return of
 
@@ -110,11 +111,12 @@ def test_experts(shape, dtype, compiled, capfd):
     given = array((M, D)), jax.ShapeDtypeStruct((M,), jnp.float32), jax.ShapeDtypeStruct((M,), jnp.int32), routed, shared
     program, found = compiled(functools.partial(experts, implementation="hopper"), *given)
     few = M <= few_rows.MOST_ROWS
-    shared_bytes = [tiling.shared_bytes for tiling in few_rows.tilings(M, E, D, F)] if few else [many_rows.shared_bytes()] * 2
-    for name, (stores, loads, registers), nbytes in zip(("gate_up", "down"), found, shared_bytes, strict=True):
+    block_bytes = [tiling.shared_bytes for tiling in few_rows.tilings(M, E, D, F)] if few else [many_rows.shared_bytes()] * 2
+    for name, (stores, loads, registers), nbytes in zip(("gate_up", "down"), found, block_bytes, strict=True):
         assert stores == loads == 0
-        # Of few rows two blocks of a warpgroup share a multiprocessor; of many rows, one block of three has it.
-        assert registers <= 168
+        # Of few rows two blocks of a warpgroup share a multiprocessor. Of many rows one block of three warpgroups fills it. They divide
+        # anew what they have at the start, and would wait for ever if that were less than they ask for.
+        assert registers <= 255 if few else registers == 168
         with capfd.disabled():
             print(f"| experts_{name} | {shape.label}, {dtype} | {registers} | {nbytes / 1024:.0f} | {stores} |")
     # Rows and hidden values, each with its place among the sorted rows; or partial results. Never a matrix.
@@ -133,7 +135,7 @@ def test_write_heads(shape, compiled, capfd):
     program, kernels = compiled(write, heads, pools, Targets(number, number), donated=1)
     ((stores, loads, registers),) = kernels
     assert stores == loads == 0 and registers <= 255
-    # In place: the pools are neither copied nor returned apart.
+    # In place: the pools are neither copied nor part of the result.
     assert program.memory_analysis().alias_size_in_bytes == 2 * 64 * K * PAGE * h * 2
     assert program.memory_analysis().temp_size_in_bytes < 2 * B * h * 4 + 2**14
     with capfd.disabled():
@@ -145,6 +147,6 @@ def test_add_norm(shape, compiled, capfd):
     row, scale = jax.ShapeDtypeStruct((shape.M, shape.D), jnp.bfloat16), jax.ShapeDtypeStruct((shape.D,), jnp.bfloat16)
     _, kernels = compiled(functools.partial(add_norm, eps=1e-5, implementation="hopper"), row, row, scale)
     ((stores, loads, registers),) = kernels
-    assert stores == loads == 0 and registers <= 64
+    assert stores == loads == 0 and registers <= 168
     with capfd.disabled():
         print(f"| add_norm | {shape.label}, bfloat16 | {registers} | 0 | {stores} |")

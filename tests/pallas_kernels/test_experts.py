@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pallas_kernels.cost import kernel_flops
 from pallas_kernels.experts import IMPLEMENTATIONS, Experts, experts, few_rows, many_rows, reference
 from pallas_kernels.experts.cost import experts_cost
 from pallas_kernels.experts.few_rows import Tiling
@@ -23,7 +24,7 @@ from tests.pallas_kernels.simulator import simulated
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Rows that chose these of E experts (E or -1: none), of width D, through experts of width F.
+    """Rows that chose these of E experts (another number: none), of width D, through experts of width F.
 
     ``here``: whether the shared expert counts on this device; None: there is none.
     """
@@ -56,26 +57,26 @@ class Case:
         return given if self.here is None else (*given, shared, jnp.asarray(self.here))
 
 
-def cycle(rows, E=4):
-    """Rows that chose all experts but one, and none, in turn."""
-    return tuple(np.random.default_rng(rows).choice([e for e in range(-1, E + 1) if e != 1], rows).tolist())
+def random_choices(rows, E=4):
+    """Each row's choice, at random: any expert but number 1, or none: numbers of other devices' experts are below 0, or from E on."""
+    return tuple(np.random.default_rng(rows).choice([-5, -1, 0, *range(2, E), E, E + 3], rows).tolist())
 
 
 CASES = [
     Case((2,)),
-    Case(cycle(9)),
-    Case(cycle(30), here=False),
+    Case(random_choices(9)),
+    Case(random_choices(30), here=False),
     Case((3,) * 64, here=None, scored=False),
     # One share of the inputs: more blocks of them than are copied at a time.
-    Case(cycle(8), multiprocessors=1),
-    Case(cycle(3), D=512, F=256, dtype="float16"),
+    Case(random_choices(8), multiprocessors=1),
+    Case(random_choices(3), D=512, F=256, dtype="float16"),
     # Full blocks of rows, and others; an expert with one row; most rows in one expert.
-    Case((2,) * 300 + (0,) + cycle(20)),
+    Case((2,) * 300 + (0,) + random_choices(20)),
     Case((0,) * 128 + (3,) * 7, here=None, scored=False),
-    Case(cycle(70), here=False, dtype="float16"),
-    Case(cycle(5), dtype="float32", unsupported_on_hoppers="takes bfloat16 or float16, the same for all arrays; they are float32"),
-    Case(cycle(5), F=96, unsupported_on_hoppers="takes matrices whose sizes are multiples of 64; these are [96, 256]"),
-    Case(cycle(70), F=64, unsupported_on_hoppers="takes a width of a multiple of 256, experts' of 128; they are 256 and 64"),
+    Case(random_choices(70), here=False, dtype="float16"),
+    Case(random_choices(5), dtype="float32", unsupported_on_hoppers="takes bfloat16 or float16, the same for all arrays; they are float32"),
+    Case(random_choices(5), F=96, unsupported_on_hoppers="takes D a multiple of 128 and F of 64; they are 256 and 96"),
+    Case(random_choices(70), F=64, unsupported_on_hoppers="takes D a multiple of 256 and F of 128; they are 256 and 64"),
 ]
 
 
@@ -107,7 +108,7 @@ def test_equals_the_reference_or_says_why_not(name, case, monkeypatch):
 
 @pytest.mark.parametrize("here", [None, True])
 def test_the_reference_equals_float64(here):
-    case = Case(cycle(12), here=here, dtype="float32", D=8, F=6)
+    case = Case(random_choices(12), here=here, dtype="float32", D=8, F=6)
     x, score, _, routed, *shared = case.arguments
     x, score = np.asarray(x, np.float64), np.asarray(score, np.float64)
 
@@ -133,7 +134,7 @@ def test_a_row_gets_the_same_bits_whatever_is_beside_it():
     np.testing.assert_array_equal(together[2], alone[2])
 
 
-def test_how_few_rows_are_divided_depends_on_shapes_and_fills_an_h100():
+def test_tiling_of_few_rows_fills_an_h100():
     # Scout on tensor=8: two experts' gate and up matrices are 32 blocks, which are divided by 10 for two to a multiprocessor.
     assert Tiling.of(1, 16, 1024, 5120) == Tiling(rows=8, outputs=1024, inputs=5120, splits=10, stages=3)
     assert Tiling.of(1, 16, 2560, 1024) == Tiling(rows=8, outputs=2560, inputs=1024, splits=4, stages=3)
@@ -144,8 +145,21 @@ def test_how_few_rows_are_divided_depends_on_shapes_and_fills_an_h100():
     assert many_rows.shared_bytes() < SHARED_BYTES
 
 
+def test_registers_of_all_warpgroups_of_many_rows_fit():
+    """Those of a thread at the start (``test_compiled.py`` reads them off the assembler) are divided anew by the kernel."""
+    assert sum(many_rows.REGISTERS) <= 3 * 168
+
+
+def test_flops_of_kernels_are_read_off_their_operands():
+    """Of 5 rows, copied as 8, through experts of width 128, and as many without a score through the shared one."""
+    operands = [(2, 8, 256), (4, 2, 128, 256), (1, 2, 128, 256), (5,), (5,)]
+    assert kernel_flops("experts_gate_up", operands) == 2 * 2 * 5 * 256 * (2 * 128)
+    assert kernel_flops("experts_down", [(1, 8, 128), (4, 2, 128, 128), (4, 2, 128, 128), (4,), (5,)]) == 2 * 5 * 128 * 256
+    assert kernel_flops("experts_gate_up", [(456, 256), (4, 2, 128, 256), (7, 3)]) == 2 * 456 * 256 * (2 * 128)
+
+
 def test_costs_of_32_rows_of_maverick_on_16_gpus():
-    """28 experts and the shared one: almost all is matrices, 15.7 MB each."""
+    """28 experts and the shared one, 15.7 MB each: almost all bytes are their matrices."""
     chosen = np.arange(32) % 28
     cost = experts_cost(chosen, 128, 5120, 512, shared=True)
     assert cost.flops == 6 * 64 * 5120 * 512

@@ -48,11 +48,11 @@ class Case:
         pools = [jnp.asarray(rng.normal(size=(PAGES, self.K, PAGE, self.h)), self.dtype) for _ in range(2)]
         place = rng.permutation(PAGES * PAGE)[: self.B * self.T].reshape(self.B, self.T).astype(np.int32)
         page = place // PAGE
-        page[-1, -1] = PAGES + 1
+        page[-1, -1] = PAGES
         return Pools(*pools), Targets(jnp.asarray(page), jnp.asarray(place % PAGE))
 
     def expected(self):
-        x = np.asarray(self.heads.qkv_BTKsh, np.float64)
+        x = np.asarray(self.heads.qkv_BTKgh, np.float64)
         qk, v = x[:, :, :, :-1], x[:, :, :, -1]
         if self.rotated:
             cos, sin = (np.asarray(a, np.float64)[:, :, None, None] for a in self.heads.angles)

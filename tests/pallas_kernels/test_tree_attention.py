@@ -89,6 +89,9 @@ CASES = [
     Case(G=2, W=5, multiprocessors=1),
     Case(B=1, N=33, S=33, G=2, W=3, windows=True, multiprocessors=1),
     Case(N=2, S=4, W=2, dtype="float16"),
+    # Rows that are no multiple of 8, the last of a full warpgroup when rounded up.
+    Case(B=1, N=12, S=12, G=5, W=1),
+    Case(B=1, N=25, S=25, G=5, W=1),
     # Two warpgroups, several groups of them, and one that has only padding; more than 32 nodes.
     Case(B=1, N=26, S=26, G=5, h=128, W=2),
     Case(B=1, N=40, S=64, G=5, W=2, windows=True),

@@ -204,7 +204,9 @@ def test_routed_experts_do_the_work_of_the_chosen_ones_only(program, tokens, mes
     config, spec = case(SCOUT, mesh, layers).config, case(SCOUT, mesh, layers).mesh
     gate_up = 2 * config.moe.intermediate_size // spec.tensor
     one_expert = config.hidden_size * gate_up
-    largest = largest_computed(program(SCOUT, mesh, layers).text, "routed_experts")
+    text = program(SCOUT, mesh, layers).text
+    assert "/routed_experts/experts_down/" in text
+    largest = largest_computed(text, "routed_experts")
     assert largest <= max(2 * tokens * max(config.hidden_size, gate_up), one_expert)
 
 

@@ -52,7 +52,7 @@ class PackedKeys(Keys):
     ) -> tuple[Float[Array, "B T K G h"], PackedCache]:
         """On one token rank."""
         assert ranks.count == 1
-        q_BTKGh, k_BTKh, v_BTKh = split_heads(heads, implementation="xla")  # the others have no gradient
+        q_BTKGh, k_BTKh, v_BTKh = split_heads(heads, implementation="xla")  # the Hopper kernel has no gradient
         cache = cache.extended(k_BTKh, v_BTKh)
         return _attend(q_BTKGh, cache, self.first_pass, scale).astype(q_BTKGh.dtype), cache
 

@@ -54,7 +54,7 @@ class ReplicatedKeys(Keys):
         scale: float,
     ) -> tuple[Float[Array, "B T K G h"], LayerCache]:
         """Every rank has all new tokens and its own part of the cached keys."""
-        if heads.qkv_BTKsh.shape[1] == 1:
+        if heads.qkv_BTKgh.shape[1] == 1:
             return self._attend_one(heads, cache, ranks, scale)
         q_BTKGh, k_BTKh, v_BTKh = split_heads(heads)
         prefix = PagedKeys(cache.k_PKph, cache.v_PKph, self.pages_BW, self.intervals.cached)
@@ -72,7 +72,7 @@ class ReplicatedKeys(Keys):
         return attended_BTKGh, write(cache, k_BTKh, v_BTKh, self.pages_BW, self.intervals.slot_BT)
 
     def _attend_one(self, heads: Heads, cache: LayerCache, ranks: Ranks, scale: float) -> tuple[Array, LayerCache]:
-        """Attention of one new token in each row. Its key is written first, after the cached ones that it sees, and attended with them."""
+        """Write each row's one new token to the cache, in the slot after the keys that it sees; then attend them all at once."""
         cached, slot_BT = self.intervals.cached, self.intervals.slot_BT
         q_BTKGh, cache = write_heads(heads, cache, targets(cache, self.pages_BW, slot_BT))
         seen = Interval(cached.start_BT, jnp.where(slot_BT >= 0, slot_BT + 1, cached.end_BT))

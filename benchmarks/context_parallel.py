@@ -76,7 +76,7 @@ class Cost:
         exchange_bytes = sum(collective.sent_bytes for collective in between_hosts if collective.kind != "collective-permute")
         return cls(
             attention_flops=attention_flops(program),
-            matrix_flops=program.ledger.flops() - attention_flops(program),
+            matrix_flops=program.ledger.flops() - attention_flops(program) - program.ledger.flops("/experts_"),
             ring_transfers=len(ring),
             ring_bytes=sum(collective.sent_bytes for collective in ring),
             exchange_bytes=exchange_bytes,
@@ -98,8 +98,8 @@ def exposed_seconds(collective: Collective) -> float:
 
 
 def attention_flops(program: CompiledProgram) -> int:
-    """FLOPs of scores and of their product with the values, the two einsums that have an array BKTGS."""
-    return program.ledger.flops("bktgs")
+    """FLOPs of scores and of their product with the values in l4jax's kernel, as if every query saw all keys."""
+    return program.ledger.flops("/flash_attention/")
 
 
 def useful_attention_flops(config: ModelConfig, layer: int, tokens: int) -> float:

@@ -88,6 +88,12 @@ class _Instruction:
         return [_BYTES[dtype] * math.prod(dims) for dtype, dims in self.arrays]
 
     @property
+    def written_bytes(self) -> int:
+        """Bytes of the results, less those of arrays that a kernel changes in place: how much of them it writes is not known."""
+        in_place = re.findall(r"\{(\d*)\}: \(", self.found(r"output_to_operand_aliasing=\{(.*?\))\}"))
+        return sum(self.nbytes) - sum(self.nbytes[int(index or 0)] for index in in_place)
+
+    @property
     def first_operand(self) -> str:
         return self.found(r"%([\w.-]+)")
 
@@ -204,7 +210,7 @@ class Ledger:
             tuple(nbytes),
             _STRATEGIES.get(instruction.found(r'"kernel_strategy":"(\w+)"'), "NCCL"),
             sum(self._flops(within, other, "") for other in meanwhile),
-            sum(sum(other.nbytes) for other in meanwhile if other.opcode in _KERNELS),
+            sum(other.written_bytes for other in meanwhile if other.opcode in _KERNELS),
         )
 
     def _until_done(self, computation: str, start: _Instruction) -> Iterator[_Instruction]:

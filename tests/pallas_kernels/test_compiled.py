@@ -147,6 +147,6 @@ def test_add_norm(shape, compiled, capfd):
     row, scale = jax.ShapeDtypeStruct((shape.M, shape.D), jnp.bfloat16), jax.ShapeDtypeStruct((shape.D,), jnp.bfloat16)
     _, kernels = compiled(functools.partial(add_norm, eps=1e-5, implementation="hopper"), row, row, scale)
     ((stores, loads, registers),) = kernels
-    assert stores == loads == 0 and registers <= 168
+    assert stores == loads == 0 and registers <= 255
     with capfd.disabled():
         print(f"| add_norm | {shape.label}, bfloat16 | {registers} | 0 | {stores} |")

@@ -48,6 +48,7 @@ ENTRY %main (param.0: bf16[8,16], param.1: bf16[32,16]) -> f32[] {{
   %collective-permute-start = ((bf16[2,16]{{1,0}}), bf16[2,16]{{1,0}}) collective-permute-start(%param.1), channel_id=2, source_target_pairs={PAIRS}, metadata={{op_name="p/layer_0/ppermute"}}
   %scores = f32[8,32]{{1,0:T(8,128)}} fusion(%psum, %param.1), kind=kCustom, calls=%fused_scores, metadata={{op_name="p/layer_0/bktgs/dot_general"}}
   %view = f32[8,32]{{1,0}} bitcast(%scores)
+  %mpmd_map.1 = (bf16[4,8]{{1,0}}, bf16[99,16]{{1,0}}, bf16[99,16]{{1,0}}) custom-call(%psum, %pool, %pool), custom_call_target="mosaic_gpu_v2", operand_layout_constraints={{bf16[8,16]{{1,0}}, bf16[99,16]{{1,0}}, bf16[99,16]{{1,0}}}}, output_to_operand_aliasing={{{{1}}: (1, {{}}), {{2}}: (2, {{}})}}, metadata={{op_name="p/layer_0/heads/mpmd_map"}}
   %collective-permute-done = bf16[2,16]{{1,0}} collective-permute-done(%collective-permute-start)
   %again = (f32[8,32]{{1,0}}, /*index=1*/f32[8]{{0}}) fusion(%psum, %param.1), kind=kCustom, calls=%fused_scores
   %tuple = (s32[], bf16[8,16]{{1,0}}) tuple(%zero, %psum)
@@ -91,9 +92,18 @@ def test_collectives_have_their_axes_their_bytes_and_what_hides_them():
     assert (psum.kind, psum.scope, psum.axes, psum.ranks, psum.nbytes) == ("all-reduce", "p/embed/psum", ("tensor",), 2, (256,))
     assert (transfer.kind, transfer.axes, transfer.ranks, transfer.nbytes) == ("collective-permute", ("sequence",), 4, (64,))
     assert (exchange.kind, exchange.axes, exchange.ranks, exchange.nbytes) == ("all-to-all", ("sequence",), 4, (64,))
-    assert (transfer.flops_meanwhile, transfer.bytes_meanwhile) == (SCORES, 4 * 8 * 32)
+    # Beside the scores, a kernel that writes [4, 8] numbers, and some more in place.
+    assert (transfer.flops_meanwhile, transfer.bytes_meanwhile) == (SCORES, 4 * 8 * 32 + 2 * 4 * 8)
     assert [c.flops_meanwhile + c.bytes_meanwhile for c in (psum, exchange)] == [0, 0]
     assert {c.strategy for c in (psum, transfer, exchange)} == {"NCCL"}
+
+
+def test_launches_are_in_the_order_of_the_schedule():
+    launches = Ledger(TEXT, MESH).launches
+    names = [name for _, _, name in launches]
+    assert [opcode for opcode, _, name in launches if name == "mpmd_map.1"] == ["custom-call"]
+    assert names.index("collective-permute-start") < names.index("scores") < names.index("mpmd_map.1") < names.index("fusion-start")
+    assert not {"view", "psum.1", "collective-permute-done", "tuple"} & set(names)
 
 
 def test_a_sum_inside_a_kernel_is_a_collective_hidden_by_what_its_caller_does_meanwhile():

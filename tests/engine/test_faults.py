@@ -64,7 +64,7 @@ def test_a_row_whose_logits_are_not_finite_ends_alone(name: str) -> None:
         # This one draws it as its first token.
         (good[1][:90], params(2, logit_bias={BAD: 100.0})),
         # This one draws it later; the seed decides when.
-        (good[3], params(3, logit_bias={BAD: 0.5})),
+        (good[3], params(5, logit_bias={BAD: 0.5})),
     ]
     for prompt, its_params in bad:
         for _ in range(2):  # the second time round all slots and pages have been used

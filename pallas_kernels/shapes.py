@@ -161,10 +161,10 @@ REAL = {
         Mixture("Scout on tensor=8, 1 row", 1, 16, 5120, 1024),
         Mixture("Scout on tensor=8, 8 rows", 8, 16, 5120, 1024),
         Mixture("Scout on tensor=8, 64 rows", 64, 16, 5120, 1024),
-        Mixture("Maverick on tensor=16, 32 rows", 32, 128, 5120, 512),
+        Mixture("Maverick on expert=4,tensor=8, 32 rows", 32, 32, 5120, 1024),
         Mixture("Scout on tensor=8, 2048 rows", 2048, 16, 5120, 1024),
         Mixture("Scout on tensor=8, 8192 rows", 8192, 16, 5120, 1024),
-        Mixture("Maverick on tensor=16, 8192 rows", 8192, 128, 5120, 512),
+        Mixture("Maverick on expert=4,tensor=8, 8192 rows", 8192, 32, 5120, 1024),
     ],
     "write_heads": [
         NewHeads("8B decode, 1 row", 1),

@@ -158,13 +158,13 @@ def test_a_burst_of_rounds_ends_after_as_many():
 )
 def test_output_that_is_prefilled_again_leaves_what_decoding_it_left(make, version, mesh):
     """Counts, the number of tokens produced, the drafter's entries: so both go on with the same tokens, drafted by the same rounds."""
-    on, steps = device(make, version, mesh).start(), 9
+    on, steps = device(make, version, mesh).start(), 4
     on.prefill(texts(on))
     on.burst(steps)
     decoded, produced = on.resident, [own[:steps] for own in on.tokens]
     decoded = jax.tree.map(np.asarray, decoded)
     accepted = on.finish("chain:3")
-    assert on.tokens == expected(make, version) and accepted.sum() >= 3
+    assert on.tokens == expected(make, version) and accepted.sum() > 3
     again = on.start()
     again.prefill([text + own for text, own in zip(texts(on), produced, strict=True)])
     for found, wanted in zip(jax.tree.leaves(again.slots), jax.tree.leaves(decoded.slots), strict=True):

@@ -139,7 +139,7 @@ def test_tiling_of_few_rows_fills_an_h100():
     assert Tiling.of(1, 16, 1024, 5120) == Tiling(rows=8, outputs=1024, inputs=5120, splits=10, stages=3)
     assert Tiling.of(1, 16, 2560, 1024) == Tiling(rows=8, outputs=2560, inputs=1024, splits=4, stages=3)
     assert Tiling.of(64, 16, 1024, 5120) == Tiling(rows=64, outputs=1024, inputs=5120, splits=1, stages=3)
-    # Maverick on tensor=16: 28 of 128 experts and the shared one.
+    # All of Maverick's 128 experts, each a sixteenth: 28 of them and the shared one.
     assert Tiling.of(32, 128, 512, 5120) == Tiling(rows=32, outputs=512, inputs=5120, splits=2, stages=3)
     assert 2 * (Tiling.of(64, 16, 1024, 5120).shared_bytes + 2048) < SHARED_BYTES  # two blocks fit
     assert many_rows.shared_bytes() < SHARED_BYTES
@@ -158,7 +158,7 @@ def test_flops_of_kernels_are_read_off_their_operands():
     assert kernel_flops("experts_gate_up", [(456, 256), (4, 2, 128, 256), (7, 3)]) == 2 * 456 * 256 * (2 * 128)
 
 
-def test_costs_of_32_rows_of_maverick_on_16_gpus():
+def test_costs_of_32_rows_of_a_sixteenth_of_maverick():
     """28 experts and the shared one, 15.7 MB each: almost all bytes are their matrices."""
     chosen = np.arange(32) % 28
     cost = experts_cost(chosen, 128, 5120, 512, shared=True)

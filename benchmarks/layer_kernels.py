@@ -20,7 +20,7 @@ from sharding.mesh import MeshSpec
 
 CAPACITY = 8320
 """Tokens that a row has room for: 8K and a page."""
-OURS = ("add_norm", "heads", "tree_attention", "experts_gate_up", "experts_down")
+OURS = ("add_norm", "heads", "tree_attention", "merge_splits", "experts_gate_up", "experts_down")
 
 
 def layer_kernels(program: CompiledProgram, layer: int) -> list[str]:

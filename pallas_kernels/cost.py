@@ -23,7 +23,7 @@ class Cost:
 def kernel_flops(kernel: str, operands: Sequence[Sequence[int]]) -> int:
     """FLOPs of a kernel for Hopper GPUs whose operands have these shapes; 0 for a kernel of another name.
 
-    As if every query saw all keys; every row of experts, padding included, counts as computed.
+    As if every query saw all keys; every row of experts, padding included, counts as computed, as if each chose one.
     """
     match kernel, operands:
         case "tree_attention", [(B, K, M, h), (_, _, p, _), _, _, _, (_, W), *tree]:
@@ -31,8 +31,10 @@ def kernel_flops(kernel: str, operands: Sequence[Sequence[int]]) -> int:
         case "flash_attention", [(B, T, K, G, h), (_, S, _, _), _, _, _, *cache]:
             cached = cache[0][2] * cache[2][1] if cache else 0
             return 4 * B * T * K * G * h * (S + cached)
-        case "experts_gate_up" | "experts_down", [(sources, _, i), (_, _, o, _), _, _, (M,)]:  # of a few rows
-            return 4 * sources * M * i * o
-        case "experts_gate_up" | "experts_down", [(places, i), (_, _, o, _), _]:
+        case "experts_gate_up" | "experts_down", [(places, i), (_, _, o, _), (_, 3)]:  # of many rows
             return 4 * places * i * o
+        case "experts_gate_up" | "experts_down", [(*_, M, i), (_, _, o, _), (2, _), *_]:
+            return 4 * M * i * o
+        case "experts_gate_up" | "experts_down", [(*_, M, i), (_, _, o, _), (_, _, _, _), (2, _), *_]:  # with a shared expert
+            return 8 * M * i * o
     return 0

@@ -105,6 +105,29 @@ class Merge:
 
 
 @dataclasses.dataclass(frozen=True)
+class Splits:
+    """Attention over each of ``splits`` parts of the cached keys; otherwise as :class:`Attention`."""
+
+    label: str
+    B: int
+    T: int
+    splits: int
+    K: int = 8
+    G: int = 4
+    h: int = 128
+
+    @property
+    def nbytes(self) -> int:
+        """Each split's results and log-sum-exps in float32, and the merged result in bfloat16; each moved once."""
+        return self.B * self.T * self.K * self.G * (4 * self.splits * (self.h + 1) + 2 * self.h)
+
+    @property
+    def flops(self) -> int:
+        """Each split times its weight, and the sum."""
+        return 2 * self.B * self.T * self.K * self.G * self.splits * self.h
+
+
+@dataclasses.dataclass(frozen=True)
 class NewHeads:
     """Heads of one new token in each of B rows, rotated and written to a cache; K KV heads of G query heads each, head dimension h."""
 
@@ -175,6 +198,12 @@ REAL = {
         Residual("8B decode, 1 row", 1, 4096),
         Residual("Scout decode, 8 rows", 8, 5120),
         Residual("405B decode, 32 rows", 32, 16384),
+    ],
+    "merge_splits": [
+        Splits("8B decode, 1 row, 8K", 1, 1, 16),
+        Splits("8B decode, 32 rows, 8K", 32, 1, 1),
+        Splits("8B eagle26, 1 row, 8K", 1, NODES, 16),
+        Splits("70B decode on tensor=8, 1 row, 8K", 1, 1, 128, K=1, G=8),
     ],
     "merge": [
         Merge("8B decode, cached and new, 32 rows", 32, 1, 32, 2),

@@ -25,7 +25,7 @@ def _few(M: int, E: int, D: int, F: int, size_E: np.ndarray, shared: bool) -> in
     copied = 0
     for tiling, gated in zip(few_rows.tilings(M, E, D, F), (True, False), strict=True):
         tiles = tiling.outputs // few_rows.OUTPUTS
-        copied += blocks * tiles * tiling.inputs * (tiling.rows + 2 * few_rows.OUTPUTS) * 2
+        copied += blocks * tiles * tiling.inputs * (M + 2 * few_rows.OUTPUTS) * 2
         copied += results * tiling.outputs * (2 if gated and tiling.splits == 1 else 2 * 4 * tiling.splits)
     return copied
 

@@ -1,7 +1,7 @@
 """Experts of a few rows on Hopper GPUs: two kernels that read the matrices of the experts that rows chose, and no others.
 
 Decoding reads much and computes little, so a chosen expert's matrices are multiplied by all rows, and each row keeps the results of its
-own expert: nothing is sorted, and a row's bits do not depend on the others.
+own expert: nothing is sorted or listed, and a row's bits do not depend on the others.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from pallas_kernels.experts.weights import Experts, scaled
-from pallas_kernels.mosaic import ROWS, SMS, plgpu, swiglu, tiles
+from pallas_kernels.experts.weights import Experts
+from pallas_kernels.mosaic import ROWS, SMS, over, plgpu, swiglu, tiles
 
 MOST_ROWS = ROWS
 """Rows of one matrix product of a warpgroup: multiplying by as many takes no longer than by one."""
@@ -34,12 +34,10 @@ _LEAST_STEPS = 4
 class Tiling:
     """How the products of a kernel are divided into thread blocks.
 
-    Each multiplies 64 rows, of which the first ``rows`` are copied (the batch, rounded up to 8), by ``OUTPUTS`` rows of each of an expert's
-    two matrices [``outputs``, ``inputs``], over one of ``splits`` equal parts of the inputs. ``stages``: steps of ``INPUTS`` inputs that
-    are in shared memory at a time.
+    Each multiplies all rows by ``OUTPUTS`` rows of each of an expert's two matrices [``outputs``, ``inputs``], over one of ``splits`` equal
+    parts of the inputs. ``stages``: steps of ``INPUTS`` inputs that are in shared memory at a time.
     """
 
-    rows: int
     outputs: int
     inputs: int
     splits: int
@@ -53,7 +51,7 @@ class Tiling:
         steps, blocks = inputs // INPUTS, chosen * outputs / OUTPUTS
         shares = [splits for splits in range(1, steps + 1) if steps % splits == 0 and steps // splits >= _LEAST_STEPS] or [1]
         splits = next((splits for splits in shares if splits * blocks >= SMS * _BLOCKS_AN_SM), shares[-1])
-        return cls(-(-M // 8) * 8, outputs, inputs, splits, min(steps // splits, _STAGES))
+        return cls(outputs, inputs, splits, min(steps // splits, _STAGES))
 
     @property
     def shared_bytes(self) -> int:
@@ -83,27 +81,27 @@ def experts(
     (M, D), (E, _, F, _) = x_MD.shape, routed.gate_up_E2FD.shape
     up, down = tilings(M, E, D, F)
     here_M = expert_M < E
-    chosen, sources = _chosen(expert_M, E), [scaled(x_MD, score_M)]
-    if shared is not None:
-        number = jnp.int32(E) if shared_here is None else jnp.where(shared_here, E, -1)
-        chosen, sources = jnp.concatenate([number[None], chosen]), [*sources, x_MD]
-    expert_M = jnp.where(here_M, expert_M, -1)  # E is the shared expert's number
-    x_sRD = jnp.pad(jnp.stack(sources), ((0, 0), (0, up.rows - M), (0, 0)))
+    # One array of numbers and scores, so that XLA makes both in one kernel. E is the shared expert's number.
+    numbers_M = jnp.where(here_M, expert_M, -1)
+    scores_M = jnp.zeros_like(numbers_M) if score_M is None else jax.lax.bitcast_convert_type(score_M, jnp.int32)
+    rows_2R = jnp.pad(jnp.stack([numbers_M, scores_M]), ((0, 0), (0, ROWS - M)))
+    here = [] if shared_here is None else [shared_here.astype(jnp.int32)[None]]
 
-    def products(name: str, tiling: Tiling, x_sRi: Array, matrices: Callable[[Experts], Array], *, gated: bool) -> Array:
-        # Without a shared expert the second is a placeholder: the kernel reads it for number E only.
-        both = matrices(routed), matrices(routed if shared is None else shared)
-        return _kernel(name, tiling, len(chosen), E, M, len(sources), x_MD.dtype, gated=gated)(x_sRi, *both, chosen, expert_M)
+    def products(name: str, tiling: Tiling, x: Array, matrices: Callable[[Experts], Array], *, scored: bool, gated: bool) -> Array:
+        given = [matrices(of) for of in (routed, shared) if of is not None]
+        options = {"shared": shared is not None, "always": shared_here is None, "scored": scored, "gated": gated}
+        return _kernel(name, tiling, E, M, x_MD.dtype, **options)(x, *given, rows_2R, *here)
 
     # SwiGLU needs whole sums: it is in the kernel only if the inputs are in one part.
     in_kernel = up.splits == 1
-    up_results = products("experts_gate_up", up, x_sRD, lambda of: of.gate_up_E2FD, gated=in_kernel)
-    hidden_sRF = up_results[0]
+    up_results = products("experts_gate_up", up, x_MD, lambda of: of.gate_up_E2FD, scored=score_M is not None, gated=in_kernel)
+    hidden_sMF = up_results[0]
     if not in_kernel:
-        gate_up_sRf = jnp.sum(up_results, axis=0)
-        hidden_sRF = swiglu(gate_up_sRf[..., :F], gate_up_sRf[..., F:]).astype(x_MD.dtype)
-    out_zsRD = products("experts_down", down, hidden_sRF, lambda of: of.down_EDF.reshape(-1, 2, D // 2, F), gated=False)
-    routed_MD, *shared_MD = jnp.sum(out_zsRD, axis=0)[:, :M]
+        gate_up_sMf = jnp.sum(up_results, axis=0)
+        hidden_sMF = swiglu(gate_up_sMf[..., :F], gate_up_sMf[..., F:]).astype(x_MD.dtype)
+    halves = functools.partial(jnp.reshape, shape=(-1, 2, D // 2, F))
+    out_zsMD = products("experts_down", down, hidden_sMF, lambda of: halves(of.down_EDF), scored=False, gated=False)
+    routed_MD, *shared_MD = jnp.sum(out_zsMD, axis=0)
     # Rows without an expert were never written.
     y_MD = jnp.where(here_M[:, None], routed_MD, 0.0)
     if shared is not None:
@@ -111,52 +109,75 @@ def experts(
     return y_MD.astype(x_MD.dtype)
 
 
-def _chosen(expert_M: Int32[Array, "M"], E: int) -> Int32[Array, "S"]:
-    """The experts that rows chose, each once and in order, then -1. ``expert_M`` is E for a row that chose none."""
-    index_E, index_S = jnp.arange(E, dtype=jnp.int32), jnp.arange(min(E, len(expert_M)), dtype=jnp.int32)
-    chosen_E = jnp.any(expert_M[None, :] == index_E[:, None], axis=1)
-    rank_E = jnp.sum(chosen_E[None, :] & (index_E[None, :] < index_E[:, None]), axis=1, dtype=jnp.int32)
-    return jnp.max(jnp.where(chosen_E[None, :] & (rank_E[None, :] == index_S[:, None]), index_E[None, :], -1), axis=1)
+def _kernel(
+    name: str, tiling: Tiling, E: int, M: int, dtype: Any, *, shared: bool, always: bool, scored: bool, gated: bool
+) -> Callable[..., Array]:
+    """Products of each chosen expert with the rows that chose it: (rows; the routed experts' matrices and, if there is one, the shared
+    one's; each row's expert, -1 for none, and the bits of its score; unless ``always``, 1 if the shared expert counts here) to a result for
+    each part of the inputs, source and row: both products, or if ``gated`` SwiGLU of them.
 
-
-def _kernel(name: str, tiling: Tiling, most_chosen: int, E: int, M: int, sources: int, dtype: Any, *, gated: bool) -> Callable[..., Array]:
-    """Products of each chosen expert with the rows that chose it: (rows times their scores and, as a second source, rows as they are; the
-    routed experts' matrices, the shared one's; the chosen experts, -1 for none; each row's expert) to a result for each part of the inputs,
-    source and row: both products, or if ``gated`` SwiGLU of them.
-
-    The shared expert, which is number E, reads the second source.
+    The sources are the routed experts and, as the second, the shared one, whose number is E. If they read different rows, ``rows`` has them
+    along its first axis. If ``scored``, scores multiply the rows of routed experts.
     """
-    rows, stages, splits, outputs = tiling.rows, tiling.stages, tiling.splits, tiling.outputs
+    stages, splits, outputs = tiling.stages, tiling.splits, tiling.outputs
     steps = tiling.inputs // INPUTS // splits
     out_type, products = (dtype, 1) if gated else (jnp.float32, 2)
+    places, sources = min(E, M), 1 + shared  # thread blocks of a routed expert each
 
-    def body(
-        x_ref: Any, routed_ref: Any, shared_ref: Any, chosen_ref: Any, expert_ref: Any, out_ref: Any,
-        x_s: Any, w_s: Any, out_s: Any, x_loaded: Any, w_loaded: Any,
-    ) -> None:  # fmt: skip
-        split, first = jax.lax.axis_index("split"), jax.lax.axis_index("tile") * OUTPUTS
-        expert = chosen_ref[jax.lax.axis_index("chosen")]
+    def body(x_ref: Any, routed_ref: Any, *given: Any) -> None:
+        refs = iter(given)
+        shared_ref = next(refs) if shared else None
+        rows_ref = next(refs)
+        here_ref = None if always else next(refs)
+        out_ref, x_s, w_s, out_s, x_loaded, w_loaded = refs
+        place, split, first = jax.lax.axis_index("place"), jax.lax.axis_index("split"), jax.lax.axis_index("tile") * OUTPUTS
+
+        def chosen() -> Array:
+            """The place's expert; -1 if no row chose it, or if an earlier place has it."""
+            if M < E:  # a place for each row
+                own = rows_ref[0, jnp.minimum(place, M - 1)]
+                repeated = [(row < place) & (rows_ref[0, row] == own) for row in range(M - 1)]
+                return jnp.where(functools.reduce(jnp.logical_or, repeated, False), -1, own)
+            taken = functools.reduce(jnp.logical_or, [rows_ref[0, row] == place for row in range(M)])
+            return jnp.where(taken, place, -1)
+
+        expert = chosen()
+        if shared:
+            expert = jnp.where(place < places, expert, E if here_ref is None else jnp.where(here_ref[0] != 0, E, -1))
 
         def fetch(step: Any, stage: Any) -> None:
             inputs = pl.ds((split * steps + step) * INPUTS, INPUTS)
 
             def of(source: int, matrices_ref: Any, number: Any) -> None:
-                plgpu.copy_gmem_to_smem(x_ref.at[source, :, inputs], x_s.at[stage, pl.ds(0, rows)], x_loaded.at[stage])
+                source_ref = x_ref if len(x_ref.shape) == 2 else x_ref.at[source]
+                plgpu.copy_gmem_to_smem(source_ref.at[:, inputs], x_s.at[stage, pl.ds(0, M)], x_loaded.at[stage])
                 for i in range(2):
                     matrix_ref = matrices_ref.at[number, i, pl.ds(first, OUTPUTS), inputs]
                     plgpu.copy_gmem_to_smem(matrix_ref, w_s.at[stage, i], w_loaded.at[stage])
 
             pl.when(expert < E)(lambda: of(0, routed_ref, expert))
-            pl.when(expert == E)(lambda: of(sources - 1, shared_ref, 0))
+            if shared:
+                pl.when(expert == E)(lambda: of(sources - 1, shared_ref, 0))
 
         def multiply(*sums: Any) -> tuple[Array, Array]:
+            if scored:
+                bits = plgpu.load(rows_ref.at[1], layout=plgpu.Layout.WGMMA.reduce(1))
+                score = jax.lax.bitcast_convert_type(bits, jnp.float32)
+                score = jax.lax.cond(expert < E, lambda score: score, jnp.ones_like, score)
+
             def step(index: Array, carry: int) -> int:
                 stage = jax.lax.rem(index, stages)
                 plgpu.barrier_wait(x_loaded.at[stage])
+                # Any number of rows can be copied only to memory that is not in tiles, which products read from registers only. The rows
+                # after them are whatever is in shared memory; nobody stores their products.
+                x = plgpu.load(x_s.at[stage], layout=plgpu.Layout.WGMMA)
+                if scored:
+                    x = (x.astype(jnp.float32) * over(score, INPUTS)).astype(dtype)
                 plgpu.barrier_wait(w_loaded.at[stage])
                 for i in range(2):
-                    plgpu.wgmma(sums[i], x_s.at[stage], w_s.at[stage, i].T)
+                    plgpu.wgmma(sums[i], x, w_s.at[stage, i].T)
                 plgpu.wgmma_wait(0)
+                plgpu.commit_smem()
                 pl.when(index + stages < steps)(lambda: fetch(index + stages, stage))
                 return carry
 
@@ -173,23 +194,23 @@ def _kernel(name: str, tiling: Tiling, most_chosen: int, E: int, M: int, sources
                 out_s[...] = result.astype(out_type)
                 plgpu.commit_smem()
 
+                def store(source: int, row: int, count: int, columns: Any) -> None:
+                    plgpu.copy_smem_to_gmem(out_s.at[pl.ds(row, count)], out_ref.at[split, source, pl.ds(row, count), columns])
+
                 columns = pl.ds(i * outputs + first, OUTPUTS)
-
-                def store(row: int, source: int, columns: Any = columns) -> None:
-                    plgpu.copy_smem_to_gmem(out_s.at[pl.ds(row, 1)], out_ref.at[split, source, pl.ds(row, 1), columns])
-
+                if shared:
+                    pl.when(expert == E)(functools.partial(store, 1, 0, M, columns))
                 for row in range(M):
-                    pl.when(expert == E)(functools.partial(store, row, sources - 1))
-                    pl.when(expert == expert_ref[row])(functools.partial(store, row, 0))
+                    pl.when(expert == rows_ref[0, row])(functools.partial(store, 0, row, 1, columns))
             plgpu.wait_smem_to_gmem(0)
 
     return plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((splits, sources, rows, products * outputs), out_type),
-        grid=(most_chosen, splits, outputs // OUTPUTS),
-        grid_names=("chosen", "split", "tile"),
+        out_type=jax.ShapeDtypeStruct((splits, sources, M, products * outputs), out_type),
+        grid=(places + shared, splits, outputs // OUTPUTS),
+        grid_names=("place", "split", "tile"),  # none may be the name of a mesh axis
         scratch_types=[
-            plgpu.SMEM((stages, ROWS, INPUTS), dtype, transforms=tiles(64)),
+            plgpu.SMEM((stages, ROWS, INPUTS), dtype),
             plgpu.SMEM((stages, 2, OUTPUTS, INPUTS), dtype, transforms=tiles(64)),
             plgpu.SMEM((ROWS, OUTPUTS), out_type),
             plgpu.Barrier(num_barriers=stages),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
 Partial = tuple[Float[Array, "*B h"], Float[Array, "*B"]]
 
@@ -27,3 +28,12 @@ def merge_attention(partials: Sequence[Partial]) -> Partial:
     denominator = jnp.where(total == 0.0, 1.0, total)
     out = functools.reduce(jnp.add, [weight[..., None] * out for weight, out in zip(weights, outs, strict=True)])
     return out / denominator[..., None], jnp.log(total) + safe
+
+
+def merge_splits(
+    out_BKzMh: Float32[Array, "B K z M h"], lse_BKzM: Float32[Array, "B K z M"], N: int, G: int, dtype: Any
+) -> Float[Array, "B N K G h"]:
+    """As :func:`merge_attention`."""
+    B, K, splits, _, h = out_BKzMh.shape
+    out_BKMh, _ = merge_attention([(out_BKzMh[:, :, z, : N * G], lse_BKzM[:, :, z, : N * G]) for z in range(splits)])
+    return jnp.swapaxes(out_BKMh.reshape(B, K, N, G, h), 1, 2).astype(dtype)

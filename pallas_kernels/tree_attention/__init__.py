@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from jaxtyping import Array, Float
 
 from pallas_kernels.implementations import Implementation, first_supported
@@ -21,16 +23,17 @@ def tree_attention(
     *,
     scale: float,
     apart: bool = False,
+    dtype: Any = None,
     implementation: Implementation = None,
 ) -> Partial:
     """Attention of each node over the cached keys in its interval and over the tree's keys that it sees (arXiv 2508.08192).
 
     ``tree`` is None for decoding: the one node's own key is cached already. Scores are multiplied by ``scale``. Returns the output,
     [B, N, K, G, h], and the log-sum-exp of the scores, [B, N, K, G], in float32 (float64 for float64 inputs); zeros and -inf for a node
-    that sees nothing.
+    that sees nothing. With ``dtype`` the output is rounded to it.
 
     ``apart``: a row's result is the same to the last bit whatever the other rows are. ``implementation``: as for
     :func:`pallas_kernels.implementations.first_supported`. Tokens that nobody sees must be finite in every page that a row's table names
     between the earliest start and the longest row's end.
     """
-    return first_supported("tree_attention", IMPLEMENTATIONS, implementation, q_BNKGh, tree, prefix, scale=scale, apart=apart)
+    return first_supported("tree_attention", IMPLEMENTATIONS, implementation, q_BNKGh, tree, prefix, scale=scale, apart=apart, dtype=dtype)

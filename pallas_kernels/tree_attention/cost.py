@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from pallas_kernels.cost import Cost
+from pallas_kernels.merge import hopper as merge
 from pallas_kernels.mosaic import ROWS
 from pallas_kernels.tree_attention.hopper import KEYS, Tiling
 
 
 def tree_attention_cost(K: int, G: int, h: int, S: int, start_BN: np.ndarray, end_BN: np.ndarray, seen: int, slots: int) -> Cost:
-    """The cost of a call, in bfloat16 or float16; copies are those of the Hopper kernel, without the merge of its results.
+    """The cost of a call, in bfloat16 or float16; copies are those of the Hopper kernels.
 
     Nodes see the cached keys in [start, end); ``seen``: pairs of a node and one of the tree's S keys that it sees, in all sequences;
     ``slots``: tokens of a page table. K, G, h: KV heads, query heads of each, head dimension.
@@ -28,4 +29,5 @@ def tree_attention_cost(K: int, G: int, h: int, S: int, start_BN: np.ndarray, en
     tree = B * tiling.tree_keys * key_bytes * tiling.groups
     rows = B * K * tiling.splits * (N * G * h * 2 + tiling.rows * (h + 1) * 4)
     numbers = B * K * tiling.splits * tiling.groups * tiling.warpgroups * ROWS * 4 * (4 if S else 2)
-    return Cost(4 * K * G * h * scores, needed + results, cached + tree + rows + numbers)
+    merged = B * K * N * G * merge.shared_bytes(tiling.splits, h) if h == merge.HEAD_DIM else 0
+    return Cost(4 * K * G * h * scores, needed + results, cached + tree + rows + numbers + merged)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.implementations import require_hopper
 from pallas_kernels.keys import PagedKeys, TreeKeys
-from pallas_kernels.merge import Partial, merge_attention
+from pallas_kernels.merge import Partial, merge_splits
 from pallas_kernels.mosaic import (
     LOG2_E,
     MASKED,
@@ -96,9 +96,15 @@ def _splits(blocks: int, most: int) -> int:
 
 
 def tree_attention(
-    q_BNKGh: Float[Array, "B N K G h"], tree: TreeKeys | None, prefix: PagedKeys, *, scale: float, apart: bool = False
+    q_BNKGh: Float[Array, "B N K G h"],
+    tree: TreeKeys | None,
+    prefix: PagedKeys,
+    *,
+    scale: float,
+    apart: bool = False,
+    dtype: Any = None,
 ) -> Partial:
-    """Each split attends some of the cached keys, and the first one the tree as well; XLA merges their results.
+    """Each split attends some of the cached keys, and the first one the tree as well; another kernel merges their results.
 
     In a thread block one warpgroup copies keys and values to shared memory, and one or two others compute. The query heads of all nodes
     that share a KV head are the rows of one matrix product. Weights are rounded to the dtype of the values. Sequences are always computed
@@ -137,8 +143,7 @@ def tree_attention(
         prefix.pages_BW,
         *([] if tree is None else [nodes(tree.k_BSKh), nodes(tree.v_BSKh)]),
     )
-    out_BKMh, lse_BKM = merge_attention([(out_BKzMh[:, :, z, : N * G], lse_BKzM[:, :, z, : N * G]) for z in range(tiling.splits)])
-    return jnp.swapaxes(out_BKMh.reshape(B, K, N, G, h), 1, 2), jnp.swapaxes(lse_BKM.reshape(B, K, N, G), 1, 2)
+    return merge_splits(out_BKzMh, lse_BKzM, N, G, dtype or jnp.float32)
 
 
 def _words(sees_BNS: Array) -> tuple[Array, Array]:

@@ -5,6 +5,8 @@ So the mask is as large as the tree, not as the context (arXiv 2508.08192, secti
 
 from __future__ import annotations
 
+from typing import Any
+
 from jaxtyping import Array, Float
 
 from pallas_kernels.flash_attention import attend_masked, attend_pages
@@ -13,10 +15,17 @@ from pallas_kernels.merge import Partial, merge_attention
 
 
 def tree_attention(
-    q_BNKGh: Float[Array, "B N K G h"], tree: TreeKeys | None, prefix: PagedKeys, *, scale: float, apart: bool = False
+    q_BNKGh: Float[Array, "B N K G h"],
+    tree: TreeKeys | None,
+    prefix: PagedKeys,
+    *,
+    scale: float,
+    apart: bool = False,
+    dtype: Any = None,
 ) -> Partial:
     """Attention over the cached keys and over the tree's, merged."""
-    cached = attend_pages(q_BNKGh, prefix, scale=scale, apart=apart)
-    if tree is None:
-        return cached
-    return merge_attention([cached, attend_masked(q_BNKGh, tree.k_BSKh, tree.v_BSKh, tree.sees_BNS, scale=scale)])
+    out_BNKGh, lse_BNKG = attend_pages(q_BNKGh, prefix, scale=scale, apart=apart)
+    if tree is not None:
+        of_tree = attend_masked(q_BNKGh, tree.k_BSKh, tree.v_BSKh, tree.sees_BNS, scale=scale)
+        out_BNKGh, lse_BNKG = merge_attention([(out_BNKGh, lse_BNKG), of_tree])
+    return out_BNKGh if dtype is None else out_BNKGh.astype(dtype), lse_BNKG

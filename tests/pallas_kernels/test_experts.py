@@ -136,11 +136,11 @@ def test_a_row_gets_the_same_bits_whatever_is_beside_it():
 
 def test_tiling_of_few_rows_fills_an_h100():
     # Scout on tensor=8: two experts' gate and up matrices are 32 blocks, which are divided by 10 for two to a multiprocessor.
-    assert Tiling.of(1, 16, 1024, 5120) == Tiling(rows=8, outputs=1024, inputs=5120, splits=10, stages=3)
-    assert Tiling.of(1, 16, 2560, 1024) == Tiling(rows=8, outputs=2560, inputs=1024, splits=4, stages=3)
-    assert Tiling.of(64, 16, 1024, 5120) == Tiling(rows=64, outputs=1024, inputs=5120, splits=1, stages=3)
+    assert Tiling.of(1, 16, 1024, 5120) == Tiling(outputs=1024, inputs=5120, splits=10, stages=3)
+    assert Tiling.of(1, 16, 2560, 1024) == Tiling(outputs=2560, inputs=1024, splits=4, stages=3)
+    assert Tiling.of(64, 16, 1024, 5120) == Tiling(outputs=1024, inputs=5120, splits=1, stages=3)
     # All of Maverick's 128 experts, each a sixteenth: 28 of them and the shared one.
-    assert Tiling.of(32, 128, 512, 5120) == Tiling(rows=32, outputs=512, inputs=5120, splits=2, stages=3)
+    assert Tiling.of(32, 128, 512, 5120) == Tiling(outputs=512, inputs=5120, splits=2, stages=3)
     assert 2 * (Tiling.of(64, 16, 1024, 5120).shared_bytes + 2048) < SHARED_BYTES  # two blocks fit
     assert many_rows.shared_bytes() < SHARED_BYTES
 
@@ -151,10 +151,10 @@ def test_registers_of_all_warpgroups_of_many_rows_fit():
 
 
 def test_flops_of_kernels_are_read_off_their_operands():
-    """Of 5 rows, copied as 8, through experts of width 128, and as many without a score through the shared one."""
-    operands = [(2, 8, 256), (4, 2, 128, 256), (1, 2, 128, 256), (5,), (5,)]
+    """Of 5 rows through experts of width 128, and as many without a score through the shared one."""
+    operands = [(5, 256), (4, 2, 128, 256), (1, 2, 128, 256), (2, 64), (1,)]
     assert kernel_flops("experts_gate_up", operands) == 2 * 2 * 5 * 256 * (2 * 128)
-    assert kernel_flops("experts_down", [(1, 8, 128), (4, 2, 128, 128), (4, 2, 128, 128), (4,), (5,)]) == 2 * 5 * 128 * 256
+    assert kernel_flops("experts_down", [(1, 5, 128), (4, 2, 128, 128), (2, 64)]) == 2 * 5 * 128 * 256
     assert kernel_flops("experts_gate_up", [(456, 256), (4, 2, 128, 256), (7, 3)]) == 2 * 456 * 256 * (2 * 128)
 
 

@@ -1,12 +1,16 @@
-"""Partial attentions merge to the attention over all keys, by every implementation."""
+"""Partial attentions merge to the attention over all keys, and splits as partial attentions do, by every implementation."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.merge import merge_attention, reference
+from pallas_kernels.merge import IMPLEMENTATIONS as OF_SPLITS
+from pallas_kernels.merge import merge_attention, merge_splits, reference
+from tests.pallas_kernels.programs import AN_H100, on_one_cpu
+from tests.pallas_kernels.simulator import simulated
 
 IMPLEMENTATIONS = {"reference": jax.jit(reference.merge_attention), "xla": jax.jit(merge_attention)}
 
@@ -54,3 +58,48 @@ def test_float64_is_kept(name):
         weights = np.exp([0.1, 0.3])
         np.testing.assert_allclose(out[0, 0], weights @ [1.0, 2.0] / weights.sum(), rtol=1e-14)
         np.testing.assert_allclose(lse[0], np.log(weights.sum()), rtol=1e-14)
+
+
+def splits_of(B, K, splits, N, G, h=128):
+    """Outputs and log-sum-exps, of which some splits, and all of query row 0, have no keys; and rows after the last, which are NaN."""
+    rows = -(-N * G // 8) * 8
+    rng = np.random.default_rng(splits)
+    out, lse = rng.normal(size=(B, K, splits, rows, h)), rng.normal(scale=30, size=(B, K, splits, rows))
+    empty = rng.random(lse.shape) < 0.3
+    empty[..., 0] = True
+    out, lse = np.where(empty[..., None], 0, out), np.where(empty, -np.inf, lse)
+    out[..., N * G :, :] = lse[..., N * G :] = np.nan
+    return jnp.asarray(out, jnp.float32), jnp.asarray(lse, jnp.float32)
+
+
+# One split; fewer than a turn of the loop adds; a turn and some; several turns. Rows in one and in several copies of eight.
+@pytest.mark.parametrize(("B", "K", "splits", "N", "G"), [(1, 1, 1, 1, 1), (2, 2, 3, 1, 4), (1, 1, 19, 3, 5), (1, 2, 16, 2, 4)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", OF_SPLITS)
+def test_splits_merge_as_partial_attentions_do(name, dtype, B, K, splits, N, G):
+    out, lse = splits_of(B, K, splits, N, G)
+
+    def run(out, lse):
+        return merge_splits(out, lse, N, G, dtype, implementation=name)
+
+    found, found_lse = simulated(run, out, lse)[0] if name == "hopper" else on_one_cpu(run)(out, lse)
+    assert found.dtype == dtype
+    expected, expected_lse = reference.merge_attention([(out[:, :, z, : N * G], lse[:, :, z, : N * G]) for z in range(splits)])
+    order = jnp.arange(N * G).reshape(N, G)
+    # Exponents of up to some hundred, in base 2, are rounded to float32; then the output to its dtype.
+    tolerance = 2e-5 if dtype == jnp.float32 else 2**-8
+    np.testing.assert_allclose(np.asarray(found, np.float32), jnp.moveaxis(expected[:, :, order], 1, 2), rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(found_lse, jnp.moveaxis(expected_lse[:, :, order], 1, 2), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("splits", "h", "reason"),
+    [
+        (3, 64, "takes head dimension 128; this one is 64"),
+        (500, 128, "takes splits that fit in shared memory; 500 of them need 272000 bytes"),
+    ],
+)
+def test_splits_that_the_kernel_does_not_take_are_said(splits, h, reason):
+    with jax.sharding.use_abstract_mesh(AN_H100), pytest.raises(NotImplementedError) as error:
+        jax.make_jaxpr(lambda *a: merge_splits(*a, 1, 4, jnp.float32, implementation="hopper"))(*splits_of(1, 1, splits, 1, 4, h))
+    assert str(error.value) == f"no implementation of merge_splits takes these arguments (hopper: {reason})"

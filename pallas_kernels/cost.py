@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 
@@ -38,3 +39,46 @@ def kernel_flops(kernel: str, operands: Sequence[Sequence[int]]) -> int:
         case "experts_gate_up" | "experts_down", [(*_, M, i), (_, _, o, _), (_, _, _, _), (2, _), *_]:  # with a shared expert
             return 8 * M * i * o
     return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """What decides how much kernels read.
+
+    ``seen``: cached tokens that each row sees. ``tokens``: new tokens of all rows of a device. ``experts``: those that tokens choose from,
+    here or on other devices.
+    """
+
+    seen: int
+    tokens: int
+    experts: int = 0
+
+    def chosen(self, here: int) -> float:
+        """How many of a device's ``here`` experts tokens are expected to choose, if they choose at random."""
+        return here * (1 - (1 - 1 / self.experts) ** self.tokens)
+
+
+def kernel_bytes(kernel: str, operands: Sequence[Sequence[int]], written: int, load: Load) -> float:
+    """Bytes that a kernel for Hopper GPUs moves from and to the GPU's memory, if its operands, of 2 bytes each, have these shapes and it
+    writes ``written`` bytes of results. What several thread blocks copy counts once: the L2 cache has it for the others.
+
+    Raises ValueError for a kernel of another name.
+    """
+
+    def nbytes(dims: Sequence[int], itemsize: int = 2) -> int:
+        return itemsize * math.prod(dims)
+
+    match kernel, operands:
+        case "tree_attention", [(B, K, M, h), (_, _, p, _), _, rows, _, (_, W), *tree]:
+            keys = min(load.seen, W * p) + (tree[0][2] if tree else 0)
+            return written + nbytes((B, K, M, h)) + nbytes(rows, 4) + 2 * nbytes((B, K, keys, h))
+        case "merge_splits", [out, lse]:
+            return written + nbytes(out, 4) + nbytes(lse, 4)
+        case "add_norm", _:
+            return written + sum(map(nbytes, operands))
+        case "heads", [(B, T, K, g, h), *_]:  # the queries, a key and a value, once in and once out
+            return 2 * nbytes((B, T, K, g, h))
+        case "experts_gate_up" | "experts_down", [_, (E, _, o, i), *others]:
+            shared = sum(len(dims) == 4 for dims in others)
+            return written + nbytes(operands[0]) + (load.chosen(E) + shared) * nbytes((2, o, i))
+    raise ValueError(f"the bytes of a kernel {kernel} with operands {operands} are not known")

@@ -55,9 +55,14 @@ def require_hopper() -> None:
     For other GPUs a line of the log says, once, that XLA's own kernels are used.
     """
     kind = _require("gpu")
-    if not _HOPPER.search(kind):
+    if not is_hopper(kind):
         _log_other_gpu(kind)
         raise NotImplementedError(f"written for Hopper GPUs (H100, H200, H20, H800, GH200); the program is for {kind}")
+
+
+def is_hopper(kind: str) -> bool:
+    """Whether a device of this kind is a GPU of the Hopper generation."""
+    return _HOPPER.search(kind) is not None
 
 
 def _require(platform: str) -> str:

@@ -15,6 +15,9 @@ from pallas_kernels.keys import PagedKeys
 
 plgpu: Any = mosaic_gpu  # its types are incomplete
 
+DTYPES = ("bfloat16", "float16")
+HEAD_DIMS = (64, 128)
+"""What attention's kernels take."""
 ROWS = 64
 """Rows of a warpgroup: the least that its matrix product takes."""
 SMS = 132
@@ -35,9 +38,9 @@ def require_supported(q: Array, keys: Sequence[Array], key_block: int, cached: P
     """Raise NotImplementedError, with the reason, unless the dtypes, the head dimension and the pages are such as the kernels take."""
     pools = () if cached is None else (cached.k_PKph, cached.v_PKph)
     dtypes = {str(array.dtype) for array in (q, *keys, *pools)}
-    if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float16"}:
+    if len(dtypes) > 1 or not dtypes <= set(DTYPES):
         raise NotImplementedError(f"takes bfloat16 or float16, the same for all arrays; they are {', '.join(sorted(dtypes))}")
-    if q.shape[-1] not in (64, 128):
+    if q.shape[-1] not in HEAD_DIMS:
         raise NotImplementedError(f"takes head dimensions 64 and 128; this one is {q.shape[-1]}")
     if cached is not None and (cached.k_PKph.shape[2] % key_block or cached.pages_BW.shape[1] == 0):
         size, pages = cached.k_PKph.shape[2], cached.pages_BW.shape[1]

@@ -18,6 +18,7 @@ from l4jax.engine.engine import Engine
 from l4jax.engine.memory import CacheMemory
 from l4jax.engine.options import Options
 from l4jax.engine.pages import PageShape
+from l4jax.engine.pieces import PREFILL_LENGTHS, default_lengths
 from l4jax.engine.runner import Runner
 from l4jax.engine.speculator import Speculator
 from l4jax.engine.warmup import program_bytes
@@ -27,8 +28,6 @@ from sharding.kinds import shown
 from sharding.mesh import MeshSpec
 from sharding.select import RingHardware
 
-PREFILL_LENGTHS = (32, 128, 512)
-"""A prefill piece is padded to one of these lengths times the ranks that share its tokens; longer prompts take several pieces."""
 PREFILL_TOKENS = 2048
 """The most tokens on each token rank that a prefill of several rows has: matmuls gain nothing from more."""
 SLOTS = 8
@@ -65,14 +64,14 @@ class Settings:
         """The rows of each data rank."""
         return SLOTS if self.max_batch is None else -(-self.max_batch // spec.data)
 
-    def piece_lengths(self, spec: MeshSpec, context: int) -> tuple[int, ...]:
-        """The lengths of prefill pieces, ascending, for a model with this context.
+    def piece_lengths(self, spec: MeshSpec, context: int, default: tuple[int, ...] = PREFILL_LENGTHS) -> tuple[int, ...]:
+        """The lengths of prefill pieces, ascending, for a model with this context. ``default``: those of each rank that shares a prompt.
 
         Raises ValueError for a length that no prompt needs, and for lengths that a deterministic engine could not compute.
         """
         ranks, asked_for = spec.token_ranks.count, self.prefill_lengths
         if asked_for is None:
-            return tuple(n * ranks for n in (PREFILL_LENGTHS[-1:] if self.deterministic else PREFILL_LENGTHS))
+            return tuple(n * ranks for n in (PREFILL_LENGTHS[-1:] if self.deterministic else default))
         block = PAGE_SIZE * ranks
         most = -(-context // block) * block
         if max(asked_for) > most:
@@ -108,10 +107,11 @@ def build_engine(parts: Parts) -> Engine:
     """
     placement, spec, settings, deterministic = parts.placement, parts.placement.spec, parts.settings, parts.settings.deterministic
     slots, context = settings.slots(spec), placement.config.max_position_embeddings
-    piece_lengths = settings.piece_lengths(spec, context)
     speculator = parts.speculator and parts.speculator.pinned(slots) if deterministic else parts.speculator
     runner = Runner(placement, parts.weights, speculator, settings.ring_hardware, parts.folder, rows_apart=deterministic)
     memory = CacheMemory(placement, speculator.placement if speculator else None, runner.dtype, slots)
+    available = memory.available_bytes(runner.all_weights)
+    lengths = default_lengths(placement.config, spec, placement.mesh.local_devices[0], runner.dtype, available)
     ranks = spec.token_ranks.count
     beyond_training = speculator is not None and speculator.beyond == "stop"
     options = Options(
@@ -120,7 +120,7 @@ def build_engine(parts: Parts) -> Engine:
         local_pages=0,
         slots=slots,
         row_buckets=(slots,) if deterministic else row_buckets(slots),
-        piece_lengths=piece_lengths,
+        piece_lengths=settings.piece_lengths(spec, context, lengths),
         # One row: no padding is computed, and no other prompt changes how ranks share this one.
         piece_rows=(1,) if deterministic else piece_rows(slots),
         piece_tokens=PREFILL_TOKENS * ranks,

@@ -43,7 +43,7 @@ class CacheMemory:
         ``program_bytes``: returns what programs need on a device beside the weights and a cache of this shape. It is called on GPUs
         if ``kv_tokens`` is None. Raises ValueError if the cache does not fit beside the weights.
         """
-        available = self._available_bytes(weights)
+        available = self.available_bytes(weights)
         if kv_tokens is not None:
             return self._asked_for(kv_tokens, available)
         if self._device.platform == "cpu":
@@ -53,7 +53,7 @@ class CacheMemory:
 
     def check(self, kv_tokens: int | None, weights: Iterable[jax.ShapeDtypeStruct]) -> None:
         """Raise ValueError, before the weights are there, if :meth:`shape` is sure to."""
-        available = self._available_bytes(weights)
+        available = self.available_bytes(weights)
         if kv_tokens is None:
             self._check_smallest(available * (_CPU_SHARE if self._device.platform == "cpu" else _GPU_SHARE))
         else:
@@ -118,7 +118,7 @@ class CacheMemory:
             return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
         return _bytes_on_a_device(leaves)
 
-    def _available_bytes(self, weights: Iterable[Array | jax.ShapeDtypeStruct]) -> float:
+    def available_bytes(self, weights: Iterable[Array | jax.ShapeDtypeStruct]) -> float:
         """The memory beside the weights, in bytes, of the process's devices that have least. Raises ValueError if weights do not fit."""
         held = 0 if self._device.platform == "cpu" else _bytes_on_a_device(weights)  # a CPU's free memory has the weights already
         available = min(map(float, hosts.share(str(own_memory_bytes(self._device) - held))))

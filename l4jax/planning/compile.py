@@ -103,7 +103,7 @@ class AbstractModel:
         self.programs = Programs(self.placement, self.draft_placement)
         self._dtype = dtype
         draft_leaves = self.programs.drafter.leaves(self.draft_placement.abstract_weights(dtype)) if self.draft_placement else ()
-        self._weights = Weights(self.programs.model.leaves(self.placement.abstract_weights(dtype)), draft_leaves)
+        self.weights = Weights(self.programs.model.leaves(self.placement.abstract_weights(dtype)), draft_leaves)
 
     def decode(self, rows: int, capacity: int, params: SamplingParams) -> CompiledProgram:
         """The decode program for ``rows`` sequences of up to ``capacity`` tokens; the same for all ``params``. Nothing is drafted."""
@@ -112,7 +112,7 @@ class AbstractModel:
 
     def decode_call(self, rows: int, capacity: int, *, drafting: bool = False) -> Call:
         """As :meth:`decode`; arguments: weights, resident state, burst. With ``drafting`` each step makes the drafter's entry too."""
-        arguments = (self._weights, self._resident(rows, capacity), self._burst(rows, capacity, drafting=drafting))
+        arguments = (self.weights, self._resident(rows, capacity), self._burst(rows, capacity, drafting=drafting))
         return Call(self.programs.decode, arguments, {"beyond": "window" if drafting else None})
 
     def speculate(self, rows: int, capacity: int, plan: Speculation) -> CompiledProgram:
@@ -123,7 +123,7 @@ class AbstractModel:
         """As :meth:`speculate`; arguments: weights, resident state, burst."""
         if self.draft_placement is None:
             raise ValueError("the model has no drafter to speculate with; expected AbstractModel(..., drafter=...)")
-        arguments = (self._weights, self._resident(rows, capacity), self._burst(rows, capacity, drafting=True))
+        arguments = (self.weights, self._resident(rows, capacity), self._burst(rows, capacity, drafting=True))
         return Call(self.programs.speculate, arguments, {"plan": plan, "beyond": "window"})
 
     def prefill(self, tokens: int, cached: int, capacity: int, variant: Variant | None = None) -> CompiledProgram:
@@ -136,7 +136,7 @@ class AbstractModel:
     def prefill_call(self, tokens: int, cached: int, capacity: int, variant: Variant | None = None) -> Call:
         """As :meth:`prefill`; arguments: weights, resident state, piece."""
         piece, spread = self._piece(tokens, cached, capacity, variant)
-        arguments = (self._weights, self._resident(self.placement.spec.data, capacity), piece)
+        arguments = (self.weights, self._resident(self.placement.spec.data, capacity), piece)
         return Call(self.programs.prefill, arguments, {"spread": spread, "beyond": None})
 
     def score_call(self, tokens: int, cached: int, capacity: int) -> Call:
@@ -147,7 +147,7 @@ class AbstractModel:
         piece, spread = self._piece(tokens, cached, capacity, None)
         cache = self._resident(self.placement.spec.data, capacity).cache
         wanted_B = jax.ShapeDtypeStruct((self.placement.spec.data,), jnp.bool_, sharding=self.placement.array_sharding("batch"))
-        return Call(self.programs.score, (self._weights, cache, piece, wanted_B), {"spread": spread})
+        return Call(self.programs.score, (self.weights, cache, piece, wanted_B), {"spread": spread})
 
     def _resident(self, rows: int, capacity: int) -> Resident:
         return Resident.abstract(self.placement, self.draft_placement, self._shape(rows, capacity), self._dtype)

@@ -26,6 +26,14 @@ _BYTES = {
     **dict.fromkeys(("s64", "u64", "f64"), 8),
 }
 _KERNELS = ("fusion", "custom-call", "copy")
+_LAUNCHES = (
+    *_KERNELS,
+    "copy-start",
+    "fusion-start",
+    "async-start",
+    *_COLLECTIVES.split("|"),
+    *(f"{kind}-start" for kind in _COLLECTIVES.split("|")),
+)
 _STRATEGIES = {"KERNEL_STRATEGY_TRITON_ONE_SHOT": "one-shot", "KERNEL_STRATEGY_TRITON_TWO_SHOT": "two-shot"}
 
 
@@ -71,6 +79,33 @@ class Collective:
 
 
 @dataclasses.dataclass(frozen=True)
+class Launch:
+    """A kernel, copy or collective that a device is given. XLA leaves some without a scope; they have that of the launch before them.
+
+    ``kernel``: the name of l4jax's own kernel; empty for XLA's. ``operands``: dimensions of the arrays that it is given.
+    ``operand_bytes``: bytes that it reads of each: of one that it only slices or indexes, those of the slices; 0 of one that it changes in
+    place. ``written_bytes``: as far as the program's text tells; of arrays that l4jax's kernels change in place it does not. ``flops``: of
+    matrix products. ``collective``: the one that it is, or starts.
+    """
+
+    opcode: str
+    scope: str
+    name: str
+    kernel: str
+    operands: tuple[tuple[int, ...], ...]
+    operand_bytes: tuple[int, ...]
+    written_bytes: int
+    flops: int
+    collective: Collective | None
+
+    @property
+    def layer(self) -> int | None:
+        """The layer of the target model that it belongs to."""
+        found = re.search(r"/layer_(\d+)/", self.scope)
+        return int(found[1]) if found and "draft" not in self.scope else None
+
+
+@dataclasses.dataclass(frozen=True)
 class _Instruction:
     name: str
     shapes: str
@@ -94,6 +129,10 @@ class _Instruction:
         return sum(self.nbytes) - sum(self.nbytes[int(index or 0)] for index in in_place)
 
     @property
+    def operands(self) -> list[str]:
+        return re.findall(r"%([\w.-]+)", self.rest.split(")")[0])
+
+    @property
     def first_operand(self) -> str:
         return self.found(r"%([\w.-]+)")
 
@@ -105,6 +144,20 @@ class _Instruction:
     def called(self) -> str:
         """The computation that a fusion, a loop or a reduction calls."""
         return self.found(r" (?:calls|body|to_apply)=%([\w.-]+)")
+
+    @property
+    def own_kernel(self) -> str:
+        """The name of l4jax's kernel that this calls; empty if it calls none."""
+        is_own = self.opcode == "custom-call" and "mosaic_gpu" in self.found(r'custom_call_target="(\w+)"')
+        return self.scope.split("/")[-2] if is_own else ""
+
+    @property
+    def is_collective(self) -> bool:
+        return re.fullmatch(rf"({_COLLECTIVES})(-start)?", self.opcode) is not None
+
+    def trip_count(self, *, unknown: int) -> int:
+        """How often a loop turns; ``unknown`` if the text does not say it."""
+        return int(self.found(r'"known_trip_count":\{"n":"(\d+)"\}') or unknown)
 
     def found(self, pattern: str) -> str:
         """What the pattern's group matches in the operands and attributes; the empty string if it matches nowhere."""
@@ -136,24 +189,52 @@ class Ledger:
         return self._computation_flops(self._entry, scope)
 
     @functools.cached_property
-    def launches(self) -> list[tuple[str, str, str]]:
-        """Opcode, scope and name of each kernel, copy and collective, in the order in which the device gets them, one computation after the
-        other: the program's body, and those of loops and branches.
+    def turn(self) -> list[Launch]:
+        """What one turn of the program's longest loop launches, its condition included, in the order in which the device gets it.
+
+        Loops within it count as often as they turn, or once if that is not known. Branches do not count: which is taken is decided while
+        the program runs. Raises ValueError for a program without a loop.
         """
-        opcodes = (*_KERNELS, "fusion-start", "async-start", *(f"{kind}-start" for kind in _COLLECTIVES.split("|")))
-        within = {
-            instruction.called
-            for computation in self._computations.values()
-            for instruction in computation.values()
-            if instruction.opcode != "while"
-        }
-        return [
-            (instruction.opcode, instruction.scope, name)
-            for computation, instructions in self._computations.items()
-            if computation not in within
-            for name, instruction in instructions.items()
-            if instruction.opcode in opcodes
-        ]
+        loops = [instruction for instruction in self._computations[self._entry].values() if instruction.opcode == "while"]
+        if not loops:
+            raise ValueError("the program has no loop; expected one of decoding or speculation")
+        loop = max(loops, key=lambda instruction: len(self._computations[instruction.called]))
+        launches = list(self._launched(loop))
+        scope, scoped = "", []
+        for launch in launches:
+            scope = launch.scope or scope
+            scoped.append(dataclasses.replace(launch, scope=scope))
+        return scoped
+
+    def _launched(self, loop: _Instruction) -> Iterator[Launch]:
+        for computation in (loop.called, loop.found(r" condition=%([\w.-]+)")):
+            for name, instruction in self._computations[computation].items():
+                if instruction.opcode == "while":
+                    yield from list(self._launched(instruction)) * instruction.trip_count(unknown=1)
+                elif instruction.opcode in _LAUNCHES:
+                    yield self._launch(computation, name, instruction)
+
+    def _launch(self, computation: str, name: str, instruction: _Instruction) -> Launch:
+        given = [self._computations[computation][operand] for operand in instruction.operands]
+        called = self._computations.get(instruction.called, {})
+        own = instruction.own_kernel
+        fused = instruction.opcode.startswith("fusion")
+        return Launch(
+            instruction.opcode,
+            instruction.scope,
+            name,
+            own,
+            tuple(tuple(operand.arrays[0][1]) for operand in given),
+            tuple(_read(called, index) if fused else sum(operand.nbytes) for index, operand in enumerate(given)),
+            _written(called) if fused else instruction.written_bytes,
+            self._flops(computation, instruction, ""),
+            self._collective_of(computation, instruction),
+        )
+
+    def _collective_of(self, computation: str, instruction: _Instruction) -> Collective | None:
+        within = {instruction.name: instruction} if instruction.is_collective else self._computations.get(instruction.called, {})
+        of = computation if instruction.is_collective else instruction.called
+        return next((self._collective(of, inner) for inner in within.values() if inner.is_collective), None)
 
     @functools.cached_property
     def collectives(self) -> list[Collective]:
@@ -162,7 +243,7 @@ class Ledger:
             self._collective(name, instruction)
             for name, computation in self._computations.items()
             for instruction in computation.values()
-            if re.fullmatch(rf"({_COLLECTIVES})(-start)?", instruction.opcode)
+            if instruction.is_collective
         ]
 
     @functools.cached_property
@@ -184,12 +265,12 @@ class Ledger:
             contracted = [left[int(n)] for n in instruction.found(r"lhs_contracting_dims=\{([\d,]*)\}").split(",") if n]
             (_, result) = instruction.arrays[0]
             return 2 * math.prod(result) * math.prod(contracted) if scope in instruction.scope else 0
-        if instruction.opcode == "custom-call" and "mosaic_gpu" in instruction.found(r'custom_call_target="(\w+)"'):
+        if instruction.own_kernel:
             constraints = instruction.found(r"operand_layout_constraints=\{(.*?\})\}")
             operands = [[int(n) for n in dims.split(",") if n] for dims in re.findall(r"\w+\[([\d,]*)\]", constraints)]
-            return kernel_flops(instruction.scope.split("/")[-2], operands) if scope in instruction.scope else 0
+            return kernel_flops(instruction.own_kernel, operands) if scope in instruction.scope else 0
         called = instruction.called
-        times = int(instruction.found(r'"known_trip_count":\{"n":"(\d+)"\}') or 0) if instruction.opcode == "while" else 1
+        times = instruction.trip_count(unknown=0) if instruction.opcode == "while" else 1
         return times * self._computation_flops(called, scope) if called else 0
 
     def _collective(self, computation: str, instruction: _Instruction) -> Collective:
@@ -230,3 +311,35 @@ class Ledger:
             raise ValueError(f"{instruction.name} has groups of devices in an unknown form: {instruction.rest[:200]}")
         coordinates = np.unravel_index([int(n) for n in group.split(",")], self._mesh.sizes)
         return tuple(axis for axis, places in zip(AXES, coordinates, strict=True) if len(set(places.tolist())) > 1)
+
+
+def _users(computation: dict[str, _Instruction], name: str) -> Iterator[tuple[_Instruction, int]]:
+    """The instructions that use an array, or a view of it, and as which operand."""
+    for instruction in computation.values():
+        for index, operand in enumerate(instruction.operands):
+            if operand == name and instruction.opcode == "bitcast":
+                yield from _users(computation, instruction.name)
+            elif operand == name:
+                yield instruction, index
+
+
+def _read(fusion: dict[str, _Instruction], index: int) -> int:
+    """Bytes that a fusion reads of an operand."""
+    parameter = next(i for i in fusion.values() if i.opcode == "parameter" and i.rest.startswith(f"{index})"))
+    users = list(_users(fusion, parameter.name))
+    if users and all(user.opcode in ("slice", "dynamic-slice", "gather") and place == 0 for user, place in users):
+        return sum(sum(user.nbytes) for user, _ in users)
+    in_place = users and all(user.opcode in ("scatter", "dynamic-update-slice") and place == 0 for user, place in users)
+    return 0 if in_place else sum(parameter.nbytes)
+
+
+def _written(fusion: dict[str, _Instruction]) -> int:
+    """Bytes that a fusion writes: of an array that it changes in place, those of the change."""
+    root = list(fusion.values())[-1]
+    written = 0
+    for result in [fusion[name] for name in root.operands] if root.opcode == "tuple" else [root]:
+        while result.opcode == "bitcast":
+            result = fusion[result.first_operand]
+        change = {"dynamic-update-slice": 1, "scatter": 2}.get(result.opcode)
+        written += sum((result if change is None else fusion[result.operands[change]]).nbytes)
+    return written

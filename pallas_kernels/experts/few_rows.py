@@ -137,7 +137,7 @@ def _kernel(
             if M < E:  # a place for each row
                 own = rows_ref[0, jnp.minimum(place, M - 1)]
                 repeated = [(row < place) & (rows_ref[0, row] == own) for row in range(M - 1)]
-                return jnp.where(functools.reduce(jnp.logical_or, repeated, False), -1, own)
+                return jnp.where(functools.reduce(jnp.logical_or, repeated, jnp.bool_(False)), -1, own)
             taken = functools.reduce(jnp.logical_or, [rows_ref[0, row] == place for row in range(M)])
             return jnp.where(taken, place, -1)
 

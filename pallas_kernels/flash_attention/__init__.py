@@ -7,14 +7,16 @@ zeros and -inf, which change nothing when :func:`pallas_kernels.merge.merge_atte
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.flash_attention import cpu, gpu, hopper, xla
-from pallas_kernels.implementations import Implementation, first_supported
+from pallas_kernels.implementations import Implementation, first_supported, is_hopper
 from pallas_kernels.keys import NewKeys, PagedKeys
 from pallas_kernels.merge import Partial, merge_attention
+from pallas_kernels.mosaic import DTYPES, HEAD_DIMS
 
-__all__ = ["attend_masked", "attend_pages", "flash_attention"]
+__all__ = ["attend_masked", "attend_pages", "flash_attention", "holds_no_scores"]
 
 PAGES = {"cpu": cpu.attend_pages, "gpu": gpu.attend_pages, "xla": xla.attend_pages}
 
@@ -35,6 +37,11 @@ def flash_attention(
     that a row's table names between the earliest start and the longest row's end.
     """
     return first_supported("flash_attention", IMPLEMENTATIONS, implementation, q_BTKGh, new, cached, scale=scale, apart=apart)
+
+
+def holds_no_scores(device_kind: str, dtype: jnp.dtype, head_dim: int) -> bool:
+    """Whether attention of a long prompt on such a device takes no memory for its scores, because the kernel for Hopper GPUs takes it."""
+    return is_hopper(device_kind) and dtype.name in DTYPES and head_dim in HEAD_DIMS
 
 
 def _in_parts(q_BTKGh: Array, new: NewKeys, cached: PagedKeys | None, *, scale: float, apart: bool = False) -> Partial:

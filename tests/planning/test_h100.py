@@ -21,6 +21,7 @@ from jax._src.lru_cache import LRUCache
 
 from benchmarks.h100.bench import eagle3_head
 from benchmarks.h100.launches import compiled
+from benchmarks.step_costs import cost
 from l4jax import SamplingParams
 from l4jax.cache import PageTables
 from l4jax.compiled import Call
@@ -28,6 +29,7 @@ from l4jax.config import Eagle3Config
 from l4jax.config_formats import config_from_hf
 from l4jax.data import configs_path
 from l4jax.decoding.plan import Speculation
+from l4jax.engine.pieces import default_lengths, piece_bytes
 from l4jax.planning.compile import AbstractModel, CompiledProgram, first_layers
 from l4jax.planning.target import H100_MEMORY_BYTES, h100_devices
 from sharding.mesh import MeshSpec
@@ -116,9 +118,25 @@ def test_decode_fits_donates_its_cache_and_moves_activations_only(name, mesh, la
         print(f"temporaries {program.temporary_bytes / 1e9:.3f} GB")
 
 
+@pytest.mark.parametrize(
+    ("name", "mesh", "kernels"),
+    [
+        ("llama-3.1-8b", "tensor=1", {"RoPE, dense": 13}),
+        ("llama-3.1-70b", "tensor=8", {"RoPE, dense": 13}),
+        (SCOUT, "tensor=8", {"RoPE, experts": 16, "NoPE, experts": 16}),
+    ],
+)
+def test_kernels_and_bytes_of_a_step_of_one_row(name, mesh, kernels):
+    """docs/h100.md lists them, and the kernels that more are than were aimed at."""
+    found, of_layers = cost(name, MeshSpec.parse(mesh), 1, None)
+    assert {kind: len(names) for kind, names in of_layers.items()} == kernels
+    assert found.least_bytes < found.nbytes < 1.1 * found.least_bytes
+
+
 @pytest.mark.parametrize(("name", "mesh", "layers"), CASES)
 def test_prefill_fits_and_moves_activations_only(name, mesh, layers):
     program, this = prefill(name, mesh, layers), case(name, mesh, layers)
+    assert program.temporary_bytes < piece_bytes(this.config, this.mesh, BF16, PIECE // this.mesh.token_ranks.count)
     arguments = this.whole.prefill_call(PIECE, 0, CAPACITY).device_bytes
     assert arguments + program.temporary_bytes < H100_MEMORY_BYTES
     assert program.donated_bytes >= this.model.cache_bytes(1, CAPACITY)
@@ -175,6 +193,21 @@ def test_a_decode_step_is_in_one_cuda_graph(mesh, drafting, tmp_path):
     # Two loops find the cuts of sampling; attention has none.
     assert launches.kernels > 50 and launches.loops == 2
     assert launches.single == launches.graphs == launches.graphs_a_turn == 0  # so all is in a graph around the outermost loop
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh", "layers"),
+    [("llama-3.1-8b", "tensor=1", 2), ("llama-3.1-405b", "tensor=16", 2), ("llama-4-maverick-17b-128e", "expert=2,tensor=8", 4)],
+)
+def test_the_longest_default_piece_takes_little_memory(name, mesh, layers):
+    """8,192 tokens a rank: attention's kernels hold no scores, of which 8B alone would have 8.6 GB."""
+    this = case(name, mesh, layers)
+    ranks = this.mesh.token_ranks.count
+    left = H100_MEMORY_BYTES - this.whole.prefill_call(8192 * ranks, 0, CAPACITY * ranks).device_bytes
+    lengths = default_lengths(this.config, this.mesh, this.model.placement.mesh.local_devices[0], BF16, left)
+    assert lengths[-1] == 8192
+    temporary_bytes = this.model.prefill(8192 * ranks, 0, CAPACITY * ranks).temporary_bytes
+    assert temporary_bytes < min(3e9, piece_bytes(this.config, this.mesh, BF16, 8192))
 
 
 def test_two_sums_that_xla_combines_lose_their_kernels():

@@ -1,0 +1,119 @@
+"""What a step is predicted to take: each launch once, layers as often as the whole model has them, each at its part's rate."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from l4jax.decoding.params import SamplingParams
+from l4jax.planning import estimate as module
+from l4jax.planning.compile import AbstractModel, first_layers
+from l4jax.planning.estimate import BANDWIDTH, LAUNCH_SECONDS, estimate, representatives, step_bytes
+from l4jax.planning.ledger import Collective, Launch
+from pallas_kernels.cost import Load, kernel_bytes
+from pallas_kernels.experts.cost import experts_cost
+from sharding.mesh import ONE_DEVICE
+from tests.tiny import drafter, llama3_like, scout_like
+
+LAUNCH = Launch("fusion", "p/layer_0/x", "fusion.1", "", (), (), 0, 0, None)
+ROWS = 4
+
+
+def abstract(config, head=None):
+    return AbstractModel(config, ONE_DEVICE, jax.devices("cpu")[:1], jnp.dtype(jnp.float32), head)
+
+
+def test_layers_count_as_often_as_the_whole_model_has_their_kind():
+    """Those of two layers and those of five tell the same of a model of five."""
+    config = dataclasses.replace(llama3_like(), num_layers=5, rope_layers=(True,) * 5)
+    whole, load = abstract(config), Load(100, ROWS)
+    few, all_five = (
+        estimate(abstract(part).decode(ROWS, 128, SamplingParams()), part, whole, load, 1.0) for part in (first_layers(config, 3), config)
+    )
+    # XLA fuses a layer's beginning and end as what is around it allows. Without the two other layers it would be 40 % less.
+    assert few.launches == pytest.approx(all_five.launches, rel=0.05)
+    assert few.nbytes == pytest.approx(all_five.nbytes, rel=0.01)
+    assert few.seconds["launches"] == pytest.approx(LAUNCH_SECONDS * few.launches)
+    assert few.total_seconds == pytest.approx(sum(few.seconds.values()))
+    assert few.bound_seconds == 1.0 / BANDWIDTH
+
+
+def test_the_last_layer_of_a_kind_stands_for_the_others():
+    config = scout_like()
+    kinds = list(zip(config.rope_layers, config.moe.moe_layers, strict=True))
+    for kind, layer in representatives(config).items():
+        assert kinds[layer] == kind and kind not in kinds[layer + 1 : -1]
+
+
+def test_least_bytes_are_weights_and_seen_keys():
+    config = llama3_like()
+    model, embedding = abstract(config, drafter(config)), config.vocab_size * config.hidden_size * 4
+    weights = sum(leaf.size * 4 for leaf in model.weights.target) - (0 if config.tie_word_embeddings else embedding)
+    keys = ROWS * 10 * 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4
+    assert step_bytes(model, ROWS, Load(10, ROWS)) == weights + keys
+    names = model.programs.drafter.names
+    head = sum(leaf.size * 4 for name, leaf in zip(names, model.weights.drafter, strict=True) if name != "embed")
+    assert step_bytes(model, ROWS, Load(10, ROWS), levels=3) == weights + keys + 3 * head
+
+
+def test_chunk_local_layers_see_a_chunk_and_experts_count_if_they_are_chosen():
+    config = scout_like()
+    model, chunk, E = abstract(config), config.attention_chunk_size, config.moe.num_experts
+    seen, all_chosen = 3 * chunk, Load(0, 10**6, E)
+    a_layer = ROWS * 2 * config.num_kv_heads * config.head_dim * 4
+    local = sum(config.rope_layers)
+    keys = a_layer * (local * chunk + (config.num_layers - local) * seen)
+    assert step_bytes(model, ROWS, dataclasses.replace(all_chosen, seen=seen)) - step_bytes(model, ROWS, all_chosen) == keys
+    one_expert = 3 * config.hidden_size * config.moe.intermediate_size * 4 * sum(config.moe.moe_layers)
+    difference = step_bytes(model, 1, all_chosen) - step_bytes(model, 1, Load(0, 1, E))
+    assert difference == pytest.approx((E - 1) * one_expert)
+
+
+def test_parts_have_rates_of_their_own():
+    load = Load(1000, 1, 16)
+    matrix = dataclasses.replace(LAUNCH, operand_bytes=(50_000_000, 100), written_bytes=10, flops=1)
+    assert module._priced(matrix, load) == ("matrices", 50_000_110 / (0.65 * BANDWIDTH), 50_000_110)
+    # A product of one row that XLA made a sum of multiplications has no FLOPs of products.
+    assert module._priced(dataclasses.replace(matrix, flops=0), load)[0] == "matrices"
+    many_rows = dataclasses.replace(matrix, flops=10**12)
+    assert module._priced(many_rows, load)[1] == 10**12 / module.FLOPS
+    small = dataclasses.replace(LAUNCH, operand_bytes=(1000,), written_bytes=10)
+    assert module._priced(small, load) == ("small kernels", 1010 / BANDWIDTH, 1010)
+    attention = dataclasses.replace(
+        LAUNCH, kernel="tree_attention", operands=((1, 8, 4, 128), (65, 8, 128, 128), (65, 8, 128, 128), (1, 2, 64), (1, 4), (1, 65))
+    )
+    nbytes = 1 * 8 * 4 * 128 * 2 + 2 * 64 * 4 + 2 * 8 * 1000 * 128 * 2
+    assert module._priced(attention, load) == ("attention", nbytes / (0.6 * BANDWIDTH), nbytes)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "nbytes", "seconds"),
+    [("one-shot", 16384, 4.1e-6), ("one-shot", 12288, 3.95e-6), ("two-shot", 2**21, 40.2e-6), ("NCCL", 1, 15.7e-6)],
+)
+def test_sums_take_what_their_size_and_strategy_take(strategy, nbytes, seconds):
+    collective = Collective("all-reduce", "", ("tensor",), 8, (nbytes,), strategy)
+    part, found, moved = module._priced(dataclasses.replace(LAUNCH, collective=collective), Load(1, 1))
+    assert (part, moved) == ("sums", 2 * nbytes)
+    assert found == pytest.approx(seconds)
+
+
+def test_bytes_of_experts_are_those_of_the_chosen_ones():
+    """32 rows of 128 experts choose 28.4 of them; with the shared one, and 28 chosen, that is what the op's own cost says."""
+    M, E, D, F = 32, 128, 5120, 512
+    load = Load(0, M, E)
+    assert load.chosen(E) == pytest.approx(28.4, abs=0.05)
+    rows, routed, shared = (2, 64), (E, 2, F, D), (1, 2, F, D)
+    found = kernel_bytes("experts_gate_up", [(M, D), routed, shared, rows], 0, load) + kernel_bytes(
+        "experts_down", [(2, M, F), (E, 2, D // 2, F), (1, 2, D // 2, F), rows], 0, load
+    )
+    least = experts_cost(np.arange(M) % 28, E, D, F, shared=True).least_bytes
+    assert found == pytest.approx(least * 29.4 / 29, rel=0.01)
+
+
+def test_a_kernel_that_is_not_known_has_no_bytes():
+    with pytest.raises(ValueError, match="the bytes of a kernel mystery with operands"):
+        kernel_bytes("mystery", [(1, 2)], 3, Load(1, 1))

@@ -8,15 +8,15 @@ compiled for the mesh ``sequence=N,tensor=8``. Layers repeat, so only two models
 further period costs.
 
 Read off the programs, for each GPU: the FLOPs of matrix products; the collectives between hosts (those along ``sequence``; those along
-``tensor`` are left out); and the work that XLA's schedule has between the start and the end of each. A transfer along the ring, or the
-exchange that sends new keys to the ranks that cache them, is exposed for the time by which it takes longer than that work, at the rates
-below. Two things are not in the programs' numbers: routed experts, a loop whose length the router decides (their FLOPs are worked out
-and printed), and memory: the GPUs compiled for have as much as is needed, because plain attention holds all scores at once.
+``tensor`` are left out); the work that XLA's schedule has between the start and the end of each; and the temporaries. A transfer along the
+ring, or the exchange that sends new keys to the ranks that cache them, is exposed for the time by which it takes longer than that work, at
+the rates below. Not read off them: the FLOPs of routed experts, whose rows the router decides, are worked out; and the GPUs compiled for
+have as much memory as is needed, because the weights of a whole model do not fit one host.
 
-Useful attention FLOPs leave out masked scores, which plain attention computes too: half of them, and more in chunk-local layers. The
-predicted time to the first token is the useful FLOPs and the matrices' at the paper's rate, plus the exposed transfers; the time of a
-ring step's attention is of useful FLOPs too. The last table is one layer's ring after cached tokens, by either variant, as in the
-paper's table 5.
+Attention FLOPs are worked out from the blocks of queries and keys that the kernel computes, for the layouts that the ring uses (in
+parentheses: of scores that are not masked). The predicted time to the first token is the useful FLOPs and the matrices' at the paper's
+rate, plus the exposed transfers; the time of a ring step's attention is of useful FLOPs too. Then follow the last pieces of the same
+prompts in pieces of the default length, and one layer's ring after cached tokens, by either variant, as in the paper's table 5.
 The paper is "Context Parallelism for Scalable Million-Token Inference" (arXiv 2411.01783).
 """
 
@@ -24,18 +24,23 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 
 import jax.numpy as jnp
+import numpy as np
 
 from l4jax.cache import is_local
 from l4jax.config import ModelConfig
 from l4jax.config_formats import config_from_hf
 from l4jax.data import configs_path
-from l4jax.parallel.spread import H100_RING
+from l4jax.engine.pieces import LONG_LENGTHS
+from l4jax.parallel.spread import H100_RING, aligned_layouts
 from l4jax.planning.compile import AbstractModel, CompiledProgram, first_layers
 from l4jax.planning.ledger import Collective
 from l4jax.planning.target import GPUS_PER_HOST, h100_devices
+from pallas_kernels.flash_attention.cost import computed_scores, scores
+from sharding.layout import balanced
 from sharding.mesh import MeshSpec
 from sharding.ring import PARTIAL_BYTES
 from sharding.select import RingStep, Variant, choose_ring
@@ -69,10 +74,14 @@ class Cost:
     exposed_seconds: float
 
     @classmethod
-    def of(cls, program: CompiledProgram) -> Cost:
-        """Read off one program."""
+    def of(cls, program: CompiledProgram, computed: float = 1.0) -> Cost:
+        """Read off one program, of whose attention the kernel computes a part."""
         between_hosts = [collective for collective in program.collectives if "sequence" in collective.axes]
         ring = [collective for collective in between_hosts if collective.kind == "collective-permute"]
+
+        def exposed(collective: Collective) -> float:
+            return exposed_seconds(collective, computed)
+
         exchange_bytes = sum(collective.sent_bytes for collective in between_hosts if collective.kind != "collective-permute")
         return cls(
             attention_flops=attention_flops(program),
@@ -80,9 +89,9 @@ class Cost:
             ring_transfers=len(ring),
             ring_bytes=sum(collective.sent_bytes for collective in ring),
             exchange_bytes=exchange_bytes,
-            exposed_transfers=sum(exposed_seconds(collective) > 0 for collective in ring),
-            exposed_ring_seconds=sum(map(exposed_seconds, ring)),
-            exposed_seconds=sum(map(exposed_seconds, between_hosts)),
+            exposed_transfers=sum(exposed(collective) > 0 for collective in ring),
+            exposed_ring_seconds=sum(map(exposed, ring)),
+            exposed_seconds=sum(map(exposed, between_hosts)),
         )
 
     def repeated(self, twice: Cost, periods: int) -> Cost:
@@ -91,9 +100,12 @@ class Cost:
         return Cost(*(one + (periods - 1) * (two - one) for one, two in pairs))
 
 
-def exposed_seconds(collective: Collective) -> float:
-    """How much longer a collective takes than the work that is scheduled beside it."""
-    hidden = collective.flops_meanwhile / H100_RING.attention_flops + collective.bytes_meanwhile / MEMORY_BANDWIDTH
+def exposed_seconds(collective: Collective, computed: float) -> float:
+    """How much longer a collective takes than the work that is scheduled beside it. Beside the ring that is attention, which the program's
+    text counts as if every query saw all keys: ``computed`` is the part that the kernel computes.
+    """
+    flops = collective.flops_meanwhile * (computed if collective.kind == "collective-permute" else 1.0)
+    hidden = flops / H100_RING.attention_flops + collective.bytes_meanwhile / MEMORY_BANDWIDTH
     return max(0.0, collective.sent_bytes / H100_RING.ring_bandwidth - hidden)
 
 
@@ -102,10 +114,33 @@ def attention_flops(program: CompiledProgram) -> int:
     return program.ledger.flops("/flash_attention/")
 
 
-def useful_attention_flops(config: ModelConfig, layer: int, tokens: int) -> float:
-    """FLOPs of one layer's unmasked scores and of their product with the values, over all GPUs; a query sees half of the keys."""
-    reach = min(tokens, config.attention_chunk_size or tokens) if is_local(config, layer) else tokens
-    return 4 * tokens * config.num_heads * config.head_dim * reach / 2
+@functools.cache
+def attended_scores(local_chunk: int | None, tokens: int, hosts: int) -> tuple[int, int, int]:
+    """Of one query head, over all hosts: the scores that are not masked, those that the kernel computes, and all. ``local_chunk``: of a
+    chunk-local layer.
+    """
+    chunk = local_chunk or tokens
+    layout = balanced(tokens, hosts)
+    stays = [] if local_chunk is None else aligned_layouts([(0, tokens)], hosts, chunk, -(-tokens // hosts))
+    useful = computed = every = 0
+    for rank, query in enumerate(stays[0] if stays else layout):
+        for other, key in enumerate(stays[0] if stays else layout):
+            if stays and other != rank:  # chunk-local layers pass nothing
+                continue
+            query_T, key_S = query[query >= 0], key[key >= 0]
+            bounds = np.searchsorted(key_S, query_T // chunk * chunk)[None], np.searchsorted(key_S, query_T + 1)[None]
+            useful, computed, every = useful + scores(bounds), computed + computed_scores(bounds), every + len(query_T) * len(key_S)
+    return useful, computed, every
+
+
+def of_layers(config: ModelConfig, tokens: int, hosts: int) -> list[tuple[float, float, float]]:
+    """Of each layer, over all GPUs: attention's useful FLOPs, those that are computed, and those of all scores."""
+    a_score = 4 * config.num_heads * config.head_dim
+    found = []
+    for layer in range(config.num_layers):
+        useful, computed, every = attended_scores(config.attention_chunk_size if is_local(config, layer) else None, tokens, hosts)
+        found.append((float(a_score * useful), float(a_score * computed), float(a_score * every)))
+    return found
 
 
 def matrix_flops(config: ModelConfig, layer: int, tokens: int) -> tuple[float, float]:
@@ -140,7 +175,6 @@ def print_prefill(name: str, tokens: int, hosts: list[int]) -> None:
     config = read_config(name)
     layers = range(config.num_layers)
     every, routed = (sum(flops) for flops in zip(*(matrix_flops(config, i, tokens) for i in layers), strict=True))
-    useful = sum(useful_attention_flops(config, i, tokens) for i in layers)
     global_layer = next(i for i in layers if not is_local(config, i))
     print(f"\n{name}, {tokens} tokens: each GPU's share\n")
     print(
@@ -155,28 +189,51 @@ def print_prefill(name: str, tokens: int, hosts: list[int]) -> None:
     print("|" + "---|" * 11)
     for N in hosts:
         gpus = N * GPUS_PER_HOST
+        attention = of_layers(config, tokens, N)
+        useful, computed = (sum(flops[i] for flops in attention) for i in range(2))
+        _, in_ring, all_in_ring = attention[global_layer]
         one, two = (compile_prefill(first_layers(config, times * period(config)), N, tokens) for times in (1, 2))
-        cost = Cost.of(one).repeated(Cost.of(two), config.num_layers // period(config))
+        costs = [Cost.of(program, in_ring / all_in_ring) for program in (one, two)]
+        cost = costs[0].repeated(costs[1], config.num_layers // period(config))
         seconds = (useful + every + routed) / gpus / PREFILL_FLOPS + cost.exposed_seconds
         each = "–"
         if N > 1:
             transfer = cost.ring_bytes / cost.ring_transfers / H100_RING.ring_bandwidth
-            hop = useful_attention_flops(config, global_layer, tokens) / gpus / N / H100_RING.attention_flops
+            hop = attention[global_layer][0] / gpus / N / H100_RING.attention_flops
             each = f"{microseconds(transfer)}, {microseconds(hop)}"
         paper = PAPER_SECONDS.get(tokens, {}).get(N, "–") if name == LLAMA_405B else "–"
         columns = [
             N,
-            f"{cost.attention_flops / 1e12:.0f} ({useful / gpus / 1e12:.0f})",
+            f"{computed / gpus / 1e12:.1f} ({useful / gpus / 1e12:.1f})",
             f"{cost.matrix_flops / 1e12:.0f} + {routed / gpus / 1e12:.0f}",
             f"{cost.ring_transfers:.0f}",
             f"{cost.ring_bytes / 1e9:.2f}",
             each,
             f"{cost.exchange_bytes / 1e9:.2f}",
             f"{cost.exposed_transfers:.0f}, {cost.exposed_seconds:.2f}",
-            f"{two.temporary_bytes / 1e9:.0f}",
+            f"{two.temporary_bytes / 1e9:.1f}",
             f"{seconds:.2f}",
             paper,
         ]
+        print(f"| {' | '.join(map(str, columns))} |", flush=True)
+
+
+def print_pieces(name: str, tokens: int, hosts: list[int]) -> None:
+    """Print a row for each number of hosts: the last piece of a prompt that is computed in pieces of the default length."""
+    config = read_config(name)
+    times = config.num_layers // period(config)
+    print(f"\n{name}, the last piece of {tokens} tokens, in pieces of {LONG_LENGTHS[-1]} for each host: each GPU's share\n")
+    print("| hosts | tokens of the piece | ring transfers | µs of one transfer | exposed transfers, total ms | temporaries GB |")
+    print("|" + "---|" * 6)
+    for N in hosts:
+        piece = min(tokens, LONG_LENGTHS[-1] * N)
+        one, two = (compile_prefill(first_layers(config, n * period(config)), N, piece, tokens - piece) for n in (1, 2))
+        # Of the keys, only the piece's own are masked for some of its queries, half of them.
+        computed = 1 - piece / tokens / 2
+        cost = Cost.of(one, computed).repeated(Cost.of(two, computed), times)
+        transfer = microseconds(cost.ring_bytes / cost.ring_transfers / H100_RING.ring_bandwidth) if cost.ring_transfers else "–"
+        exposed = f"{cost.exposed_transfers:.0f}, {1e3 * cost.exposed_seconds:.1f}"
+        columns = [N, piece, f"{cost.ring_transfers:.0f}", transfer, exposed, f"{two.temporary_bytes / 1e9:.2f}"]
         print(f"| {' | '.join(map(str, columns))} |", flush=True)
 
 
@@ -239,6 +296,7 @@ def main() -> None:
     for name in arguments.models:
         for tokens in arguments.tokens:
             print_prefill(name, tokens, arguments.hosts)
+            print_pieces(name, tokens, arguments.hosts)
     if LLAMA_405B in arguments.models:
         print_ring_steps()
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.flash_attention import IMPLEMENTATIONS, attend_pages, cpu, flash_attention, gpu, reference, xla
+from pallas_kernels.flash_attention.cost import computed_scores, flash_attention_cost, scores
 from pallas_kernels.flash_attention.xla import attend
 from pallas_kernels.keys import Interval, NewKeys, PagedKeys
 from tests.pallas_kernels.programs import AN_H100, on_one_cpu
@@ -269,7 +270,12 @@ def test_flash_attention_equals_the_reference_or_says_why_not(name, case):
             jax.make_jaxpr(attended)(*case.arguments)
         assert str(error.value) == f"no implementation of flash_attention takes these arguments (hopper: {case.unsupported_on_hoppers})"
         return
-    out, lse = simulated(attended, *case.arguments)[0] if name == "hopper" else on_one_cpu(attended)(*case.arguments)
+    if name == "hopper":
+        (out, lse), copied = simulated(attended, *case.arguments)
+        bounds = [(np.asarray(i.start_BT), np.asarray(i.end_BT)) for i in (keys and keys.interval for keys in case.arguments[1:]) if i]
+        assert copied == flash_attention_cost(case.K, case.G, case.h, *bounds).copied_bytes
+    else:
+        out, lse = on_one_cpu(attended)(*case.arguments)
     expected_out, expected_lse = reference.flash_attention(*case.arguments, scale=case.h**-0.5)
     assert out.dtype == lse.dtype == jnp.float32
     nothing = np.isneginf(expected_lse)
@@ -278,3 +284,26 @@ def test_flash_attention_equals_the_reference_or_says_why_not(name, case):
     error = np.abs(out - expected_out).max() / np.abs(expected_out).max()
     assert error < {"bfloat16": 2e-2, "float16": 2e-3, "float32": 1e-5}[case.dtype]
     np.testing.assert_allclose(lse, expected_lse, atol=1e-5)
+
+
+@pytest.mark.parametrize(("tokens", "chunk"), [(8192, None), (131072, None), (131072, 8192), (2048, None)])
+def test_few_masked_scores_are_computed(tokens, chunk):
+    """A causal prompt, and one of Scout's chunk-local layers on one host: at most 3 % more than the useful scores, from 8K tokens on."""
+    token = np.arange(tokens)[None, :]
+    bounds = token // (chunk or tokens) * (chunk or tokens), token + 1
+    reach = chunk or tokens
+    assert scores(bounds) == tokens // reach * reach * (reach + 1) // 2
+    # Blocks of 128 queries and keys on the diagonal are computed whole: 127 in 256 of them are masked.
+    blocks = reach // 128
+    assert computed_scores(bounds) == tokens // reach * 128 * 128 * blocks * (blocks + 1) // 2
+    assert computed_scores(bounds) / scores(bounds) < (1.03 if tokens > 2048 else 1.07)
+
+
+def test_cost_of_attention():
+    """Two queries of 3 heads that see 5 and 2 of the new keys, and 64 and none of the cached ones."""
+    new, cached = (np.array([[1, 4]]), np.array([[6, 6]])), (np.array([[10, 9]]), np.array([[74, 3]]))
+    cost = flash_attention_cost(1, 3, 64, new, cached)
+    assert cost.flops == 4 * 3 * 64 * (5 + 2 + 64)
+    assert cost.least_bytes == 2 * (5 + 64) * 64 * 2 + 2 * 3 * 64 * 2 + 2 * 3 * 65 * 4
+    # A block of 64 queries; one block of new keys, two of cached ones, for each head.
+    assert cost.copied_bytes == 3 * (64 * (128 + 16 + 260) + 3 * 64 * 2 * 64 * 2)

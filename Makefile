@@ -3,10 +3,11 @@
 # make test-all    also the tests that take hours: more models and meshes, and the tokens of hundreds of prompts
 # make test-oldest the suite on the oldest JAX that is allowed, in a .venv-oldest of its own
 # make test-h100   compile the real models for H100s, on any machine: fetches XLA's CUDA compiler (500 MB) into .venv
+# make test-kernels the kernels for H100s: their results in JAX's simulator of one, and what the compiler makes of them
 # make setup   only prepare .venv
 # make check   ruff and mypy
 
-.PHONY: demo test test-all test-oldest test-h100 setup check clean
+.PHONY: demo test test-all test-oldest test-h100 test-kernels setup check clean
 .DEFAULT_GOAL := demo
 SHELL := /bin/sh
 VENV := .venv
@@ -37,6 +38,10 @@ test-oldest: $(OLDEST)/.installed
 # The compiler lies in a folder of its own: JAX must not find it, and miss the rest of CUDA, when it runs on this machine.
 test-h100: $(H100)/.installed
 	@PYTHONPATH=$(H100) $(VENV)/bin/python -m pytest -m h100 $(PYTEST)
+
+test-kernels: $(H100)/.installed
+	@$(VENV)/bin/python -m pytest -n 2 --dist worksteal tests/pallas_kernels $(PYTEST)
+	@PYTHONPATH=$(H100) $(VENV)/bin/python -m pytest -m h100 tests/pallas_kernels $(PYTEST)
 
 setup: $(STAMP)
 

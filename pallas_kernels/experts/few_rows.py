@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from pallas_kernels.experts.weights import Experts
-from pallas_kernels.mosaic import ROWS, SMS, over, plgpu, swiglu, tiles
+from pallas_kernels.mosaic import ROWS, SMS, kernel, over, plgpu, swiglu, tiles
 
 MOST_ROWS = ROWS
 """Rows of one matrix product of a warpgroup: multiplying by as many takes no longer than by one."""
@@ -204,7 +204,8 @@ def _kernel(
                     pl.when(expert == rows_ref[0, row])(functools.partial(store, 0, row, 1, columns))
             plgpu.wait_smem_to_gmem(0)
 
-    return plgpu.kernel(
+    return kernel(
+        name,
         body,
         out_type=jax.ShapeDtypeStruct((splits, sources, M, products * outputs), out_type),
         grid=(places + shared, splits, outputs // OUTPUTS),
@@ -216,6 +217,4 @@ def _kernel(
             plgpu.Barrier(num_barriers=stages),
             plgpu.Barrier(num_barriers=stages, num_arrivals=2),
         ],
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        kernel_name=name,
     )

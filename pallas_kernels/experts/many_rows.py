@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.experts.weights import Experts
-from pallas_kernels.mosaic import ROWS, copy_in_turn, plgpu, swiglu, tiles
+from pallas_kernels.mosaic import ROWS, copy_in_turn, kernel, plgpu, swiglu, tiles
 
 WARPGROUPS = 2
 BLOCK = WARPGROUPS * ROWS
@@ -129,7 +129,8 @@ def _kernel(name: str, dtype: Any, places: int, outputs: int, inputs: int, block
                     pl.when(granule < own_rows)(store)
             plgpu.wait_smem_to_gmem(0)
 
-    return plgpu.kernel(
+    return kernel(
+        name,
         body,
         out_type=jax.ShapeDtypeStruct((places, products * outputs), dtype),
         # Neighbours read the same rows, and one expert's matrices.
@@ -145,6 +146,4 @@ def _kernel(name: str, dtype: Any, places: int, outputs: int, inputs: int, block
             plgpu.Barrier(num_barriers=STAGES, num_arrivals=2),
             plgpu.Barrier(num_barriers=STAGES, num_arrivals=WARPGROUPS),
         ],
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        kernel_name=name,
     )

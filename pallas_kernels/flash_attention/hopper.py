@@ -22,6 +22,7 @@ from pallas_kernels.mosaic import (
     add_product,
     copy_in_turn,
     finish,
+    kernel,
     no_keys,
     online_softmax,
     over,
@@ -175,7 +176,8 @@ def _kernel(
             plgpu.copy_smem_to_gmem(lse_s.at[warpgroup], lse_ref.at[b, head, query_head, rows])
             plgpu.wait_smem_to_gmem(0)
 
-    return plgpu.kernel(
+    return kernel(
+        "flash_attention",
         body,
         out_type=(jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct((B, K, G, T), jnp.float32)),
         # Neighbours share keys and values: the query heads of a KV head.
@@ -196,6 +198,4 @@ def _kernel(
             plgpu.Barrier(num_barriers=_STAGES, num_arrivals=warpgroups),
             plgpu.Barrier(num_barriers=_STAGES, num_arrivals=warpgroups),
         ],
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        kernel_name="flash_attention",
     )

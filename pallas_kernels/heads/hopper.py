@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.heads.inputs import Heads, Pools, Targets
 from pallas_kernels.implementations import require_hopper
-from pallas_kernels.mosaic import ROWS, over, plgpu, product, tiles
+from pallas_kernels.mosaic import ROWS, kernel, over, plgpu, product, tiles
 
 MOST_BLOCKS = 2048
 """One for each token and KV head. More of them take longer than XLA's few kernels, which use memory better."""
@@ -124,7 +124,8 @@ def _kernel(heads: Heads, pools: Pools | None) -> Callable[..., tuple[Array, ...
         plgpu.wait_smem_to_gmem(0)
 
     keys = jax.ShapeDtypeStruct((B, T, K, h), dtype)
-    return plgpu.kernel(
+    return kernel(
+        "heads",
         body,
         out_type=(jax.ShapeDtypeStruct((B, T, K, g - 2, h), dtype), *([keys, keys] if pools is None else [])),
         grid=(B, T, K),
@@ -135,6 +136,4 @@ def _kernel(heads: Heads, pools: Pools | None) -> Callable[..., tuple[Array, ...
             plgpu.SMEM((h, h), dtype, transforms=tiles(64)),
             plgpu.Barrier(num_arrivals=3 if rotated else 1),
         ],
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        kernel_name="heads",
     )

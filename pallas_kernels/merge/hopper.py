@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Float32
 
 from pallas_kernels.implementations import require_hopper
-from pallas_kernels.mosaic import LOG2_E, MASKED, SHARED_BYTES, plgpu
+from pallas_kernels.mosaic import LOG2_E, MASKED, SHARED_BYTES, kernel, plgpu
 
 HEAD_DIM = 128
 """The only one that is taken: a number for each thread."""
@@ -66,7 +66,8 @@ def _kernel(B: int, K: int, splits: int, N: int, G: int, h: int, dtype: Any) -> 
         out, _, total = add(merged, turns * _TOGETHER, rest)
         merged_ref[b, row // G, head, jax.lax.rem(row, G)] = (out * (1.0 / total)).astype(dtype)
 
-    return plgpu.kernel(
+    return kernel(
+        "merge_splits",
         body,
         out_type=jax.ShapeDtypeStruct((B, N, K, G, h), dtype),
         grid=(B, K, N * G),
@@ -76,6 +77,4 @@ def _kernel(B: int, K: int, splits: int, N: int, G: int, h: int, dtype: Any) -> 
             plgpu.SMEM((splits, _TOGETHER), jnp.float32),
             plgpu.Barrier(num_arrivals=2),
         ],
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        kernel_name="merge_splits",
     )

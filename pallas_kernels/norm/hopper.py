@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from pallas_kernels.implementations import require_hopper
-from pallas_kernels.mosaic import plgpu
+from pallas_kernels.mosaic import kernel
 from pallas_kernels.norm import xla
 
 MOST_ROWS = 64
@@ -69,11 +69,11 @@ def _kernel(shape: tuple[int, ...], dtype: Any, eps: float) -> Any:
             out_ref[row, part] = (normed.astype(jnp.float32) * scale_ref[part].astype(jnp.float32)).astype(dtype)
 
     result = jax.ShapeDtypeStruct(shape, dtype)
-    return plgpu.kernel(
+    return kernel(
+        "add_norm",
         body,
         out_type=(result, result),
         grid=(rows,),
         grid_names=("row",),
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=1024),
-        kernel_name="add_norm",
+        reduction_scratch_bytes=1024,
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from pallas_kernels.cost import Cost
-from pallas_kernels.merge import hopper as merge
+from pallas_kernels.merge.cost import merge_splits_cost
+from pallas_kernels.merge.hopper import HEAD_DIM
 from pallas_kernels.mosaic import ROWS
 from pallas_kernels.tree_attention.hopper import KEYS, Tiling
 
@@ -29,5 +30,5 @@ def tree_attention_cost(K: int, G: int, h: int, S: int, start_BN: np.ndarray, en
     tree = B * tiling.tree_keys * key_bytes * tiling.groups
     rows = B * K * tiling.splits * (N * G * h * 2 + tiling.rows * (h + 1) * 4)
     numbers = B * K * tiling.splits * tiling.groups * tiling.warpgroups * ROWS * 4 * (4 if S else 2)
-    merged = B * K * N * G * merge.shared_bytes(tiling.splits, h) if h == merge.HEAD_DIM else 0
+    merged = merge_splits_cost(B, K, tiling.splits, N * G, h, 4).copied_bytes if h == HEAD_DIM else 0
     return Cost(4 * K * G * h * scores, needed + results, cached + tree + rows + numbers + merged)

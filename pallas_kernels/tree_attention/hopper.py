@@ -26,6 +26,7 @@ from pallas_kernels.mosaic import (
     add_product,
     copy_in_turn,
     finish,
+    kernel,
     no_keys,
     online_softmax,
     over,
@@ -278,7 +279,8 @@ def _kernel(tiling: Tiling, B: int, K: int, M: int, page_size: int, dtype: Any, 
         if tree_keys
         else []
     )
-    return plgpu.kernel(
+    return kernel(
+        "tree_attention",
         body,
         out_type=(jax.ShapeDtypeStruct((*results, h), jnp.float32), jax.ShapeDtypeStruct(results, jnp.float32)),
         grid=(B, K, tiling.groups, splits),
@@ -300,6 +302,4 @@ def _kernel(tiling: Tiling, B: int, K: int, M: int, page_size: int, dtype: Any, 
             plgpu.Barrier(num_barriers=stages, num_arrivals=warpgroups),
             *tree_types,
         ],
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        kernel_name="tree_attention",
     )

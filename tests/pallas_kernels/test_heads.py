@@ -1,4 +1,4 @@
-"""Attention's heads: every implementation against complex rotation in float64, and what is written where."""
+"""Attention's heads: every implementation against the reference, what is written where, and what is copied."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.heads import SPLIT, WRITE, Heads, Pools, Targets, split_heads, write_heads
+from pallas_kernels.heads import SPLIT, WRITE, Heads, Pools, Targets, reference, split_heads, write_heads
+from pallas_kernels.heads.cost import heads_cost
 from tests.pallas_kernels.programs import AN_H100, on_one_cpu
 from tests.pallas_kernels.simulator import simulated
 
@@ -51,17 +52,6 @@ class Case:
         page[-1, -1] = PAGES
         return Pools(*pools), Targets(jnp.asarray(page), jnp.asarray(place % PAGE))
 
-    def expected(self):
-        x = np.asarray(self.heads.qkv_BTKgh, np.float64)
-        qk, v = x[:, :, :, :-1], x[:, :, :, -1]
-        if self.rotated:
-            cos, sin = (np.asarray(a, np.float64)[:, :, None, None] for a in self.heads.angles)
-            qk = ((qk[..., ::2] + 1j * qk[..., 1::2]) * (cos + 1j * sin)).view(np.float64).reshape(qk.shape)
-        if self.eps is not None:
-            qk = qk / np.sqrt((qk**2).mean(-1, keepdims=True) + self.eps)
-        q, k = qk[:, :, :, :-1], qk[:, :, :, -1]
-        return (q * np.asarray(self.heads.scale_BT, np.float64)[:, :, None, None, None] if self.scaled else q), k, v
-
 
 CASES = [
     Case(),
@@ -79,7 +69,8 @@ TOLERANCE = {"bfloat16": 1.5e-2, "float16": 2e-3, "float32": 1e-5}
 
 
 def run(name, function, *arguments):
-    return simulated(function, *arguments)[0] if name == "hopper" else on_one_cpu(function)(*arguments)
+    """The results, and the bytes that kernels copy."""
+    return simulated(function, *arguments) if name == "hopper" else (on_one_cpu(function)(*arguments), None)
 
 
 def refused(case, op, function, *arguments):
@@ -97,7 +88,10 @@ def test_heads_are_rotated_normalised_and_scaled(name, case):
     if name == "hopper" and case.unsupported_on_hoppers:
         refused(case, "split_heads", split, case.heads)
         return
-    for found, expected in zip(run(name, split, case.heads), case.expected(), strict=True):
+    results, copied = run(name, split, case.heads)
+    if name == "hopper":
+        assert copied == heads_cost(case.B, case.T, case.K, case.G, case.h, rotated=case.rotated).copied_bytes
+    for found, expected in zip(results, reference.split_heads(case.heads), strict=True):
         assert found.dtype == case.dtype
         np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=TOLERANCE[case.dtype], atol=TOLERANCE[case.dtype])
 
@@ -113,8 +107,11 @@ def test_keys_and_values_are_written_to_their_targets_and_nowhere_else(name, cas
     if name == "hopper" and case.unsupported_on_hoppers:
         refused(case, "write_heads", write, case.heads, pools, targets)
         return
-    q, after = run(name, write, case.heads, pools, targets)
-    expected_q, k, v = run(name, lambda heads: split_heads(heads, implementation=name), case.heads)
+    (q, after), copied = run(name, write, case.heads, pools, targets)
+    if name == "hopper":
+        written = case.B * case.T - 1
+        assert copied == heads_cost(case.B, case.T, case.K, case.G, case.h, rotated=case.rotated, written=written).copied_bytes
+    (expected_q, k, v), _ = run(name, lambda heads: split_heads(heads, implementation=name), case.heads)
     np.testing.assert_array_equal(q, expected_q)
     for before, new, found in ((pools.k_PKph, k, after.k_PKph), (pools.v_PKph, v, after.v_PKph)):
         wanted = np.array(before)
@@ -129,3 +126,11 @@ def test_pools_of_another_dtype_are_left_to_xla():
     with jax.sharding.use_abstract_mesh(AN_H100), pytest.raises(NotImplementedError, match=r"takes pools of the heads' dtype; they are"):
         jax.make_jaxpr(lambda *a: write_heads(*a, implementation="hopper"))(Case().heads, pools, targets)
     assert on_one_cpu(write_heads)(Case().heads, pools, targets)[1].k_PKph.dtype == jnp.float16
+
+
+def test_cost_of_heads():
+    """Two tokens of one KV head with 3 query heads, one of them written. Each pair's angle is needed once, and copied for both numbers."""
+    cost = heads_cost(1, 2, 1, 3, 64, rotated=True, written=1)
+    assert cost.flops == 4 * 2 * 4 * 64
+    assert cost.least_bytes == 2 * 5 * 128 + 2 * (2 * 32 * 4 + 3 * 128) + 2 * 128
+    assert cost.copied_bytes == 2 * 5 * 128 + 2 * (2 * 64 * 4 + 3 * 128) + 2 * 128

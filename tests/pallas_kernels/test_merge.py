@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels.merge import IMPLEMENTATIONS as OF_SPLITS
 from pallas_kernels.merge import merge_attention, merge_splits, reference
+from pallas_kernels.merge.cost import merge_splits_cost
 from tests.pallas_kernels.programs import AN_H100, on_one_cpu
 from tests.pallas_kernels.simulator import simulated
 
@@ -82,7 +83,11 @@ def test_splits_merge_as_partial_attentions_do(name, dtype, B, K, splits, N, G):
     def run(out, lse):
         return merge_splits(out, lse, N, G, dtype, implementation=name)
 
-    found, found_lse = simulated(run, out, lse)[0] if name == "hopper" else on_one_cpu(run)(out, lse)
+    if name == "hopper":
+        (found, found_lse), copied = simulated(run, out, lse)
+        assert copied == merge_splits_cost(B, K, splits, N * G, 128, found.dtype.itemsize).copied_bytes
+    else:
+        found, found_lse = on_one_cpu(run)(out, lse)
     assert found.dtype == dtype
     expected, expected_lse = reference.merge_attention([(out[:, :, z, : N * G], lse[:, :, z, : N * G]) for z in range(splits)])
     order = jnp.arange(N * G).reshape(N, G)
@@ -103,3 +108,10 @@ def test_splits_that_the_kernel_does_not_take_are_said(splits, h, reason):
     with jax.sharding.use_abstract_mesh(AN_H100), pytest.raises(NotImplementedError) as error:
         jax.make_jaxpr(lambda *a: merge_splits(*a, 1, 4, jnp.float32, implementation="hopper"))(*splits_of(1, 1, splits, 1, 4, h))
     assert str(error.value) == f"no implementation of merge_splits takes these arguments (hopper: {reason})"
+
+
+def test_cost_of_merging():
+    """Two rows of two heads, three splits, to bfloat16; a block copies the log-sum-exps of eight rows."""
+    cost = merge_splits_cost(1, 2, 3, 2, 128, 2)
+    assert (cost.flops, cost.least_bytes) == (2 * 4 * 3 * 128, 4 * (3 * 129 * 4 + 256))
+    assert cost.copied_bytes == 4 * 3 * (128 + 8) * 4

@@ -78,8 +78,10 @@ def estimate(program: CompiledProgram, compiled: ModelConfig, whole: AbstractMod
 
 
 def step_bytes(model: AbstractModel, rows: int, load: Load, *, levels: int = 0) -> float:
-    """The least bytes of a decode step of ``rows`` rows, or a round: the weights that it uses, and the keys and values that it sees, once
-    each; and the drafter's weights once for each of ``levels``. Of an embedding that is not the output head too, a step reads a few rows.
+    """The least bytes of a decode step of ``rows`` rows, or of a round.
+
+    The weights that it uses, and the keys and values that it sees, count once; the drafter's weights once for each of ``levels``, but once
+    in all for the matrix that joins features, which accepted tokens meet. Embeddings that are no output heads do not count.
     """
     config, spec = model.placement.config, model.placement.spec
     total = 0.0
@@ -90,7 +92,7 @@ def step_bytes(model: AbstractModel, rows: int, load: Load, *, levels: int = 0) 
         total += part if name != "embed" or config.tie_word_embeddings else 0.0
     for name, leaf in zip(model.programs.drafter.names, model.weights.drafter, strict=True) if levels else ():
         part = float(np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize)
-        total += levels * part if name != "embed" else 0.0
+        total += {"embed": 0, "fuse": 1}.get(name, levels) * part
     a_token = 2 * config.num_kv_heads * config.head_dim * model.weights.target[0].dtype.itemsize / spec.tensor
     for layer in range(config.num_layers):
         seen = min(load.seen, config.attention_chunk_size or load.seen) if is_local(config, layer) else load.seen

@@ -3,7 +3,7 @@
 # make test-all    also the tests that take hours: more models and meshes, and the tokens of hundreds of prompts
 # make test-oldest the suite on the oldest JAX that is allowed, in a .venv-oldest of its own
 # make test-h100   compile the real models for H100s, on any machine: fetches XLA's CUDA compiler (500 MB) into .venv
-# make test-kernels the kernels for H100s: their results in JAX's simulator of one, and what the compiler makes of them
+# make test-kernels only pallas_kernels: results in JAX's simulator of an H100, and registers and spills of the compiled kernels
 # make setup   only prepare .venv
 # make check   ruff and mypy
 

@@ -10,13 +10,13 @@ further period costs.
 Read off the programs, for each GPU: the FLOPs of matrix products; the collectives between hosts (those along ``sequence``; those along
 ``tensor`` are left out); the work that XLA's schedule has between the start and the end of each; and the temporaries. A transfer along the
 ring, or the exchange that sends new keys to the ranks that cache them, is exposed for the time by which it takes longer than that work, at
-the rates below. Not read off them: the FLOPs of routed experts, whose rows the router decides, are worked out; and the GPUs compiled for
-have as much memory as is needed, because the weights of a whole model do not fit one host.
+the rates below. Two things are not read off the programs. Routed experts' FLOPs are worked out, because the router decides how many rows an
+expert gets. And the GPUs are described with as much memory as is needed, because a whole model does not fit on one host.
 
-Attention FLOPs are worked out from the blocks of queries and keys that the kernel computes, for the layouts that the ring uses (in
-parentheses: of scores that are not masked). The predicted time to the first token is the useful FLOPs and the matrices' at the paper's
-rate, plus the exposed transfers; the time of a ring step's attention is of useful FLOPs too. Then follow the last pieces of the same
-prompts in pieces of the default length, and one layer's ring after cached tokens, by either variant, as in the paper's table 5.
+Attention's FLOPs are worked out too, for the layouts that the ring uses: those that the kernel computes and, in parentheses, the useful ones
+(of scores that are not masked). The predicted time to the first token is the useful FLOPs and those of matrices at the paper's rate, plus
+the exposed transfers; a ring step's attention takes the time of its useful FLOPs. A second table has the last piece of each prompt, if it is
+computed in pieces of the default length. A third has one layer's ring after cached tokens, by either variant, as the paper's table 5.
 The paper is "Context Parallelism for Scalable Million-Token Inference" (arXiv 2411.01783).
 """
 
@@ -74,13 +74,13 @@ class Cost:
     exposed_seconds: float
 
     @classmethod
-    def of(cls, program: CompiledProgram, computed: float = 1.0) -> Cost:
-        """Read off one program, of whose attention the kernel computes a part."""
+    def of(cls, program: CompiledProgram, computed_fraction: float = 1.0) -> Cost:
+        """Read off one program. ``computed_fraction``: of all scores, those that the kernel computes."""
         between_hosts = [collective for collective in program.collectives if "sequence" in collective.axes]
         ring = [collective for collective in between_hosts if collective.kind == "collective-permute"]
 
         def exposed(collective: Collective) -> float:
-            return exposed_seconds(collective, computed)
+            return exposed_seconds(collective, computed_fraction)
 
         exchange_bytes = sum(collective.sent_bytes for collective in between_hosts if collective.kind != "collective-permute")
         return cls(
@@ -100,11 +100,13 @@ class Cost:
         return Cost(*(one + (periods - 1) * (two - one) for one, two in pairs))
 
 
-def exposed_seconds(collective: Collective, computed: float) -> float:
-    """How much longer a collective takes than the work that is scheduled beside it. Beside the ring that is attention, which the program's
-    text counts as if every query saw all keys: ``computed`` is the part that the kernel computes.
+def exposed_seconds(collective: Collective, computed_fraction: float) -> float:
+    """How much longer a collective takes than the work that is scheduled beside it.
+
+    Beside the ring's transfers that is attention. The ledger counts it as if every query saw all keys, so it is multiplied by the fraction
+    that the kernel computes.
     """
-    flops = collective.flops_meanwhile * (computed if collective.kind == "collective-permute" else 1.0)
+    flops = collective.flops_meanwhile * (computed_fraction if collective.kind == "collective-permute" else 1.0)
     hidden = flops / H100_RING.attention_flops + collective.bytes_meanwhile / MEMORY_BANDWIDTH
     return max(0.0, collective.sent_bytes / H100_RING.ring_bandwidth - hidden)
 
@@ -121,11 +123,11 @@ def attended_scores(local_chunk: int | None, tokens: int, hosts: int) -> tuple[i
     """
     chunk = local_chunk or tokens
     layout = balanced(tokens, hosts)
-    stays = [] if local_chunk is None else aligned_layouts([(0, tokens)], hosts, chunk, -(-tokens // hosts))
+    chunks = [] if local_chunk is None else aligned_layouts([(0, tokens)], hosts, chunk, -(-tokens // hosts))
     useful = computed = every = 0
-    for rank, query in enumerate(stays[0] if stays else layout):
-        for other, key in enumerate(stays[0] if stays else layout):
-            if stays and other != rank:  # chunk-local layers pass nothing
+    for rank, query in enumerate(chunks[0] if chunks else layout):
+        for other, key in enumerate(chunks[0] if chunks else layout):
+            if chunks and other != rank:  # chunk-local layers pass nothing
                 continue
             query_T, key_S = query[query >= 0], key[key >= 0]
             bounds = np.searchsorted(key_S, query_T // chunk * chunk)[None], np.searchsorted(key_S, query_T + 1)[None]
@@ -133,7 +135,7 @@ def attended_scores(local_chunk: int | None, tokens: int, hosts: int) -> tuple[i
     return useful, computed, every
 
 
-def of_layers(config: ModelConfig, tokens: int, hosts: int) -> list[tuple[float, float, float]]:
+def attention_flops_of_layers(config: ModelConfig, tokens: int, hosts: int) -> list[tuple[float, float, float]]:
     """Of each layer, over all GPUs: attention's useful FLOPs, those that are computed, and those of all scores."""
     a_score = 4 * config.num_heads * config.head_dim
     found = []
@@ -189,7 +191,7 @@ def print_prefill(name: str, tokens: int, hosts: list[int]) -> None:
     print("|" + "---|" * 11)
     for N in hosts:
         gpus = N * GPUS_PER_HOST
-        attention = of_layers(config, tokens, N)
+        attention = attention_flops_of_layers(config, tokens, N)
         useful, computed = (sum(flops[i] for flops in attention) for i in range(2))
         _, in_ring, all_in_ring = attention[global_layer]
         one, two = (compile_prefill(first_layers(config, times * period(config)), N, tokens) for times in (1, 2))
@@ -228,9 +230,9 @@ def print_pieces(name: str, tokens: int, hosts: list[int]) -> None:
     for N in hosts:
         piece = min(tokens, LONG_LENGTHS[-1] * N)
         one, two = (compile_prefill(first_layers(config, n * period(config)), N, piece, tokens - piece) for n in (1, 2))
-        # Of the keys, only the piece's own are masked for some of its queries, half of them.
-        computed = 1 - piece / tokens / 2
-        cost = Cost.of(one, computed).repeated(Cost.of(two, computed), times)
+        # All cached keys are seen; about half of the scores between the piece's own tokens are masked.
+        computed_fraction = 1 - piece / tokens / 2
+        cost = Cost.of(one, computed_fraction).repeated(Cost.of(two, computed_fraction), times)
         transfer = microseconds(cost.ring_bytes / cost.ring_transfers / H100_RING.ring_bandwidth) if cost.ring_transfers else "–"
         exposed = f"{cost.exposed_transfers:.0f}, {1e3 * cost.exposed_seconds:.1f}"
         columns = [N, piece, f"{cost.ring_transfers:.0f}", transfer, exposed, f"{two.temporary_bytes / 1e9:.2f}"]

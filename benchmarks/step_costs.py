@@ -6,8 +6,8 @@
 layers are compiled in bfloat16 for rows of 8K cached tokens, and every kernel is read off the program. Layers of one kind repeat, so each
 compiled layer stands for several. Rounds have an EAGLE-3 head with a vocabulary of 32,000.
 
-"HBM bytes" are those that kernels move, over the least that must be moved. The predicted milliseconds are the sum of five parts, priced by
-``l4jax/planning/estimate.py``: a prediction, not a measurement. ``--list`` prints each layer's kernels.
+"HBM bytes / least" are the bytes that kernels move, over the least that must be moved. The predicted milliseconds are the sum of five
+parts, priced by ``l4jax/planning/estimate.py``: a prediction, not a measurement. ``--list`` prints each layer's kernels.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from sharding.mesh import MeshSpec
 
 SEEN, CAPACITY = 8192, 8320
 """Cached tokens of each row, and tokens that it has room for."""
-PARTS = ("matrices", "attention", "sums", "small kernels", "launches")
+PARTS = ("matrices", "attention", "collectives", "small kernels", "gaps")
 DRAFT_VOCABULARY = 32000
 
 
@@ -41,19 +41,19 @@ def layer_kernels(program: CompiledProgram, config: ModelConfig) -> dict[str, li
     """Of one layer of each kind, its kernels in the order in which the device gets them: our kernel's name, or XLA's kind of fusion."""
     return {
         f"{'RoPE' if rope else 'NoPE'}, {'experts' if experts else 'dense'}": [
-            _said(launch) for launch in program.ledger.turn if launch.layer == layer
+            _name(launch) for launch in program.ledger.iteration if launch.layer == layer
         ]
         for (rope, experts), layer in representatives(config).items()
     }
 
 
-def _said(launch: Launch) -> str:
+def _name(launch: Launch) -> str:
     kind = launch.kernel or re.sub(r"[._\d]+$", "", launch.name)
     return f"{kind} ({launch.collective.strategy} {launch.collective.kind})" if launch.collective else kind
 
 
-def cost(name: str, spec: MeshSpec, rows: int, plan: Speculation | None) -> tuple[Estimate, dict[str, list[str]]]:
-    """Compile a program, and price it; also the kernels of its layers."""
+def price(name: str, spec: MeshSpec, rows: int, plan: Speculation | None) -> tuple[Estimate, dict[str, list[str]]]:
+    """Compile a program of ``rows`` rows over all devices (``plan``: None for decoding), and price it; also :func:`layer_kernels`."""
     whole_config = config_from_hf(json.loads((configs_path() / "models" / f"{name}.json").read_text(encoding="utf-8")))
     # At least two layers of each kind, and one more: Llama 4's kinds repeat after four layers.
     config = first_layers(whole_config, min(whole_config.num_layers, 9 if whole_config.moe else 3))
@@ -81,10 +81,11 @@ def main() -> None:
     arguments = parser.parse_args()
     spec, plan = MeshSpec.parse(arguments.mesh), arguments.speculation and Speculation.parse(arguments.speculation)
     of = f"{arguments.model}, `{arguments.mesh}`, {arguments.speculation or 'decoding'}"
-    print(f"| of {SEEN} cached tokens | rows | kernels a layer | HBM bytes | predicted ms | {', '.join(PARTS)} | of the HBM bound |")
+    columns = ["rows", "kernels a layer", "HBM bytes / least", "predicted ms", f"ms of {', '.join(PARTS)}", "HBM bound / predicted"]
+    print(f"| {SEEN} cached tokens a row | {' | '.join(columns)} |")
     print("|---" * 7 + "|")
     for rows in arguments.rows:
-        found, kernels = cost(arguments.model, spec, rows, plan)
+        found, kernels = price(arguments.model, spec, rows, plan)
         counts = ", ".join(f"{len(names)} ({kind})" for kind, names in kernels.items())
         parts = ", ".join(f"{1e3 * found.seconds.get(part, 0.0):.2f}" for part in PARTS)
         ratio, fraction = found.nbytes / found.least_bytes, found.bound_seconds / found.total_seconds

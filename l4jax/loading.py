@@ -57,8 +57,8 @@ def load(
     ``max_batch``: the most prompts that are decoded together (default: 8 for each rank along ``data``); others wait. ``kv_tokens``: tokens
     that the KV cache holds, of all requests together (default: ``max_batch`` times the context, but no more than fits in a quarter of a
     machine's free memory, rounded down, or in what weights and programs leave of a GPU's). ``prefill_lengths``: prompts are computed in
-    pieces, padded to one of these lengths (default: 32, 128 and 512 for each rank that shares their tokens; on Hopper GPUs also 2,048 and
-    8,192, if they take at most a tenth of the memory beside the weights).
+    pieces, padded to one of these lengths (default: 32, 128 and 512 for each rank that shares their tokens; in bfloat16 or float16 on
+    Hopper GPUs also 2,048 and 8,192, if a piece's temporaries take at most a tenth of the memory that weights leave free).
 
     ``deterministic``: a request's tokens and log-probabilities are the same to the last bit whatever else runs: those that it gets alone
     in a model loaded with the same arguments. Then bursts always have ``max_batch`` rows, "auto" means what the drafter's table says for

@@ -1,1 +1,1 @@
-"""Kernels: a folder for each op, with the public op, its implementations and a plain JAX reference for tests."""
+"""Kernels: a folder for each op, with the public op, its implementations and a plain reference for tests."""

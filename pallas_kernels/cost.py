@@ -24,7 +24,7 @@ class Cost:
 def kernel_flops(kernel: str, operands: Sequence[Sequence[int]]) -> int:
     """FLOPs of a kernel for Hopper GPUs whose operands have these shapes; 0 for a kernel of another name.
 
-    As if every query saw all keys; every row of experts, padding included, counts as computed, as if each chose one.
+    Every query counts as if it saw all keys; and every row, padding included, as if it were multiplied by one routed expert.
     """
     match kernel, operands:
         case "tree_attention", [(B, K, M, h), (_, _, p, _), _, _, _, (_, W), *tree]:
@@ -45,8 +45,8 @@ def kernel_flops(kernel: str, operands: Sequence[Sequence[int]]) -> int:
 class Load:
     """What decides how much kernels read.
 
-    ``seen``: cached tokens that each row sees. ``tokens``: new tokens of all rows of a device. ``experts``: those that tokens choose from,
-    here or on other devices.
+    ``seen``: cached tokens that each row sees. ``tokens``: new tokens in all of a device's rows. ``experts``: those that tokens choose
+    from, on this device and on others; 0 for a model without experts.
     """
 
     seen: int
@@ -59,10 +59,11 @@ class Load:
 
 
 def kernel_bytes(kernel: str, operands: Sequence[Sequence[int]], written: int, load: Load) -> float:
-    """Bytes that a kernel for Hopper GPUs moves from and to the GPU's memory, if its operands, of 2 bytes each, have these shapes and it
-    writes ``written`` bytes of results. What several thread blocks copy counts once: the L2 cache has it for the others.
+    """Bytes that a kernel for Hopper GPUs moves from and to the GPU's memory.
 
-    Raises ValueError for a kernel of another name.
+    ``operands``: their shapes; those of floating point have 2 bytes a number. ``written``: bytes of the results that are not changed in
+    place. Data that several thread blocks copy counts once, because the L2 cache serves the others. Raises ValueError for a kernel of
+    another name.
     """
 
     def nbytes(dims: Sequence[int], itemsize: int = 2) -> int:
@@ -81,4 +82,4 @@ def kernel_bytes(kernel: str, operands: Sequence[Sequence[int]], written: int, l
         case "experts_gate_up" | "experts_down", [_, (E, _, o, i), *others]:
             shared = sum(len(dims) == 4 for dims in others)
             return written + nbytes(operands[0]) + (load.chosen(E) + shared) * nbytes((2, o, i))
-    raise ValueError(f"the bytes of a kernel {kernel} with operands {operands} are not known")
+    raise ValueError(f"the bytes of kernel {kernel!r} with operands {operands} are not known; expected a case for it in kernel_bytes")

@@ -19,7 +19,7 @@ plgpu: Any = mosaic_gpu  # its types are incomplete
 
 DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = (64, 128)
-"""What attention's kernels take."""
+"""Dtypes that the kernels take, and head dimensions that attention's take."""
 ROWS = 64
 """Rows of a warpgroup: the least that its matrix product takes."""
 SMS = 132
@@ -37,7 +37,10 @@ Softmax = tuple[Array, Array, Array]
 
 
 def kernel(name: str, body: Callable[..., None], *, out_type: Any, reduction_scratch_bytes: int = 0, **options: Any) -> Callable[..., Any]:
-    """A kernel of this name, whose FLOPs and bytes XLA is told; ``options`` are those of ``plgpu.kernel``."""
+    """A kernel with the house's compiler settings; ``options`` are those of ``plgpu.kernel``.
+
+    XLA is told its cost: FLOPs as in :func:`pallas_kernels.cost.kernel_flops`, and the bytes of all operands and results, each once.
+    """
     scratch = {"reduction_scratch_bytes": reduction_scratch_bytes} if reduction_scratch_bytes else {}
     parameters = plgpu.CompilerParams(approx_math=True, **scratch)
 

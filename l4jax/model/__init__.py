@@ -25,7 +25,7 @@ V     vocabulary (a drafter's own if it is reduced); on a mesh, this rank's part
 W     pages of a row, in a layer that keeps everything
 X     nodes that a dynamic tree has grown, before it is cut to N
 a     target layers whose input a drafter reads
-b     blocks of the vocabulary
+b     blocks of the vocabulary, or of queries
 c     children of all frontier nodes of a dynamic tree (k times k)
 d     depths of drafted tokens, from 1; in training the drafter's passes, one for each depth
 e     experts of this rank
@@ -41,10 +41,11 @@ o     output width of a matrix product
 p     tokens in a page
 r     pairs of dimensions that RoPE rotates (h / 2)
 s     steps of a burst
-t     new tokens that this rank computes, of a row's T
+t     new tokens that this rank computes, of a row's T; or the queries of a block
+u     what multiplies a row in a mixture: its routed expert and, as the second, the shared one
 v     tokens of a block of the vocabulary
 w     pages of a row, in a chunk-local layer
-z     splits of a row's cached keys, attended in parallel
+z     splits of a row's cached keys, or of the inputs of a product, computed in parallel
 ====  ==========================================================================================
 
 A digit is a dimension of that size. In annotations, ``*B`` stands for any number of leading dimensions, ``...`` for any shape, and

@@ -1,6 +1,7 @@
 """Predicts how long a step of decoding, or a round of speculation, takes on H100s.
 
-What a compiled program launches is priced at rates that others have published for H100s. That is a prediction, not a measurement.
+What a compiled program launches is priced by a few rates: the data sheet's bandwidth, our own measurement of a large matrix product, and
+for the rest what others have published for H100s. So the result is a prediction, not a measurement.
 """
 
 from __future__ import annotations
@@ -20,29 +21,32 @@ from pallas_kernels.cost import Load, kernel_bytes
 
 BANDWIDTH = 3.35e12
 """Of an H100's memory, bytes/s (configs/hardware/h100-sxm.textproto)."""
-FLOPS = 784e12
+MATRIX_FLOPS = 784e12
 """FLOP/s of a large bfloat16 matrix product (measured: benchmarks/results)."""
-MATRIX_RATES = ((16e6, 0.40), (64e6, 0.65), (200e6, 0.78), (float("inf"), 0.85))
-"""Up to how many bytes a matrix is read at which part of the bandwidth by few rows: medians of three engines' products (NVIDIA's
-aiconfigurator, h100_sxm)."""
-_LEAST_MATRIX_BYTES = 2**20
-ATTENTION_RATE = 0.6
-"""Part of the bandwidth at which decoding reads cached keys: FlashAttention-3 with pages reaches 0.54 to 0.62."""
-LAUNCH_SECONDS = 1.5e-6
+MATRIX_FRACTIONS = ((16e6, 0.40), (64e6, 0.65), (200e6, 0.78), (float("inf"), 0.85))
+"""(Bytes, fraction of the bandwidth): how fast a product of few rows reads a matrix of up to that many bytes. Medians of three engines'
+products (NVIDIA's aiconfigurator, h100_sxm)."""
+LEAST_MATRIX_BYTES = 2**20
+"""A kernel of XLA's that reads an operand of this size counts as a product: of one row XLA makes some products sums of multiplications."""
+ATTENTION_FRACTION = 0.6
+"""Of the bandwidth, at which decoding reads cached keys: FlashAttention-3 with pages reaches 0.54 to 0.62."""
+GAP_SECONDS = 1.5e-6
 """From one kernel of a CUDA graph to the next that depends on it."""
-SUM_SECONDS = {
+COLLECTIVE_SECONDS = {
     "one-shot": ((1024, 3.5e-6), (8192, 3.8e-6), (16384, 4.1e-6), (65536, 6.4e-6), (262144, 10.6e-6), (2**20, 20.1e-6)),
     "NCCL": ((1024, 15.7e-6), (8192, 19e-6), (65536, 19e-6), (262144, 20.1e-6), (2**20, 38.2e-6)),
 }
-"""Seconds of a sum over eight GPUs of a host by its bytes: SGLang's kernel, and NCCL's (aiconfigurator). Two hosts take longer."""
+"""(Bytes, seconds) of an all-reduce over the eight GPUs of a host: by SGLang's kernel, which stands for XLA's one-shot and two-shot ones,
+and by NCCL (aiconfigurator). Every collective is priced as an all-reduce of its bytes; over several hosts that is too little."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """What one turn of a program's loop takes on each GPU.
+    """What one iteration of a program's loop takes on each GPU.
 
-    ``seconds``: by part. ``nbytes``: moved from and to the GPU's memory; ``least_bytes``: those that must be. ``launches``: kernels, copies
-    and collectives. Branches that only some settings of sampling need are not in it.
+    ``seconds``: of each part: "matrices", "attention", "collectives", "small kernels", and "gaps" between kernels. ``nbytes``: moved from
+    and to the GPU's memory; ``least_bytes``: those that must be. ``launches``: kernels, copies and collectives. Branches that only some
+    settings of sampling need are not in it.
     """
 
     seconds: dict[str, float]
@@ -61,27 +65,32 @@ class Estimate:
         return self.least_bytes / BANDWIDTH
 
 
-def estimate(program: CompiledProgram, compiled: ModelConfig, whole: AbstractModel, load: Load, least: float) -> Estimate:
-    """Read off a program of a model's first layers, ``compiled``, what a turn takes with all layers of ``whole``; ``least``: its bytes."""
+def estimate(program: CompiledProgram, first: ModelConfig, whole: AbstractModel, load: Load, least_bytes: float) -> Estimate:
+    """What one iteration takes with all layers of ``whole``, read off a program of its first layers, whose configuration is ``first``.
+
+    ``least_bytes``: as :func:`step_bytes` gives them. Raises ValueError for a program without a loop, and for a kernel of l4jax whose bytes
+    are not known.
+    """
     seconds: collections.defaultdict[str, float] = collections.defaultdict(float)
     nbytes = launches = 0.0
-    times = _times(compiled, whole.placement.config)
-    for launch in program.ledger.turn:
+    times = _times(first, whole.placement.config)
+    for launch in program.ledger.iteration:
         repeats = 1.0 if launch.layer is None else times[launch.layer]
         part, own_seconds, own_bytes = _priced(launch, load)
         seconds[part] += repeats * own_seconds
         nbytes += repeats * own_bytes
         launches += repeats
-        if part != "sums":
-            seconds["launches"] += repeats * LAUNCH_SECONDS
-    return Estimate(dict(seconds), nbytes, least, launches)
+        if part != "collectives":  # their seconds include the gap
+            seconds["gaps"] += repeats * GAP_SECONDS
+    return Estimate(dict(seconds), nbytes, least_bytes, launches)
 
 
 def step_bytes(model: AbstractModel, rows: int, load: Load, *, levels: int = 0) -> float:
-    """The least bytes of a decode step of ``rows`` rows, or of a round.
+    """The least bytes that each GPU must read in a decode step of ``rows`` rows, over all devices, or in a round of speculation.
 
-    The weights that it uses, and the keys and values that it sees, count once; the drafter's weights once for each of ``levels``, but once
-    in all for the matrix that joins features, which accepted tokens meet. Embeddings that are no output heads do not count.
+    Weights that are used, and keys and values that are seen, count once. ``levels``: the drafter's passes in a round, 0 for decoding; each
+    reads the drafter's weights, but for the matrix that joins features, which a round reads once. An embedding counts only if it is the
+    output head too.
     """
     config, spec = model.placement.config, model.placement.spec
     total = 0.0
@@ -95,14 +104,17 @@ def step_bytes(model: AbstractModel, rows: int, load: Load, *, levels: int = 0) 
         total += {"embed": 0, "fuse": 1}.get(name, levels) * part
     a_token = 2 * config.num_kv_heads * config.head_dim * model.weights.target[0].dtype.itemsize / spec.tensor
     for layer in range(config.num_layers):
-        seen = min(load.seen, config.attention_chunk_size or load.seen) if is_local(config, layer) else load.seen
-        total += rows / spec.data * seen * a_token / spec.token_ranks.count
+        # A chunk is on one token rank, the busiest, and other keys are on all.
+        whole_chunk = is_local(config, layer) and config.attention_chunk_size
+        seen = min(load.seen, whole_chunk) if whole_chunk else load.seen / spec.token_ranks.count
+        total += rows / spec.data * seen * a_token
     return total
 
 
 def representatives(config: ModelConfig) -> dict[tuple[bool, bool], int]:
-    """Of each kind of layer (RoPE or not, experts or not) the last one, without the model's last: the first of a kind may also compute what
-    those after it need.
+    """Of each kind of layer, (has RoPE, has experts), the last one's number.
+
+    That is not the model's last layer, which is fused with the output, nor the first of its kind, which may compute what later ones share.
     """
     return {kind: layer for layer, kind in enumerate(_kinds(config)[:-1])}
 
@@ -111,41 +123,40 @@ def _kinds(config: ModelConfig) -> list[tuple[bool, bool]]:
     return [(config.rope_layers[i], bool(config.moe and config.moe.moe_layers[i])) for i in range(config.num_layers)]
 
 
-def _times(compiled: ModelConfig, whole: ModelConfig) -> list[int]:
-    """How often each compiled layer counts: once, and the representative of a kind also for the whole model's other layers of the kind."""
-    times = [1] * compiled.num_layers
-    for kind, layer in representatives(compiled).items():
-        times[layer] += _kinds(whole).count(kind) - _kinds(compiled).count(kind)
+def _times(first: ModelConfig, whole: ModelConfig) -> list[int]:
+    """For how many layers of the whole model each compiled one stands; a representative stands for those that are not compiled too."""
+    times = [1] * first.num_layers
+    for kind, layer in representatives(first).items():
+        times[layer] += _kinds(whole).count(kind) - _kinds(first).count(kind)
     return times
 
 
 def _priced(launch: Launch, load: Load) -> tuple[str, float, float]:
     """The part that a launch belongs to, its seconds and its bytes."""
     if launch.collective is not None:
-        return "sums", _sum_seconds(launch.collective), 2.0 * sum(launch.collective.nbytes)
+        return "collectives", _collective_seconds(launch.collective), 2.0 * sum(launch.collective.nbytes)
     if not launch.kernel:
         nbytes = float(sum(launch.operand_bytes) + launch.written_bytes)
         largest = max(launch.operand_bytes, default=0)
-        # Of one row XLA makes some products sums of multiplications.
-        if launch.flops or largest >= _LEAST_MATRIX_BYTES:
-            return "matrices", max(nbytes / _matrix_rate(largest), launch.flops / FLOPS), nbytes
+        if launch.flops or largest >= LEAST_MATRIX_BYTES:
+            return "matrices", max(nbytes / _matrix_rate(largest), launch.flops / MATRIX_FLOPS), nbytes
         return "small kernels", nbytes / BANDWIDTH, nbytes
-    nbytes = kernel_bytes(launch.kernel, launch.operands, launch.written_bytes, load)
+    nbytes = kernel_bytes(launch.kernel, launch.operand_shapes, launch.written_bytes, load)
     if launch.kernel.startswith("experts"):
         return "matrices", nbytes / _matrix_rate(nbytes), nbytes
     if launch.kernel == "tree_attention":
-        return "attention", nbytes / (ATTENTION_RATE * BANDWIDTH), nbytes
+        return "attention", nbytes / (ATTENTION_FRACTION * BANDWIDTH), nbytes
     return "small kernels", nbytes / BANDWIDTH, nbytes
 
 
 def _matrix_rate(nbytes: float) -> float:
     """Bytes/s at which a matrix of this size is read."""
-    return BANDWIDTH * next(rate for most, rate in MATRIX_RATES if nbytes <= most)
+    return BANDWIDTH * next(rate for most, rate in MATRIX_FRACTIONS if nbytes <= most)
 
 
-def _sum_seconds(collective: Collective) -> float:
-    """Interpolated; above the largest size by its bandwidth."""
-    points: Sequence[tuple[float, float]] = SUM_SECONDS["NCCL" if collective.strategy == "NCCL" else "one-shot"]
+def _collective_seconds(collective: Collective) -> float:
+    """Interpolated between the table's sizes; above the largest, in proportion to the bytes."""
+    points: Sequence[tuple[float, float]] = COLLECTIVE_SECONDS["NCCL" if collective.strategy == "NCCL" else "one-shot"]
     nbytes = sum(collective.nbytes)
     if nbytes >= points[-1][0]:
         return points[-1][1] * nbytes / points[-1][0]

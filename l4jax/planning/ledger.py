@@ -82,17 +82,17 @@ class Collective:
 class Launch:
     """A kernel, copy or collective that a device is given. XLA leaves some without a scope; they have that of the launch before them.
 
-    ``kernel``: the name of l4jax's own kernel; empty for XLA's. ``operands``: dimensions of the arrays that it is given.
-    ``operand_bytes``: bytes that it reads of each: of one that it only slices or indexes, those of the slices; 0 of one that it changes in
-    place. ``written_bytes``: as far as the program's text tells; of arrays that l4jax's kernels change in place it does not. ``flops``: of
-    matrix products. ``collective``: the one that it is, or starts.
+    ``kernel``: the name of l4jax's own kernel; empty for XLA's. ``operand_shapes``: of the arrays that it is given. ``operand_bytes``:
+    bytes read of each operand. One that is only sliced or gathered counts as its slices, one that is changed in place as 0.
+    ``written_bytes``: bytes written, but for what l4jax's kernels write in place, which the program's text does not say. ``flops``: of
+    matrix products. ``collective``: set if this launch is a collective, or starts one.
     """
 
     opcode: str
     scope: str
     name: str
     kernel: str
-    operands: tuple[tuple[int, ...], ...]
+    operand_shapes: tuple[tuple[int, ...], ...]
     operand_bytes: tuple[int, ...]
     written_bytes: int
     flops: int
@@ -189,11 +189,11 @@ class Ledger:
         return self._computation_flops(self._entry, scope)
 
     @functools.cached_property
-    def turn(self) -> list[Launch]:
-        """What one turn of the program's longest loop launches, its condition included, in the order in which the device gets it.
+    def iteration(self) -> list[Launch]:
+        """What one iteration of the program's largest loop (the one of most instructions) launches, with its condition, in order.
 
-        Loops within it count as often as they turn, or once if that is not known. Branches do not count: which is taken is decided while
-        the program runs. Raises ValueError for a program without a loop.
+        A loop within it counts once for each of its iterations, or once if their number is not known. Branches do not count: which one is
+        taken is decided while the program runs. Raises ValueError for a program without a loop.
         """
         loops = [instruction for instruction in self._computations[self._entry].values() if instruction.opcode == "while"]
         if not loops:
@@ -225,16 +225,17 @@ class Ledger:
             name,
             own,
             tuple(tuple(operand.arrays[0][1]) for operand in given),
-            tuple(_read(called, index) if fused else sum(operand.nbytes) for index, operand in enumerate(given)),
-            _written(called) if fused else instruction.written_bytes,
+            tuple(_bytes_read(called, index) if fused else sum(operand.nbytes) for index, operand in enumerate(given)),
+            _bytes_written(called) if fused else instruction.written_bytes,
             self._flops(computation, instruction, ""),
             self._collective_of(computation, instruction),
         )
 
     def _collective_of(self, computation: str, instruction: _Instruction) -> Collective | None:
-        within = {instruction.name: instruction} if instruction.is_collective else self._computations.get(instruction.called, {})
-        of = computation if instruction.is_collective else instruction.called
-        return next((self._collective(of, inner) for inner in within.values() if inner.is_collective), None)
+        if instruction.is_collective:
+            return self._collective(computation, instruction)
+        called = self._computations.get(instruction.called, {})
+        return next((self._collective(instruction.called, inner) for inner in called.values() if inner.is_collective), None)
 
     @functools.cached_property
     def collectives(self) -> list[Collective]:
@@ -323,7 +324,7 @@ def _users(computation: dict[str, _Instruction], name: str) -> Iterator[tuple[_I
                 yield instruction, index
 
 
-def _read(fusion: dict[str, _Instruction], index: int) -> int:
+def _bytes_read(fusion: dict[str, _Instruction], index: int) -> int:
     """Bytes that a fusion reads of an operand."""
     parameter = next(i for i in fusion.values() if i.opcode == "parameter" and i.rest.startswith(f"{index})"))
     users = list(_users(fusion, parameter.name))
@@ -333,7 +334,7 @@ def _read(fusion: dict[str, _Instruction], index: int) -> int:
     return 0 if in_place else sum(parameter.nbytes)
 
 
-def _written(fusion: dict[str, _Instruction]) -> int:
+def _bytes_written(fusion: dict[str, _Instruction]) -> int:
     """Bytes that a fusion writes: of an array that it changes in place, those of the change."""
     root = list(fusion.values())[-1]
     written = 0

@@ -81,27 +81,27 @@ def experts(
     (M, D), (E, _, F, _) = x_MD.shape, routed.gate_up_E2FD.shape
     up, down = tilings(M, E, D, F)
     here_M = expert_M < E
-    # One array of numbers and scores, so that XLA makes both in one kernel. E is the shared expert's number.
+    # Each row's expert and the bits of its score are one array, so that XLA makes both in one kernel. E is the shared expert's number.
     numbers_M = jnp.where(here_M, expert_M, -1)
     scores_M = jnp.zeros_like(numbers_M) if score_M is None else jax.lax.bitcast_convert_type(score_M, jnp.int32)
-    rows_2R = jnp.pad(jnp.stack([numbers_M, scores_M]), ((0, 0), (0, ROWS - M)))
+    chosen_264 = jnp.pad(jnp.stack([numbers_M, scores_M]), ((0, 0), (0, ROWS - M)))
     here = [] if shared_here is None else [shared_here.astype(jnp.int32)[None]]
 
     def products(name: str, tiling: Tiling, x: Array, matrices: Callable[[Experts], Array], *, scored: bool, gated: bool) -> Array:
         given = [matrices(of) for of in (routed, shared) if of is not None]
-        options = {"shared": shared is not None, "always": shared_here is None, "scored": scored, "gated": gated}
-        return _kernel(name, tiling, E, M, x_MD.dtype, **options)(x, *given, rows_2R, *here)
+        options = {"shared": shared is not None, "always_here": shared_here is None, "scored": scored, "gated": gated}
+        return _kernel(name, tiling, E, M, x_MD.dtype, **options)(x, *given, chosen_264, *here)
 
     # SwiGLU needs whole sums: it is in the kernel only if the inputs are in one part.
     in_kernel = up.splits == 1
     up_results = products("experts_gate_up", up, x_MD, lambda of: of.gate_up_E2FD, scored=score_M is not None, gated=in_kernel)
-    hidden_sMF = up_results[0]
+    hidden_uMF = up_results[0]
     if not in_kernel:
-        gate_up_sMf = jnp.sum(up_results, axis=0)
-        hidden_sMF = swiglu(gate_up_sMf[..., :F], gate_up_sMf[..., F:]).astype(x_MD.dtype)
+        gate_up_uMf = jnp.sum(up_results, axis=0)
+        hidden_uMF = swiglu(gate_up_uMf[..., :F], gate_up_uMf[..., F:]).astype(x_MD.dtype)
     halves = functools.partial(jnp.reshape, shape=(-1, 2, D // 2, F))
-    out_zsMD = products("experts_down", down, hidden_sMF, lambda of: halves(of.down_EDF), scored=False, gated=False)
-    routed_MD, *shared_MD = jnp.sum(out_zsMD, axis=0)
+    out_zuMD = products("experts_down", down, hidden_uMF, lambda of: halves(of.down_EDF), scored=False, gated=False)
+    routed_MD, *shared_MD = jnp.sum(out_zuMD, axis=0)
     # Rows without an expert were never written.
     y_MD = jnp.where(here_M[:, None], routed_MD, 0.0)
     if shared is not None:
@@ -110,40 +110,42 @@ def experts(
 
 
 def _kernel(
-    name: str, tiling: Tiling, E: int, M: int, dtype: Any, *, shared: bool, always: bool, scored: bool, gated: bool
+    name: str, tiling: Tiling, E: int, M: int, dtype: Any, *, shared: bool, always_here: bool, scored: bool, gated: bool
 ) -> Callable[..., Array]:
-    """Products of each chosen expert with the rows that chose it: (rows; the routed experts' matrices and, if there is one, the shared
-    one's; each row's expert, -1 for none, and the bits of its score; unless ``always``, 1 if the shared expert counts here) to a result for
-    each part of the inputs, source and row: both products, or if ``gated`` SwiGLU of them.
+    """The kernel of two products of each chosen expert with the rows that chose it.
 
-    The sources are the routed experts and, as the second, the shared one, whose number is E. If they read different rows, ``rows`` has them
-    along its first axis. If ``scored``, scores multiply the rows of routed experts.
+    Operands: rows [M, i], or [2, M, i] if the shared expert reads other rows; the routed experts' matrices [E, 2, o, i]; if ``shared``, the
+    shared one's [1, 2, o, i]; each row's expert, -1 for none, and the bits of its float32 score, [2, 64]; unless ``always_here``, [1]: 1 if
+    the shared expert counts on this device. Result: [splits, sources, M, 2 o] in float32, or if ``gated`` SwiGLU of the two products,
+    [splits, sources, M, o], in ``dtype``. The first source is the routed expert, the second the shared one, whose number is E. If
+    ``scored``, the rows of routed experts are multiplied by their scores.
     """
     stages, splits, outputs = tiling.stages, tiling.splits, tiling.outputs
     steps = tiling.inputs // INPUTS // splits
-    out_type, products = (dtype, 1) if gated else (jnp.float32, 2)
-    places, sources = min(E, M), 1 + shared  # thread blocks of a routed expert each
+    out_type, results = (dtype, 1) if gated else (jnp.float32, 2)
+    sources = 1 + shared
+    slots = min(E, M)  # rows choose no more routed experts than there are, and one each; the shared expert has a slot after them
 
     def body(x_ref: Any, routed_ref: Any, *given: Any) -> None:
         refs = iter(given)
         shared_ref = next(refs) if shared else None
-        rows_ref = next(refs)
-        here_ref = None if always else next(refs)
+        chosen_ref = next(refs)
+        here_ref = None if always_here else next(refs)
         out_ref, x_s, w_s, out_s, x_loaded, w_loaded = refs
-        place, split, first = jax.lax.axis_index("place"), jax.lax.axis_index("split"), jax.lax.axis_index("tile") * OUTPUTS
+        slot, split, first = jax.lax.axis_index("slot"), jax.lax.axis_index("split"), jax.lax.axis_index("tile") * OUTPUTS
 
-        def chosen() -> Array:
-            """The place's expert; -1 if no row chose it, or if an earlier place has it."""
-            if M < E:  # a place for each row
-                own = rows_ref[0, jnp.minimum(place, M - 1)]
-                repeated = [(row < place) & (rows_ref[0, row] == own) for row in range(M - 1)]
+        def of_slot() -> Array:
+            """The slot's expert; -1 if no row chose it, or if an earlier slot has it."""
+            if M < E:  # a slot for each row
+                own = chosen_ref[0, jnp.minimum(slot, M - 1)]
+                repeated = [(row < slot) & (chosen_ref[0, row] == own) for row in range(M - 1)]
                 return jnp.where(functools.reduce(jnp.logical_or, repeated, jnp.bool_(False)), -1, own)
-            taken = functools.reduce(jnp.logical_or, [rows_ref[0, row] == place for row in range(M)])
-            return jnp.where(taken, place, -1)
+            taken = functools.reduce(jnp.logical_or, [chosen_ref[0, row] == slot for row in range(M)])
+            return jnp.where(taken, slot, -1)
 
-        expert = chosen()
+        expert = of_slot()
         if shared:
-            expert = jnp.where(place < places, expert, E if here_ref is None else jnp.where(here_ref[0] != 0, E, -1))
+            expert = jnp.where(slot < slots, expert, E if here_ref is None else jnp.where(here_ref[0] != 0, E, -1))
 
         def fetch(step: Any, stage: Any) -> None:
             inputs = pl.ds((split * steps + step) * INPUTS, INPUTS)
@@ -161,15 +163,15 @@ def _kernel(
 
         def multiply(*sums: Any) -> tuple[Array, Array]:
             if scored:
-                bits = plgpu.load(rows_ref.at[1], layout=plgpu.Layout.WGMMA.reduce(1))
+                bits = plgpu.load(chosen_ref.at[1], layout=plgpu.Layout.WGMMA.reduce(1))
                 score = jax.lax.bitcast_convert_type(bits, jnp.float32)
                 score = jax.lax.cond(expert < E, lambda score: score, jnp.ones_like, score)
 
             def step(index: Array, carry: int) -> int:
                 stage = jax.lax.rem(index, stages)
                 plgpu.barrier_wait(x_loaded.at[stage])
-                # Any number of rows can be copied only to memory that is not in tiles, which products read from registers only. The rows
-                # after them are whatever is in shared memory; nobody stores their products.
+                # A copy of fewer than 64 rows needs shared memory that is not tiled. Products cannot read that, so the rows go through
+                # registers. Rows from M on are whatever is in shared memory; their products are never stored.
                 x = plgpu.load(x_s.at[stage], layout=plgpu.Layout.WGMMA)
                 if scored:
                     x = (x.astype(jnp.float32) * over(score, INPUTS)).astype(dtype)
@@ -201,15 +203,16 @@ def _kernel(
                 if shared:
                     pl.when(expert == E)(functools.partial(store, 1, 0, M, columns))
                 for row in range(M):
-                    pl.when(expert == rows_ref[0, row])(functools.partial(store, 0, row, 1, columns))
+                    pl.when(expert == chosen_ref[0, row])(functools.partial(store, 0, row, 1, columns))
             plgpu.wait_smem_to_gmem(0)
 
     return kernel(
         name,
         body,
-        out_type=jax.ShapeDtypeStruct((splits, sources, M, products * outputs), out_type),
-        grid=(places + shared, splits, outputs // OUTPUTS),
-        grid_names=("place", "split", "tile"),  # none may be the name of a mesh axis
+        out_type=jax.ShapeDtypeStruct((splits, sources, M, results * outputs), out_type),
+        grid=(slots + shared, splits, outputs // OUTPUTS),
+        # A name that a mesh axis has, such as "expert", would be taken for the mesh axis.
+        grid_names=("slot", "split", "tile"),
         scratch_types=[
             plgpu.SMEM((stages, ROWS, INPUTS), dtype),
             plgpu.SMEM((stages, 2, OUTPUTS, INPUTS), dtype, transforms=tiles(64)),

@@ -16,7 +16,7 @@ from pallas_kernels.keys import NewKeys, PagedKeys
 from pallas_kernels.merge import Partial, merge_attention
 from pallas_kernels.mosaic import DTYPES, HEAD_DIMS
 
-__all__ = ["attend_masked", "attend_pages", "flash_attention", "holds_no_scores"]
+__all__ = ["attend_masked", "attend_pages", "flash_attention", "keeps_no_scores"]
 
 PAGES = {"cpu": cpu.attend_pages, "gpu": gpu.attend_pages, "xla": xla.attend_pages}
 
@@ -39,8 +39,10 @@ def flash_attention(
     return first_supported("flash_attention", IMPLEMENTATIONS, implementation, q_BTKGh, new, cached, scale=scale, apart=apart)
 
 
-def holds_no_scores(device_kind: str, dtype: jnp.dtype, head_dim: int) -> bool:
-    """Whether attention of a long prompt on such a device takes no memory for its scores, because the kernel for Hopper GPUs takes it."""
+def keeps_no_scores(device_kind: str, dtype: jnp.dtype, head_dim: int) -> bool:
+    """Whether attention of a prompt keeps no scores in memory: so does the kernel for Hopper GPUs, if it supports the dtype and the head
+    dimension. All other implementations have the whole matrix of a piece's scores there. ``device_kind``: as of ``jax.Device``.
+    """
     return is_hopper(device_kind) and dtype.name in DTYPES and head_dim in HEAD_DIMS
 
 

@@ -9,7 +9,7 @@ from pallas_kernels.flash_attention.hopper import KEYS
 from pallas_kernels.mosaic import NOWHERE, ROWS
 
 Bounds = tuple[np.ndarray, np.ndarray]
-"""Each query's start and end, [B, T]: it sees the keys from the one up to the other."""
+"""Each query's start and end, [B, T]: it sees the keys in [start, end)."""
 
 
 def scores(bounds: Bounds) -> int:
@@ -32,7 +32,7 @@ def flash_attention_cost(K: int, G: int, h: int, new: Bounds, cached: Bounds | N
     B, T = new[0].shape
     bounds = [new] if cached is None else [new, cached]
     queries = B * T * K * G
-    seen = sum(int(np.sum(np.maximum(last_B - first_B, 0))) for first_B, last_B in (_reach(*each) for each in bounds))
+    seen = sum(int(np.sum(np.maximum(end_B - start_B, 0))) for start_B, end_B in (_range(*each) for each in bounds))
     needed = 2 * seen * K * h * 2 + queries * h * 2
     results = queries * (h + 1) * 4
     block = _block(T)
@@ -47,8 +47,8 @@ def _block(T: int) -> int:
     return ROWS if T <= ROWS else 2 * ROWS
 
 
-def _reach(start_BT: np.ndarray, end_BT: np.ndarray) -> Bounds:
-    """The first key that any query sees, and the one after the last; the first is after the last if none sees any."""
+def _range(start_BT: np.ndarray, end_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The smallest [start, end) with every key that any query of the last axis sees; start is past end if none sees any."""
     some_BT = start_BT < end_BT
     return np.min(start_BT, axis=-1, where=some_BT, initial=NOWHERE), np.max(end_BT, axis=-1, where=some_BT, initial=0)
 
@@ -57,5 +57,5 @@ def _key_blocks(start_BT: np.ndarray, end_BT: np.ndarray) -> np.ndarray:
     """Blocks of keys that each block of queries meets, [B, blocks]."""
     block = _block(start_BT.shape[1])
     start_Bbt, end_Bbt = (np.pad(a, ((0, 0), (0, -a.shape[1] % block))).reshape(len(a), -1, block) for a in (start_BT, end_BT))
-    first_Bb, last_Bb = _reach(start_Bbt, end_Bbt)
-    return np.maximum(-(-last_Bb // KEYS) - first_Bb // KEYS, 0)
+    start_Bb, end_Bb = _range(start_Bbt, end_Bbt)
+    return np.maximum(-(-end_Bb // KEYS) - start_Bb // KEYS, 0)

@@ -10,11 +10,12 @@ def heads_cost(B: int, T: int, K: int, G: int, h: int, *, rotated: bool, written
     each, head dimension h. ``written``: tokens whose keys and values are written to a cache; None: all are returned.
     """
     tokens = B * T
-    given = tokens * K * (G + 2) * h * 2
-    kept = (tokens if written is None else written) * K * 2 * h * 2
-    angles = 2 * h * 4 * rotated
+    input_bytes = tokens * K * (G + 2) * h * 2
+    key_value_bytes = (tokens if written is None else written) * K * 2 * h * 2
+    angle_bytes = 2 * (h // 2) * 4 * rotated  # the kernel copies each twice, for both numbers of a pair, in every KV head
+    query_bytes = tokens * K * G * h * 2
     return Cost(
-        4 * tokens * K * (G + 1) * h * rotated,
-        given + tokens * (angles // 2 + K * G * h * 2) + kept,
-        given + tokens * K * (angles + G * h * 2) + kept,
+        flops=4 * tokens * K * (G + 1) * h * rotated,
+        least_bytes=input_bytes + tokens * angle_bytes + query_bytes + key_value_bytes,
+        copied_bytes=input_bytes + tokens * K * 2 * angle_bytes + query_bytes + key_value_bytes,
     )

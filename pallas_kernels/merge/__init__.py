@@ -26,14 +26,14 @@ def merge_splits(
     *,
     implementation: Implementation = None,
 ) -> Partial:
-    """Attention over all keys, from that over each of ``z`` splits of them, as tree attention's kernel leaves it.
+    """Merge the splits of tree attention into attention over all keys.
 
-    The first N x G of M rows are the G query heads of N nodes; the others, and their log-sum-exps, mean nothing. A split without keys has
-    zeros and -inf. Returns the output, [B, N, K, G, h], in ``dtype``, and the log-sum-exp, [B, N, K, G].
+    Of the M rows the first N G are used: N nodes, each with its G query heads. A split without keys must have zeros and -inf. Returns the
+    output, [B, N, K, G, h], in ``dtype`` (a floating-point type), and the log-sum-exp, [B, N, K, G], in float32.
     ``implementation``: as for :func:`pallas_kernels.implementations.first_supported`.
     """
     B, K, _, _, _ = out_BKzMh.shape
     out_BNKGh = first_supported("merge_splits", IMPLEMENTATIONS, implementation, out_BKzMh, lse_BKzM, N, G, dtype)
-    # Without callers that use it, XLA drops it.
+    # XLA removes this if no caller uses it.
     lse_BKM = jax.nn.logsumexp(lse_BKzM[..., : N * G], axis=2)
     return out_BNKGh, jnp.swapaxes(lse_BKM.reshape(B, K, N, G), 1, 2)

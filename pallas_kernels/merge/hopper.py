@@ -11,12 +11,16 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Float32
 
 from pallas_kernels.implementations import require_hopper
-from pallas_kernels.mosaic import LOG2_E, MASKED, SHARED_BYTES, kernel, plgpu
+from pallas_kernels.mosaic import LOG2_E, MASKED, kernel, plgpu
 
 HEAD_DIM = 128
-"""The only one that is taken: a number for each thread."""
+"""The only one that is supported: each of a warpgroup's 128 threads has one number of the output."""
+MOST_SPLITS = 256
+"""A copy takes no more along a dimension."""
 _TOGETHER = 8
-"""Splits that are added in one turn of the loop. As many rows share a copy of log-sum-exps: it takes at least 16 bytes of each split."""
+"""Splits that are added in one iteration of the loop."""
+_LSE_ROWS = 8
+"""Query rows whose log-sum-exps are copied together: a copy takes at least 16 bytes, and rows are padded to a multiple of 8."""
 
 
 def merge_splits(
@@ -27,24 +31,24 @@ def merge_splits(
     B, K, z, _, h = out_BKzMh.shape
     if h != HEAD_DIM:
         raise NotImplementedError(f"takes head dimension {HEAD_DIM}; this one is {h}")
-    if shared_bytes(z, h) > SHARED_BYTES:
-        raise NotImplementedError(f"takes splits that fit in shared memory; {z} of them need {shared_bytes(z, h)} bytes")
+    if z > MOST_SPLITS:
+        raise NotImplementedError(f"takes up to {MOST_SPLITS} splits; there are {z}")
     return _kernel(B, K, z, N, G, h, dtype)(out_BKzMh, lse_BKzM)
 
 
 def shared_bytes(splits: int, h: int) -> int:
     """Shared memory of a thread block, without barriers: all that it copies."""
-    return splits * (h + _TOGETHER) * 4
+    return splits * (h + _LSE_ROWS) * 4
 
 
 def _kernel(B: int, K: int, splits: int, N: int, G: int, h: int, dtype: Any) -> Any:
     """The kernel: (each split's output, and its log-sum-exp) to the merged output."""
 
     def body(out_ref: Any, lse_ref: Any, merged_ref: Any, out_s: Any, lse_s: Any, loaded: Any) -> None:
-        b, head, row = (jax.lax.axis_index(name) for name in ("row", "head", "query"))
-        place = jax.lax.rem(row, _TOGETHER)
-        plgpu.copy_gmem_to_smem(out_ref.at[b, head, :, row], out_s, loaded)
-        plgpu.copy_gmem_to_smem(lse_ref.at[b, head, :, pl.ds(row - place, _TOGETHER)], lse_s, loaded)
+        b, head, query = (jax.lax.axis_index(name) for name in ("row", "head", "query"))
+        place = jax.lax.rem(query, _LSE_ROWS)
+        plgpu.copy_gmem_to_smem(out_ref.at[b, head, :, query], out_s, loaded)
+        plgpu.copy_gmem_to_smem(lse_ref.at[b, head, :, pl.ds(query - place, _LSE_ROWS)], lse_s, loaded)
         plgpu.barrier_wait(loaded)
 
         def add(before: tuple[Array, Array, Array], first: Any, count: int) -> tuple[Array, Array, Array]:
@@ -64,7 +68,7 @@ def _kernel(B: int, K: int, splits: int, N: int, G: int, h: int, dtype: Any) -> 
         turns, rest = divmod(splits, _TOGETHER)
         merged = jax.lax.fori_loop(0, turns, lambda turn, before: add(before, turn * _TOGETHER, _TOGETHER), nothing)
         out, _, total = add(merged, turns * _TOGETHER, rest)
-        merged_ref[b, row // G, head, jax.lax.rem(row, G)] = (out * (1.0 / total)).astype(dtype)
+        merged_ref[b, query // G, head, jax.lax.rem(query, G)] = (out * (1.0 / total)).astype(dtype)
 
     return kernel(
         "merge_splits",
@@ -74,7 +78,7 @@ def _kernel(B: int, K: int, splits: int, N: int, G: int, h: int, dtype: Any) -> 
         grid_names=("row", "head", "query"),
         scratch_types=[
             plgpu.SMEM((splits, h), jnp.float32),
-            plgpu.SMEM((splits, _TOGETHER), jnp.float32),
+            plgpu.SMEM((splits, _LSE_ROWS), jnp.float32),
             plgpu.Barrier(num_arrivals=2),
         ],
     )

@@ -33,7 +33,7 @@ def merge_attention(partials: Sequence[Partial]) -> Partial:
 def merge_splits(
     out_BKzMh: Float32[Array, "B K z M h"], lse_BKzM: Float32[Array, "B K z M"], N: int, G: int, dtype: Any
 ) -> Float[Array, "B N K G h"]:
-    """As :func:`merge_attention`."""
+    """By :func:`merge_attention`, of the first N G rows."""
     B, K, splits, _, h = out_BKzMh.shape
     out_BKMh, _ = merge_attention([(out_BKzMh[:, :, z, : N * G], lse_BKzM[:, :, z, : N * G]) for z in range(splits)])
     return jnp.swapaxes(out_BKMh.reshape(B, K, N, G, h), 1, 2).astype(dtype)

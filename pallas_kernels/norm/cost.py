@@ -6,7 +6,7 @@ from pallas_kernels.cost import Cost
 
 
 def add_norm_cost(M: int, D: int) -> Cost:
-    """The cost of M rows of D numbers, in bfloat16 or float16. A number is squared, and multiplied by its row's factor and by its scale.
+    """The cost of M rows of D numbers, in bfloat16 or float16. FLOPs: a square and two products a number.
 
     The kernel for Hopper GPUs loads numbers into registers, without copies to shared memory.
     """

@@ -30,7 +30,7 @@ def tree_attention(
 
     ``tree`` is None for decoding: the one node's own key is cached already. Scores are multiplied by ``scale``. Returns the output,
     [B, N, K, G, h], and the log-sum-exp of the scores, [B, N, K, G], in float32 (float64 for float64 inputs); zeros and -inf for a node
-    that sees nothing. With ``dtype`` the output is rounded to it.
+    that sees nothing. ``dtype``: the output's, if it is to be rounded.
 
     ``apart``: a row's result is the same to the last bit whatever the other rows are. ``implementation``: as for
     :func:`pallas_kernels.implementations.first_supported`. Tokens that nobody sees must be finite in every page that a row's table names

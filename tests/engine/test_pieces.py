@@ -28,7 +28,7 @@ def lengths(config=DENSE, mesh="tensor=1", kind=H100, dtype="bfloat16", availabl
     [
         ({}, LONG),
         ({"dtype": "float16", "mesh": "sequence=8,tensor=2"}, LONG),
-        # What the kernels do not take, XLA's lowering holds all scores for.
+        # What the kernels do not support: XLA's lowering stores all scores.
         ({"dtype": "float32"}, PREFILL_LENGTHS),
         ({"kind": "NVIDIA A100-SXM4-80GB"}, PREFILL_LENGTHS),
         ({"kind": "cpu"}, PREFILL_LENGTHS),
@@ -39,7 +39,7 @@ def lengths(config=DENSE, mesh="tensor=1", kind=H100, dtype="bfloat16", availabl
         ({"config": dataclasses.replace(DENSE, max_position_embeddings=8192), "mesh": "sequence=8"}, PREFILL_LENGTHS),
     ],
 )
-def test_long_pieces_are_for_kernels_that_hold_no_scores(options, expected):
+def test_long_pieces_are_for_kernels_that_keep_no_scores(options, expected):
     assert lengths(**options) == expected
 
 

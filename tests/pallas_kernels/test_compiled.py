@@ -69,7 +69,7 @@ def test_tree_attention(shape, dtype, compiled, capfd):
 
     program, kernels = compiled(attend, array((B, N, K, G, h), dtype), tree, prefix)
     # A block has a warpgroup that copies, and one or two that compute: 255 or 168 registers a thread would be the most.
-    # The other one merges its results. It is tested below, and not made again here if it is an earlier test's.
+    # The second, which merges splits, has a test of its own; it is not there if an earlier test compiled it.
     assert kernels[0] == (0, 0, 232 if N * G <= 64 else 168)
     tiling = Tiling.of(B, K, N * G, N if tree else 0, shape.S, h)
     spilled, _, registers = kernels[0]

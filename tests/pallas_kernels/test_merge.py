@@ -101,7 +101,7 @@ def test_splits_merge_as_partial_attentions_do(name, dtype, B, K, splits, N, G):
     ("splits", "h", "reason"),
     [
         (3, 64, "takes head dimension 128; this one is 64"),
-        (500, 128, "takes splits that fit in shared memory; 500 of them need 272000 bytes"),
+        (257, 128, "takes up to 256 splits; there are 257"),
     ],
 )
 def test_splits_that_the_kernel_does_not_take_are_said(splits, h, reason):

@@ -56,7 +56,7 @@ def test_gradients_on_gpus_are_those_of_xla():
     ("rows", "D", "dtype", "reason"),
     [
         (2, 256, "float32", "takes bfloat16 or float16, the same for all arrays; they are float32"),
-        (65, 256, "bfloat16", "takes up to 64 rows; there are 65"),
+        (257, 256, "bfloat16", "takes up to 256 rows; there are 257"),
         *((2, D, "bfloat16", f"takes rows of a multiple of 128 numbers, up to 16384; they have {D}") for D in (576, 32768)),
     ],
 )

@@ -12,7 +12,7 @@ import pytest
 from l4jax.decoding.params import SamplingParams
 from l4jax.planning import estimate as module
 from l4jax.planning.compile import AbstractModel, first_layers
-from l4jax.planning.estimate import BANDWIDTH, LAUNCH_SECONDS, estimate, representatives, step_bytes
+from l4jax.planning.estimate import BANDWIDTH, GAP_SECONDS, estimate, representatives, step_bytes
 from l4jax.planning.ledger import Collective, Launch
 from pallas_kernels.cost import Load, kernel_bytes
 from pallas_kernels.experts.cost import experts_cost
@@ -28,16 +28,16 @@ def abstract(config, head=None):
 
 
 def test_layers_count_as_often_as_the_whole_model_has_their_kind():
-    """Those of two layers and those of five tell the same of a model of five."""
+    """A program of its first three layers gives the same estimate of a model of five as a program of all five."""
     config = dataclasses.replace(llama3_like(), num_layers=5, rope_layers=(True,) * 5)
     whole, load = abstract(config), Load(100, ROWS)
     few, all_five = (
         estimate(abstract(part).decode(ROWS, 128, SamplingParams()), part, whole, load, 1.0) for part in (first_layers(config, 3), config)
     )
-    # XLA fuses a layer's beginning and end as what is around it allows. Without the two other layers it would be 40 % less.
+    # XLA fuses the first and the last layer with what is around them. Without the layers that are not compiled it would be 40 % less.
     assert few.launches == pytest.approx(all_five.launches, rel=0.05)
     assert few.nbytes == pytest.approx(all_five.nbytes, rel=0.01)
-    assert few.seconds["launches"] == pytest.approx(LAUNCH_SECONDS * few.launches)
+    assert few.seconds["gaps"] == pytest.approx(GAP_SECONDS * few.launches)
     assert few.total_seconds == pytest.approx(sum(few.seconds.values()))
     assert few.bound_seconds == 1.0 / BANDWIDTH
 
@@ -81,11 +81,11 @@ def test_parts_have_rates_of_their_own():
     # A product of one row that XLA made a sum of multiplications has no FLOPs of products.
     assert module._priced(dataclasses.replace(matrix, flops=0), load)[0] == "matrices"
     many_rows = dataclasses.replace(matrix, flops=10**12)
-    assert module._priced(many_rows, load)[1] == 10**12 / module.FLOPS
+    assert module._priced(many_rows, load)[1] == 10**12 / module.MATRIX_FLOPS
     small = dataclasses.replace(LAUNCH, operand_bytes=(1000,), written_bytes=10)
     assert module._priced(small, load) == ("small kernels", 1010 / BANDWIDTH, 1010)
     attention = dataclasses.replace(
-        LAUNCH, kernel="tree_attention", operands=((1, 8, 4, 128), (65, 8, 128, 128), (65, 8, 128, 128), (1, 2, 64), (1, 4), (1, 65))
+        LAUNCH, kernel="tree_attention", operand_shapes=((1, 8, 4, 128), (65, 8, 128, 128), (65, 8, 128, 128), (1, 2, 64), (1, 4), (1, 65))
     )
     nbytes = 1 * 8 * 4 * 128 * 2 + 2 * 64 * 4 + 2 * 8 * 1000 * 128 * 2
     assert module._priced(attention, load) == ("attention", nbytes / (0.6 * BANDWIDTH), nbytes)
@@ -95,10 +95,10 @@ def test_parts_have_rates_of_their_own():
     ("strategy", "nbytes", "seconds"),
     [("one-shot", 16384, 4.1e-6), ("one-shot", 12288, 3.95e-6), ("two-shot", 2**21, 40.2e-6), ("NCCL", 1, 15.7e-6)],
 )
-def test_sums_take_what_their_size_and_strategy_take(strategy, nbytes, seconds):
+def test_collectives_take_what_their_size_and_strategy_take(strategy, nbytes, seconds):
     collective = Collective("all-reduce", "", ("tensor",), 8, (nbytes,), strategy)
     part, found, moved = module._priced(dataclasses.replace(LAUNCH, collective=collective), Load(1, 1))
-    assert (part, moved) == ("sums", 2 * nbytes)
+    assert (part, moved) == ("collectives", 2 * nbytes)
     assert found == pytest.approx(seconds)
 
 
@@ -116,5 +116,5 @@ def test_bytes_of_experts_are_those_of_the_chosen_ones():
 
 
 def test_a_kernel_that_is_not_known_has_no_bytes():
-    with pytest.raises(ValueError, match="the bytes of a kernel mystery with operands"):
+    with pytest.raises(ValueError, match="the bytes of kernel 'mystery' with operands"):
         kernel_bytes("mystery", [(1, 2)], 3, Load(1, 1))

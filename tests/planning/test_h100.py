@@ -21,7 +21,7 @@ from jax._src.lru_cache import LRUCache
 
 from benchmarks.h100.bench import eagle3_head
 from benchmarks.h100.launches import compiled
-from benchmarks.step_costs import cost
+from benchmarks.step_costs import price
 from l4jax import SamplingParams
 from l4jax.cache import PageTables
 from l4jax.compiled import Call
@@ -127,8 +127,8 @@ def test_decode_fits_donates_its_cache_and_moves_activations_only(name, mesh, la
     ],
 )
 def test_kernels_and_bytes_of_a_step_of_one_row(name, mesh, kernels):
-    """docs/h100.md lists them, and the kernels that more are than were aimed at."""
-    found, of_layers = cost(name, MeshSpec.parse(mesh), 1, None)
+    """docs/h100.md has these counts, and says why they are above the aims."""
+    found, of_layers = price(name, MeshSpec.parse(mesh), 1, None)
     assert {kind: len(names) for kind, names in of_layers.items()} == kernels
     assert found.least_bytes < found.nbytes < 1.1 * found.least_bytes
 
@@ -200,7 +200,7 @@ def test_a_decode_step_is_in_one_cuda_graph(mesh, drafting, tmp_path):
     [("llama-3.1-8b", "tensor=1", 2), ("llama-3.1-405b", "tensor=16", 2), ("llama-4-maverick-17b-128e", "expert=2,tensor=8", 4)],
 )
 def test_the_longest_default_piece_takes_little_memory(name, mesh, layers):
-    """8,192 tokens a rank: attention's kernels hold no scores, of which 8B alone would have 8.6 GB."""
+    """8,192 tokens a rank: attention's kernels store no scores. Those of one layer of 8B would take 8.6 GB."""
     this = case(name, mesh, layers)
     ranks = this.mesh.token_ranks.count
     left = H100_MEMORY_BYTES - this.whole.prefill_call(8192 * ranks, 0, CAPACITY * ranks).device_bytes

@@ -178,32 +178,32 @@ ENTRY %main (param.0: bf16[8,16]) -> bf16[8,16] {{
 """  # noqa: E501 - an instruction is a line
 
 
-def test_a_turn_of_the_longest_loop_is_listed_in_the_order_of_the_schedule():
-    """With its condition and three turns of the loop within, without branches and what is outside."""
-    turn = Ledger(LOOP, MESH).turn
-    assert [launch.name for launch in turn] == [
+def test_an_iteration_of_the_largest_loop_is_listed_in_the_order_of_the_schedule():
+    """With its condition and three iterations of the loop within, without branches and what is outside."""
+    launches = Ledger(LOOP, MESH).iteration
+    assert [launch.name for launch in launches] == [
         "mpmd_map.1", "product", "row_fusion", "fusion-start", "copy.1", "copy.1", "copy.1", "update", "copy.3",
     ]  # fmt: skip
-    # A product that XLA split has no scope: it is the layer's whose norm is before it. A drafter's layer is not one of the model's.
-    assert [launch.layer for launch in turn] == [0, 0, None, 1, None, None, None, None, None]
-    assert [launch.kernel for launch in turn if launch.kernel] == ["heads"]
-    assert [launch.collective.strategy for launch in turn if launch.collective] == ["one-shot"]
+    # A product that XLA split has no scope: it counts to the layer of the launch before it. A drafter's layer is not one of the model's.
+    assert [launch.layer for launch in launches] == [0, 0, None, 1, None, None, None, None, None]
+    assert [launch.kernel for launch in launches if launch.kernel] == ["heads"]
+    assert [launch.collective.strategy for launch in launches if launch.collective] == ["one-shot"]
 
 
 def test_bytes_of_a_launch_leave_out_what_is_sliced_away_or_changed_in_place():
-    found = {launch.name: launch for launch in Ledger(LOOP, MESH).turn}
+    found = {launch.name: launch for launch in Ledger(LOOP, MESH).iteration}
     nbytes = {name: (launch.operand_bytes, launch.written_bytes) for name, launch in found.items()}
     assert nbytes["product"] == ((2 * 8 * 16, 2 * 32 * 16), 2 * 8 * 32)
     assert nbytes["row_fusion"] == ((2 * 16, 4), 2 * 16 + 4)
     assert nbytes["update"] == ((0, 4 * 8, 4), 4 * 8)
     assert nbytes["copy.3"] == ((4,), 4)
-    assert (nbytes["mpmd_map.1"][1], found["mpmd_map.1"].operands) == (2 * 4 * 8, ((8, 16), (99, 16)))
+    assert (nbytes["mpmd_map.1"][1], found["mpmd_map.1"].operand_shapes) == (2 * 4 * 8, ((8, 16), (99, 16)))
     assert {name: launch.flops for name, launch in found.items() if launch.flops} == {"product": 2 * 8 * 32 * 16}
 
 
-def test_a_program_without_a_loop_has_no_turn():
+def test_a_program_without_a_loop_has_no_iteration():
     with pytest.raises(ValueError, match="the program has no loop; expected one of decoding or speculation"):
-        _ = Ledger(TEXT[: TEXT.index("ENTRY")] + "ENTRY %main (x: f32[]) -> f32[] {\n}\n", MESH).turn
+        _ = Ledger(TEXT[: TEXT.index("ENTRY")] + "ENTRY %main (x: f32[]) -> f32[] {\n}\n", MESH).iteration
 
 
 def test_a_sum_inside_a_kernel_is_a_collective_hidden_by_what_its_caller_does_meanwhile():

@@ -63,7 +63,7 @@ class ReplicatedKeys(Keys):
         T = q_BTKGh.shape[1]
         if T <= FEW_TOKENS:
             tokens = TreeKeys(k_BTKh, v_BTKh, inside(start_BT, end_BT, jnp.int32(0), T))
-            partial = tree_attention(q_BTKGh, tokens, prefix, scale=scale, apart=self.apart, dtype=merged_dtype(ranks, q_BTKGh))
+            partial = tree_attention(q_BTKGh, tokens, prefix, scale=scale, apart=self.apart, dtype=attention_dtype(ranks, q_BTKGh))
         else:
             new = NewKeys(k_BTKh, v_BTKh, Interval(start_BT, end_BT))
             partial = flash_attention(q_BTKGh, new, prefix, scale=scale, apart=self.apart)
@@ -77,7 +77,7 @@ class ReplicatedKeys(Keys):
         q_BTKGh, cache = write_heads(heads, cache, targets(cache, self.pages_BW, slot_BT))
         seen = Interval(cached.start_BT, jnp.where(slot_BT >= 0, slot_BT + 1, cached.end_BT))
         prefix = PagedKeys(cache.k_PKph, cache.v_PKph, self.pages_BW, seen)
-        partial = tree_attention(q_BTKGh, None, prefix, scale=scale, apart=self.apart, dtype=merged_dtype(ranks, q_BTKGh))
+        partial = tree_attention(q_BTKGh, None, prefix, scale=scale, apart=self.apart, dtype=attention_dtype(ranks, q_BTKGh))
         return merge_over(ranks, partial).astype(q_BTKGh.dtype), cache
 
 
@@ -145,8 +145,8 @@ def replicated_step(
     return StepInputs.at(config, start_B[:, None] + index_1T, index_1T < new_B[:, None], full, local)
 
 
-def merged_dtype(ranks: Ranks, q_BTKGh: Float[Array, "B T K G h"]) -> jnp.dtype | None:
-    """What a rank's attention is rounded to: the queries' dtype if it is whole; None, as it is, if it is merged with other ranks'."""
+def attention_dtype(ranks: Ranks, q_BTKGh: Float[Array, "B T K G h"]) -> jnp.dtype | None:
+    """The dtype in which a rank's attention is wanted: the queries'; None, unrounded, if other ranks' are merged with it."""
     return q_BTKGh.dtype if ranks.count == 1 else None
 
 

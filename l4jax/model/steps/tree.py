@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from l4jax.cache import PageTables, TreeCache, slots_before
 from l4jax.config import ModelConfig
 from l4jax.model.steps.inputs import Keys, StepInputs
-from l4jax.model.steps.replicated import full_intervals, local_intervals, merge_over, merged_dtype
+from l4jax.model.steps.replicated import attention_dtype, full_intervals, local_intervals, merge_over
 from pallas_kernels.heads import Heads, split_heads
 from pallas_kernels.keys import Interval, PagedKeys, TreeKeys
 from pallas_kernels.tree_attention import tree_attention
@@ -45,7 +45,7 @@ class NodeKeys(Keys):
         cache = cache.extended(k_BNKh, v_BNKh)
         prefix = PagedKeys(cache.layer.k_PKph, cache.layer.v_PKph, self.pages_BW, self.cached)
         tree = TreeKeys(cache.k_BSKh, cache.v_BSKh, self.sees_BNS)
-        partial = tree_attention(q_BNKGh, tree, prefix, scale=scale, apart=self.apart, dtype=merged_dtype(ranks, q_BNKGh))
+        partial = tree_attention(q_BNKGh, tree, prefix, scale=scale, apart=self.apart, dtype=attention_dtype(ranks, q_BNKGh))
         return merge_over(ranks, partial).astype(q_BNKGh.dtype), cache
 
 

@@ -13,10 +13,10 @@ ring, or the exchange that sends new keys to the ranks that cache them, is expos
 the rates below. Two things are not read off the programs. Routed experts' FLOPs are worked out, because the router decides how many rows an
 expert gets. And the GPUs are described with as much memory as is needed, because a whole model does not fit on one host.
 
-Attention's FLOPs are worked out too, for the layouts that the ring uses: those that the kernel computes and, in parentheses, the useful ones
-(of scores that are not masked). The predicted time to the first token is the useful FLOPs and those of matrices at the paper's rate, plus
-the exposed transfers; a ring step's attention takes the time of its useful FLOPs. A second table has the last piece of each prompt, if it is
-computed in pieces of the default length. A third has one layer's ring after cached tokens, by either variant, as the paper's table 5.
+Attention's FLOPs are worked out too, for the layouts that the ring uses: those that the kernel computes and, in parentheses, the useful
+ones (of scores that are not masked). The predicted time to the first token is the useful FLOPs and those of matrices at the paper's rate,
+plus the exposed transfers; a ring step's attention takes the time of its useful FLOPs. A second table has the last piece of each prompt, if
+it is computed in pieces of the default length. A third has one layer's ring after cached tokens, by either variant, as the paper's table 5.
 The paper is "Context Parallelism for Scalable Million-Token Inference" (arXiv 2411.01783).
 """
 

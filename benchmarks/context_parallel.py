@@ -30,7 +30,7 @@ import json
 import jax.numpy as jnp
 import numpy as np
 
-from l4jax.cache import is_local
+from l4jax.cache import PAGE_SIZE, is_local
 from l4jax.config import ModelConfig
 from l4jax.config_formats import config_from_hf
 from l4jax.data import configs_path
@@ -230,8 +230,11 @@ def print_pieces(name: str, tokens: int, hosts: list[int]) -> None:
     for N in hosts:
         piece = min(tokens, LONG_LENGTHS[-1] * N)
         one, two = (compile_prefill(first_layers(config, n * period(config)), N, piece, tokens - piece) for n in (1, 2))
-        # All cached keys are seen; about half of the scores between the piece's own tokens are masked.
-        computed_fraction = 1 - piece / tokens / 2
+        # All cached keys are seen, and about half of the scores between the piece's own tokens are masked. The ring passes room for a power
+        # of two of pages, and empty slots are skipped.
+        pages = -(-(tokens - piece) // (PAGE_SIZE * N))
+        passed = (1 << (pages - 1).bit_length() if pages else 0) * PAGE_SIZE * N + piece
+        computed_fraction = (tokens - piece / 2) / passed
         cost = Cost.of(one, computed_fraction).repeated(Cost.of(two, computed_fraction), times)
         transfer = microseconds(cost.ring_bytes / cost.ring_transfers / H100_RING.ring_bandwidth) if cost.ring_transfers else "–"
         exposed = f"{cost.exposed_transfers:.0f}, {1e3 * cost.exposed_seconds:.1f}"

@@ -25,10 +25,9 @@ from l4jax.data import configs_path
 from l4jax.decoding.params import SamplingParams
 from l4jax.decoding.plan import Speculation
 from l4jax.planning.compile import AbstractModel, CompiledProgram, first_layers
-from l4jax.planning.estimate import Estimate, estimate, representatives, step_bytes
+from l4jax.planning.estimate import Estimate, Step, estimate, representatives
 from l4jax.planning.ledger import Launch
 from l4jax.planning.target import h100_devices
-from pallas_kernels.cost import Load
 from sharding.mesh import MeshSpec
 
 SEEN, CAPACITY = 8192, 8320
@@ -65,9 +64,7 @@ def price(name: str, spec: MeshSpec, rows: int, plan: Speculation | None) -> tup
     model, whole = abstract(config), abstract(whole_config)
     program = model.speculate(rows, CAPACITY, plan) if plan else model.decode(rows, CAPACITY, SamplingParams())
     nodes, levels = (plan.tree.size, plan.tree.depth) if plan else (1, 0)
-    load = Load(SEEN, rows // spec.data * nodes, whole_config.moe.num_experts if whole_config.moe else 0)
-    least = step_bytes(whole, rows, load, levels=levels)
-    return estimate(program, config, whole, load, least), layer_kernels(program, config)
+    return estimate(program, config, whole, Step(rows, SEEN, nodes, levels)), layer_kernels(program, config)
 
 
 def main() -> None:

@@ -45,8 +45,8 @@ def kernel_flops(kernel: str, operands: Sequence[Sequence[int]]) -> int:
 class Load:
     """What decides how much kernels read.
 
-    ``seen``: cached tokens that each row sees. ``tokens``: new tokens in all of a device's rows. ``experts``: those that tokens choose
-    from, on this device and on others; 0 for a model without experts.
+    ``seen``: cached tokens on a device that each row sees. ``tokens``: new tokens in all of a device's rows. ``experts``: those that tokens
+    choose from, on this device and on others; 0 for a model without experts.
     """
 
     seen: int
@@ -73,6 +73,9 @@ def kernel_bytes(kernel: str, operands: Sequence[Sequence[int]], written: int, l
         case "tree_attention", [(B, K, M, h), (_, _, p, _), _, rows, _, (_, W), *tree]:
             keys = min(load.seen, W * p) + (tree[0][2] if tree else 0)
             return written + nbytes((B, K, M, h)) + nbytes(rows, 4) + 2 * nbytes((B, K, keys, h))
+        case "flash_attention", [(B, T, K, G, h), (_, S, _, _), _, rows, bounds, *cache]:
+            cached = min(load.seen, cache[0][2] * cache[2][1]) if cache else 0
+            return written + nbytes((B, T, K, G, h)) + nbytes(rows, 4) + nbytes(bounds, 4) + 2 * nbytes((B, K, S + cached, h))
         case "merge_splits", [out, lse]:
             return written + nbytes(out, 4) + nbytes(lse, 4)
         case "add_norm", _:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +11,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 from jaxtyping import Array
 
-from pallas_kernels.cost import kernel_flops
 from pallas_kernels.keys import PagedKeys
 
 plgpu: Any = mosaic_gpu  # its types are incomplete
@@ -37,21 +35,11 @@ Softmax = tuple[Array, Array, Array]
 
 
 def kernel(name: str, body: Callable[..., None], *, out_type: Any, reduction_scratch_bytes: int = 0, **options: Any) -> Callable[..., Any]:
-    """A kernel with the house's compiler settings; ``options`` are those of ``plgpu.kernel``.
-
-    XLA is told its cost: FLOPs as in :func:`pallas_kernels.cost.kernel_flops`, and the bytes of all operands and results, each once.
-    """
+    """A kernel with the house's compiler settings; ``options`` are those of ``plgpu.kernel``."""
     scratch = {"reduction_scratch_bytes": reduction_scratch_bytes} if reduction_scratch_bytes else {}
     parameters = plgpu.CompilerParams(approx_math=True, **scratch)
-
-    def call(*operands: Any) -> Any:
-        nbytes = sum(math.prod(array.shape) * array.dtype.itemsize for array in (*operands, *jax.tree.leaves(out_type)))
-        flops = kernel_flops(name, [operand.shape for operand in operands])
-        cost = pl.CostEstimate(flops=flops, bytes_accessed=nbytes, transcendentals=0)
-        made = plgpu.kernel(body, out_type=out_type, kernel_name=name, compiler_params=parameters, cost_estimate=cost, **options)
-        return made(*operands)
-
-    return call
+    made: Callable[..., Any] = plgpu.kernel(body, out_type=out_type, kernel_name=name, compiler_params=parameters, **options)
+    return made
 
 
 def require_supported(q: Array, keys: Sequence[Array], key_block: int, cached: PagedKeys | None) -> None:

@@ -478,6 +478,7 @@ def test_items_come_in_order_of_worth_and_groups_can_be_named():
         "ceilings",
         "correctness/llama",
         "kernels/tree_attention",
+        "kernels/merge_splits",
         "kernels/flash_attention",
         "kernels/experts",
         "kernels/write_heads",
@@ -487,7 +488,7 @@ def test_items_come_in_order_of_worth_and_groups_can_be_named():
         "decode/32",
         "chain3/1",
         "eagle26/1",
-        "prefill/2048",
+        "prefill/8192",
     ]
     assert names[: len(first)] == first
     assert [item.name for item in selected(items(REAL), ["decode"], ["decode/8"])] == ["decode/1", "decode/32"]

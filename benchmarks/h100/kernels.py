@@ -20,8 +20,9 @@ from pallas_kernels.experts import Experts, experts
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.heads import Heads, Pools, Targets, write_heads
 from pallas_kernels.keys import Interval, NewKeys, PagedKeys, TreeKeys
+from pallas_kernels.merge import merge_splits
 from pallas_kernels.norm import add_norm
-from pallas_kernels.shapes import Attention, Mixture, NewHeads, Residual
+from pallas_kernels.shapes import Attention, Mixture, NewHeads, Residual, Splits
 from pallas_kernels.tree_attention import tree_attention
 
 OUTPUT_TOLERANCE, LSE_TOLERANCE = 2e-2, 1e-3
@@ -73,6 +74,10 @@ def _flash(shape: Attention, implementation: str | None, *arguments: Any) -> tup
     return flash_attention(*arguments, scale=shape.h**-0.5, implementation=implementation)
 
 
+def _merge_splits(shape: Splits, implementation: str | None, *arguments: Any) -> tuple[Array, ...]:
+    return merge_splits(*arguments, shape.T, shape.G, jnp.float32, implementation=implementation)
+
+
 def _experts(shape: Mixture, implementation: str | None, *arguments: Any) -> tuple[Array, ...]:
     return (experts(*arguments, implementation=implementation),)
 
@@ -88,6 +93,7 @@ def _add_norm(shape: Residual, implementation: str | None, *arguments: Any) -> t
 
 OPS: dict[str, Callable[..., tuple[Array, ...]]] = {
     "tree_attention": _tree,
+    "merge_splits": _merge_splits,
     "flash_attention": _flash,
     "experts": _experts,
     "write_heads": _write_heads,
@@ -100,12 +106,24 @@ def problem(op: str, shape: Any) -> tuple[Any, ...]:
     match shape:
         case Mixture():
             return _mixture(shape)
+        case Splits():
+            return _splits(shape)
         case NewHeads():
             return _written(shape)
         case Residual(M=M, D=D):
             rng = np.random.default_rng(0)
             return _normal(rng, M, D), _normal(rng, M, D), _normal(rng, D)
     return _attention(op, shape)
+
+
+def _splits(shape: Splits) -> tuple[Any, ...]:
+    """Some splits, and with several nodes all splits of one query row, saw no key."""
+    rng = np.random.default_rng(0)
+    size = shape.B, shape.K, shape.splits, -(-shape.T * shape.G // 8) * 8
+    empty = rng.random(size) < 0.3
+    empty[..., -1] = shape.T > 1
+    lse = np.where(empty, -np.inf, rng.normal(scale=10, size=size)).astype(np.float32)
+    return rng.normal(size=(*size, shape.h)).astype(np.float32) * ~empty[..., None], lse
 
 
 def _written(shape: NewHeads) -> tuple[Any, ...]:

@@ -10,7 +10,7 @@ from benchmarks.h100.sizes import Sizes
 
 OPS = ("tree_attention", "flash_attention", "matmul", "experts", "merge")
 """Ops of ``pallas_kernels`` in the order in which they are timed; ``pallas_kernels.shapes`` has their shapes."""
-KERNELS = ("tree_attention", "flash_attention", "experts", "write_heads", "add_norm")
+KERNELS = ("tree_attention", "merge_splits", "flash_attention", "experts", "write_heads", "add_norm")
 """Ops with kernels of our own, which are compared with XLA's. The last two are not timed: starting them takes as long as they do."""
 
 

@@ -111,7 +111,9 @@ def build_engine(parts: Parts) -> Engine:
     runner = Runner(placement, parts.weights, speculator, settings.ring_hardware, parts.folder, rows_apart=deterministic)
     memory = CacheMemory(placement, speculator.placement if speculator else None, runner.dtype, slots)
     available = memory.available_bytes(runner.all_weights)
-    lengths = default_lengths(placement.config, spec, placement.mesh.local_devices[0], runner.dtype, available)
+    decoder = speculator.placement.config if speculator else None
+    lengths = default_lengths(placement.config, decoder, spec, placement.mesh.local_devices[0], runner.dtype, available)
+    piece_lengths = settings.piece_lengths(spec, context, lengths)
     ranks = spec.token_ranks.count
     beyond_training = speculator is not None and speculator.beyond == "stop"
     options = Options(
@@ -120,7 +122,8 @@ def build_engine(parts: Parts) -> Engine:
         local_pages=0,
         slots=slots,
         row_buckets=(slots,) if deterministic else row_buckets(slots),
-        piece_lengths=settings.piece_lengths(spec, context, lengths),
+        piece_lengths=piece_lengths,
+        most_scored=PREFILL_LENGTHS[-1] * ranks if settings.prefill_lengths is None else piece_lengths[-1],
         # One row: no padding is computed, and no other prompt changes how ranks share this one.
         piece_rows=(1,) if deterministic else piece_rows(slots),
         piece_tokens=PREFILL_TOKENS * ranks,

@@ -9,6 +9,10 @@ from l4jax.engine.pages import PageShape
 from l4jax.engine.step import Plan
 from sharding.words import counted
 
+_MOST_PADDING = 512
+"""Tokens of padding on each token rank that a piece may have if it could be shorter. So much takes a GPU less time than reading the weights
+once more, which a further piece does."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -17,7 +21,8 @@ class Options:
     ``full_pages``, ``local_pages``: sizes of the pools. ``slots``: the most rows under way. ``row_buckets``: the numbers of rows that
     decode programs are compiled for, ascending, the last equal to ``slots``. ``piece_lengths``, ``piece_rows``: the lengths and the
     numbers of rows that prefill programs are compiled for, ascending. ``piece_tokens``: the most tokens that a step prefills, padding
-    included; one piece may be longer. ``short_steps``: a burst's rounds while a request waits or is prefilled; ``long_steps``: otherwise.
+    included; one piece may be longer. ``most_scored``: the longest piece of a prompt that is scored, because the logits of all its tokens
+    are kept. ``short_steps``: a burst's rounds while a request waits or is prefilled; ``long_steps``: otherwise.
     ``plans``: (rows, plan) pairs, as in a drafter's table; an entry holds from this number of active rows (on the fullest data rank) up to
     the next entry, and the first entry holds for fewer rows too. ``drafter``: there is a drafter, and all programs write its entries.
     ``drafts_up_to``: in a longer sequence the drafter drafts nothing.
@@ -42,6 +47,7 @@ class Options:
     drafter: bool = False
     drafts_up_to: float = math.inf
     deterministic: bool = False
+    most_scored: float = math.inf
 
     def __post_init__(self) -> None:
         block = self.shape.block
@@ -59,6 +65,11 @@ class Options:
                 f"deterministic with pieces of {self.piece_lengths[0]} tokens; expected a multiple of {block}, the tokens of a page on all "
                 "token ranks"
             )
+
+    @property
+    def scored_lengths(self) -> tuple[int, ...]:
+        """The lengths of pieces of prompts that are scored."""
+        return tuple(length for length in self.piece_lengths if length <= self.most_scored)
 
     @property
     def grid(self) -> int:
@@ -80,9 +91,18 @@ class Options:
         fitting = [plan for least, plan in self.plans if least <= rows]
         return fitting[-1] if fitting else self.plans[0][1]
 
-    def piece_end(self, start: int, target: int) -> int:
-        """The end of the piece that begins at ``start``, in a prefill of ``target`` tokens."""
-        end = min(target, start + self.piece_lengths[-1])
+    def piece_end(self, start: int, target: int, *, scores: bool = False) -> int:
+        """The end of the piece that begins at ``start``, in a prefill of ``target`` tokens. ``scores``: the prompt is scored.
+
+        Of a long piece little is padding: where much would be, the piece ends where a shorter one is full.
+        """
+        lengths = self.scored_lengths if scores else self.piece_lengths
+        left = target - start
+        padded = next((length for length in lengths if length >= left), lengths[-1])
+        full = [length for length in lengths if length <= left]
+        end = target
+        if padded < left or (full and padded - left > _MOST_PADDING * self.shape.token_ranks):
+            end = start + full[-1]
         if self.deterministic:
             end = min(end, start // self.grid * self.grid + self.grid)
         first = self.shape.chunk_start(start)

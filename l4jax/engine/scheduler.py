@@ -180,7 +180,7 @@ class Scheduler:
     def _add_piece(self, draft: StepDraft, sequence: Sequence) -> None:
         options, rows = self.options, draft.pieces[sequence.rank]
         begin, tokens = sequence.low, sequence.tokens
-        end = options.piece_end(begin, sequence.target)
+        end = options.piece_end(begin, sequence.target, scores=sequence.scores)
         length = options.piece_length(end - begin)
         step_length = draft.length or length
         # A rank without a piece of the step's length takes a shorter one; otherwise its row would be padding.

@@ -62,7 +62,7 @@ def program_bytes(runner: Runner, options: Options, resident: Resident, longest:
 def example_prefills(options: Options) -> Iterator[Prefill]:
     """A prefill, of padding alone, for each size, scored and not."""
     for scores in (False, True):
-        for length in options.piece_lengths:
+        for length in options.scored_lengths if scores else options.piece_lengths:
             for rows in options.piece_rows:
                 if rows <= options.most_piece_rows(length):
                     yield Prefill(length, (None,) * (rows * options.data_ranks), scores)

@@ -224,9 +224,10 @@ class Ledger:
             instruction.scope,
             name,
             own,
-            tuple(tuple(operand.arrays[0][1]) for operand in given),
+            tuple(tuple(operand.arrays[0][1]) for operand in given if operand.arrays),
             tuple(_bytes_read(called, index) if fused else sum(operand.nbytes) for index, operand in enumerate(given)),
-            _bytes_written(called) if fused else instruction.written_bytes,
+            # A copy's start gives its source too.
+            instruction.nbytes[0] if instruction.opcode == "copy-start" else _bytes_written(called) if fused else instruction.written_bytes,
             self._flops(computation, instruction, ""),
             self._collective_of(computation, instruction),
         )

@@ -28,7 +28,9 @@ def merge_splits(
 ) -> Float[Array, "B N K G h"]:
     """One thread block for each query row. Raises NotImplementedError for what the kernel does not take."""
     require_hopper()
-    B, K, z, _, h = out_BKzMh.shape
+    B, K, z, M, h = out_BKzMh.shape
+    if M % _LSE_ROWS:
+        raise NotImplementedError(f"takes rows padded to a multiple of {_LSE_ROWS}; there are {M}")
     if h != HEAD_DIM:
         raise NotImplementedError(f"takes head dimension {HEAD_DIM}; this one is {h}")
     if z > MOST_SPLITS:

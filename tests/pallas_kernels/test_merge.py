@@ -98,15 +98,17 @@ def test_splits_merge_as_partial_attentions_do(name, dtype, B, K, splits, N, G):
 
 
 @pytest.mark.parametrize(
-    ("splits", "h", "reason"),
+    ("splits", "h", "rows", "reason"),
     [
-        (3, 64, "takes head dimension 128; this one is 64"),
-        (257, 128, "takes up to 256 splits; there are 257"),
+        (3, 64, 8, "takes head dimension 128; this one is 64"),
+        (257, 128, 8, "takes up to 256 splits; there are 257"),
+        (3, 128, 4, "takes rows padded to a multiple of 8; there are 4"),
     ],
 )
-def test_splits_that_the_kernel_does_not_take_are_said(splits, h, reason):
+def test_splits_that_the_kernel_does_not_take_are_refused_with_a_reason(splits, h, rows, reason):
+    out, lse = splits_of(1, 1, splits, 1, 4, h)
     with jax.sharding.use_abstract_mesh(AN_H100), pytest.raises(NotImplementedError) as error:
-        jax.make_jaxpr(lambda *a: merge_splits(*a, 1, 4, jnp.float32, implementation="hopper"))(*splits_of(1, 1, splits, 1, 4, h))
+        jax.make_jaxpr(lambda *a: merge_splits(*a, 1, 4, jnp.float32, implementation="hopper"))(out[:, :, :, :rows], lse[..., :rows])
     assert str(error.value) == f"no implementation of merge_splits takes these arguments (hopper: {reason})"
 
 

@@ -132,6 +132,19 @@ def test_equals_the_reference_or_says_why_not(name, case, monkeypatch):
     np.testing.assert_allclose(lse, expected_lse, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_the_output_is_rounded_to_a_dtype_that_is_asked_for(name):
+    case = Case(S=0, B=1, G=5, h=128)
+    run = (lambda *a: simulated(*a)[0]) if name == "hopper" else lambda function, *a: on_one_cpu(function)(*a)
+    rounded, whole = (
+        run(lambda *a, dtype=dtype: tree_attention(*a, scale=case.scale, dtype=dtype, implementation=name), *case.arguments)
+        for dtype in (jnp.bfloat16, None)
+    )
+    assert (rounded[0].dtype, whole[0].dtype, rounded[1].dtype) == (jnp.bfloat16, jnp.float32, jnp.float32)
+    np.testing.assert_array_equal(rounded[0], whole[0].astype(jnp.bfloat16))
+    np.testing.assert_array_equal(rounded[1], whole[1])
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("float64", 1e-14)])
 @pytest.mark.parametrize("nodes", [1, 5])
 @pytest.mark.parametrize("implementation", [tree_attention, reference.tree_attention], ids=["merged", "reference"])

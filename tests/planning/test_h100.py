@@ -136,7 +136,7 @@ def test_kernels_and_bytes_of_a_step_of_one_row(name, mesh, kernels):
 @pytest.mark.parametrize(("name", "mesh", "layers"), CASES)
 def test_prefill_fits_and_moves_activations_only(name, mesh, layers):
     program, this = prefill(name, mesh, layers), case(name, mesh, layers)
-    assert program.temporary_bytes < piece_bytes(this.config, this.mesh, BF16, PIECE // this.mesh.token_ranks.count)
+    assert program.temporary_bytes < piece_bytes(this.config, None, this.mesh, BF16, PIECE // this.mesh.token_ranks.count)
     arguments = this.whole.prefill_call(PIECE, 0, CAPACITY).device_bytes
     assert arguments + program.temporary_bytes < H100_MEMORY_BYTES
     assert program.donated_bytes >= this.model.cache_bytes(1, CAPACITY)
@@ -204,10 +204,10 @@ def test_the_longest_default_piece_takes_little_memory(name, mesh, layers):
     this = case(name, mesh, layers)
     ranks = this.mesh.token_ranks.count
     left = H100_MEMORY_BYTES - this.whole.prefill_call(8192 * ranks, 0, CAPACITY * ranks).device_bytes
-    lengths = default_lengths(this.config, this.mesh, this.model.placement.mesh.local_devices[0], BF16, left)
+    lengths = default_lengths(this.config, None, this.mesh, this.model.placement.mesh.local_devices[0], BF16, left)
     assert lengths[-1] == 8192
     temporary_bytes = this.model.prefill(8192 * ranks, 0, CAPACITY * ranks).temporary_bytes
-    assert temporary_bytes < min(3e9, piece_bytes(this.config, this.mesh, BF16, 8192))
+    assert temporary_bytes < min(3e9, piece_bytes(this.config, None, this.mesh, BF16, 8192))
 
 
 def test_two_sums_that_xla_combines_lose_their_kernels():

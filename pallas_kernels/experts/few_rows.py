@@ -163,7 +163,8 @@ def _kernel(
 
         def multiply(*sums: Any) -> tuple[Array, Array]:
             if scored:
-                bits = plgpu.load(chosen_ref.at[1], layout=plgpu.Layout.WGMMA.reduce(1))
+                # From the GPU's memory JAX 0.11 loads this layout only so.
+                bits = plgpu.load(chosen_ref.at[1], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
                 score = jax.lax.bitcast_convert_type(bits, jnp.float32)
                 score = jax.lax.cond(expert < E, lambda score: score, jnp.ones_like, score)
 

@@ -69,7 +69,7 @@ def drawn_options(dice: random.Random) -> Options:
         drafter=drafter,
         drafts_up_to=dice.choice([10, 1000]),
         deterministic=deterministic,
-        most_scored=dice.choice([lengths[0], lengths[-1]]),
+        most_scored=lengths[-1] if slots % 3 else lengths[0],
     )
 
 

@@ -104,9 +104,9 @@ def test_our_ops_are_timed_as_they_are_compiled_for_the_device(results, tmp_path
 def test_every_op_is_timed_or_compared():
     rooms = [importlib.import_module(f"pallas_kernels.{room.name}") for room in pkgutil.iter_modules(pallas_kernels.__path__) if room.ispkg]
     public = {name for room in rooms for name in room.__all__ if name[0].islower()}
-    parts = {"attend_masked", "attend_pages", "put", "rms_normalize", "split_heads", "swiglu_block"}  # of other ops
+    parts = {"attend_masked", "attend_pages", "keeps_no_scores", "put", "rms_normalize", "split_heads", "swiglu_block"}  # of other ops
     timed = {name.replace("merge_attention", "merge") for name in public - parts}
-    not_timed = {"write_heads", "add_norm"}  # each takes no longer than starting a kernel
+    not_timed = {"merge_splits", "write_heads", "add_norm"}  # each takes no longer than starting a kernel
     assert timed - not_timed == set(OPS) == set(CASES)
     assert timed == set(SHAPES["real"]) and not_timed < set(KERNELS) < timed
 
@@ -357,7 +357,10 @@ def test_a_kernel_that_computes_something_else_fails_its_item(op, monkeypatch, t
     assert {values["agree"] for values in recorded.values()} == {True}
     real = kernels.OPS[op]
 
-    def wrong_in_one_place(shape, implementation, first, own, third, *others):
+    def wrong_in_one_place(shape, implementation, first, own, *others):
+        if op == "merge_splits":  # the first split's log-sum-exps
+            return real(shape, implementation, first, own.at[:, :, 0].add(1.0) if implementation is None else own)
+        third, *others = others
         if implementation is None:
             match third:
                 case PagedKeys():  # no query sees its last cached key
@@ -371,6 +374,7 @@ def test_a_kernel_that_computes_something_else_fails_its_item(op, monkeypatch, t
     monkeypatch.setitem(kernels.OPS, op, wrong_in_one_place)
     wrong = {
         "tree_attention": "toy decode, toy tree",
+        "merge_splits": "toy splits",
         "flash_attention": "toy piece",
         "experts": "toy experts",
         "write_heads": "toy heads",

@@ -68,15 +68,25 @@ def price(name: str, spec: MeshSpec, rows: int, plan: Speculation | None) -> tup
 
 
 def main() -> None:
-    """Print a row for each number of rows."""
+    """Parse the command line, compile and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
+    parser.add_argument("model", choices=sorted(file.stem for file in (configs_path() / "models").glob("*.json")), metavar="MODEL")
     parser.add_argument("--mesh", default="tensor=1")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--speculation", help="a plan such as chain:3; without it, decoding")
     parser.add_argument("--list", action="store_true", help="print the kernels of a layer of each kind")
     arguments = parser.parse_args()
+    try:
+        print_costs(arguments)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def print_costs(arguments: argparse.Namespace) -> None:
+    """Print the table. Raises ValueError for a mesh or a plan that the model cannot have, and without XLA's CUDA compiler."""
     spec, plan = MeshSpec.parse(arguments.mesh), arguments.speculation and Speculation.parse(arguments.speculation)
+    if unfit := [rows for rows in arguments.rows if rows < 1 or rows % spec.data]:
+        raise ValueError(f"rows are {unfit[0]}; expected a multiple of {spec.data}, the ranks along data, and at least 1")
     of = f"{arguments.model}, `{arguments.mesh}`, {arguments.speculation or 'decoding'}"
     columns = ["rows", "kernels a layer", "HBM bytes / least", "predicted ms", f"ms of {', '.join(PARTS)}", "HBM bound / predicted"]
     print(f"| {SEEN} cached tokens a row | {' | '.join(columns)} |")

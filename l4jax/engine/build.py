@@ -107,6 +107,7 @@ def build_engine(parts: Parts) -> Engine:
     """
     placement, spec, settings, deterministic = parts.placement, parts.placement.spec, parts.settings, parts.settings.deterministic
     slots, context = settings.slots(spec), placement.config.max_position_embeddings
+    settings.piece_lengths(spec, context)  # raises now, not after the weights are placed
     speculator = parts.speculator and parts.speculator.pinned(slots) if deterministic else parts.speculator
     runner = Runner(placement, parts.weights, speculator, settings.ring_hardware, parts.folder, rows_apart=deterministic)
     memory = CacheMemory(placement, speculator.placement if speculator else None, runner.dtype, slots)

@@ -96,19 +96,16 @@ class Options:
 
         Of a long piece little is padding: where much would be, the piece ends where a shorter one is full.
         """
-        lengths = self.scored_lengths if scores else self.piece_lengths
-        left = target - start
-        padded = next((length for length in lengths if length >= left), lengths[-1])
-        full = [length for length in lengths if length <= left]
-        end = target
-        if padded < left or (full and padded - left > _MOST_PADDING * self.shape.token_ranks):
-            end = start + full[-1]
         if self.deterministic:
-            end = min(end, start // self.grid * self.grid + self.grid)
+            target = min(target, start // self.grid * self.grid + self.grid)
         first = self.shape.chunk_start(start)
         if self.shape.chunk is not None and start > first:
-            end = min(end, first + self.shape.chunk)
-        return end
+            target = min(target, first + self.shape.chunk)
+        lengths, left = self.scored_lengths if scores else self.piece_lengths, target - start
+        padded = next((length for length in lengths if length >= left), lengths[-1])
+        full = [length for length in lengths if length <= left]
+        shorter = padded < left or (full and padded - left > _MOST_PADDING * self.shape.token_ranks)
+        return start + full[-1] if shorter else target
 
     def piece_length(self, tokens: int) -> int:
         """What a piece of this many tokens is padded to."""

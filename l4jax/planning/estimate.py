@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -186,9 +185,5 @@ def _collective_seconds(collective: Collective) -> float:
     """Interpolated between the table's sizes; above the largest, in proportion to the bytes."""
     points: Sequence[tuple[float, float]] = COLLECTIVE_SECONDS["NCCL" if collective.strategy == "NCCL" else "one-shot"]
     nbytes = sum(collective.nbytes)
-    if nbytes >= points[-1][0]:
-        return points[-1][1] * nbytes / points[-1][0]
-    if nbytes <= points[0][0]:
-        return points[0][1]
-    (low, at_low), (high, at_high) = next(pair for pair in itertools.pairwise(points) if nbytes <= pair[1][0])
-    return at_low + (at_high - at_low) * (nbytes - low) / (high - low)
+    sizes, seconds = zip(*points, strict=True)
+    return float(np.interp(nbytes, sizes, seconds)) * max(1.0, nbytes / sizes[-1])

@@ -84,6 +84,16 @@ def test_long_pieces_are_little_padding(target, pieces):
     assert ends(4 * target, ranks=4) == [(4 * tokens, 4 * length) for tokens, length in pieces]
 
 
+def test_a_piece_that_ends_with_a_chunk_is_little_padding_too():
+    """Of an attention chunk of 8,192 tokens 5,000 are cached."""
+    options = dataclasses.replace(SMALL, piece_lengths=LONG, shape=PageShape(128, 1, 8192))
+    start, ended = 5000, []
+    while start < 20_000:
+        start = options.piece_end(start, 20_000)
+        ended.append(start)
+    assert ended == [7048, 7560, 8072, 8192, 16384, 18432, 20_000]
+
+
 def test_padding_is_never_much():
     for target in range(1, 20_000, 37):
         assert sum(length - tokens for tokens, length in ends(target)) <= 512

@@ -72,7 +72,7 @@ def test_chunk_local_layers_see_a_chunk_and_experts_count_if_they_are_chosen():
     keys = a_layer * (local * chunk + (config.num_layers - local) * 3 * chunk)
     assert step_bytes(model, Step(1, 3 * chunk)) - step_bytes(model, Step(1, 0)) == keys
     one_expert = 3 * config.hidden_size * config.moe.intermediate_size * 4 * sum(config.moe.moe_layers)
-    # So many nodes choose all experts.
+    # A million nodes choose all experts.
     difference = step_bytes(model, Step(1, 0, nodes=10**6)) - step_bytes(model, Step(1, 0))
     assert difference == pytest.approx((E - 1) * one_expert)
 

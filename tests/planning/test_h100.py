@@ -195,6 +195,26 @@ def test_a_decode_step_is_in_one_cuda_graph(mesh, drafting, tmp_path):
     assert launches.single == launches.graphs == launches.graphs_a_turn == 0  # so all is in a graph around the outermost loop
 
 
+@pytest.mark.parametrize(("name", "mesh", "layers"), [("llama-3.1-8b", "tensor=1", 2), (SCOUT, "tensor=8", 4)], ids=["8b", "scout"])
+def test_a_round_of_speculation_is_in_one_cuda_graph(name, mesh, layers, tmp_path):
+    """So are the drafter's passes, the verification and the choice of what is accepted."""
+    config, plan = first_layers(read_config(name), layers), Speculation.parse("chain:3")
+    launches = compiled(abstract_model(config, mesh, eagle3_head(config, 32000)).speculate_call(1, CAPACITY, plan), tmp_path)
+    assert launches.kernels > 100 and launches.loops == 1
+    assert launches.single == launches.graphs == launches.graphs_a_turn == 0
+
+
+def test_over_two_hosts_each_sum_of_a_layer_cuts_the_graph(tmp_path):
+    """NCCL's sums are launched by the host; all kernels between two sums are in one graph."""
+
+    def launches(layers):
+        config = first_layers(read_config("llama-3.1-405b"), layers)
+        return compiled(abstract_model(config, "tensor=16").decode_call(1, CAPACITY), tmp_path)
+
+    a_layer = launches(3) - launches(2)
+    assert (a_layer.single, a_layer.graphs, a_layer.loops) == (2, 2, 0)
+
+
 @pytest.mark.parametrize(
     ("name", "mesh", "layers"),
     [("llama-3.1-8b", "tensor=1", 2), ("llama-3.1-405b", "tensor=16", 2), ("llama-4-maverick-17b-128e", "expert=2,tensor=8", 4)],

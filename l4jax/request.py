@@ -22,12 +22,16 @@ FinishReason = Literal["stop", "length"]
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A checked prompt: its seed is drawn, its end tokens are collected, its ``max_tokens`` fits in the context."""
+    """A checked prompt: its seed is drawn, its end tokens are collected, its ``max_tokens`` fits in the context.
+
+    ``scope``: prefixes in the cache are shared only by requests of one scope.
+    """
 
     token_ids: Sequence[int]
     params: SamplingParams
     seed: int
     stop_ids: Sequence[int]
+    scope: bytes = b""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,11 +14,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from l4jax.checkpoints.manifest import MAKE_AGAIN
 from l4jax.checkpoints.partial import LOCK, check_destination, unfinished
 from l4jax.checkpoints.recipes import halve, transposed
 from l4jax.checkpoints.source import CheckpointError
 from l4jax.checkpoints.store import (
-    MAKE_AGAIN,
     SOURCE_CONFIG,
     Checkpoint,
     DrafterCheckpoint,

@@ -9,9 +9,10 @@ import numpy as np
 
 from l4jax.checkpoints.eagle import EagleSource, is_head
 from l4jax.checkpoints.files import WeightFile, absent, listed, weight_names
+from l4jax.checkpoints.manifest import MANIFEST
 from l4jax.checkpoints.partial import SUFFIX
 from l4jax.checkpoints.source import CheckpointError, ModelSource
-from l4jax.checkpoints.store import MANIFEST, open_checkpoint
+from l4jax.checkpoints.store import open_checkpoint
 from l4jax.config_formats.eagle import HeadAnswers
 
 _EXPECTED = "a Hugging Face or Meta folder, or a .gguf file"

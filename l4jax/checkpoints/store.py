@@ -20,8 +20,7 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,25 +29,20 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from l4jax.checkpoints.files import absent
-from l4jax.checkpoints.partial import SUFFIX
+from l4jax.checkpoints.manifest import FORMAT_VERSION, MAKE_AGAIN, MANIFEST, damage_to, model_config, read_manifest
 from l4jax.checkpoints.quiet import only_the_error
 from l4jax.checkpoints.source import CheckpointError
-from l4jax.config import ConfigError, DrafterConfig, ModelConfig, config_from_json, config_to_json, drafter_config_from_json
+from l4jax.config import DrafterConfig, ModelConfig, config_to_json, drafter_config_from_json
 from l4jax.decoding.plan import UNMEASURED, TableJson
-from l4jax.files import read_bytes, read_json, reading
+from l4jax.files import read_bytes, reading
 from l4jax.interrupts import kept_interrupts
 from l4jax.model.drafter import build_drafter
 from l4jax.model.llama import Llama
 from l4jax.model.weights import weight_specs
 from l4jax.parallel.placement import Placement
 
-MANIFEST = "checkpoint.json"
 SOURCE_CONFIG = "source_config.json"
 """A Hugging Face source's ``config.json``, kept as it was for the export."""
-FORMAT_VERSION = 1
-MAKE_AGAIN = "check the file, or make the checkpoint again"
-"""What to do about a file of a checkpoint, converted or trained, that is damaged or cannot be read: nobody but us has it."""
 DTYPES: Mapping[str, np.dtype] = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -305,10 +299,7 @@ def module_of(config: ModelConfig | DrafterConfig) -> nnx.Module:
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Read a model's manifest. Raises :class:`CheckpointError` if ``path`` is not a complete checkpoint of one."""
     stored, manifest = _open(path)
-    if "drafter" in manifest:
-        raise CheckpointError(f"{stored.directory} holds a drafter; expected a model: give the model here, and the drafter as drafter")
-    with _damage_to(stored.directory / MANIFEST):
-        config = config_from_json(manifest["config"])
+    config = model_config(stored.directory, manifest)
     _check_weights(stored, module_of(config))
     return Checkpoint(**vars(stored), config=config)
 
@@ -318,7 +309,7 @@ def open_drafter(path: str | os.PathLike[str]) -> DrafterCheckpoint:
     stored, manifest = _open(path)
     if "drafter" not in manifest:
         raise CheckpointError(f"{stored.directory} holds a model; expected a drafter, as `l4jax train-drafter` makes them")
-    with _damage_to(stored.directory / MANIFEST):
+    with damage_to(stored.directory / MANIFEST):
         config, speculation = drafter_config_from_json(manifest["drafter"]), dict(manifest["speculation"])
     _check_weights(stored, module_of(config))
     return DrafterCheckpoint(**vars(stored), config=config, speculation=speculation)
@@ -327,18 +318,8 @@ def open_drafter(path: str | os.PathLike[str]) -> DrafterCheckpoint:
 def _open(path: str | os.PathLike[str]) -> tuple[Stored, dict[str, Any]]:
     """Return what all checkpoints have, and the manifest."""
     directory = Path(path)
-    if not directory.exists():
-        raise absent(directory, "a folder made by `l4jax convert`")
-    if directory.resolve().name.endswith(SUFFIX):
-        raise CheckpointError(f"{directory} is an unfinished conversion; run the same `l4jax convert` again to finish it")
-    if not (directory / MANIFEST).is_file():
-        model = directory.resolve().name  # "." has no name of its own
-        raise CheckpointError(f"{directory} has no {MANIFEST}; expected a folder made by `l4jax convert`: convert {model} first")
-    manifest = read_json(directory / MANIFEST, MAKE_AGAIN)
-    if manifest.get("format_version") != FORMAT_VERSION:
-        version = manifest.get("format_version")
-        raise CheckpointError(f"{directory} has format version {version}; expected {FORMAT_VERSION}; make it again")
-    with _damage_to(directory / MANIFEST):
+    manifest = read_manifest(directory)
+    with damage_to(directory / MANIFEST):
         weights = {name: StoredWeight(**{**w, "shape": tuple(w["shape"])}) for name, w in manifest["weights"].items()}
         sizes: dict[str, int] = dict(manifest["weight_files"])
         stored = Stored(directory, manifest["source_format"], weights, tuple(manifest["text_files"]))
@@ -349,16 +330,6 @@ def _open(path: str | os.PathLike[str]) -> tuple[Stored, dict[str, Any]]:
             state = "is missing" if found is None else f"has {found} bytes; expected {sizes[file]}"
             raise CheckpointError(f"{directory / file} {state}; the checkpoint is damaged, make it again")
     return stored, manifest
-
-
-@contextmanager
-def _damage_to(manifest: Path) -> Iterator[None]:
-    try:
-        yield
-    except (AttributeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{manifest} is damaged ({error!r}); make the checkpoint again") from error
-    except ConfigError as error:
-        raise CheckpointError(f"{manifest} is damaged, or another version of l4jax made it ({error}); make the checkpoint again") from error
 
 
 def _check_weights(stored: Stored, module: nnx.Module) -> None:

@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _programs(arguments: argparse.Namespace, config: ModelConfig | DrafterConfig) -> list[Row]:
     import l4jax
-    from l4jax.checkpoints.store import MANIFEST
+    from l4jax.checkpoints.manifest import MANIFEST
     from l4jax.config import DrafterConfig
 
     if isinstance(config, DrafterConfig) or not (Path(arguments.checkpoint) / MANIFEST).exists():
@@ -86,8 +86,9 @@ def _programs(arguments: argparse.Namespace, config: ModelConfig | DrafterConfig
 def _describe(name: str) -> tuple[list[Row], ModelConfig | DrafterConfig]:
     """The rows about the checkpoint, and its configuration."""
     from l4jax.checkpoints.files import absent
+    from l4jax.checkpoints.manifest import MAKE_AGAIN, MANIFEST
     from l4jax.checkpoints.open import open_source
-    from l4jax.checkpoints.store import MAKE_AGAIN, MANIFEST, open_checkpoint, open_drafter
+    from l4jax.checkpoints.store import open_checkpoint, open_drafter
     from l4jax.data import configs_path
     from l4jax.files import read_json
 

@@ -54,7 +54,7 @@ class Handle:
 
     def _new_sequence(self) -> Sequence:
         prompt = list(self.request.token_ids)
-        return Sequence(self._number, prompt, len(prompt) + self._most_new(self.request))
+        return Sequence(self._number, prompt, len(prompt) + self._most_new(self.request), scope=self.request.scope)
 
     def _restart(self) -> None:
         """Its prompt is computed from the start, perhaps again."""

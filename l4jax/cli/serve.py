@@ -1,0 +1,81 @@
+"""``l4jax serve``: an HTTP server with OpenAI's API."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+_KEY_VARIABLE = "L4JAX_API_KEY"
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command and its options."""
+    parser = subparsers.add_parser(
+        "serve", help="answer HTTP requests, as OpenAI's API", description="Answer HTTP requests with a model, as OpenAI's API does."
+    )
+    parser.add_argument("checkpoint", help="a folder made by l4jax convert")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0 for any free one (default: %(default)s)")
+    parser.add_argument("--served-model-name", metavar="NAME", help="what clients call the model (default: the folder's name)")
+    parser.add_argument(
+        "--api-key",
+        action="append",
+        metavar="KEY",
+        help=f"let in only requests with this key; may be given several times (default: those in {_KEY_VARIABLE}, split at commas)",
+    )
+    parser.add_argument("--mesh", default="tensor=1", help="devices to run on, such as tensor=4,expert=2, or a .json file (default: one)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="hold weights and cache in this (default: as stored)")
+    parser.add_argument("--drafter", help="the folder of a drafter made for the model (default: the one in its folder, if there is one)")
+    parser.add_argument("--speculation", default="auto", help="off, chain:5, tree:eagle26, dynamic:steps=5,topk=4,nodes=16, or auto")
+    parser.add_argument("--max-model-len", type=int, metavar="TOKENS", help="the most tokens of prompt and answer (default: what fits)")
+    parser.add_argument("--slots", type=int, help="requests that are decoded together (default: 8 for each data rank)")
+    parser.add_argument("--kv-tokens", type=int, metavar="TOKENS", help="tokens that the KV cache holds (default: what fits)")
+    parser.add_argument(
+        "--deterministic", action="store_true", help="give a request the same tokens whatever else runs, at the cost of some speed"
+    )
+    parser.add_argument(
+        "--max-waiting", type=int, default=256, metavar="REQUESTS", help="further requests are answered with 429 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--drain-seconds", type=int, default=60, metavar="SECONDS", help="time for running requests at SIGTERM (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--generation-config",
+        choices=("auto", "none"),
+        default="auto",
+        help="auto: the default temperature and top_p are those of the checkpoint's generation_config.json; none: both are 1",
+    )
+    parser.add_argument("--ignore-unknown-fields", action="store_true", help="log parameters that no route knows instead of refusing them")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until a signal comes."""
+    from l4jax.serving.front import ServeOptions, serve
+
+    for name, least, most in (("port", 0, 65535), ("max_waiting", 0, 100_000), ("drain_seconds", 0, 86_400)):
+        value = getattr(args, name)
+        if not least <= value <= most:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; expected {least} to {most}")
+    keys = [key for key in os.environ.get(_KEY_VARIABLE, "").split(",") if key] if args.api_key is None else args.api_key
+    if not all(key.isascii() and key.isprintable() and key.strip() == key and key for key in keys):
+        raise ValueError("an API key is empty or has characters that HTTP headers cannot carry; expected printable ASCII characters")
+    arguments = {
+        **{name: getattr(args, name) for name in ("mesh", "dtype", "drafter", "speculation", "kv_tokens", "deterministic")},
+        "max_batch": args.slots,
+    }
+    return serve(
+        ServeOptions(
+            checkpoint=args.checkpoint,
+            arguments=arguments,
+            host=args.host,
+            port=args.port,
+            name=args.served_model_name,
+            keys=keys,
+            longest=args.max_model_len,
+            most_waiting=args.max_waiting,
+            drain_seconds=args.drain_seconds,
+            ignore_unknown=args.ignore_unknown_fields,
+            own_sampling=args.generation_config == "auto",
+        )
+    )

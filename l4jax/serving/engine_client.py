@@ -1,0 +1,153 @@
+"""The front's side of the engine process: sends it requests and hands each what it got."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import socket
+import time
+from collections.abc import Callable
+
+from l4jax.request import Request
+from l4jax.serving import errors
+from l4jax.serving.messages import (
+    LENGTH_BYTES,
+    Add,
+    Cancel,
+    Message,
+    News,
+    Progress,
+    Ready,
+    Refused,
+    Score,
+    Step,
+    decode_from_engine,
+    frame,
+)
+
+STALLED_SECONDS = 30.0
+"""An engine that has requests and ends no step for so long is not ready: it is stuck, stopped, or compiles what it should not."""
+
+
+class Inbox:
+    """What came for the requests of one HTTP request."""
+
+    def __init__(self) -> None:
+        self._news: list[News] = []
+        self._came = asyncio.Event()
+
+    def put(self, news: News) -> None:
+        """Add news."""
+        self._news.append(news)
+        self._came.set()
+
+    async def take(self) -> list[News]:
+        """Everything that came since the last call; waits until there is something."""
+        await self._came.wait()
+        self._came.clear()
+        taken, self._news = self._news, []
+        return taken
+
+
+class EngineClient:
+    """Speaks to the engine process over the front's end of their sockets."""
+
+    def __init__(self, channel: socket.socket, *, most_waiting: int) -> None:
+        """``most_waiting``: how many requests may wait beside those that are computed."""
+        self._channel = channel
+        self._most_waiting = most_waiting
+        self._writer: asyncio.StreamWriter | None = None
+        self._inboxes: dict[int, Inbox] = {}
+        self._numbers = itertools.count(1)
+        self._heard = time.monotonic()
+        self.ready: Ready | None = None
+        self.progress = Progress(0, 0)
+        self.refusal: str | None = None
+        self.is_over = False
+        """Whether the engine process has gone."""
+
+    async def run(self, load: Message, on_progress: Callable[[], None]) -> None:
+        """Let the engine load, and take in what it says until it has gone. ``on_progress`` is called while it loads."""
+        reader, self._writer = await asyncio.open_unix_connection(sock=self._channel, limit=1 << 20)
+        self._writer.write(frame(load))
+        try:
+            while True:
+                length = int.from_bytes(await reader.readexactly(LENGTH_BYTES), "big")
+                message = decode_from_engine(await reader.readexactly(length))
+                self._take(message)
+                if isinstance(message, Progress | Ready):
+                    on_progress()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            self.is_over = True
+            self._writer.close()
+            for number in list(self._inboxes):
+                self._end(
+                    number, News(number, over=True, error="the engine has stopped; make the request again later", error_kind="failed")
+                )
+
+    @property
+    def running(self) -> int:
+        """Requests that have not ended."""
+        return len(self._inboxes)
+
+    def why_not_ready(self) -> str | None:
+        """Why the server should get no requests now; None if it is ready."""
+        if self.is_over:
+            return "the engine has stopped, and this server ends"
+        if self.ready is None:
+            done = f": {self.progress.ready} of {self.progress.programs} programs" if self.progress.programs else ""
+            return f"the model is being loaded{done}; try again later"
+        if self._inboxes and (quiet := time.monotonic() - self._heard) > STALLED_SECONDS:
+            return f"the engine has requests, and has ended no step for {quiet:.0f} s"
+        return None
+
+    def check_room(self, requests: int) -> None:
+        """Raise ApiError if so many further requests cannot be taken now."""
+        if self.ready is None or self.is_over:
+            raise errors.not_ready(self.why_not_ready() or "the server is not ready")
+        if len(self._inboxes) + requests > self.ready.slots + self._most_waiting:
+            raise errors.too_many(max(0, len(self._inboxes) - self.ready.slots))
+
+    def add(self, request: Request, inbox: Inbox) -> int:
+        """Begin a request whose news go to the inbox; returns its number. See :meth:`check_room`."""
+        number = next(self._numbers)
+        prompt, stops = list(request.token_ids), list(request.stop_ids)
+        return self._begin(Add(number, prompt, request.params, request.seed, stops, request.scope), inbox)
+
+    def score(self, token_ids: list[int], top: int, inbox: Inbox) -> int:
+        """Begin to score a prompt, as :meth:`add` begins a request."""
+        return self._begin(Score(next(self._numbers), token_ids, top), inbox)
+
+    def cancel(self, number: int) -> None:
+        """End a request, unless it has ended. It takes room until the engine says that it has."""
+        if number in self._inboxes:
+            self._send(Cancel(number))
+
+    def _begin(self, message: Add | Score, inbox: Inbox) -> int:
+        if not self._inboxes:
+            self._heard = time.monotonic()  # an idle engine says nothing
+        self._inboxes[message.number] = inbox
+        self._send(message)
+        return message.number
+
+    def _send(self, message: Message) -> None:
+        if self._writer is not None and not self._writer.is_closing():
+            self._writer.write(frame(message))
+
+    def _take(self, message: Message) -> None:
+        self._heard = time.monotonic()
+        match message:
+            case Progress():
+                self.progress = message
+            case Ready():
+                self.ready = message
+            case Refused():
+                self.refusal = message.why
+            case Step():
+                for news in message.news:
+                    self._end(news.number, news) if news.over else self._inboxes[news.number].put(news)
+
+    def _end(self, number: int, news: News) -> None:
+        self._inboxes.pop(number).put(news)

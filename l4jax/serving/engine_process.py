@@ -1,0 +1,143 @@
+"""The engine process: owns JAX and the devices, and computes what the front asks for."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import traceback
+
+from l4jax.decoding.params import SamplingParams
+from l4jax.engine.engine import Engine
+from l4jax.engine.handle import Handle
+from l4jax.engine.relay import RelayHandle
+from l4jax.engine.scores import ScoresHandle
+from l4jax.loading import load
+from l4jax.request import Request
+from l4jax.serving.messages import Add, Cancel, Load, Message, News, Progress, Ready, Refused, Score, Step, ToEngine, frame, receive
+
+
+def main() -> None:
+    """Serve the front at the other end of the socket whose number is the only argument, until it has gone."""
+    # The front ends this process by closing the socket; a terminal, or Slurm, sends its signals to both.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    channel = socket.socket(fileno=int(sys.argv[1]))
+    calls: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(channel, calls), name="front", daemon=True).start()
+    first = calls.get()
+    assert isinstance(first, Load)
+    try:
+        engine, longest = _prepared(first, channel)
+    except (ValueError, OSError) as error:
+        channel.sendall(frame(Refused(" ".join(str(error).split()))))
+        return
+    channel.sendall(frame(Ready(longest, engine.options.slots * engine.options.data_ranks)))
+    _Relay(engine, channel, calls).run()
+
+
+def _receive(channel: socket.socket, calls: queue.SimpleQueue[ToEngine]) -> None:
+    while (message := receive(channel)) is not None:
+        calls.put(message)
+    # The front has gone, and nobody wants what is being compiled or computed.
+    os._exit(0)
+
+
+def _prepared(asked: Load, channel: socket.socket) -> tuple[Engine, int]:
+    """The engine with all its programs, and the most tokens that a request may have."""
+    llm = load(asked.checkpoint, **asked.arguments)
+    engine, context = llm.engine, llm.config.max_position_embeddings
+    longest = min(context, engine.kv_tokens) if asked.longest is None else asked.longest
+    if longest > engine.kv_tokens:
+        raise ValueError(
+            f"--max-model-len is {longest}, and the KV cache holds {engine.kv_tokens} tokens of one request; lower --max-model-len or "
+            "raise --kv-tokens"
+        )
+    for ready, programs in engine.warm_up(longest):
+        channel.sendall(frame(Progress(ready, programs)))
+    return engine, longest
+
+
+class _Relay:
+    """Runs the engine for the front: takes its calls between steps, and sends it what each step gave."""
+
+    def __init__(self, engine: Engine, channel: socket.socket, calls: queue.SimpleQueue[ToEngine]) -> None:
+        self._engine = engine
+        self._channel = channel
+        self._calls = calls
+        self._handles: dict[int, Handle] = {}
+        self._news: list[News] = []
+
+    def run(self) -> None:
+        """Compute until the process ends."""
+        idle = False
+        while True:
+            self._take_calls(wait=idle)
+            try:
+                idle = not self._engine.step()
+            except Exception:
+                # All requests under way have ended with an error, and the next one begins with an empty cache.
+                traceback.print_exc()
+                idle = False
+            self._gather()
+            # Also without news: the front sees by it that steps end.
+            if self._news or not idle:
+                self._send(Step(self._news))
+                self._news = []
+
+    def _send(self, message: Message) -> None:
+        try:
+            self._channel.sendall(frame(message))
+        except ConnectionError:
+            os._exit(0)  # the front has gone
+
+    def _take_calls(self, *, wait: bool) -> None:
+        try:
+            call = self._calls.get(block=wait)
+            while True:
+                self._take(call)
+                call = self._calls.get_nowait()
+        except queue.Empty:
+            pass
+
+    def _take(self, call: ToEngine) -> None:
+        if isinstance(call, Cancel):
+            if (handle := self._handles.get(call.number)) is not None:
+                handle.cancel()
+            return
+        assert isinstance(call, Add | Score)
+        try:
+            if isinstance(call, Add):
+                added = Request(call.token_ids, call.params, call.seed, call.stop_ids, call.scope)
+                self._handles[call.number] = self._engine.add(added, RelayHandle)
+            else:
+                scored = Request(call.token_ids, SamplingParams(logprobs=call.top), 0, ())
+                self._handles[call.number] = self._engine.add(scored, ScoresHandle)
+        except ValueError as error:
+            self._news.append(News(call.number, over=True, error=str(error), error_kind="bad_request"))
+
+    def _gather(self) -> None:
+        """Collect what each request got."""
+        for number, handle in list(self._handles.items()):
+            over = handle.over
+            tokens, logprobs = handle.new_tokens() if isinstance(handle, RelayHandle) else ([], [])
+            if isinstance(handle, ScoresHandle) and over and handle.error is None:
+                logprobs = handle.logprobs
+            if over:
+                del self._handles[number]
+            if tokens or over:
+                cached = handle.cached or 0 if isinstance(handle, RelayHandle) else 0
+                self._news.append(News(number, tokens, logprobs or None, cached, over, *_described(handle.error)))
+
+
+def _described(error: Exception | None) -> tuple[str | None, str | None]:
+    if error is None:
+        return None, None
+    return str(error), "not_finite" if isinstance(error, ValueError) else "failed"
+
+
+if __name__ == "__main__":
+    main()

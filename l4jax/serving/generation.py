@@ -1,0 +1,123 @@
+"""Runs what one HTTP request asks for: one or several answers, as pieces of text and tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import AsyncIterator, Sequence
+
+from l4jax.answer import Answer, NewTokens
+from l4jax.request import FinishReason, Request, TokenLogprob
+from l4jax.serving import errors
+from l4jax.serving.engine_client import EngineClient, Inbox
+from l4jax.serving.errors import ApiError
+from l4jax.serving.messages import News
+from l4jax.text.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """What came for one answer: ``choice`` counts the answers from 0. ``finish_reason`` is set in an answer's last piece only."""
+
+    choice: int
+    text: str
+    token_ids: Sequence[int]
+    logprobs: Sequence[TokenLogprob] | None
+    finish_reason: FinishReason | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """Token counts. Each prompt is counted once; ``cached``: tokens of prompts that the prefix cache had."""
+
+    prompt: int
+    cached: int
+    output: int
+
+
+class Generation:
+    """The answers to ``prompts`` requests with ``n`` answers each, in the order of the prompts."""
+
+    def __init__(self, client: EngineClient, tokenizer: Tokenizer, requests: Sequence[Request], *, n: int, request_id: str) -> None:
+        self.requests = requests
+        self._client = client
+        self._n = n
+        self._request_id = request_id
+        self._answers = [Answer(tokenizer, request) for request in requests]
+        self._cached = [0] * len(requests)
+        self._choices: dict[int, int] = {}  # of those that have not ended, by the engine's numbers
+
+    @property
+    def usage(self) -> Usage:
+        """The counts so far."""
+        prompts = range(0, len(self.requests), self._n)
+        return Usage(
+            prompt=sum(len(self.requests[choice].token_ids) for choice in prompts),
+            cached=sum(self._cached[choice] for choice in prompts),
+            output=sum(len(answer.token_ids) for answer in self._answers),
+        )
+
+    async def pieces(self) -> AsyncIterator[list[Piece]]:
+        """Begin all answers, and return what comes for them; :meth:`close` ends them. Raises :class:`ApiError` if one fails."""
+        self._client.check_room(len(self.requests))
+        began, inbox = time.perf_counter(), Inbox()
+        self._choices = {self._client.add(request, inbox): choice for choice, request in enumerate(self.requests)}
+        while self._choices:
+            found = [self._take(news, time.perf_counter() - began) for news in await inbox.take()]
+            pieces = [piece for piece in found if piece is not None]
+            if pieces:
+                yield pieces
+
+    def close(self) -> None:
+        """End the answers that have not ended."""
+        for number in self._choices:
+            self._client.cancel(number)
+        self._choices.clear()
+
+    def _take(self, news: News, elapsed: float) -> Piece | None:
+        choice = self._choices.get(news.number)
+        if choice is None:
+            return None  # a stop string has ended it
+        if news.error is not None:
+            del self._choices[news.number]
+            raise error_of(news, self._request_id)
+        answer = self._answers[choice]
+        before = len(answer.token_ids)
+        self._cached[choice] = max(self._cached[choice], news.cached)
+        text = answer.extend(NewTokens(news.token_ids, news.logprobs), news.over, elapsed)
+        over = news.over or answer.stopped
+        if over:
+            del self._choices[news.number]
+            self._client.cancel(news.number)
+        new = answer.token_ids[before:]
+        logprobs = None if news.logprobs is None else news.logprobs[: len(new)]
+        return Piece(choice, text, new, logprobs, answer.completion().finish_reason if over else None)
+
+
+async def scores(client: EngineClient, prompts: Sequence[list[int]], top: int, request_id: str) -> list[list[TokenLogprob]]:
+    """The log-probabilities of each prompt's tokens after the first. Raises :class:`ApiError` if they cannot be computed."""
+    client.check_room(len(prompts))
+    inbox = Inbox()
+    numbers = [client.score(prompt, top, inbox) for prompt in prompts]
+    found: dict[int, list[TokenLogprob]] = {}
+    try:
+        while len(found) < len(numbers):
+            for news in await inbox.take():
+                if news.error is not None:
+                    raise error_of(news, request_id)
+                if news.over:
+                    found[news.number] = news.logprobs or []
+    finally:
+        for number in numbers:
+            client.cancel(number)
+    return [found[number] for number in numbers]
+
+
+def error_of(news: News, request_id: str) -> ApiError:
+    """The error that ends a request."""
+    assert news.error is not None
+    if news.error_kind == "bad_request":
+        return ApiError(news.error)
+    if news.error_kind == "not_finite":
+        return errors.not_finite(request_id)
+    return errors.failed(news.error)

@@ -1,0 +1,133 @@
+"""What the server does with every parameter that clients may send."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import re
+from collections.abc import Collection, Mapping
+from typing import Any, Literal
+
+import msgspec
+
+from l4jax.serving.errors import ApiError
+from sharding.kinds import shown
+
+Policy = Literal["honoured", "no effect", "refused"]
+LOGGER = logging.getLogger("l4jax.serving")
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """One parameter. ``values``: of a refused one, those that are taken all the same, beside null. ``why``: for docs and errors."""
+
+    policy: Policy
+    why: str
+    values: tuple[object, ...] = ()
+
+
+def _no_effect(why: str) -> Parameter:
+    return Parameter("no effect", why)
+
+
+def _refused(why: str, *values: object) -> Parameter:
+    return Parameter("refused", why, values)
+
+
+_LABELS = {
+    "user": _no_effect("a label for the client's own use"),
+    "metadata": _no_effect("a label for the client's own use"),
+    "safety_identifier": _no_effect("a label for the client's own use"),
+    "prompt_cache_key": _no_effect("prefixes are found by their tokens"),
+    "prompt_cache_retention": _no_effect("prefixes stay until their memory is needed"),
+    "prompt_cache_options": _no_effect("prefixes are found by their tokens"),
+    "service_tier": _refused("there is one tier", "auto", "default"),
+    "store": _refused("nothing is stored", False),
+}
+
+CHAT_OTHERS: Mapping[str, Parameter] = {
+    **_LABELS,
+    "audio": _refused("there is no audio"),
+    "modalities": _refused("answers are text", ["text"]),
+    "moderation": _refused("there is no moderation"),
+    "prediction": _refused("predicted outputs are not supported"),
+    "web_search_options": _refused("the server fetches nothing"),
+    "functions": _refused("tools are not supported yet"),
+    "function_call": _refused("tools are not supported yet", "none"),
+    "tools": _refused("tools are not supported yet", []),
+    "tool_choice": _refused("tools are not supported yet", "none", "auto"),
+    "parallel_tool_calls": _no_effect("there are no tool calls"),
+    "response_format": _refused("structured output is not supported yet", {"type": "text"}),
+    "reasoning_effort": _refused("the models do not reason apart", "none"),
+    "verbosity": _refused("the models do not know it"),
+    "min_tokens": _refused("it is not supported yet", 0),
+}
+"""Parameters of /v1/chat/completions that are not honoured."""
+
+COMPLETION_OTHERS: Mapping[str, Parameter] = {
+    **_LABELS,
+    "suffix": _refused("the models do not fill in the middle", ""),
+    "best_of": _refused("answers are not ranked; ask for n", 1),
+    "min_tokens": _refused("it is not supported yet", 0),
+}
+"""Parameters of /v1/completions that are not honoured."""
+
+
+def parsed[Body: msgspec.Struct](raw: bytes, kind: type[Body], others: Mapping[str, Parameter], *, ignore_unknown: bool) -> Body:
+    """Read a request's JSON body. Raises :class:`ApiError`, which names the parameter, for one that is wrong, refused or unknown."""
+    try:
+        given = msgspec.json.decode(raw)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise ApiError(f"the body is not valid JSON ({_lowered(str(error))}); send one JSON object") from None
+    if not isinstance(given, dict):
+        raise ApiError(f"the body is a JSON {_JSON_NAMES.get(type(given), 'value')}; send one JSON object")
+    honoured = _field_names(kind)
+    for name in [name for name in given if name not in honoured]:
+        value = given.pop(name)
+        parameter = others.get(name)
+        if parameter is None:
+            if not ignore_unknown:
+                raise ApiError(f"{shown(name)} is not a parameter of this route; leave it out", param=name[:64], code="unknown_parameter")
+            LOGGER.warning("an unknown parameter is ignored: %s", shown(name))
+        elif parameter.policy == "refused" and value is not None and not _among(value, parameter.values):
+            expected = "; leave it out" if not parameter.values else f"; expected {' or '.join(map(_as_json, parameter.values))}"
+            raise ApiError(f"{name} is {shown(value)}, and {parameter.why}{expected}", param=name, code="unsupported_parameter")
+    try:
+        return msgspec.convert(given, kind)
+    except msgspec.ValidationError as error:
+        raise _wrong(given, str(error)) from None
+
+
+def _among(value: object, values: Collection[object]) -> bool:
+    """Whether a value is one of these, of the same kind: to Python false equals 0."""
+    return any(type(value) is type(other) and value == other for other in values)
+
+
+@functools.cache
+def _field_names(kind: type[msgspec.Struct]) -> frozenset[str]:
+    return frozenset(field.encode_name for field in msgspec.structs.fields(kind))
+
+
+_JSON_NAMES: Mapping[type, str] = {list: "array", str: "string", int: "number", float: "number", bool: "boolean", type(None): "null"}
+
+
+def _wrong(given: Mapping[str, Any], message: str) -> ApiError:
+    """The error for a value of the wrong kind, or out of range."""
+    found = re.fullmatch(r"(.*?)(?:, got `.*`)?(?: - at `\$\.?(.*)`)?", message, re.DOTALL)
+    expected, path = (found[1], found[2] or "") if found else (message, "")
+    if missing := re.fullmatch(r"Object missing required field `(.*)`", expected):
+        name = f"{path}.{missing[1]}" if path else missing[1]
+        return ApiError(f"{name} is missing; it is required", param=name, code="missing_required_parameter")
+    name = re.match(r"\w*", path)
+    top = name[0] if name else ""
+    value = f" ({top} is {shown(given[top])})" if top in given else ""
+    return ApiError(f"{path or 'the body'}: {_lowered(expected)}{value}", param=path or None, code="invalid_value")
+
+
+def _lowered(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+def _as_json(value: object) -> str:
+    return msgspec.json.encode(value).decode()

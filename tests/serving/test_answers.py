@@ -1,0 +1,155 @@
+"""A server's answers are those of ``LLM``, in OpenAI's form."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+
+import pytest
+
+from l4jax import SamplingParams
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+MESSAGES = [{"role": "user", "content": "the quick brown dog"}]
+SAMPLED = {"temperature": 0.8, "top_p": 0.9, "seed": 7}
+
+
+def test_a_chat_is_what_the_llm_says(server, llm):
+    expected = llm.chat(MESSAGES, SamplingParams(max_tokens=20, logprobs=2, **SAMPLED))
+    body = {"model": "tiny", "messages": MESSAGES, "max_completion_tokens": 20, "logprobs": True, "top_logprobs": 2, **SAMPLED}
+    status, answer = server.answer(CHAT, body)
+    assert status == 200, answer
+    (choice,) = answer["choices"]
+    assert choice["message"] == {"role": "assistant", "content": expected.text, "refusal": None}
+    assert choice["finish_reason"] == expected.finish_reason and choice["seed"] == 7
+    assert answer["usage"]["prompt_tokens"] == len(expected.prompt_token_ids)
+    assert answer["usage"]["completion_tokens"] == len(expected.token_ids)
+    listed = choice["logprobs"]["content"]
+    assert [entry["logprob"] for entry in listed] == [each.logprob for each in expected.logprobs]
+    assert [bytes(entry["bytes"]) for entry in listed] == [llm.tokenizer.token_bytes(token) for token in expected.token_ids]
+    assert [[top["logprob"] for top in entry["top_logprobs"]] for entry in listed] == [
+        [value for _, value in each.top] for each in expected.logprobs
+    ]
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_streams_chunks_join_to_the_whole_answer(server, n):
+    body = {"messages": MESSAGES, "max_tokens": 24, "n": n, "return_token_ids": True, "logprobs": True, **SAMPLED}
+    _, whole = server.answer(CHAT, body)
+    *chunks, last, done = server.stream(CHAT, {**body, "stream_options": {"include_usage": True}})
+    assert done == "[DONE]"
+    assert last["choices"] == [] and last["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"]
+    assert len({(chunk["id"], chunk["created"], chunk["object"]) for chunk in [*chunks, last]}) == 1
+    assert all(chunk["usage"] is None for chunk in chunks)
+    for expected in whole["choices"]:
+        first, *rest = [choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == expected["index"]]
+        assert first["delta"] == {"role": "assistant", "content": ""}
+        assert "".join(choice["delta"].get("content", "") for choice in rest) == expected["message"]["content"]
+        assert [token for choice in rest for token in choice.get("token_ids", [])] == expected["token_ids"]
+        assert [x for choice in rest if choice["logprobs"] for x in choice["logprobs"]["content"]] == expected["logprobs"]["content"]
+        assert [choice["finish_reason"] for choice in rest if choice["finish_reason"]] == [expected["finish_reason"]]
+        assert rest[-1]["finish_reason"] == expected["finish_reason"]
+        assert first["seed"] == expected["seed"] == 7 + expected["index"]
+
+
+def test_prompts_may_be_texts_or_tokens(server, llm):
+    text = "the lazy dog"
+    ids = llm.requests.encode(text)
+    expected = llm.generate(text, SamplingParams(max_tokens=9, temperature=0.0))[0]
+    for prompt in (text, ids, [text, text], [ids, ids]):
+        _, answer = server.answer(COMPLETIONS, {"prompt": prompt, "max_tokens": 9, "temperature": 0})
+        count = 2 if len(prompt) == 2 else 1
+        assert [choice["text"] for choice in answer["choices"]] == [expected.text] * count
+        assert [choice["index"] for choice in answer["choices"]] == list(range(count))
+        assert answer["usage"]["prompt_tokens"] == count * len(ids)
+
+
+def test_an_echo_has_the_prompts_log_probabilities(server, llm):
+    prompts = [llm.requests.encode(text) for text in ("the quick brown fox", "add(a, b)")]
+    scores = llm.score(prompts, top=1)
+    _, answer = server.answer(COMPLETIONS, {"prompt": prompts, "max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True})
+    for prompt, expected, choice in zip(prompts, scores, answer["choices"], strict=True):
+        found = choice["logprobs"]
+        assert found["token_logprobs"][0] is None and found["top_logprobs"][0] is None
+        assert found["token_logprobs"][1 : len(prompt)] == pytest.approx([each.logprob for each in expected], abs=1e-6)
+        assert choice["text"].startswith(llm.tokenizer.decode(prompt))
+        assert len(found["tokens"]) == len(found["text_offset"]) == len(prompt) + 1
+    _, only = server.answer(COMPLETIONS, {"prompt": prompts, "max_tokens": 0, "logprobs": 1, "echo": True})
+    assert [len(choice["logprobs"]["tokens"]) for choice in only["choices"]] == list(map(len, prompts))
+    assert only["usage"]["completion_tokens"] == 0
+
+
+def test_a_stop_string_ends_an_answer_and_is_left_out(server):
+    _, free = server.answer(COMPLETIONS, {"prompt": "the dog", "max_tokens": 60, "temperature": 0, "ignore_eos": True})
+    text = free["choices"][0]["text"]
+    stop = text[10:14]
+    _, stopped = server.answer(COMPLETIONS, {"prompt": "the dog", "max_tokens": 60, "temperature": 0, "ignore_eos": True, "stop": stop})
+    assert stopped["choices"][0] | {"seed": 0} == free["choices"][0] | {"text": text[: text.index(stop)], "finish_reason": "stop", "seed": 0}
+
+
+def test_left_out_max_tokens_fill_the_context(server):
+    _, answer = server.answer(CHAT, {"messages": MESSAGES, "ignore_eos": True})
+    assert answer["usage"]["total_tokens"] == 256
+    assert answer["choices"][0]["finish_reason"] == "length"
+
+
+def test_a_repeated_prompt_is_cached_within_its_salt_only(server):
+    prompt = {"prompt": "the quick brown fox jumps over the lazy dog " * 12, "max_tokens": 1, "cache_salt": "one"}
+    cached = [
+        server.answer(COMPLETIONS, {**prompt, **other})[1]["usage"]["prompt_tokens_details"]["cached_tokens"]
+        for other in ({}, {}, {"cache_salt": "two"})
+    ]
+    assert cached[0] == cached[2] == 0
+
+
+def test_text_becomes_tokens_and_back(server, llm):
+    status, found = server.answer("/tokenize", {"prompt": "naïve café", "return_token_strs": True})
+    assert status == 200 and found["count"] == len(found["tokens"]) == len(found["token_strs"])
+    assert found["tokens"] == llm.tokenizer.encode("naïve café") and found["max_model_len"] == 256
+    assert server.answer("/detokenize", {"tokens": found["tokens"]}) == (200, {"prompt": "naïve café"})
+    _, chat = server.answer("/tokenize", {"messages": MESSAGES})
+    assert chat["tokens"] == llm.chat_format.encode(MESSAGES)
+
+
+def test_what_a_client_leaves_is_not_computed(server):
+    """Clients that go away free their slots: others are answered while theirs would still run."""
+    long = {"messages": MESSAGES, "ignore_eos": True, "stream": True}
+    for streams in (True, False):
+        for _ in range(20):
+            connection = server.send("POST", CHAT, {**long, "stream": streams})
+            if streams:
+                connection.getresponse().read(20)
+            connection.close()
+    began = time.monotonic()
+    status, _ = server.answer(CHAT, {"messages": MESSAGES, "max_tokens": 4})
+    assert status == 200 and time.monotonic() - began < 30
+
+
+def test_streams_run_together(server):
+    """More clients than slots: all are answered, each as it would be alone."""
+    body = {"messages": MESSAGES, "max_tokens": 30, "temperature": 1.0}
+    expected = [server.answer(CHAT, {**body, "seed": seed})[1]["choices"] for seed in range(8)]
+    found = {}
+
+    def ask(seed):
+        found[seed] = server.answer(CHAT, {**body, "seed": seed})[1]["choices"]
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[seed] for seed in range(8)] == expected
+
+
+def test_the_model_is_listed(server):
+    status, found = server.answer("/v1/models")
+    assert status == 200 and [(model["id"], model["max_model_len"]) for model in found["data"]] == [("tiny", 256)]
+    assert server.answer("/health")[0] == server.answer("/ready")[0] == server.answer("/version")[0] == 200
+
+
+def test_a_request_keeps_its_id(server):
+    connection, response = server.open("POST", CHAT, {"messages": []}, {"x-request-id": "abc-1"})
+    with contextlib.closing(connection):
+        assert response.status == 400 and response.headers["x-request-id"] == "abc-1"

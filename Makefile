@@ -1,4 +1,5 @@
 # make demo    install, fetch SmolLM2-135M-Instruct, convert it, and stream its answer; PROMPT="..." asks something else
+# make serve   the same model behind an HTTP server on port 8000; SERVE="--port 8001" passes options to l4jax serve
 # make test    install, and run the whole test suite, on two cores; PYTEST="-k cache -n 0" passes options to pytest
 # make test-all    also the tests that take hours: more models and meshes, and the tokens of hundreds of prompts
 # make test-oldest the suite on the oldest JAX that is allowed, in a .venv-oldest of its own
@@ -7,7 +8,7 @@
 # make setup   only prepare .venv
 # make check   ruff and mypy
 
-.PHONY: demo test test-all test-oldest test-h100 test-kernels setup check clean
+.PHONY: demo serve test test-all test-oldest test-h100 test-kernels setup check clean
 .DEFAULT_GOAL := demo
 SHELL := /bin/sh
 VENV := .venv
@@ -25,6 +26,9 @@ demo: $(STAMP)
 	else \
 	  $(VENV)/bin/l4jax demo; \
 	fi
+
+serve: $(STAMP)
+	@$(VENV)/bin/l4jax serve "$$($(VENV)/bin/python -m l4jax.smollm2)" --dtype float32 $(SERVE)
 
 test: $(STAMP)
 	@$(VENV)/bin/python -m pytest -n 2 --dist worksteal $(PYTEST)

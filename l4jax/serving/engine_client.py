@@ -25,9 +25,6 @@ from l4jax.serving.messages import (
     frame,
 )
 
-STALLED_SECONDS = 30.0
-"""An engine that has requests and ends no step for so long is not ready: it is stuck, stopped, or compiles what it should not."""
-
 
 class Inbox:
     """What came for the requests of one HTTP request."""
@@ -52,10 +49,14 @@ class Inbox:
 class EngineClient:
     """Speaks to the engine process over the front's end of their sockets."""
 
-    def __init__(self, channel: socket.socket, *, most_waiting: int) -> None:
-        """``most_waiting``: how many requests may wait beside those that are computed."""
+    def __init__(self, channel: socket.socket, *, most_waiting: int, stalled_seconds: float) -> None:
+        """``most_waiting``: how many requests may wait beside those that are computed.
+
+        ``stalled_seconds``: an engine that has requests and ends no step for longer is not ready: it is stuck, or stopped.
+        """
         self._channel = channel
         self._most_waiting = most_waiting
+        self._stalled_seconds = stalled_seconds
         self._writer: asyncio.StreamWriter | None = None
         self._inboxes: dict[int, Inbox] = {}
         self._numbers = itertools.count(1)
@@ -82,10 +83,13 @@ class EngineClient:
         finally:
             self.is_over = True
             self._writer.close()
-            for number in list(self._inboxes):
-                self._end(
-                    number, News(number, over=True, error="the engine has stopped; make the request again later", error_kind="failed")
-                )
+            self.end_all("the engine has stopped; make the request again later")
+
+    def end_all(self, why: str) -> None:
+        """End all requests with an error."""
+        for number in list(self._inboxes):
+            self.cancel(number)
+            self._inboxes.pop(number).put(News(number, over=True, error=why, error_kind="failed"))
 
     @property
     def running(self) -> int:
@@ -99,7 +103,7 @@ class EngineClient:
         if self.ready is None:
             done = f": {self.progress.ready} of {self.progress.programs} programs" if self.progress.programs else ""
             return f"the model is being loaded{done}; try again later"
-        if self._inboxes and (quiet := time.monotonic() - self._heard) > STALLED_SECONDS:
+        if self._inboxes and (quiet := time.monotonic() - self._heard) > self._stalled_seconds:
             return f"the engine has requests, and has ended no step for {quiet:.0f} s"
         return None
 
@@ -147,7 +151,8 @@ class EngineClient:
                 self.refusal = message.why
             case Step():
                 for news in message.news:
-                    self._end(news.number, news) if news.over else self._inboxes[news.number].put(news)
-
-    def _end(self, number: int, news: News) -> None:
-        self._inboxes.pop(number).put(news)
+                    inbox = self._inboxes.get(news.number)
+                    if inbox is not None:
+                        inbox.put(news)
+                    if news.over:
+                        self._inboxes.pop(news.number, None)

@@ -30,8 +30,8 @@ from l4jax.serving.messages import Load
 from l4jax.text.load import Text, load_text
 
 _KEEP_ALIVE_SECONDS = 75
-_LAST_WORDS_SECONDS = 5.0
-"""How long streams have to be told that the engine has gone."""
+_LAST_WORDS_SECONDS = 5
+"""How long clients have to read the error that ends their requests."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +46,7 @@ class ServeOptions:
     keys: Sequence[str]
     longest: int | None
     most_waiting: int
+    stalled_seconds: float
     drain_seconds: int
     ignore_unknown: bool
     own_sampling: bool
@@ -105,7 +106,7 @@ class _Front:
 
     def __init__(self, options: ServeOptions, config: ModelConfig, text: Text, channel: socket.socket) -> None:
         self._options = options
-        self._client = EngineClient(channel, most_waiting=options.most_waiting)
+        self._client = EngineClient(channel, most_waiting=options.most_waiting, stalled_seconds=options.stalled_seconds)
         directory = Path(options.checkpoint)
         found = read_json_if_there(directory / "generation_config.json") if options.own_sampling else {}
         defaults = Defaults(**{field.name: float(found.get(field.name, 1.0)) for field in dataclasses.fields(Defaults)})
@@ -126,7 +127,7 @@ class _Front:
                 server_header=False,
                 proxy_headers=False,
                 timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-                timeout_graceful_shutdown=options.drain_seconds,
+                timeout_graceful_shutdown=options.drain_seconds + _LAST_WORDS_SECONDS,
             )
         )
         # What is there now stays: looking for garbage in it would stop all streams for a moment.
@@ -135,16 +136,21 @@ class _Front:
             load = Load(options.checkpoint, dict(options.arguments), options.longest)
             engine = asyncio.create_task(client.run(load, lambda: self._show(listening, show)))
             serving = asyncio.create_task(server.serve([listening]))
-            await asyncio.wait({engine, serving}, return_when=asyncio.FIRST_COMPLETED)
-        if serving.done():
+            stopping = asyncio.create_task(server.stopping.wait())
+            await asyncio.wait({engine, serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if not engine.done():
+            await asyncio.wait({engine, serving}, timeout=options.drain_seconds, return_when=asyncio.FIRST_COMPLETED)
+        if not engine.done():
+            client.end_all("the server is being stopped; make the request again, to another server or later")
             await serving
             return 0
+        stopping.cancel()
         await engine
         if client.refusal is not None:
             server.force_exit = True
         else:
             print("l4jax: error: the engine process has ended; its own messages are above", file=sys.stderr, flush=True)
-        server.config.timeout_graceful_shutdown = int(_LAST_WORDS_SECONDS)
+        server.config.timeout_graceful_shutdown = _LAST_WORDS_SECONDS
         server.should_exit = True
         await serving
         if client.refusal is not None:
@@ -167,6 +173,10 @@ class _Front:
 class _Server(uvicorn.Server):
     """Ends with the status that we return: uvicorn's own would raise the signal again after it has drained."""
 
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.stopping = asyncio.Event()
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Drain at the first SIGTERM or Ctrl-C, and stop at once at the second."""
@@ -175,7 +185,9 @@ class _Server(uvicorn.Server):
             if self.should_exit:
                 self.force_exit = True
             self.should_exit = True
+            loop.call_soon_threadsafe(self.stopping.set)
 
+        loop = asyncio.get_running_loop()
         before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield

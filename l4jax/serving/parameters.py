@@ -114,7 +114,7 @@ _JSON_NAMES: Mapping[type, str] = {list: "array", str: "string", int: "number", 
 
 def _wrong(given: Mapping[str, Any], message: str) -> ApiError:
     """The error for a value of the wrong kind, or out of range."""
-    found = re.fullmatch(r"(.*?)(?:, got `.*`)?(?: - at `\$\.?(.*)`)?", message, re.DOTALL)
+    found = re.fullmatch(r"(.*?)(?:, got `[^`]*`)?(?: - at `\$\.?(.*)`)?", message, re.DOTALL)
     expected, path = (found[1], found[2] or "") if found else (message, "")
     if missing := re.fullmatch(r"Object missing required field `(.*)`", expected):
         name = f"{path}.{missing[1]}" if path else missing[1]
@@ -122,7 +122,7 @@ def _wrong(given: Mapping[str, Any], message: str) -> ApiError:
     name = re.match(r"\w*", path)
     top = name[0] if name else ""
     value = f" ({top} is {shown(given[top])})" if top in given else ""
-    return ApiError(f"{path or 'the body'}: {_lowered(expected)}{value}", param=path or None, code="invalid_value")
+    return ApiError(f"{path or 'the body'} is wrong: {_lowered(expected)}{value}", param=path or None, code="invalid_value")
 
 
 def _lowered(text: str) -> str:

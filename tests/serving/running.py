@@ -66,9 +66,7 @@ class Server:
     @property
     def engine(self) -> int:
         """The engine process's number."""
-        (child,) = subprocess.run(
-            ["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True, check=True
-        ).stdout.split()
+        (child,) = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True, check=True).stdout.split()
         return int(child)
 
 

@@ -85,7 +85,11 @@ def test_a_stop_string_ends_an_answer_and_is_left_out(server):
     text = free["choices"][0]["text"]
     stop = text[10:14]
     _, stopped = server.answer(COMPLETIONS, {"prompt": "the dog", "max_tokens": 60, "temperature": 0, "ignore_eos": True, "stop": stop})
-    assert stopped["choices"][0] | {"seed": 0} == free["choices"][0] | {"text": text[: text.index(stop)], "finish_reason": "stop", "seed": 0}
+    assert stopped["choices"][0] | {"seed": 0} == free["choices"][0] | {
+        "text": text[: text.index(stop)],
+        "finish_reason": "stop",
+        "seed": 0,
+    }
 
 
 def test_left_out_max_tokens_fill_the_context(server):

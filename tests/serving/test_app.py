@@ -1,0 +1,128 @@
+"""The HTTP application without an engine: keys, limits, and answers to what is no request."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+
+import pytest
+from starlette.routing import Route
+
+from l4jax.config import ModelConfig
+from l4jax.serving import app as app_module
+from l4jax.serving.api.served import Defaults, Served, scope_of
+from l4jax.serving.app import MOST_BODY_BYTES, OPEN_ROUTES, build_app
+from l4jax.serving.engine_client import EngineClient
+from l4jax.text.hf_tokenizer import load_hf_tokenizer
+from l4jax.text.load import Text
+from tests import tiny
+from tests.text import small
+
+CHAT = "/v1/chat/completions"
+BODY = b'{"messages": [{"role": "user", "content": "hi"}]}'
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    tokenizer = load_hf_tokenizer(small.write(tmp_path_factory.mktemp("tokenizer")))
+    config: ModelConfig = tiny.llama3_like(vocab_size=tokenizer.vocab_size)
+    one, other = socket.socketpair()
+    client = EngineClient(one, most_waiting=4, stalled_seconds=30)
+    with one, other:
+        yield Served("tiny", config, Text(tokenizer, None), Defaults(), client, 0, False)
+
+
+def call(app, path, *, method="GET", headers=(), parts=(b"",), delay=0.0):
+    """The status, headers and JSON of an answer. The body comes in parts, each after a delay."""
+
+    async def run():
+        scope = {"type": "http", "method": method, "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": ""}
+        scope |= {"headers": list(headers), "scheme": "http", "server": ("x", 1), "client": ("y", 2), "http_version": "1.1"}
+        coming, sent = list(parts), []
+
+        async def receive():
+            await asyncio.sleep(delay)
+            part = coming.pop(0)
+            return {"type": "http.request", "body": part, "more_body": bool(coming)}
+
+        async def send(message):
+            sent.append(message)
+
+        await app(scope, receive, send)
+        return sent[0]["status"], dict(sent[0]["headers"]), json.loads(b"".join(message.get("body", b"") for message in sent))
+
+    return asyncio.run(run())
+
+
+def routes(app):
+    return [(route.path, next(iter(route.methods - {"HEAD"}))) for route in app._app.routes if isinstance(route, Route)]
+
+
+WRONG = [[], [(b"authorization", b"Bearer wrong")], [(b"authorization", b"Bearer secre")], [(b"authorization", b"secret")]]
+WRONG += [[(b"x-api-key", b"")], [(b"x-api-key", b"\xff")], [(b"authorization", b"Basic secret")]]
+
+
+@pytest.mark.parametrize("headers", WRONG, ids=str)
+def test_every_route_but_two_needs_a_key(served, headers):
+    app = build_app(served, ["secret", "another"])
+    found = {path: call(app, path, method=method, headers=headers, parts=[BODY])[0] for path, method in routes(app)}
+    assert len(found) >= 8 and CHAT in found
+    assert {path for path, status in found.items() if status != 401} == set(OPEN_ROUTES)
+    assert call(app, "/nothing", headers=headers)[0] == 401
+
+
+@pytest.mark.parametrize("header", [(b"authorization", b"Bearer another"), (b"authorization", b"bearer secret"), (b"x-api-key", b"secret")])
+def test_either_key_lets_in(served, header):
+    app = build_app(served, ["secret", "another"])
+    assert call(app, "/v1/models", headers=[header])[0] == 200
+    assert call(build_app(served, []), "/v1/models")[0] == 200
+
+
+def test_keys_and_salts_share_no_prefixes():
+    scopes = [scope_of(key, salt) for key in (None, "a", "b") for salt in (None, "a", "b")]
+    assert len(set(scopes)) == len(scopes) and scope_of(None, None) == b""
+
+
+def test_before_the_engine_is_ready_requests_are_refused(served):
+    status, headers, answer = call(build_app(served, []), CHAT, method="POST", parts=[BODY])
+    assert (status, answer["error"]["code"], headers[b"retry-after"]) == (503, "not_ready", b"1")
+    assert call(build_app(served, []), "/ready")[0] == 503 and call(build_app(served, []), "/health")[0] == 200
+
+
+def test_long_and_slow_bodies_are_refused(served, monkeypatch):
+    app = build_app(served, [])
+    long = [b"x" * (MOST_BODY_BYTES // 2)] * 3
+    assert call(app, "/tokenize", method="POST", parts=long)[2]["error"]["code"] == "body_too_large"
+    told = [(b"content-length", str(MOST_BODY_BYTES + 1).encode())]
+    assert call(app, "/tokenize", method="POST", headers=told)[0] == 413
+    monkeypatch.setattr(app_module, "BODY_SECONDS", 0.05)
+    assert call(app, "/tokenize", method="POST", parts=[b"{", b"}"], delay=0.1)[0] == 408
+
+
+def test_requests_that_no_route_answers(served):
+    app = build_app(served, [])
+    for path, method, expected in (("/nothing", "GET", 404), (CHAT, "GET", 405), ("/v1/embeddings", "POST", 404)):
+        status, _, answer = call(app, path, method=method)
+        assert status == expected and path in answer["error"]["message"]
+    assert call(app, "/health", headers=[(b"x-%d" % i, b"") for i in range(101)])[0] == 431
+    long = call(app, "/health", headers=[(b"x-request-id", b"a" * 129)])[1][b"x-request-id"]
+    assert long.startswith(b"req-")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "expected"),
+    [
+        ("/tokenize", b'{"prompt": "\\ud800"}', 400),
+        ("/tokenize", b'{"prompt": "a", "messages": []}', 400),
+        ("/tokenize", b"{}", 400),
+        ("/tokenize", b'{"prompt": "a", "model": "other"}', 404),
+        ("/detokenize", b'{"tokens": [-1]}', 400),
+        ("/detokenize", b'{"tokens": [99999999999999999999]}', 400),
+        ("/detokenize", b'{"tokens": [true]}', 400),
+    ],
+)
+def test_texts_and_tokens_that_the_model_does_not_have(served, path, body, expected):
+    status, _, answer = call(build_app(served, []), path, method="POST", parts=[body])
+    assert status == expected, answer
+    assert "\n" not in answer["error"]["message"]

@@ -1,0 +1,109 @@
+"""What is done with every parameter that OpenAI's clients can send, and with bodies that are no requests."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from l4jax.serving import parameters
+from l4jax.serving.api.chat import ChatBody
+from l4jax.serving.api.completions import CompletionBody
+from l4jax.serving.errors import ApiError
+
+# The keyword arguments of openai 3.57's chat.completions.create and completions.create.
+CHAT = set(
+    "messages model audio frequency_penalty function_call functions logit_bias logprobs max_completion_tokens max_tokens metadata "
+    "modalities moderation n parallel_tool_calls prediction presence_penalty prompt_cache_key prompt_cache_options "
+    "prompt_cache_retention reasoning_effort response_format safety_identifier seed service_tier stop store stream stream_options "
+    "temperature tool_choice tools top_logprobs top_p user verbosity web_search_options".split()
+)
+COMPLETIONS = set(
+    "best_of echo frequency_penalty logit_bias logprobs max_tokens model n presence_penalty prompt seed stop stream stream_options suffix "
+    "temperature top_p user".split()
+)
+ROUTES = {"chat": (ChatBody, parameters.CHAT_OTHERS, CHAT), "completions": (CompletionBody, parameters.COMPLETION_OTHERS, COMPLETIONS)}
+PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+MESSAGES = b'"messages": [{"role": "user", "content": "hi"}]'
+
+
+def parsed(raw: bytes, *, ignore_unknown: bool = False):
+    return parameters.parsed(raw, ChatBody, parameters.CHAT_OTHERS, ignore_unknown=ignore_unknown)
+
+
+def refusal(raw: bytes) -> ApiError:
+    with pytest.raises(ApiError) as found:
+        parsed(raw)
+    return found.value
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_every_parameter_has_one_policy(route):
+    kind, others, names = ROUTES[route]
+    honoured = set(kind.__struct_fields__)
+    assert not honoured & set(others)
+    assert names <= honoured | set(others)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_the_docs_have_every_parameter(route):
+    kind, others, _ = ROUTES[route]
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+?) \|", PAGE, re.MULTILINE))
+    for name in kind.__struct_fields__:
+        assert rows[name] == "honoured", name
+    for name, parameter in others.items():
+        assert rows[name] == parameter.policy, name
+
+
+@pytest.mark.parametrize("name", parameters.CHAT_OTHERS)
+def test_parameters_that_are_not_honoured(name):
+    parameter = parameters.CHAT_OTHERS[name]
+    taken = [None, *parameter.values, *(["x", 1, {}] if parameter.policy == "no effect" else [])]
+    for value in taken:
+        parsed(b"{" + MESSAGES + f', "{name}": {parameters._as_json(value)}'.encode() + b"}")
+    if parameter.policy == "refused":
+        error = refusal(b"{" + MESSAGES + f', "{name}": "something"'.encode() + b"}")
+        assert (error.status, error.param, error.code) == (400, name, "unsupported_parameter")
+        assert parameter.why in error.message
+
+
+def test_unknown_parameters_are_refused_or_logged(caplog):
+    raw = b"{" + MESSAGES + b', "best_answer": true}'
+    error = refusal(raw)
+    assert (error.param, error.code) == ("best_answer", "unknown_parameter")
+    assert parsed(raw, ignore_unknown=True).messages
+    assert "best_answer" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        (b"", "not valid JSON"),
+        (b"{", "not valid JSON"),
+        (b"[1]", "JSON array"),
+        (b"null", "JSON null"),
+        (b'{"temperature": NaN}', "not valid JSON"),
+        (b'{"temperature": Infinity}', "not valid JSON"),
+        (b'{"a": ' + b"[" * 100_000, "not valid JSON"),
+        (b'{"messages": "\xff"}', "not valid JSON"),
+        (b"{}", "messages is missing"),
+        (b'{"messages": 3}', "messages is wrong: expected `array` (messages is 3)"),
+        (b"{" + MESSAGES + b', "max_tokens": true}', "max_tokens is wrong: expected `int | null` (max_tokens is True)"),
+        (b"{" + MESSAGES + b', "max_tokens": 1.5}', "expected `int | null` (max_tokens is 1.5)"),
+        (b"{" + MESSAGES + b', "temperature": "hot"}', "temperature is wrong"),
+        (b"{" + MESSAGES + b', "stop": [1]}', "stop[0] is wrong: expected `str`"),
+        (b"{" + MESSAGES + b', "stream_options": {"every": 1}}', "stream_options is wrong: object contains unknown field `every`"),
+    ],
+)
+def test_bodies_that_are_no_requests(raw, expected):
+    error = refusal(raw)
+    assert error.status == 400 and expected in error.message and "\n" not in error.message
+
+
+def test_the_last_of_two_equal_keys_counts():
+    assert parsed(b"{" + MESSAGES + b', "n": 3, "n": 2}').choices == 2
+
+
+def test_huge_numbers_are_read():
+    assert parsed(b"{" + MESSAGES + b', "seed": 99999999999999999999999999}').seed == 99999999999999999999999999

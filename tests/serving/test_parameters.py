@@ -13,16 +13,12 @@ from l4jax.serving.api.completions import CompletionBody
 from l4jax.serving.errors import ApiError
 
 # The keyword arguments of openai 3.57's chat.completions.create and completions.create.
-CHAT = set(
-    "messages model audio frequency_penalty function_call functions logit_bias logprobs max_completion_tokens max_tokens metadata "
-    "modalities moderation n parallel_tool_calls prediction presence_penalty prompt_cache_key prompt_cache_options "
-    "prompt_cache_retention reasoning_effort response_format safety_identifier seed service_tier stop store stream stream_options "
-    "temperature tool_choice tools top_logprobs top_p user verbosity web_search_options".split()
-)
-COMPLETIONS = set(
-    "best_of echo frequency_penalty logit_bias logprobs max_tokens model n presence_penalty prompt seed stop stream stream_options suffix "
-    "temperature top_p user".split()
-)
+CHAT = """messages model audio frequency_penalty function_call functions logit_bias logprobs max_completion_tokens max_tokens metadata
+modalities moderation n parallel_tool_calls prediction presence_penalty prompt_cache_key prompt_cache_options prompt_cache_retention
+reasoning_effort response_format safety_identifier seed service_tier stop store stream stream_options temperature tool_choice tools
+top_logprobs top_p user verbosity web_search_options"""
+COMPLETIONS = """best_of echo frequency_penalty logit_bias logprobs max_tokens model n presence_penalty prompt seed stop stream
+stream_options suffix temperature top_p user"""
 ROUTES = {"chat": (ChatBody, parameters.CHAT_OTHERS, CHAT), "completions": (CompletionBody, parameters.COMPLETION_OTHERS, COMPLETIONS)}
 PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
 MESSAGES = b'"messages": [{"role": "user", "content": "hi"}]'
@@ -43,7 +39,7 @@ def test_every_parameter_has_one_policy(route):
     kind, others, names = ROUTES[route]
     honoured = set(kind.__struct_fields__)
     assert not honoured & set(others)
-    assert names <= honoured | set(others)
+    assert set(re.findall(r"\w+", names)) <= honoured | set(others)
 
 
 @pytest.mark.parametrize("route", ROUTES)

@@ -39,13 +39,13 @@ def model_config(directory: Path, manifest: Mapping[str, Any]) -> ModelConfig:
     """The configuration in a model's manifest. Raises :class:`CheckpointError` for a drafter's, and for one that is damaged."""
     if "drafter" in manifest:
         raise CheckpointError(f"{directory} holds a drafter; expected a model: give the model here, and the drafter as drafter")
-    with damage_to(directory / MANIFEST):
+    with reading_manifest(directory / MANIFEST):
         return config_from_json(manifest["config"])
 
 
 @contextmanager
-def damage_to(manifest: Path) -> Iterator[None]:
-    """Report what only a damaged manifest, or another version's, can lead to."""
+def reading_manifest(manifest: Path) -> Iterator[None]:
+    """Turn the errors that a damaged manifest causes into CheckpointError."""
     try:
         yield
     except (AttributeError, KeyError, TypeError) as error:

@@ -29,7 +29,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from l4jax.checkpoints.manifest import FORMAT_VERSION, MAKE_AGAIN, MANIFEST, damage_to, model_config, read_manifest
+from l4jax.checkpoints.manifest import FORMAT_VERSION, MAKE_AGAIN, MANIFEST, model_config, read_manifest, reading_manifest
 from l4jax.checkpoints.quiet import only_the_error
 from l4jax.checkpoints.source import CheckpointError
 from l4jax.config import DrafterConfig, ModelConfig, config_to_json, drafter_config_from_json
@@ -309,7 +309,7 @@ def open_drafter(path: str | os.PathLike[str]) -> DrafterCheckpoint:
     stored, manifest = _open(path)
     if "drafter" not in manifest:
         raise CheckpointError(f"{stored.directory} holds a model; expected a drafter, as `l4jax train-drafter` makes them")
-    with damage_to(stored.directory / MANIFEST):
+    with reading_manifest(stored.directory / MANIFEST):
         config, speculation = drafter_config_from_json(manifest["drafter"]), dict(manifest["speculation"])
     _check_weights(stored, module_of(config))
     return DrafterCheckpoint(**vars(stored), config=config, speculation=speculation)
@@ -319,7 +319,7 @@ def _open(path: str | os.PathLike[str]) -> tuple[Stored, dict[str, Any]]:
     """Return what all checkpoints have, and the manifest."""
     directory = Path(path)
     manifest = read_manifest(directory)
-    with damage_to(directory / MANIFEST):
+    with reading_manifest(directory / MANIFEST):
         weights = {name: StoredWeight(**{**w, "shape": tuple(w["shape"])}) for name, w in manifest["weights"].items()}
         sizes: dict[str, int] = dict(manifest["weight_files"])
         stored = Stored(directory, manifest["source_format"], weights, tuple(manifest["text_files"]))

@@ -11,7 +11,7 @@ _KEY_VARIABLE = "L4JAX_API_KEY"
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command and its options."""
     parser = subparsers.add_parser(
-        "serve", help="answer HTTP requests, as OpenAI's API", description="Answer HTTP requests with a model, as OpenAI's API does."
+        "serve", help="serve a model over HTTP, with OpenAI's API", description="Serve a model over HTTP, with OpenAI's API."
     )
     parser.add_argument("checkpoint", help="a folder made by l4jax convert")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)")
@@ -34,7 +34,11 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--deterministic", action="store_true", help="give a request the same tokens whatever else runs, at the cost of some speed"
     )
     parser.add_argument(
-        "--max-waiting", type=int, default=256, metavar="REQUESTS", help="further requests are answered with 429 (default: %(default)s)"
+        "--max-waiting",
+        type=int,
+        default=256,
+        metavar="REQUESTS",
+        help="requests that may wait for a slot; further ones get status 429 (default: %(default)s)",
     )
     parser.add_argument(
         "--drain-seconds", type=int, default=60, metavar="SECONDS", help="time for running requests at SIGTERM (default: %(default)s)"
@@ -44,7 +48,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         type=float,
         default=30.0,
         metavar="SECONDS",
-        help="/ready answers 503 when requests wait and no step has ended for so long (default: %(default)s)",
+        help="/ready answers 503 when requests wait and no step has ended for this long (default: %(default)s)",
     )
     parser.add_argument(
         "--generation-config",
@@ -65,9 +69,14 @@ def run(args: argparse.Namespace) -> int:
         value = getattr(args, name)
         if not least <= value <= most:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; expected {least} to {most}")
-    keys = [key for key in os.environ.get(_KEY_VARIABLE, "").split(",") if key] if args.api_key is None else args.api_key
-    if not all(key.isascii() and key.isprintable() and key.strip() == key and key for key in keys):
-        raise ValueError("an API key is empty or has characters that HTTP headers cannot carry; expected printable ASCII characters")
+    keys = args.api_key
+    if keys is None:
+        keys = os.environ[_KEY_VARIABLE].split(",") if _KEY_VARIABLE in os.environ else []
+    if not all(key and key.isascii() and key.isprintable() and key.strip() == key for key in keys):
+        raise ValueError(
+            "an API key is empty, begins or ends with a space, or is not printable ASCII; correct --api-key, or "
+            f"{_KEY_VARIABLE} (keys with commas between them, without spaces)"
+        )
     arguments = {
         **{name: getattr(args, name) for name in ("mesh", "dtype", "drafter", "speculation", "kv_tokens", "deterministic")},
         "max_batch": args.slots,
@@ -80,11 +89,11 @@ def run(args: argparse.Namespace) -> int:
             port=args.port,
             name=args.served_model_name,
             keys=keys,
-            longest=args.max_model_len,
-            most_waiting=args.max_waiting,
+            max_model_len=args.max_model_len,
+            max_waiting=args.max_waiting,
             stalled_seconds=args.stalled_seconds,
             drain_seconds=args.drain_seconds,
             ignore_unknown=args.ignore_unknown_fields,
-            own_sampling=args.generation_config == "auto",
+            use_generation_config=args.generation_config == "auto",
         )
     )

@@ -1,4 +1,4 @@
-"""Requests whose answers another process makes text of."""
+"""Requests of another process, which turns their tokens into text."""
 
 from __future__ import annotations
 
@@ -11,28 +11,29 @@ from l4jax.text.tokenizer import Tokenizer
 
 
 class RelayHandle(Handle):
-    """A request of another process: what it gets is handed on as it comes, and nothing is kept. Stop strings are that process's work.
-
-    ``cached``: tokens of the prompt that were in the prefix cache when its first token came.
-    """
+    """A request of another process. Its tokens are passed on as they come and are not kept; stop strings are left to that process."""
 
     def __init__(self, number: int, request: Request, tokenizer: Tokenizer | None, cancel: Callable[[int], None]) -> None:
         super().__init__(number, request, None, cancel)
-        self.cached: int | None = None
-        self._tokens: list[int] = []
-        self._logprobs: list[TokenLogprob] = []
+        self._new: list[int] = []
+        self._logprobs: list[TokenLogprob] | None = None
+        self._cached: int | None = None
 
-    def new_tokens(self) -> tuple[list[int], list[TokenLogprob]]:
-        """The tokens that came since the last call, and their log-probabilities, if the request asked for them."""
-        new = self._tokens, self._logprobs
-        self._tokens, self._logprobs = [], []
-        return new
+    def news(self) -> tuple[list[int], list[TokenLogprob] | None, int]:
+        """What came since the last call: tokens, and their log-probabilities if the request asked for them.
+
+        The number: how many of the prompt's tokens the prefix cache had when the answer's first token came.
+        """
+        news = self._new, self._logprobs, self._cached or 0
+        self._new, self._logprobs = [], None
+        return news
 
     def _take(self, tokens: tuple[int, ...], output: RowOutput) -> bool:
-        if self.cached is None:
-            self.cached = self._sequence.hit
-        self._tokens += tokens
-        self._logprobs += output.logprobs or ()
+        if tokens and self._cached is None:
+            self._cached = self._sequence.hit
+        self._new += tokens
+        if output.logprobs is not None:
+            self._logprobs = [*(self._logprobs or ()), *output.logprobs]
         return False
 
     def _complete(self) -> None:

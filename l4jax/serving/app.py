@@ -23,23 +23,23 @@ from l4jax.serving.api.chat import Chat, ChatBody
 from l4jax.serving.api.completions import CompletionBody, Completions
 from l4jax.serving.api.served import Served
 from l4jax.serving.api.tokens import DetokenizeBody, TokenizeBody, detokenize, tokenize
-from l4jax.serving.errors import ApiError, not_ready
+from l4jax.serving.errors import ApiError, engine_stopped
 
 LOGGER = logging.getLogger("l4jax.serving")
-MOST_BODY_BYTES = 16 << 20
+MAX_BODY_BYTES = 16 << 20
 BODY_SECONDS = 30.0
 """How long a body may take to arrive."""
 QUIET_SECONDS = 15.0
-"""After so long without a chunk a stream gets a comment: proxies end connections that are silent."""
-MOST_HEADERS = 100
+"""After this long without a chunk a stream gets a comment: proxies end connections that are silent."""
+MAX_HEADERS = 100
 _STREAM_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 OPEN_ROUTES = ("/health", "/ready")
 _INLINE_BYTES = 16 << 10
 """Larger bodies are read and tokenised in a thread, so that other streams go on."""
 
 
-class Answers(Protocol):
-    """A checked request of one of the APIs."""
+class GenerationRequest(Protocol):
+    """A checked request of one of the APIs, which can compute its answer."""
 
     streams: bool
 
@@ -50,7 +50,7 @@ class Answers(Protocol):
         """The answer as chunks; those that came together are one list."""
 
     def close(self) -> None:
-        """End what is still computed for it."""
+        """Cancel what is still being computed for the request."""
 
 
 class Keys:
@@ -59,14 +59,14 @@ class Keys:
     def __init__(self, keys: Sequence[str]) -> None:
         self._keys = [key.encode() for key in keys]
 
-    def found(self, scope: Scope) -> str | None:
+    def key_of(self, scope: Scope) -> str | None:
         """The key of a request; None if none is needed. Raises ApiError for a wrong or missing one."""
         if not self._keys:
             return None
         headers = dict(scope["headers"])
-        kind, _, token = headers.get(b"authorization", b"").partition(b" ")
-        given = token.strip() if kind.lower() == b"bearer" else headers.get(b"x-api-key", b"")
-        # All are compared, so that the time does not tell which one was nearly right.
+        scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
+        given = token.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
+        # All keys are compared, so that the time does not tell which one matched.
         matches = [hmac.compare_digest(given, key) for key in self._keys]
         if not any(matches):
             raise ApiError(
@@ -80,17 +80,17 @@ class Keys:
 
 
 def build_app(served: Served, keys: Sequence[str]) -> ASGIApp:
-    """The application."""
+    """The application: routes, error handlers, and the check of API keys."""
     client = served.client
 
     async def health(request: Request) -> Response:
         if client.is_over:
-            raise ApiError("the engine has stopped, and this server ends", status=503, kind="service_unavailable_error", code="engine_dead")
+            raise engine_stopped()
         return _json({"status": "ok"})
 
     async def ready(request: Request) -> Response:
-        if (why := client.why_not_ready()) is not None:
-            raise not_ready(why)
+        if (error := client.why_not_ready()) is not None:
+            raise error
         return _json({"status": "ready"})
 
     async def version(request: Request) -> Response:
@@ -98,57 +98,57 @@ def build_app(served: Served, keys: Sequence[str]) -> ASGIApp:
 
     async def models(request: Request) -> Response:
         model = {"id": served.name, "object": "model", "created": served.created, "owned_by": "l4jax", "root": served.name}
-        return _json({"object": "list", "data": [{**model, "parent": None, "max_model_len": served.longest}]})
+        return _json({"object": "list", "data": [{**model, "parent": None, "max_model_len": served.max_model_len}]})
 
-    def checked[Body: msgspec.Struct](
-        kind: type[Body], others: Any, made: Callable[[Body, Request, str], Any]
+    def parser[Body: msgspec.Struct](
+        body_type: type[Body], not_honoured: Any, handle: Callable[[Body, Request], Any]
     ) -> Callable[[Request], Coroutine[Any, Any, Any]]:
-        """Read a request's body and make something of it, off the event loop if it is long."""
+        """Returns a function that parses a request's body and passes it to ``handle``; long bodies in a thread."""
 
-        async def act(request: Request) -> Any:
+        async def parse(request: Request) -> Any:
             raw = await _body(request)
 
-            def make() -> Any:
-                body = parameters.parsed(raw, kind, others, ignore_unknown=served.ignore_unknown)
-                return made(body, request, request.scope["l4jax.id"])
+            def parsed() -> Any:
+                return handle(parameters.parsed(raw, body_type, not_honoured, ignore_unknown=served.ignore_unknown), request)
 
-            return await asyncio.to_thread(make) if len(raw) > _INLINE_BYTES else make()
+            return await asyncio.to_thread(parsed) if len(raw) > _INLINE_BYTES else parsed()
 
-        return act
+        return parse
 
-    def answering[Body: msgspec.Struct](kind: type[Body], others: Any, made: Callable[..., Answers]) -> Endpoint:
-        def make(body: Body, request: Request, request_id: str) -> Answers:
-            return made(served, body, key=request.scope["l4jax.key"], request_id=request_id)
+    def generates[Body: msgspec.Struct](body_type: type[Body], not_honoured: Any, api: Callable[..., GenerationRequest]) -> Endpoint:
+        def handle(body: Body, request: Request) -> GenerationRequest:
+            return api(served, body, key=request.scope["l4jax.key"], request_id=request.scope["l4jax.id"])
 
-        parse = checked(kind, others, make)
+        parse = parser(body_type, not_honoured, handle)
 
-        async def act(request: Request) -> Answers:
+        async def check(request: Request) -> GenerationRequest:
             client.check_room(1)
-            answers: Answers = await parse(request)
-            return answers
+            checked: GenerationRequest = await parse(request)
+            return checked
 
-        return Endpoint(act)
+        return Endpoint(check)
 
-    def tokens[Body: msgspec.Struct](kind: type[Body], made: Callable[[Served, Body], dict[str, Any]]) -> Any:
-        parse = checked(kind, {}, lambda body, request, request_id: made(served, body))
+    def converts[Body: msgspec.Struct](body_type: type[Body], api: Callable[[Served, Body], dict[str, Any]]) -> Any:
+        parse = parser(body_type, {}, lambda body, request: api(served, body))
 
-        async def act(request: Request) -> Response:
+        async def convert(request: Request) -> Response:
             return _json(await parse(request))
 
-        return act
+        return convert
 
     routes = [
         Route("/health", health),
         Route("/ready", ready),
         Route("/version", version),
         Route("/v1/models", models),
-        Route("/tokenize", tokens(TokenizeBody, tokenize), methods=["POST"]),
-        Route("/detokenize", tokens(DetokenizeBody, detokenize), methods=["POST"]),
-        Route("/v1/completions", answering(CompletionBody, parameters.COMPLETION_OTHERS, Completions), methods=["POST"]),
-        Route("/v1/chat/completions", answering(ChatBody, parameters.CHAT_OTHERS, Chat), methods=["POST"]),
+        Route("/tokenize", converts(TokenizeBody, tokenize), methods=["POST"]),
+        Route("/detokenize", converts(DetokenizeBody, detokenize), methods=["POST"]),
+        Route("/v1/completions", generates(CompletionBody, parameters.COMPLETION_NOT_HONOURED, Completions), methods=["POST"]),
+        Route("/v1/chat/completions", generates(ChatBody, parameters.CHAT_NOT_HONOURED, Chat), methods=["POST"]),
     ]
     return Guard(
-        Starlette(routes=routes, exception_handlers={404: _no_route, 405: _no_route, ApiError: _refused, Exception: _bug}), Keys(keys)
+        Starlette(routes=routes, exception_handlers={404: _on_no_route, 405: _on_no_route, ApiError: _on_api_error, Exception: _on_bug}),
+        Keys(keys),
     )
 
 
@@ -172,20 +172,20 @@ class Guard:
 
         scope["l4jax.id"], scope["l4jax.key"] = request_id, None
         try:
-            if len(scope["headers"]) > MOST_HEADERS:
-                raise ApiError(f"the request has {len(scope['headers'])} headers; expected at most {MOST_HEADERS}", status=431)
+            if len(scope["headers"]) > MAX_HEADERS:
+                raise ApiError(f"the request has {len(scope['headers'])} headers; expected at most {MAX_HEADERS}; send fewer", status=431)
             if scope["path"] not in OPEN_ROUTES:
-                scope["l4jax.key"] = self._keys.found(scope)
+                scope["l4jax.key"] = self._keys.key_of(scope)
         except ApiError as error:
-            await _refusal(error)(scope, receive, send_with_id)
+            await _error_response(error)(scope, receive, send_with_id)
             return
         await self._app(scope, receive, send_with_id)
 
 
 class Endpoint:
-    """A route that answers as long as the client is there."""
+    """A route that cancels its work when the client disconnects."""
 
-    def __init__(self, check: Callable[[Request], Coroutine[Any, Any, Answers]]) -> None:
+    def __init__(self, check: Callable[[Request], Coroutine[Any, Any, GenerationRequest]]) -> None:
         self._check = check
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -209,11 +209,11 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
-async def _whole(answers: Answers, scope: Scope, receive: Receive, send: Send) -> None:
+async def _whole(answers: GenerationRequest, scope: Scope, receive: Receive, send: Send) -> None:
     await _json(await answers.whole())(scope, receive, send)
 
 
-async def _stream(answers: Answers, send: Send) -> None:
+async def _stream(answers: GenerationRequest, send: Send) -> None:
     """Write server-sent events. Nothing is sent until there is something to say: a request that fails at once gets an error's status."""
     chunks = answers.stream()
     started = False
@@ -255,9 +255,9 @@ def _event(fields: Any) -> bytes:
 
 async def _body(request: Request) -> bytes:
     """A request's body. Raises ApiError for one that is too long, or too slow."""
-    too_long = ApiError(f"the body has more than {MOST_BODY_BYTES} bytes; send less", status=413, code="body_too_large")
+    too_long = ApiError(f"the body has more than {MAX_BODY_BYTES} bytes; send less", status=413, code="body_too_large")
     length = request.headers.get("content-length", "0")
-    if length.isdecimal() and int(length[:20]) > MOST_BODY_BYTES:
+    if length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES:
         raise too_long
     parts, size = [], 0
     try:
@@ -265,7 +265,7 @@ async def _body(request: Request) -> bytes:
             async for part in request.stream():
                 parts.append(part)
                 size += len(part)
-                if size > MOST_BODY_BYTES:
+                if size > MAX_BODY_BYTES:
                     raise too_long
     except TimeoutError:
         raise ApiError(f"the body did not arrive in {BODY_SECONDS:.0f} s; send it faster", status=408, code="body_too_slow") from None
@@ -284,25 +284,26 @@ def _json(fields: Any, status: int = 200) -> Response:
     return Response(msgspec.json.encode(fields), status, media_type="application/json")
 
 
-def _refusal(error: ApiError) -> Response:
+def _error_response(error: ApiError) -> Response:
     return Response(error.body, error.status, error.headers, media_type="application/json")
 
 
-async def _refused(request: Request, error: Exception) -> Response:
+async def _on_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return _refusal(error)
+    return _error_response(error)
 
 
-async def _no_route(request: Request, error: Exception) -> Response:
+async def _on_no_route(request: Request, error: Exception) -> Response:
     status: int = getattr(error, "status_code", 404)
     path = request.url.path[:100]
-    return _refusal(
+    return _error_response(
         ApiError(f"there is no {request.method} {path} here; docs/serving.md lists the routes", status=status, code="not_found")
     )
 
 
-async def _bug(request: Request, error: Exception) -> Response:
-    LOGGER.error("request %s failed", request.scope["l4jax.id"])  # the server logs the error itself
-    return _refusal(
-        ApiError(f"an unexpected error; the server's log has it as {request.scope['l4jax.id']}", status=500, kind="server_error")
+async def _on_bug(request: Request, error: Exception) -> Response:
+    request_id = request.scope["l4jax.id"]
+    LOGGER.error("request %s failed", request_id)  # uvicorn logs the exception
+    return _error_response(
+        ApiError(f"request {request_id} failed by a fault of the server, whose log has it", status=500, kind="server_error")
     )

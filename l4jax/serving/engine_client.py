@@ -1,4 +1,4 @@
-"""The front's side of the engine process: sends it requests and hands each what it got."""
+"""The front's side of the engine process: sends it requests, and gives each what the engine computed for it."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from collections.abc import Callable
 
 from l4jax.request import Request
 from l4jax.serving import errors
+from l4jax.serving.errors import ApiError
 from l4jax.serving.messages import (
     LENGTH_BYTES,
     Add,
     Cancel,
+    LoadFailed,
     Message,
     News,
     Progress,
     Ready,
-    Refused,
     Score,
     Step,
     decode_from_engine,
@@ -49,13 +50,13 @@ class Inbox:
 class EngineClient:
     """Speaks to the engine process over the front's end of their sockets."""
 
-    def __init__(self, channel: socket.socket, *, most_waiting: int, stalled_seconds: float) -> None:
-        """``most_waiting``: how many requests may wait beside those that are computed.
+    def __init__(self, channel: socket.socket, *, max_waiting: int, stalled_seconds: float) -> None:
+        """``max_waiting``: how many requests may wait beside those that are computed.
 
-        ``stalled_seconds``: an engine that has requests and ends no step for longer is not ready: it is stuck, or stopped.
+        ``stalled_seconds``: an engine that has requests and ends no step for longer counts as not ready.
         """
         self._channel = channel
-        self._most_waiting = most_waiting
+        self._max_waiting = max_waiting
         self._stalled_seconds = stalled_seconds
         self._writer: asyncio.StreamWriter | None = None
         self._inboxes: dict[int, Inbox] = {}
@@ -63,7 +64,7 @@ class EngineClient:
         self._heard = time.monotonic()
         self.ready: Ready | None = None
         self.progress = Progress(0, 0)
-        self.refusal: str | None = None
+        self.load_error: str | None = None
         self.is_over = False
         """Whether the engine process has gone."""
 
@@ -91,28 +92,31 @@ class EngineClient:
             self.cancel(number)
             self._inboxes.pop(number).put(News(number, over=True, error=why, error_kind="failed"))
 
-    @property
-    def running(self) -> int:
-        """Requests that have not ended."""
-        return len(self._inboxes)
-
-    def why_not_ready(self) -> str | None:
-        """Why the server should get no requests now; None if it is ready."""
+    def why_not_ready(self) -> ApiError | None:
+        """The error of a server that should get no requests now; None if it is ready."""
         if self.is_over:
-            return "the engine has stopped, and this server ends"
+            return errors.engine_stopped()
         if self.ready is None:
             done = f": {self.progress.ready} of {self.progress.programs} programs" if self.progress.programs else ""
-            return f"the model is being loaded{done}; try again later"
+            return errors.not_ready(f"the model is being loaded{done}; try again later")
         if self._inboxes and (quiet := time.monotonic() - self._heard) > self._stalled_seconds:
-            return f"the engine has requests, and has ended no step for {quiet:.0f} s"
+            return errors.not_ready(f"the engine has requests, and has ended no step for {quiet:.0f} s; try again later")
         return None
 
-    def check_room(self, requests: int) -> None:
-        """Raise ApiError if so many further requests cannot be taken now."""
-        if self.ready is None or self.is_over:
-            raise errors.not_ready(self.why_not_ready() or "the server is not ready")
-        if len(self._inboxes) + requests > self.ready.slots + self._most_waiting:
-            raise errors.too_many(max(0, len(self._inboxes) - self.ready.slots))
+    def check_room(self, answers: int) -> None:
+        """Raise ApiError if there is no room for this many further answers."""
+        ready = self.ready
+        if self.is_over or ready is None:
+            error = self.why_not_ready()
+            assert error is not None
+            raise error
+        most = ready.slots + self._max_waiting
+        if answers > most:
+            raise ApiError(
+                f"{answers} answers are asked for; expected at most {most} of this server; lower n or send fewer prompts", param="n"
+            )
+        if len(self._inboxes) + answers > most:
+            raise errors.queue_full(answers, most - len(self._inboxes))
 
     def add(self, request: Request, inbox: Inbox) -> int:
         """Begin a request whose news go to the inbox; returns its number. See :meth:`check_room`."""
@@ -125,7 +129,7 @@ class EngineClient:
         return self._begin(Score(next(self._numbers), token_ids, top), inbox)
 
     def cancel(self, number: int) -> None:
-        """End a request, unless it has ended. It takes room until the engine says that it has."""
+        """End a request, unless it has ended. It counts against the limit until the engine confirms its end."""
         if number in self._inboxes:
             self._send(Cancel(number))
 
@@ -147,8 +151,8 @@ class EngineClient:
                 self.progress = message
             case Ready():
                 self.ready = message
-            case Refused():
-                self.refusal = message.why
+            case LoadFailed():
+                self.load_error = message.why
             case Step():
                 for news in message.news:
                     inbox = self._inboxes.get(news.number)

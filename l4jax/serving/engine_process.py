@@ -12,16 +12,15 @@ import traceback
 
 from l4jax.decoding.params import SamplingParams
 from l4jax.engine.engine import Engine
-from l4jax.engine.handle import Handle
 from l4jax.engine.relay import RelayHandle
 from l4jax.engine.scores import ScoresHandle
 from l4jax.loading import load
 from l4jax.request import Request
-from l4jax.serving.messages import Add, Cancel, Load, Message, News, Progress, Ready, Refused, Score, Step, ToEngine, frame, receive
+from l4jax.serving.messages import Add, Cancel, Load, LoadFailed, Message, News, Progress, Ready, Score, Step, ToEngine, frame, receive
 
 
 def main() -> None:
-    """Serve the front at the other end of the socket whose number is the only argument, until it has gone."""
+    """Compute for the front until it has gone. The only argument is the file descriptor of the socket to it."""
     # The front ends this process by closing the socket; a terminal, or Slurm, sends its signals to both.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -31,11 +30,11 @@ def main() -> None:
     first = calls.get()
     assert isinstance(first, Load)
     try:
-        engine, longest = _prepared(first, channel)
+        engine, max_model_len = _prepared(first, channel)
     except (ValueError, OSError) as error:
-        channel.sendall(frame(Refused(" ".join(str(error).split()))))
+        channel.sendall(frame(LoadFailed(" ".join(str(error).split()))))
         return
-    channel.sendall(frame(Ready(longest, engine.options.slots * engine.options.data_ranks)))
+    channel.sendall(frame(Ready(max_model_len, engine.options.slots * engine.options.data_ranks)))
     _Relay(engine, channel, calls).run()
 
 
@@ -50,15 +49,15 @@ def _prepared(asked: Load, channel: socket.socket) -> tuple[Engine, int]:
     """The engine with all its programs, and the most tokens that a request may have."""
     llm = load(asked.checkpoint, **asked.arguments)
     engine, context = llm.engine, llm.config.max_position_embeddings
-    longest = min(context, engine.kv_tokens) if asked.longest is None else asked.longest
-    if longest > engine.kv_tokens:
+    max_model_len = min(context, engine.kv_tokens) if asked.max_model_len is None else asked.max_model_len
+    if max_model_len > engine.kv_tokens:
         raise ValueError(
-            f"--max-model-len is {longest}, and the KV cache holds {engine.kv_tokens} tokens of one request; lower --max-model-len or "
-            "raise --kv-tokens"
+            f"--max-model-len is {max_model_len}, and the KV cache holds {engine.kv_tokens} tokens of one request; lower --max-model-len "
+            "or raise --kv-tokens"
         )
-    for ready, programs in engine.warm_up(longest):
+    for ready, programs in engine.warm_up(max_model_len):
         channel.sendall(frame(Progress(ready, programs)))
-    return engine, longest
+    return engine, max_model_len
 
 
 class _Relay:
@@ -68,7 +67,7 @@ class _Relay:
         self._engine = engine
         self._channel = channel
         self._calls = calls
-        self._handles: dict[int, Handle] = {}
+        self._handles: dict[int, RelayHandle | ScoresHandle] = {}
         self._news: list[News] = []
 
     def run(self) -> None:
@@ -83,7 +82,7 @@ class _Relay:
                 traceback.print_exc()
                 idle = False
             self._gather()
-            # Also without news: the front sees by it that steps end.
+            # Sent without news too, so that the front knows that the engine is not stuck.
             if self._news or not idle:
                 self._send(Step(self._news))
                 self._news = []
@@ -122,15 +121,15 @@ class _Relay:
     def _gather(self) -> None:
         """Collect what each request got."""
         for number, handle in list(self._handles.items()):
-            over = handle.over
-            tokens, logprobs = handle.new_tokens() if isinstance(handle, RelayHandle) else ([], [])
-            if isinstance(handle, ScoresHandle) and over and handle.error is None:
-                logprobs = handle.logprobs
-            if over:
+            if isinstance(handle, RelayHandle):
+                tokens, logprobs, cached = handle.news()
+            else:
+                tokens, cached = [], 0
+                logprobs = handle.logprobs if handle.over and handle.error is None else None
+            if handle.over:
                 del self._handles[number]
-            if tokens or over:
-                cached = handle.cached or 0 if isinstance(handle, RelayHandle) else 0
-                self._news.append(News(number, tokens, logprobs or None, cached, over, *_described(handle.error)))
+            if tokens or handle.over:
+                self._news.append(News(number, tokens, logprobs, cached, handle.over, *_described(handle.error)))
 
 
 def _described(error: Exception | None) -> tuple[str | None, str | None]:

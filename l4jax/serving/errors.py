@@ -11,7 +11,7 @@ SOON = "1"
 
 
 class ApiError(Exception):
-    """A request that is answered with an error. ``param``: the parameter at fault; ``code``: OpenAI's word for the fault, if it has one."""
+    """A request that is answered with an error. ``param``: the parameter at fault; ``code``: a word for programs."""
 
     def __init__(
         self,
@@ -29,7 +29,7 @@ class ApiError(Exception):
 
     @property
     def fields(self) -> dict[str, object]:
-        """The error as an object of a stream or a response."""
+        """The error as an object."""
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
     @property
@@ -43,10 +43,15 @@ def not_ready(why: str) -> ApiError:
     return ApiError(why, status=503, kind="service_unavailable_error", code="not_ready", headers={"retry-after": SOON})
 
 
-def too_many(waiting: int) -> ApiError:
-    """The queue is full."""
+def engine_stopped() -> ApiError:
+    """The engine process has gone."""
+    return ApiError("the engine has stopped, and this server ends", status=503, kind="service_unavailable_error", code="engine_stopped")
+
+
+def queue_full(answers: int, room: int) -> ApiError:
+    """There is no room for further answers now."""
     return ApiError(
-        f"{waiting} requests wait already, which is as many as this server lets wait; try again later",
+        f"this request asks for {answers} answers, and there is room for {room} now; try again later",
         status=429,
         kind="rate_limit_error",
         code="queue_full",
@@ -62,7 +67,8 @@ def failed(why: str) -> ApiError:
 def not_finite(request_id: str) -> ApiError:
     """The model's logits were NaN or infinite. Made again, the request would end in the same way."""
     return ApiError(
-        f"the model's logits are not finite, so request {request_id} has no answer; its weights or their dtype are at fault",
+        f"request {request_id} has no answer: the model's logits are not finite, because its values overflow or its weights are damaged; "
+        "the operator can serve it with --dtype float32, or check it with `l4jax show --verify`",
         status=500,
         kind="server_error",
         code="logits_not_finite",

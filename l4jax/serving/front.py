@@ -22,6 +22,7 @@ import uvloop
 from l4jax.bar import bar_if
 from l4jax.checkpoints.manifest import model_config, read_manifest
 from l4jax.config import ModelConfig
+from l4jax.decoding.params import SamplingParams
 from l4jax.files import read_json_if_there
 from l4jax.serving.api.served import Defaults, Served
 from l4jax.serving.app import build_app
@@ -30,13 +31,13 @@ from l4jax.serving.messages import Load
 from l4jax.text.load import Text, load_text
 
 _KEEP_ALIVE_SECONDS = 75
-_LAST_WORDS_SECONDS = 5
+_CLOSE_SECONDS = 5
 """How long clients have to read the error that ends their requests."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ServeOptions:
-    """How to serve. ``arguments``: those of ``l4jax.load``; ``longest``: the most tokens of prompt and answer; None for what fits."""
+    """How to serve. ``arguments``: those of ``l4jax.load``; ``max_model_len``: the most tokens of prompt and answer; None for what fits."""
 
     checkpoint: str
     arguments: Mapping[str, Any]
@@ -44,52 +45,63 @@ class ServeOptions:
     port: int
     name: str | None
     keys: Sequence[str]
-    longest: int | None
-    most_waiting: int
+    max_model_len: int | None
+    max_waiting: int
     stalled_seconds: float
     drain_seconds: int
     ignore_unknown: bool
-    own_sampling: bool
+    use_generation_config: bool
     """Whether the checkpoint's ``generation_config.json`` gives the default temperature and top_p."""
 
 
 def serve(options: ServeOptions) -> int:
     """Serve until a signal or the engine's end; returns the exit status.
 
-    Raises ValueError or OSError, before any weight is read, for a checkpoint without a tokenizer, options that contradict each other, or
-    an address that is in use.
+    Raises ValueError or OSError if the checkpoint cannot be served, options contradict each other, or the address is in use; nearly always
+    before any weight is read.
     """
     directory = Path(options.checkpoint)
     config = model_config(directory, read_manifest(directory))
     text = load_text(directory, config)
     if text.tokenizer is None:
         raise ValueError(f"{text.no_tokenizer}, and a server's requests are text; convert the model with its tokenizer")
-    _check_longest(options, config)
+    _check_max_model_len(options, config)
     listening = _listen(options.host, options.port)
-    own, engines = socket.socketpair()
-    program = [sys.executable, "-m", "l4jax.serving.engine_process", str(engines.fileno())]
-    with listening, own, subprocess.Popen(program, pass_fds=[engines.fileno()]) as child:
-        engines.close()
+    front_end, engine_end = socket.socketpair()
+    program = [sys.executable, "-m", "l4jax.serving.engine_process", str(engine_end.fileno())]
+    with listening, front_end, subprocess.Popen(program, pass_fds=[engine_end.fileno()]) as child:
+        engine_end.close()
         try:
-            status = uvloop.run(_Front(options, config, text, own).run(listening))
+            status = uvloop.run(_Front(options, config, text, front_end).run(listening))
         finally:
-            own.close()  # which ends the engine process
+            front_end.close()  # which ends the engine process
             try:
-                child.wait(_LAST_WORDS_SECONDS)
+                child.wait(_CLOSE_SECONDS)
             except subprocess.TimeoutExpired:
                 child.kill()
     return status
 
 
-def _check_longest(options: ServeOptions, config: ModelConfig) -> None:
-    longest, context, held = options.longest, config.max_position_embeddings, options.arguments.get("kv_tokens")
-    if longest is not None and not 2 <= longest <= context:
-        raise ValueError(f"--max-model-len is {longest}; expected 2 to {context}, the model's context")
-    if longest is not None and held is not None and held < longest:
+def _check_max_model_len(options: ServeOptions, config: ModelConfig) -> None:
+    max_model_len, context, held = options.max_model_len, config.max_position_embeddings, options.arguments.get("kv_tokens")
+    if max_model_len is not None and not 2 <= max_model_len <= context:
+        raise ValueError(f"--max-model-len is {max_model_len}; expected 2 to {context}, the model's context")
+    if max_model_len is not None and held is not None and held < max_model_len:
         raise ValueError(
-            f"--kv-tokens is {held} and --max-model-len is {longest}: the cache cannot hold one request of that length; raise --kv-tokens "
-            "or lower --max-model-len"
+            f"--kv-tokens is {held} and --max-model-len is {max_model_len}: the cache cannot hold one request of that length; raise "
+            "--kv-tokens or lower --max-model-len"
         )
+
+
+def _defaults(path: Path) -> Defaults:
+    """The settings in a checkpoint's ``generation_config.json``, if it has one."""
+    given = read_json_if_there(path)
+    settings = {field.name: given[field.name] for field in dataclasses.fields(Defaults) if given.get(field.name) is not None}
+    try:
+        params = SamplingParams(**settings)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; correct the file, or start with --generation-config none") from error
+    return Defaults(params.temperature, params.top_p)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -106,10 +118,9 @@ class _Front:
 
     def __init__(self, options: ServeOptions, config: ModelConfig, text: Text, channel: socket.socket) -> None:
         self._options = options
-        self._client = EngineClient(channel, most_waiting=options.most_waiting, stalled_seconds=options.stalled_seconds)
+        self._client = EngineClient(channel, max_waiting=options.max_waiting, stalled_seconds=options.stalled_seconds)
         directory = Path(options.checkpoint)
-        found = read_json_if_there(directory / "generation_config.json") if options.own_sampling else {}
-        defaults = Defaults(**{field.name: float(found.get(field.name, 1.0)) for field in dataclasses.fields(Defaults)})
+        defaults = _defaults(directory / "generation_config.json") if options.use_generation_config else Defaults()
         name = options.name or directory.resolve().name
         self._served = Served(name, config, text, defaults, self._client, int(time.time()), options.ignore_unknown)
 
@@ -127,13 +138,13 @@ class _Front:
                 server_header=False,
                 proxy_headers=False,
                 timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-                timeout_graceful_shutdown=options.drain_seconds + _LAST_WORDS_SECONDS,
+                timeout_graceful_shutdown=options.drain_seconds + _CLOSE_SECONDS,
             )
         )
         # What is there now stays: looking for garbage in it would stop all streams for a moment.
         gc.freeze()
         with bar_if(sys.stderr.isatty()) as show:
-            load = Load(options.checkpoint, dict(options.arguments), options.longest)
+            load = Load(options.checkpoint, dict(options.arguments), options.max_model_len)
             engine = asyncio.create_task(client.run(load, lambda: self._show(listening, show)))
             serving = asyncio.create_task(server.serve([listening]))
             stopping = asyncio.create_task(server.stopping.wait())
@@ -146,15 +157,19 @@ class _Front:
             return 0
         stopping.cancel()
         await engine
-        if client.refusal is not None:
+        if client.load_error is not None:
             server.force_exit = True
         else:
-            print("l4jax: error: the engine process has ended; its own messages are above", file=sys.stderr, flush=True)
-        server.config.timeout_graceful_shutdown = _LAST_WORDS_SECONDS
+            print(
+                "l4jax: error: the engine process has ended; its own messages are above; start the server again",
+                file=sys.stderr,
+                flush=True,
+            )
+        server.config.timeout_graceful_shutdown = _CLOSE_SECONDS
         server.should_exit = True
         await serving
-        if client.refusal is not None:
-            raise ValueError(client.refusal)
+        if client.load_error is not None:
+            raise ValueError(client.load_error)
         return 1
 
     def _show(self, listening: socket.socket, show: Callable[[str, int, int], None]) -> None:
@@ -166,12 +181,12 @@ class _Front:
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         body = '{"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32}'
         key = " -H 'Authorization: Bearer KEY'" if self._options.keys else ""
-        print(f"{self._served.name} at {address}/v1, up to {self._served.longest:,} tokens a request. Try:", flush=True)
+        print(f"{self._served.name} at {address}/v1, up to {self._served.max_model_len:,} tokens a request. Try:", flush=True)
         print(f"curl {address}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'", flush=True)
 
 
 class _Server(uvicorn.Server):
-    """Ends with the status that we return: uvicorn's own would raise the signal again after it has drained."""
+    """Handles signals itself: uvicorn raises them again after draining, and the exit status would be the signal's."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)

@@ -17,9 +17,9 @@ from l4jax.text.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """What came for one answer: ``choice`` counts the answers from 0. ``finish_reason`` is set in an answer's last piece only."""
+    """What came for one answer: ``index`` counts the answers from 0. ``finish_reason`` is set in an answer's last piece only."""
 
-    choice: int
+    index: int
     text: str
     token_ids: Sequence[int]
     logprobs: Sequence[TokenLogprob] | None
@@ -36,24 +36,25 @@ class Usage:
 
 
 class Generation:
-    """The answers to ``prompts`` requests with ``n`` answers each, in the order of the prompts."""
+    """The answers to one HTTP request."""
 
     def __init__(self, client: EngineClient, tokenizer: Tokenizer, requests: Sequence[Request], *, n: int, request_id: str) -> None:
+        """``requests``: one for each answer; the first ``n`` are those to the first prompt."""
         self.requests = requests
         self._client = client
         self._n = n
         self._request_id = request_id
         self._answers = [Answer(tokenizer, request) for request in requests]
         self._cached = [0] * len(requests)
-        self._choices: dict[int, int] = {}  # of those that have not ended, by the engine's numbers
+        self._index_of: dict[int, int] = {}  # of each answer that has not ended, by the engine's number of it
 
     @property
     def usage(self) -> Usage:
         """The counts so far."""
-        prompts = range(0, len(self.requests), self._n)
+        first_of_each_prompt = range(0, len(self.requests), self._n)
         return Usage(
-            prompt=sum(len(self.requests[choice].token_ids) for choice in prompts),
-            cached=sum(self._cached[choice] for choice in prompts),
+            prompt=sum(len(self.requests[index].token_ids) for index in first_of_each_prompt),
+            cached=sum(self._cached[index] for index in first_of_each_prompt),
             output=sum(len(answer.token_ids) for answer in self._answers),
         )
 
@@ -61,37 +62,37 @@ class Generation:
         """Begin all answers, and return what comes for them; :meth:`close` ends them. Raises :class:`ApiError` if one fails."""
         self._client.check_room(len(self.requests))
         began, inbox = time.perf_counter(), Inbox()
-        self._choices = {self._client.add(request, inbox): choice for choice, request in enumerate(self.requests)}
-        while self._choices:
-            found = [self._take(news, time.perf_counter() - began) for news in await inbox.take()]
-            pieces = [piece for piece in found if piece is not None]
+        self._index_of = {self._client.add(request, inbox): index for index, request in enumerate(self.requests)}
+        while self._index_of:
+            came = [self._take(news, time.perf_counter() - began) for news in await inbox.take()]
+            pieces = [piece for piece in came if piece is not None]
             if pieces:
                 yield pieces
 
     def close(self) -> None:
-        """End the answers that have not ended."""
-        for number in self._choices:
+        """Cancel the answers that have not ended."""
+        for number in self._index_of:
             self._client.cancel(number)
-        self._choices.clear()
+        self._index_of.clear()
 
     def _take(self, news: News, elapsed: float) -> Piece | None:
-        choice = self._choices.get(news.number)
-        if choice is None:
+        index = self._index_of.get(news.number)
+        if index is None:
             return None  # a stop string has ended it
         if news.error is not None:
-            del self._choices[news.number]
+            del self._index_of[news.number]
             raise error_of(news, self._request_id)
-        answer = self._answers[choice]
+        answer = self._answers[index]
         before = len(answer.token_ids)
-        self._cached[choice] = max(self._cached[choice], news.cached)
+        self._cached[index] = max(self._cached[index], news.cached)
         text = answer.extend(NewTokens(news.token_ids, news.logprobs), news.over, elapsed)
         over = news.over or answer.stopped
         if over:
-            del self._choices[news.number]
+            del self._index_of[news.number]
             self._client.cancel(news.number)
         new = answer.token_ids[before:]
         logprobs = None if news.logprobs is None else news.logprobs[: len(new)]
-        return Piece(choice, text, new, logprobs, answer.completion().finish_reason if over else None)
+        return Piece(index, text, new, logprobs, answer.completion().finish_reason if over else None)
 
 
 async def scores(client: EngineClient, prompts: Sequence[list[int]], top: int, request_id: str) -> list[list[TokenLogprob]]:

@@ -16,11 +16,11 @@ class Message(msgspec.Struct, tag=True, array_like=True, frozen=True):
 
 
 class Load(Message, frozen=True):
-    """To the engine, first: load this checkpoint with these arguments of ``l4jax.load``, and prepare for ``longest`` tokens a request."""
+    """To the engine, first: load a checkpoint with these arguments of ``l4jax.load``, for requests of up to ``max_model_len`` tokens."""
 
     checkpoint: str
     arguments: dict[str, Any]
-    longest: int | None
+    max_model_len: int | None
 
 
 class Add(Message, frozen=True):
@@ -49,20 +49,20 @@ class Cancel(Message, frozen=True):
 
 
 class Progress(Message, frozen=True):
-    """From the engine: so many programs are ready."""
+    """From the engine: ``ready`` of ``programs`` programs are ready."""
 
     ready: int
     programs: int
 
 
 class Ready(Message, frozen=True):
-    """From the engine: all programs are ready. A request may have ``longest`` tokens; ``slots`` requests are computed at a time."""
+    """From the engine: all programs are ready. A request may have ``max_model_len`` tokens; ``slots`` requests are computed at a time."""
 
-    longest: int
+    max_model_len: int
     slots: int
 
 
-class Refused(Message, frozen=True):
+class LoadFailed(Message, frozen=True):
     """From the engine, last: it cannot load what it was asked to; one line says why."""
 
     why: str
@@ -91,10 +91,10 @@ class Step(Message, frozen=True):
 
 
 ToEngine = Load | Add | Score | Cancel
-FromEngine = Progress | Ready | Refused | Step
+FromEngine = Progress | Ready | LoadFailed | Step
 
 LENGTH_BYTES = 4
-"""A frame is the length of a message in this many bytes, the largest first, then the message."""
+"""A frame is the message's length, in this many bytes (big-endian), and then the message."""
 
 
 def frame(message: Message) -> bytes:
@@ -116,13 +116,13 @@ def receive(channel: socket.socket) -> ToEngine | None:
 
 
 def _read(channel: socket.socket, size: int) -> bytearray | None:
-    found, view_start = bytearray(size), 0
-    while view_start < size:
+    buffer, filled = bytearray(size), 0
+    while filled < size:
         try:
-            count = channel.recv_into(memoryview(found)[view_start:])
+            count = channel.recv_into(memoryview(buffer)[filled:])
         except ConnectionError:
             return None
         if count == 0:
             return None
-        view_start += count
-    return found
+        filled += count
+    return buffer

@@ -1,4 +1,4 @@
-"""What the server does with every parameter that clients may send."""
+"""What the server does with parameters that it does not honour, and with bodies that are no requests."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import msgspec
 from l4jax.serving.errors import ApiError
 from sharding.kinds import shown
 
-Policy = Literal["honoured", "no effect", "refused"]
+Policy = Literal["no effect", "refused"]
 LOGGER = logging.getLogger("l4jax.serving")
 
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """One parameter. ``values``: of a refused one, those that are taken all the same, beside null. ``why``: for docs and errors."""
+    """One parameter. ``values``: those of a refused parameter that are accepted, as null always is. ``why``: for docs and errors."""
 
     policy: Policy
     why: str
@@ -46,7 +46,7 @@ _LABELS = {
     "store": _refused("nothing is stored", False),
 }
 
-CHAT_OTHERS: Mapping[str, Parameter] = {
+CHAT_NOT_HONOURED: Mapping[str, Parameter] = {
     **_LABELS,
     "audio": _refused("there is no audio"),
     "modalities": _refused("answers are text", ["text"]),
@@ -59,22 +59,22 @@ CHAT_OTHERS: Mapping[str, Parameter] = {
     "tool_choice": _refused("tools are not supported yet", "none", "auto"),
     "parallel_tool_calls": _no_effect("there are no tool calls"),
     "response_format": _refused("structured output is not supported yet", {"type": "text"}),
-    "reasoning_effort": _refused("the models do not reason apart", "none"),
-    "verbosity": _refused("the models do not know it"),
+    "reasoning_effort": _refused("the models have no separate reasoning", "none"),
+    "verbosity": _refused("the models have no setting for it"),
     "min_tokens": _refused("it is not supported yet", 0),
 }
 """Parameters of /v1/chat/completions that are not honoured."""
 
-COMPLETION_OTHERS: Mapping[str, Parameter] = {
+COMPLETION_NOT_HONOURED: Mapping[str, Parameter] = {
     **_LABELS,
     "suffix": _refused("the models do not fill in the middle", ""),
-    "best_of": _refused("answers are not ranked; ask for n", 1),
+    "best_of": _refused("answers are not ranked (ask for n)", 1),
     "min_tokens": _refused("it is not supported yet", 0),
 }
 """Parameters of /v1/completions that are not honoured."""
 
 
-def parsed[Body: msgspec.Struct](raw: bytes, kind: type[Body], others: Mapping[str, Parameter], *, ignore_unknown: bool) -> Body:
+def parsed[Body: msgspec.Struct](raw: bytes, kind: type[Body], not_honoured: Mapping[str, Parameter], *, ignore_unknown: bool) -> Body:
     """Read a request's JSON body. Raises :class:`ApiError`, which names the parameter, for one that is wrong, refused or unknown."""
     try:
         given = msgspec.json.decode(raw)
@@ -85,14 +85,14 @@ def parsed[Body: msgspec.Struct](raw: bytes, kind: type[Body], others: Mapping[s
     honoured = _field_names(kind)
     for name in [name for name in given if name not in honoured]:
         value = given.pop(name)
-        parameter = others.get(name)
+        parameter = not_honoured.get(name)
         if parameter is None:
             if not ignore_unknown:
                 raise ApiError(f"{shown(name)} is not a parameter of this route; leave it out", param=name[:64], code="unknown_parameter")
             LOGGER.warning("an unknown parameter is ignored: %s", shown(name))
         elif parameter.policy == "refused" and value is not None and not _among(value, parameter.values):
             expected = "; leave it out" if not parameter.values else f"; expected {' or '.join(map(_as_json, parameter.values))}"
-            raise ApiError(f"{name} is {shown(value)}, and {parameter.why}{expected}", param=name, code="unsupported_parameter")
+            raise ApiError(f"{name} is {_short(value)}, and {parameter.why}{expected}", param=name, code="unsupported_parameter")
     try:
         return msgspec.convert(given, kind)
     except msgspec.ValidationError as error:
@@ -114,15 +114,34 @@ _JSON_NAMES: Mapping[type, str] = {list: "array", str: "string", int: "number", 
 
 def _wrong(given: Mapping[str, Any], message: str) -> ApiError:
     """The error for a value of the wrong kind, or out of range."""
-    found = re.fullmatch(r"(.*?)(?:, got `[^`]*`)?(?: - at `\$\.?(.*)`)?", message, re.DOTALL)
-    expected, path = (found[1], found[2] or "") if found else (message, "")
+    match = re.fullmatch(r"(.*?)(?:, got `[^`]*`)?(?: - at `\$\.?(.*)`)?", message, re.DOTALL)
+    expected, path = (match[1], match[2] or "") if match else (message, "")
     if missing := re.fullmatch(r"Object missing required field `(.*)`", expected):
         name = f"{path}.{missing[1]}" if path else missing[1]
         return ApiError(f"{name} is missing; it is required", param=name, code="missing_required_parameter")
     name = re.match(r"\w*", path)
     top = name[0] if name else ""
-    value = f" ({top} is {shown(given[top])})" if top in given else ""
+    value = f" ({top} is {_short(given[top])})" if top in given else ""
+    for name, word in _JSON_WORDS:
+        expected = re.sub(name, word, expected)
     return ApiError(f"{path or 'the body'} is wrong: {_lowered(expected)}{value}", param=path or None, code="invalid_value")
+
+
+_JSON_WORDS = (
+    ("`", ""),
+    (r"\bint\b", "integer"),
+    (r"\bstr\b", "string"),
+    (r"\bfloat\b", "number"),
+    (r"\bbool\b", "boolean"),
+    (r" \| ", " or "),
+)
+"""msgspec's names of kinds, and JSON's."""
+
+
+def _short(value: object) -> str:
+    """A value as JSON, cut short."""
+    text = _as_json(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _lowered(text: str) -> str:

@@ -18,7 +18,7 @@ from tests import tiny
 from tests.text import small
 
 SLOTS = 3
-CONTEXT = 256
+CONTEXT = 640
 OPTIONS = ("--slots", str(SLOTS), "--deterministic", "--port", "0", "--served-model-name", "tiny")
 
 
@@ -57,21 +57,21 @@ class Server:
             return response.status, json.loads(response.read())
 
     def stream(self, path: str, body: dict[str, Any]) -> list[Any]:
-        """The items of a stream; the last is "[DONE]", or an error."""
+        """The events of a stream; the last is "[DONE]", or an error."""
         connection, response = self.open("POST", path, {**body, "stream": True})
         with contextlib.closing(connection):
             assert response.status == 200, response.read()
             return events(response.read().decode())
 
     @property
-    def engine(self) -> int:
-        """The engine process's number."""
+    def engine_pid(self) -> int:
+        """The engine's process id."""
         (child,) = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True, check=True).stdout.split()
         return int(child)
 
 
 def events(text: str) -> list[Any]:
-    """The items of a stream's text."""
+    """The events in a stream's text."""
     found = [line.removeprefix("data: ") for line in text.split("\n\n") if line.startswith("data: ")]
     return [item if item == "[DONE]" else json.loads(item) for item in found]
 
@@ -98,8 +98,3 @@ def running(checkpoint: Path, *options: str) -> Iterator[Server]:
     finally:
         process.kill()
         process.communicate()
-
-
-def ended(process: subprocess.Popen[str], seconds: float = 30) -> int:
-    """The exit status of a process that is about to end."""
-    return process.wait(seconds)

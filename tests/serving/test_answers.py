@@ -9,6 +9,7 @@ import time
 import pytest
 
 from l4jax import SamplingParams
+from tests.serving.running import CONTEXT
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MESSAGES = [{"role": "user", "content": "the quick brown dog"}]
@@ -94,30 +95,30 @@ def test_a_stop_string_ends_an_answer_and_is_left_out(server):
 
 def test_left_out_max_tokens_fill_the_context(server):
     _, answer = server.answer(CHAT, {"messages": MESSAGES, "ignore_eos": True})
-    assert answer["usage"]["total_tokens"] == 256
+    assert answer["usage"]["total_tokens"] == CONTEXT
     assert answer["choices"][0]["finish_reason"] == "length"
 
 
 def test_a_repeated_prompt_is_cached_within_its_salt_only(server):
-    prompt = {"prompt": "the quick brown fox jumps over the lazy dog " * 12, "max_tokens": 1, "cache_salt": "one"}
+    prompt = {"prompt": [token % 200 + 50 for token in range(600)], "max_tokens": 1, "cache_salt": "one"}
     cached = [
         server.answer(COMPLETIONS, {**prompt, **other})[1]["usage"]["prompt_tokens_details"]["cached_tokens"]
         for other in ({}, {}, {"cache_salt": "two"})
     ]
-    assert cached[0] == cached[2] == 0
+    assert cached[0] == cached[2] == 0 and cached[1] == 512  # a prefill piece
 
 
 def test_text_becomes_tokens_and_back(server, llm):
     status, found = server.answer("/tokenize", {"prompt": "naïve café", "return_token_strs": True})
     assert status == 200 and found["count"] == len(found["tokens"]) == len(found["token_strs"])
-    assert found["tokens"] == llm.tokenizer.encode("naïve café") and found["max_model_len"] == 256
+    assert found["tokens"] == llm.tokenizer.encode("naïve café") and found["max_model_len"] == CONTEXT
     assert server.answer("/detokenize", {"tokens": found["tokens"]}) == (200, {"prompt": "naïve café"})
     _, chat = server.answer("/tokenize", {"messages": MESSAGES})
     assert chat["tokens"] == llm.chat_format.encode(MESSAGES)
 
 
 def test_what_a_client_leaves_is_not_computed(server):
-    """Clients that go away free their slots: others are answered while theirs would still run."""
+    """Clients that go away free their slots: not_honoured are answered while theirs would still run."""
     long = {"messages": MESSAGES, "ignore_eos": True, "stream": True}
     for streams in (True, False):
         for _ in range(20):
@@ -130,7 +131,7 @@ def test_what_a_client_leaves_is_not_computed(server):
     assert status == 200 and time.monotonic() - began < 30
 
 
-def test_streams_run_together(server):
+def test_requests_that_run_together_are_answered_as_alone(server):
     """More clients than slots: all are answered, each as it would be alone."""
     body = {"messages": MESSAGES, "max_tokens": 30, "temperature": 1.0}
     expected = [server.answer(CHAT, {**body, "seed": seed})[1]["choices"] for seed in range(8)]
@@ -149,7 +150,7 @@ def test_streams_run_together(server):
 
 def test_the_model_is_listed(server):
     status, found = server.answer("/v1/models")
-    assert status == 200 and [(model["id"], model["max_model_len"]) for model in found["data"]] == [("tiny", 256)]
+    assert status == 200 and [(model["id"], model["max_model_len"]) for model in found["data"]] == [("tiny", CONTEXT)]
     assert server.answer("/health")[0] == server.answer("/ready")[0] == server.answer("/version")[0] == 200
 
 

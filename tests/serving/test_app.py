@@ -12,7 +12,7 @@ from starlette.routing import Route
 from l4jax.config import ModelConfig
 from l4jax.serving import app as app_module
 from l4jax.serving.api.served import Defaults, Served, scope_of
-from l4jax.serving.app import MOST_BODY_BYTES, OPEN_ROUTES, build_app
+from l4jax.serving.app import MAX_BODY_BYTES, OPEN_ROUTES, build_app
 from l4jax.serving.engine_client import EngineClient
 from l4jax.text.hf_tokenizer import load_hf_tokenizer
 from l4jax.text.load import Text
@@ -28,7 +28,7 @@ def served(tmp_path_factory):
     tokenizer = load_hf_tokenizer(small.write(tmp_path_factory.mktemp("tokenizer")))
     config: ModelConfig = tiny.llama3_like(vocab_size=tokenizer.vocab_size)
     one, other = socket.socketpair()
-    client = EngineClient(one, most_waiting=4, stalled_seconds=30)
+    client = EngineClient(one, max_waiting=4, stalled_seconds=30)
     with one, other:
         yield Served("tiny", config, Text(tokenizer, None), Defaults(), client, 0, False)
 
@@ -92,9 +92,9 @@ def test_before_the_engine_is_ready_requests_are_refused(served):
 
 def test_long_and_slow_bodies_are_refused(served, monkeypatch):
     app = build_app(served, [])
-    long = [b"x" * (MOST_BODY_BYTES // 2)] * 3
+    long = [b"x" * (MAX_BODY_BYTES // 2)] * 3
     assert call(app, "/tokenize", method="POST", parts=long)[2]["error"]["code"] == "body_too_large"
-    told = [(b"content-length", str(MOST_BODY_BYTES + 1).encode())]
+    told = [(b"content-length", str(MAX_BODY_BYTES + 1).encode())]
     assert call(app, "/tokenize", method="POST", headers=told)[0] == 413
     monkeypatch.setattr(app_module, "BODY_SECONDS", 0.05)
     assert call(app, "/tokenize", method="POST", parts=[b"{", b"}"], delay=0.1)[0] == 408

@@ -19,13 +19,16 @@ reasoning_effort response_format safety_identifier seed service_tier stop store 
 top_logprobs top_p user verbosity web_search_options"""
 COMPLETIONS = """best_of echo frequency_penalty logit_bias logprobs max_tokens model n presence_penalty prompt seed stop stream
 stream_options suffix temperature top_p user"""
-ROUTES = {"chat": (ChatBody, parameters.CHAT_OTHERS, CHAT), "completions": (CompletionBody, parameters.COMPLETION_OTHERS, COMPLETIONS)}
+ROUTES = {
+    "chat": (ChatBody, parameters.CHAT_NOT_HONOURED, CHAT),
+    "completions": (CompletionBody, parameters.COMPLETION_NOT_HONOURED, COMPLETIONS),
+}
 PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
 MESSAGES = b'"messages": [{"role": "user", "content": "hi"}]'
 
 
 def parsed(raw: bytes, *, ignore_unknown: bool = False):
-    return parameters.parsed(raw, ChatBody, parameters.CHAT_OTHERS, ignore_unknown=ignore_unknown)
+    return parameters.parsed(raw, ChatBody, parameters.CHAT_NOT_HONOURED, ignore_unknown=ignore_unknown)
 
 
 def refusal(raw: bytes) -> ApiError:
@@ -36,25 +39,26 @@ def refusal(raw: bytes) -> ApiError:
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_every_parameter_has_one_policy(route):
-    kind, others, names = ROUTES[route]
+    kind, not_honoured, names = ROUTES[route]
     honoured = set(kind.__struct_fields__)
-    assert not honoured & set(others)
-    assert set(re.findall(r"\w+", names)) <= honoured | set(others)
+    assert not honoured & set(not_honoured)
+    assert set(re.findall(r"\w+", names)) <= honoured | set(not_honoured)
 
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_the_docs_have_every_parameter(route):
-    kind, others, _ = ROUTES[route]
-    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+?) \|", PAGE, re.MULTILINE))
+    kind, not_honoured, _ = ROUTES[route]
+    rows = {name: (policy, notes) for name, policy, notes in re.findall(r"^\| `(\w+)` \| ([^|]+) \| [^|]+ \| (.*) \|$", PAGE, re.MULTILINE)}
     for name in kind.__struct_fields__:
-        assert rows[name] == "honoured", name
-    for name, parameter in others.items():
-        assert rows[name] == parameter.policy, name
+        assert rows[name][0] == "honoured", name
+    for name, parameter in not_honoured.items():
+        values = ", ".join(f"`{parameters._as_json(value)}`" for value in parameter.values)
+        assert rows[name] == (parameter.policy, parameter.why + (f" (accepted: {values})" if values else "")), name
 
 
-@pytest.mark.parametrize("name", parameters.CHAT_OTHERS)
+@pytest.mark.parametrize("name", parameters.CHAT_NOT_HONOURED)
 def test_parameters_that_are_not_honoured(name):
-    parameter = parameters.CHAT_OTHERS[name]
+    parameter = parameters.CHAT_NOT_HONOURED[name]
     taken = [None, *parameter.values, *(["x", 1, {}] if parameter.policy == "no effect" else [])]
     for value in taken:
         parsed(b"{" + MESSAGES + f', "{name}": {parameters._as_json(value)}'.encode() + b"}")
@@ -84,21 +88,21 @@ def test_unknown_parameters_are_refused_or_logged(caplog):
         (b'{"a": ' + b"[" * 100_000, "not valid JSON"),
         (b'{"messages": "\xff"}', "not valid JSON"),
         (b"{}", "messages is missing"),
-        (b'{"messages": 3}', "messages is wrong: expected `array` (messages is 3)"),
-        (b"{" + MESSAGES + b', "max_tokens": true}', "max_tokens is wrong: expected `int | null` (max_tokens is True)"),
-        (b"{" + MESSAGES + b', "max_tokens": 1.5}', "expected `int | null` (max_tokens is 1.5)"),
+        (b'{"messages": 3}', "messages is wrong: expected array (messages is 3)"),
+        (b"{" + MESSAGES + b', "max_tokens": true}', "max_tokens is wrong: expected integer or null (max_tokens is true)"),
+        (b"{" + MESSAGES + b', "max_tokens": 1.5}', "expected integer or null (max_tokens is 1.5)"),
         (b"{" + MESSAGES + b', "temperature": "hot"}', "temperature is wrong"),
-        (b"{" + MESSAGES + b', "stop": [1]}', "stop[0] is wrong: expected `str`"),
-        (b"{" + MESSAGES + b', "stream_options": {"every": 1}}', "stream_options is wrong: object contains unknown field `every`"),
+        (b"{" + MESSAGES + b', "stop": [1]}', "stop[0] is wrong: expected string"),
+        (b"{" + MESSAGES + b', "stream_options": {"every": 1}}', "stream_options is wrong: object contains unknown field every"),
     ],
 )
-def test_bodies_that_are_no_requests(raw, expected):
+def test_invalid_bodies_are_refused(raw, expected):
     error = refusal(raw)
     assert error.status == 400 and expected in error.message and "\n" not in error.message
 
 
 def test_the_last_of_two_equal_keys_counts():
-    assert parsed(b"{" + MESSAGES + b', "n": 3, "n": 2}').choices == 2
+    assert parsed(b"{" + MESSAGES + b', "n": 3, "n": 2}').answers == 2
 
 
 def test_huge_numbers_are_read():

@@ -11,18 +11,17 @@ from typing import Any
 import msgspec
 
 from l4jax.config import ModelConfig
-from l4jax.decoding.params import SamplingParams
+from l4jax.decoding.params import MAX_LOGPROBS, SamplingParams
 from l4jax.request import Request, RequestMaker, TokenLogprob
 from l4jax.serving.engine_client import EngineClient
 from l4jax.serving.errors import ApiError
 from l4jax.text.load import Text
 from l4jax.text.tokenizer import Tokenizer
 
-MOST_CHOICES = 16
-"""The largest ``n``."""
-MOST_STOPS, MOST_STOP_CHARACTERS = 16, 1024
+MAX_N = 16
+MAX_STOPS, MAX_STOP_CHARACTERS = 16, 1024
 _SEED_BITS = 53
-"""Of a seed that the server draws: clients that read numbers as floating-point ones keep it whole."""
+"""Bits of a seed that the server draws: JavaScript's numbers are doubles, and hold 53 bits exactly."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +32,19 @@ class Defaults:
     top_p: float = 1.0
 
 
+class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
+    """What a stream says beside its text. ``include_obfuscation``, padding against listeners, has no effect: none is added."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = None
+
+
 class Sampling(msgspec.Struct, kw_only=True):
-    """The sampling parameters that completions and chat completions share."""
+    """The parameters that completions and chat completions share."""
 
     model: str | None = None
+    max_tokens: int | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
     n: int | None = None
@@ -53,14 +61,12 @@ class Sampling(msgspec.Struct, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
+    cache_salt: str | None = None
 
     @property
-    def choices(self) -> int:
+    def answers(self) -> int:
         """How many answers to each prompt are asked for."""
-        n = 1 if self.n is None else self.n
-        if not 1 <= n <= MOST_CHOICES:
-            raise ApiError(f"n is {n}; expected 1 to {MOST_CHOICES}", param="n", code="invalid_value")
-        return n
+        return 1 if self.n is None else _checked("n", self.n, 1, MAX_N)
 
     @property
     def streams(self) -> bool:
@@ -69,18 +75,24 @@ class Sampling(msgspec.Struct, kw_only=True):
             raise ApiError("stream_options is given without stream; leave it out, or set stream", param="stream_options")
         return bool(self.stream)
 
+    @property
+    def usage_at_end(self) -> bool:
+        """Whether a stream ends with the token counts."""
+        return bool(self.stream_options and self.stream_options.include_usage)
 
-class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
-    """What a stream says beside its text. ``include_obfuscation`` (padding against listeners) has no effect: there is none."""
-
-    include_usage: bool | None = None
-    continuous_usage_stats: bool | None = None
-    include_obfuscation: bool | None = None
+    @property
+    def usage_always(self) -> bool:
+        """Whether each chunk of a stream has the token counts."""
+        return bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
 
 @dataclasses.dataclass(frozen=True)
 class Served:
-    """The served model. ``name``: what clients call it; ``directory``: its checkpoint; ``created``: Unix time of the start."""
+    """The served model.
+
+    ``name``: what clients call it; ``defaults``: settings of requests that leave them out; ``created``: Unix time of the start;
+    ``ignore_unknown``: whether parameters that no route knows are ignored.
+    """
 
     name: str
     config: ModelConfig
@@ -102,10 +114,10 @@ class Served:
         return RequestMaker(self.config, self.text)
 
     @property
-    def longest(self) -> int:
+    def max_model_len(self) -> int:
         """The most tokens that a prompt and its answer may have together."""
         ready = self.client.ready
-        return self.config.max_position_embeddings if ready is None else ready.longest
+        return self.config.max_position_embeddings if ready is None else ready.max_model_len
 
     def check_model(self, name: str | None) -> None:
         """Raise ApiError unless the name, if one is given, is the served model's."""
@@ -116,95 +128,113 @@ class Served:
 
     def room_after(self, prompt: Sequence[int]) -> int:
         """How many tokens may follow a prompt. Raises ApiError if none may."""
-        room = self.longest - len(prompt)
+        room = self.max_model_len - len(prompt)
         if room < 1:
             raise ApiError(
-                f"the prompt has {len(prompt)} tokens, and prompt and answer together may have {self.longest}; shorten the prompt",
+                f"the prompt has {len(prompt)} tokens, and prompt and answer together may have {self.max_model_len}; shorten the prompt",
                 code="context_length_exceeded",
             )
         return room
 
-    def requests(self, prompt: list[int], body: Sampling, max_tokens: int | None, logprobs: int | None, scope: bytes) -> list[Request]:
-        """The requests for all answers to one prompt. ``max_tokens``: None for as many as there is room for.
+    def requests(
+        self, prompt: list[int], body: Sampling, max_tokens: int | None, logprobs: int | None, key: str | None, *, limit: str = "max_tokens"
+    ) -> list[Request]:
+        """The requests for all answers to one prompt.
 
-        Raises ApiError for settings that are out of range.
+        ``max_tokens``: None for as many as there is room for; ``limit``: the parameter that gave it; ``key``: the client's API key. Raises
+        ApiError for settings that are out of range.
         """
-        room, choices = self.room_after(prompt), body.choices
+        room = self.room_after(prompt)
         if max_tokens is not None and max_tokens > room:
             raise ApiError(
-                f"the prompt has {len(prompt)} tokens and max_tokens is {max_tokens}; expected at most {self.longest} together: shorten "
-                "the prompt or lower max_tokens",
-                param="max_tokens",
+                f"the prompt has {len(prompt)} tokens and {limit} is {max_tokens}; expected at most {self.max_model_len} together: shorten "
+                f"the prompt or lower {limit}",
+                param=limit,
                 code="context_length_exceeded",
             )
+        if max_tokens is not None and max_tokens < 1:
+            raise ApiError(f"{limit} is {max_tokens}; expected at least 1", param=limit, code="invalid_value")
         stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
-        if len(stops) > MOST_STOPS or any(len(stop) > MOST_STOP_CHARACTERS for stop in stops):
+        if len(stops) > MAX_STOPS or any(len(stop) > MAX_STOP_CHARACTERS for stop in stops):
             raise ApiError(
-                f"stop has {len(stops)} strings, the longest of {max(map(len, stops))} characters; expected at most {MOST_STOPS} of up to "
-                f"{MOST_STOP_CHARACTERS} characters",
+                f"stop has {len(stops)} strings, the longest of {max(map(len, stops))} characters; expected at most {MAX_STOPS} of up to "
+                f"{MAX_STOP_CHARACTERS} characters",
                 param="stop",
+                code="invalid_value",
             )
-        seed = secrets.randbits(_SEED_BITS) if body.seed is None else body.seed % 2**64  # clients may send negative ones
-        given = {name: getattr(body, name) for name in _BY_NAME if getattr(body, name) is not None}
+        seed = secrets.randbits(_SEED_BITS) if body.seed is None else body.seed % 2**64  # clients may send negative seeds
+        given = {name: getattr(body, name) for name in _SAME_IN_ENGINE if getattr(body, name) is not None}
         try:
             params = SamplingParams(
                 max_tokens=room if max_tokens is None else max_tokens,
                 stop=stops,
                 logit_bias=_biases(body.logit_bias or {}),
                 logprobs=logprobs,
+                seed=seed,
                 **{"temperature": self.defaults.temperature, "top_p": self.defaults.top_p, **given},
             )
-            first = self.maker.request(prompt, dataclasses.replace(params, seed=seed))
+            request = self.maker.request(prompt, params)
         except ValueError as error:
-            raise refused(error) from error
-        return [dataclasses.replace(first, seed=(seed + choice) % 2**64, scope=scope) for choice in range(choices)]
+            raise as_api_error(error) from error
+        scope = scope_of(key, body.cache_salt)
+        return [dataclasses.replace(request, seed=(seed + index) % 2**64, scope=scope) for index in range(body.answers)]
 
     def token_text(self, token_id: int) -> str:
         """A token's text, with U+FFFD for what is only part of a character."""
         return self.tokenizer.token_bytes(token_id).decode("utf-8", errors="replace")
 
 
-_BY_NAME = (
+_SAME_IN_ENGINE = (
     *("frequency_penalty", "presence_penalty", "repetition_penalty", "temperature"),
     *("top_p", "top_k", "min_p", "stop_token_ids", "ignore_eos"),
 )
 """Parameters that have the name and meaning of the engine's."""
 
 
-def refused(error: ValueError) -> ApiError:
-    """The engine's refusal of a request, with the parameter that it names."""
+def as_api_error(error: ValueError, param: str | None = None) -> ApiError:
+    """A ValueError as an ApiError. ``param``: the parameter at fault, unless the error begins with one of ``SamplingParams``."""
     first = str(error).split(" ", 1)[0]
     named = first in {field.name for field in dataclasses.fields(SamplingParams)}
-    return ApiError(str(error), param=first if named else None, code="invalid_value")
+    return ApiError(str(error), param=first if named else param, code="invalid_value")
+
+
+def checked_logprobs(name: str, top: int) -> int:
+    """Return how many alternatives are wanted. Raises ApiError if they are too many."""
+    return _checked(name, top, 0, MAX_LOGPROBS)
+
+
+def _checked(name: str, value: int, least: int, most: int) -> int:
+    if not least <= value <= most:
+        raise ApiError(f"{name} is {value}; expected {least} to {most}", param=name, code="invalid_value")
+    return value
 
 
 def _biases(given: Mapping[str, float]) -> dict[int, float]:
-    found = {}
+    biases = {}
     for key, bias in given.items():
         if not (key.isascii() and key.isdecimal() and len(key) < 10):
             raise ApiError(f"logit_bias has the key {key[:40]!r}; expected a token id", param="logit_bias", code="invalid_value")
         if not abs(bias) <= 100:
-            raise ApiError(f"logit_bias has the value {bias}; expected -100 to 100", param="logit_bias", code="invalid_value")
-        found[int(key)] = bias
-    return found
+            raise ApiError(f"logit_bias of token {key} is {bias}; expected -100 to 100", param="logit_bias", code="invalid_value")
+        biases[int(key)] = bias
+    return biases
 
 
 def scope_of(key: str | None, salt: str | None) -> bytes:
-    """The scope in which prefixes are shared: that of an API key, and of a request's own salt."""
+    """A digest of API key and salt: only requests that are equal in both share cached prefixes."""
     if key is None and salt is None:
         return b""
     return hashlib.blake2b(msgspec.json.encode([key, salt]), digest_size=16).digest()
 
 
-def chat_logprob(served: Served, token_id: int, logprob: float) -> dict[str, Any]:
-    """A token and its log-probability, as chat completions report them."""
-    return {"token": served.token_text(token_id), "logprob": logprob, "bytes": list(served.tokenizer.token_bytes(token_id))}
-
-
 def chat_logprobs(served: Served, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
     """Tokens with their log-probabilities and alternatives, as chat completions report them."""
+
+    def entry(token_id: int, logprob: float) -> dict[str, Any]:
+        return {"token": served.token_text(token_id), "logprob": logprob, "bytes": list(served.tokenizer.token_bytes(token_id))}
+
     return [
-        {**chat_logprob(served, token, each.logprob), "top_logprobs": [chat_logprob(served, *pair) for pair in each.top]}
+        {**entry(token, each.logprob), "top_logprobs": [entry(*pair) for pair in each.top]}
         for token, each in zip(token_ids, logprobs, strict=True)
     ]
 

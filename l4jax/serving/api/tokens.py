@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from l4jax.serving.api.chat import ChatBody, prompt_of
-from l4jax.serving.api.served import Served, refused
+from l4jax.serving.api.served import Served, as_api_error
 from l4jax.serving.errors import ApiError
 
 
@@ -32,7 +32,8 @@ def tokenize(served: Served, body: TokenizeBody) -> dict[str, Any]:
     """The tokens of a text or a conversation. ``add_special_tokens``: with the token that begins a text, if the model has one."""
     served.check_model(body.model)
     if (body.prompt is None) == (body.messages is None):
-        raise ApiError("expected either prompt or messages; give one of them")
+        given = "neither" if body.prompt is None else "both"
+        raise ApiError(f"{given} of prompt and messages is given; expected one of them")
     if body.messages is not None:
         tokens = prompt_of(served, ChatBody(messages=body.messages))
     else:
@@ -40,8 +41,8 @@ def tokenize(served: Served, body: TokenizeBody) -> dict[str, Any]:
         try:
             tokens = served.tokenizer.encode(body.prompt, add_bos=body.add_special_tokens is not False)
         except ValueError as error:
-            raise refused(error) from error
-    found: dict[str, Any] = {"count": len(tokens), "max_model_len": served.longest, "tokens": tokens}
+            raise as_api_error(error, "prompt") from error
+    found: dict[str, Any] = {"count": len(tokens), "max_model_len": served.max_model_len, "tokens": tokens}
     if body.return_token_strs:
         found["token_strs"] = [served.token_text(token) for token in tokens]
     return found

@@ -8,25 +8,29 @@ import hmac
 import importlib.metadata
 import logging
 import secrets
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, Protocol
 
 import msgspec
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from l4jax.serving import parameters
+from l4jax.serving import errors, parameters
 from l4jax.serving.api.chat import Chat, ChatBody
 from l4jax.serving.api.completions import CompletionBody, Completions
 from l4jax.serving.api.served import Served
 from l4jax.serving.api.tokens import DetokenizeBody, TokenizeBody, detokenize, tokenize
+from l4jax.serving.engine_client import EngineClient
 from l4jax.serving.errors import ApiError, engine_stopped
 
 LOGGER = logging.getLogger("l4jax.serving")
 MAX_BODY_BYTES = 16 << 20
+MAX_BODIES_BYTES = 256 << 20
+"""Of all bodies that are being read."""
 BODY_SECONDS = 30.0
 """How long a body may take to arrive."""
 QUIET_SECONDS = 15.0
@@ -42,15 +46,14 @@ class GenerationRequest(Protocol):
     """A checked request of one of the APIs, which can compute its answer."""
 
     streams: bool
+    answers: int
+    """How many it asks for."""
 
     async def whole(self) -> dict[str, Any]:
         """The answer as one object."""
 
     def stream(self) -> AsyncIterator[list[dict[str, Any]]]:
         """The answer as chunks; those that came together are one list."""
-
-    def close(self) -> None:
-        """Cancel what is still being computed for the request."""
 
 
 class Keys:
@@ -74,14 +77,14 @@ class Keys:
                 status=401,
                 kind="authentication_error",
                 code="invalid_api_key",
-                headers={"www-authenticate": "Bearer"},
+                headers={"www-authenticate": "Bearer", "connection": "close"},
             )
         return given.decode("latin-1")
 
 
 def build_app(served: Served, keys: Sequence[str]) -> ASGIApp:
     """The application: routes, error handlers, and the check of API keys."""
-    client = served.client
+    client, bodies = served.client, Bodies()
 
     async def health(request: Request) -> Response:
         if client.is_over:
@@ -106,7 +109,10 @@ def build_app(served: Served, keys: Sequence[str]) -> ASGIApp:
         """Returns a function that parses a request's body and passes it to ``handle``; long bodies in a thread."""
 
         async def parse(request: Request) -> Any:
-            raw = await _body(request)
+            length = request.headers.get("content-length", "0")
+            if length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES:
+                raise _TOO_LONG
+            raw = await bodies.read(request)
 
             def parsed() -> Any:
                 return handle(parameters.parsed(raw, body_type, not_honoured, ignore_unknown=served.ignore_unknown), request)
@@ -126,7 +132,7 @@ def build_app(served: Served, keys: Sequence[str]) -> ASGIApp:
             checked: GenerationRequest = await parse(request)
             return checked
 
-        return Endpoint(check)
+        return Endpoint(client, check)
 
     def converts[Body: msgspec.Struct](body_type: type[Body], api: Callable[[Served, Body], dict[str, Any]]) -> Any:
         parse = parser(body_type, {}, lambda body, request: api(served, body))
@@ -146,10 +152,10 @@ def build_app(served: Served, keys: Sequence[str]) -> ASGIApp:
         Route("/v1/completions", generates(CompletionBody, parameters.COMPLETION_NOT_HONOURED, Completions), methods=["POST"]),
         Route("/v1/chat/completions", generates(ChatBody, parameters.CHAT_NOT_HONOURED, Chat), methods=["POST"]),
     ]
-    return Guard(
-        Starlette(routes=routes, exception_handlers={404: _on_no_route, 405: _on_no_route, ApiError: _on_api_error, Exception: _on_bug}),
-        Keys(keys),
-    )
+    handlers = {404: _on_no_route, 405: _on_no_route, ApiError: _on_api_error, ClientDisconnect: _on_disconnect, Exception: _on_bug}
+    app = Starlette(routes=routes, exception_handlers=handlers)
+    app.router.redirect_slashes = False
+    return Guard(app, Keys(keys))
 
 
 class Guard:
@@ -173,7 +179,7 @@ class Guard:
         scope["l4jax.id"], scope["l4jax.key"] = request_id, None
         try:
             if len(scope["headers"]) > MAX_HEADERS:
-                raise ApiError(f"the request has {len(scope['headers'])} headers; expected at most {MAX_HEADERS}; send fewer", status=431)
+                raise _closing(f"the request has {len(scope['headers'])} headers; expected at most {MAX_HEADERS}; send fewer", 431, None)
             if scope["path"] not in OPEN_ROUTES:
                 scope["l4jax.key"] = self._keys.key_of(scope)
         except ApiError as error:
@@ -185,19 +191,23 @@ class Guard:
 class Endpoint:
     """A route that cancels its work when the client disconnects."""
 
-    def __init__(self, check: Callable[[Request], Coroutine[Any, Any, GenerationRequest]]) -> None:
+    def __init__(self, client: EngineClient, check: Callable[[Request], Coroutine[Any, Any, GenerationRequest]]) -> None:
+        self._client = client
         self._check = check
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request; what it has begun ends when the client has gone."""
         answers = await self._check(Request(scope, receive))
+        self._client.check_room(answers.answers)
         work = asyncio.create_task(_stream(answers, send) if answers.streams else _whole(answers, scope, receive, send))
         gone = asyncio.create_task(_gone(receive))
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            if self._client.closing is None:
+                raise
+            # The server ends at once, and nobody is to be told.
         finally:
-            # Also when the server is told to stop at once.
-            answers.close()
             for task in (work, gone):
                 task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -216,10 +226,11 @@ async def _whole(answers: GenerationRequest, scope: Scope, receive: Receive, sen
 async def _stream(answers: GenerationRequest, send: Send) -> None:
     """Write server-sent events. Nothing is sent until there is something to say: a request that fails at once gets an error's status."""
     chunks = answers.stream()
-    started = False
+    started, written_at = False, time.monotonic()
 
     async def write(body: bytes) -> None:
-        nonlocal started
+        nonlocal started, written_at
+        written_at = time.monotonic()
         if not started:
             started = True
             await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
@@ -231,7 +242,7 @@ async def _stream(answers: GenerationRequest, send: Send) -> None:
     coming = asyncio.create_task(following())
     try:
         while True:
-            done, _ = await asyncio.wait({coming}, timeout=QUIET_SECONDS)
+            done, _ = await asyncio.wait({coming}, timeout=written_at + QUIET_SECONDS - time.monotonic())
             if not done:
                 await write(b": still working\n\n")
                 continue
@@ -246,6 +257,8 @@ async def _stream(answers: GenerationRequest, send: Send) -> None:
         await write(_event(error.fields))
     finally:
         coming.cancel()
+        with contextlib.suppress(asyncio.CancelledError, ApiError):
+            await coming  # what is still being computed ends
     await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
@@ -253,23 +266,39 @@ def _event(fields: Any) -> bytes:
     return b"data: " + msgspec.json.encode(fields) + b"\n\n"
 
 
-async def _body(request: Request) -> bytes:
-    """A request's body. Raises ApiError for one that is too long, or too slow."""
-    too_long = ApiError(f"the body has more than {MAX_BODY_BYTES} bytes; send less", status=413, code="body_too_large")
-    length = request.headers.get("content-length", "0")
-    if length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES:
-        raise too_long
-    parts, size = [], 0
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            async for part in request.stream():
-                parts.append(part)
-                size += len(part)
-                if size > MAX_BODY_BYTES:
-                    raise too_long
-    except TimeoutError:
-        raise ApiError(f"the body did not arrive in {BODY_SECONDS:.0f} s; send it faster", status=408, code="body_too_slow") from None
-    return b"".join(parts)
+class Bodies:
+    """Reads requests' bodies, up to a number of bytes of all together."""
+
+    def __init__(self) -> None:
+        self._held = 0
+
+    async def read(self, request: Request) -> bytes:
+        """A request's body. Raises ApiError for one that is too long or too slow, and if there is no room for it."""
+        held = 0
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                parts = []
+                async for part in request.stream():
+                    parts.append(part)
+                    held += len(part)
+                    self._held += len(part)
+                    if held > MAX_BODY_BYTES:
+                        raise _TOO_LONG
+                    if self._held > MAX_BODIES_BYTES:
+                        raise errors.queue_full(1, 0)
+                return b"".join(parts)
+        except TimeoutError:
+            raise _closing(f"the body did not arrive in {BODY_SECONDS:.0f} s; send it faster", 408, "body_too_slow") from None
+        finally:
+            self._held -= held
+
+
+def _closing(message: str, status: int, code: str | None) -> ApiError:
+    """An error that is sent before the request was read: its connection is not used for another one."""
+    return ApiError(message, status=status, code=code, headers={"connection": "close"})
+
+
+_TOO_LONG = _closing(f"the body has more than {MAX_BODY_BYTES} bytes; send less", 413, "body_too_large")
 
 
 def _request_id(scope: Scope) -> str:
@@ -299,6 +328,10 @@ async def _on_no_route(request: Request, error: Exception) -> Response:
     return _error_response(
         ApiError(f"there is no {request.method} {path} here; docs/serving.md lists the routes", status=status, code="not_found")
     )
+
+
+async def _on_disconnect(request: Request, error: Exception) -> Response:
+    return Response(status_code=400)  # nobody reads it
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:

@@ -65,6 +65,8 @@ class EngineClient:
         self.ready: Ready | None = None
         self.progress = Progress(0, 0)
         self.load_error: str | None = None
+        self.closing: str | None = None
+        """Why no further requests are taken, once that is so."""
         self.is_over = False
         """Whether the engine process has gone."""
 
@@ -84,18 +86,23 @@ class EngineClient:
         finally:
             self.is_over = True
             self._writer.close()
-            self.end_all("the engine has stopped; make the request again later")
+            self._end_all("the engine has stopped; make the request again later", "failed")
 
-    def end_all(self, why: str) -> None:
-        """End all requests with an error."""
+    def end_all(self) -> None:
+        """End all requests with an error, because the server ends."""
+        self._end_all(self.closing or "the server is being stopped", "closing")
+
+    def _end_all(self, why: str, kind: str) -> None:
         for number in list(self._inboxes):
             self.cancel(number)
-            self._inboxes.pop(number).put(News(number, over=True, error=why, error_kind="failed"))
+            self._inboxes.pop(number).put(News(number, over=True, error=why, error_kind=kind))
 
     def why_not_ready(self) -> ApiError | None:
         """The error of a server that should get no requests now; None if it is ready."""
         if self.is_over:
             return errors.engine_stopped()
+        if self.closing is not None:
+            return errors.not_ready(self.closing)
         if self.ready is None:
             done = f": {self.progress.ready} of {self.progress.programs} programs" if self.progress.programs else ""
             return errors.not_ready(f"the model is being loaded{done}; try again later")
@@ -106,7 +113,7 @@ class EngineClient:
     def check_room(self, answers: int) -> None:
         """Raise ApiError if there is no room for this many further answers."""
         ready = self.ready
-        if self.is_over or ready is None:
+        if self.is_over or self.closing is not None or ready is None:
             error = self.why_not_ready()
             assert error is not None
             raise error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import queue
-import signal
 import socket
 import sys
 import threading
@@ -21,9 +20,6 @@ from l4jax.serving.messages import Add, Cancel, Load, LoadFailed, Message, News,
 
 def main() -> None:
     """Compute for the front until it has gone. The only argument is the file descriptor of the socket to it."""
-    # The front ends this process by closing the socket; a terminal, or Slurm, sends its signals to both.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     channel = socket.socket(fileno=int(sys.argv[1]))
     calls: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(channel, calls), name="front", daemon=True).start()
@@ -39,10 +35,12 @@ def main() -> None:
 
 
 def _receive(channel: socket.socket, calls: queue.SimpleQueue[ToEngine]) -> None:
-    while (message := receive(channel)) is not None:
-        calls.put(message)
-    # The front has gone, and nobody wants what is being compiled or computed.
-    os._exit(0)
+    try:
+        while (message := receive(channel)) is not None:
+            calls.put(message)
+    finally:
+        # The front has gone, or speaks another language: nobody wants what is being compiled or computed.
+        os._exit(1)
 
 
 def _prepared(asked: Load, channel: socket.socket) -> tuple[Engine, int]:
@@ -60,6 +58,11 @@ def _prepared(asked: Load, channel: socket.socket) -> tuple[Engine, int]:
     return engine, max_model_len
 
 
+_MAX_FAILURES = 3
+"""After this many failed steps in a row the process ends: a server that fails always should not look healthy."""
+_FAILED = "the engine failed while it computed this request; make it again"
+
+
 class _Relay:
     """Runs the engine for the front: takes its calls between steps, and sends it what each step gave."""
 
@@ -72,15 +75,18 @@ class _Relay:
 
     def run(self) -> None:
         """Compute until the process ends."""
-        idle = False
+        idle, failures = False, 0
         while True:
             self._take_calls(wait=idle)
             try:
                 idle = not self._engine.step()
+                failures = 0
             except Exception:
                 # All requests under way have ended with an error, and the next one begins with an empty cache.
                 traceback.print_exc()
-                idle = False
+                idle, failures = False, failures + 1
+                if failures == _MAX_FAILURES:
+                    os._exit(1)  # the device is lost, or the like
             self._gather()
             # Sent without news too, so that the front knows that the engine is not stuck.
             if self._news or not idle:
@@ -117,6 +123,9 @@ class _Relay:
                 self._handles[call.number] = self._engine.add(scored, ScoresHandle)
         except ValueError as error:
             self._news.append(News(call.number, over=True, error=str(error), error_kind="bad_request"))
+        except Exception:
+            traceback.print_exc()
+            self._news.append(News(call.number, over=True, error=_FAILED, error_kind="failed"))
 
     def _gather(self) -> None:
         """Collect what each request got."""
@@ -135,7 +144,9 @@ class _Relay:
 def _described(error: Exception | None) -> tuple[str | None, str | None]:
     if error is None:
         return None, None
-    return str(error), "not_finite" if isinstance(error, ValueError) else "failed"
+    if isinstance(error, ValueError):
+        return str(error), "not_finite"
+    return _FAILED, "failed"  # the error's own words are for the log
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,8 +28,10 @@ from l4jax.serving.api.served import Defaults, Served
 from l4jax.serving.app import build_app
 from l4jax.serving.engine_client import EngineClient
 from l4jax.serving.messages import Load
+from l4jax.serving.protocol import LimitedProtocol
 from l4jax.text.load import Text, load_text
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _KEEP_ALIVE_SECONDS = 75
 _CLOSE_SECONDS = 5
 """How long clients have to read the error that ends their requests."""
@@ -68,8 +70,13 @@ def serve(options: ServeOptions) -> int:
     _check_max_model_len(options, config)
     listening = _listen(options.host, options.port)
     front_end, engine_end = socket.socketpair()
-    program = [sys.executable, "-m", "l4jax.serving.engine_process", str(engine_end.fileno())]
-    with listening, front_end, subprocess.Popen(program, pass_fds=[engine_end.fileno()]) as child:
+    program = [sys.executable, "-P", "-m", "l4jax.serving.engine_process", str(engine_end.fileno())]
+    # A terminal, or Slurm, sends its signals to both processes. The engine's inherits that it ignores them, and ends with this one.
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in _SIGNALS}
+    child = subprocess.Popen(program, pass_fds=[engine_end.fileno()])
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    with listening, front_end, child:
         engine_end.close()
         try:
             status = uvloop.run(_Front(options, config, text, front_end).run(listening))
@@ -122,7 +129,19 @@ class _Front:
         directory = Path(options.checkpoint)
         defaults = _defaults(directory / "generation_config.json") if options.use_generation_config else Defaults()
         name = options.name or directory.resolve().name
-        self._served = Served(name, config, text, defaults, self._client, int(time.time()), options.ignore_unknown)
+        assert text.tokenizer is not None
+        longest_token = max(len(text.tokenizer.token_bytes(token)) for token in range(text.tokenizer.vocab_size))
+        self._served = Served(
+            name=name,
+            config=config,
+            text=text,
+            defaults=defaults,
+            client=self._client,
+            created=int(time.time()),
+            ignore_unknown=options.ignore_unknown,
+            directory=str(directory),
+            longest_token=longest_token,
+        )
 
     async def run(self, listening: socket.socket) -> int:
         """Serve; returns the exit status."""
@@ -130,7 +149,7 @@ class _Front:
         server = _Server(
             uvicorn.Config(
                 build_app(self._served, options.keys),
-                http="httptools",
+                http=LimitedProtocol,
                 ws="none",
                 lifespan="off",
                 log_level="warning",
@@ -143,16 +162,27 @@ class _Front:
         )
         # What is there now stays: looking for garbage in it would stop all streams for a moment.
         gc.freeze()
-        with bar_if(sys.stderr.isatty()) as show:
+        address = listening.getsockname()[:2]
+        with contextlib.ExitStack() as loading:
+            show = loading.enter_context(bar_if(sys.stderr.isatty()))
+
+            def on_progress() -> None:
+                if client.ready is None:
+                    show("programs", client.progress.ready, client.progress.programs)
+                else:
+                    loading.close()  # the bar breaks lines that are printed beside it
+                    self._print_address(*address)
+
             load = Load(options.checkpoint, dict(options.arguments), options.max_model_len)
-            engine = asyncio.create_task(client.run(load, lambda: self._show(listening, show)))
+            engine = asyncio.create_task(client.run(load, on_progress))
             serving = asyncio.create_task(server.serve([listening]))
             stopping = asyncio.create_task(server.stopping.wait())
             await asyncio.wait({engine, serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if not engine.done():
+            client.closing = "the server is being stopped; make the request again, to another server or later"
             await asyncio.wait({engine, serving}, timeout=options.drain_seconds, return_when=asyncio.FIRST_COMPLETED)
         if not engine.done():
-            client.end_all("the server is being stopped; make the request again, to another server or later")
+            client.end_all()
             await serving
             return 0
         stopping.cancel()
@@ -172,12 +202,8 @@ class _Front:
             raise ValueError(client.load_error)
         return 1
 
-    def _show(self, listening: socket.socket, show: Callable[[str, int, int], None]) -> None:
-        """Show how far the engine is, and where the server is once it is ready."""
-        if self._client.ready is None:
-            show("programs", self._client.progress.ready, self._client.progress.programs)
-            return
-        host, port = listening.getsockname()[:2]
+    def _print_address(self, host: str, port: int) -> None:
+        """Say where the server is, and how to try it."""
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         body = '{"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32}'
         key = " -H 'Authorization: Bearer KEY'" if self._options.keys else ""
@@ -203,7 +229,7 @@ class _Server(uvicorn.Server):
             loop.call_soon_threadsafe(self.stopping.set)
 
         loop = asyncio.get_running_loop()
-        before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.signal(number, handle) for number in _SIGNALS}
         try:
             yield
         finally:

@@ -63,11 +63,14 @@ class Generation:
         self._client.check_room(len(self.requests))
         began, inbox = time.perf_counter(), Inbox()
         self._index_of = {self._client.add(request, inbox): index for index, request in enumerate(self.requests)}
-        while self._index_of:
-            came = [self._take(news, time.perf_counter() - began) for news in await inbox.take()]
-            pieces = [piece for piece in came if piece is not None]
-            if pieces:
-                yield pieces
+        try:
+            while self._index_of:
+                came = [self._take(news, time.perf_counter() - began) for news in await inbox.take()]
+                pieces = [piece for piece in came if piece is not None]
+                if pieces:
+                    yield pieces
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Cancel the answers that have not ended."""
@@ -121,4 +124,6 @@ def error_of(news: News, request_id: str) -> ApiError:
         return ApiError(news.error)
     if news.error_kind == "not_finite":
         return errors.not_finite(request_id)
+    if news.error_kind == "closing":
+        return errors.not_ready(news.error)
     return errors.failed(news.error)

@@ -72,7 +72,7 @@ class News(msgspec.Struct, array_like=True, frozen=True):
     """What a request got from a step. ``cached``: tokens of its prompt that the prefix cache had.
 
     ``over``: it has ended, by an error if there is one. ``error_kind``: "bad_request" if the request cannot be computed, "not_finite" if
-    the model's logits were not, "failed" otherwise.
+    the model's logits were not, "closing" if the server ends, "failed" otherwise.
     """
 
     number: int

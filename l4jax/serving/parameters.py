@@ -80,23 +80,49 @@ def parsed[Body: msgspec.Struct](raw: bytes, kind: type[Body], not_honoured: Map
         given = msgspec.json.decode(raw)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise ApiError(f"the body is not valid JSON ({_lowered(str(error))}); send one JSON object") from None
+    if _is_deeper(given, _MAX_DEPTH):
+        raise ApiError(f"the body is nested more than {_MAX_DEPTH} levels deep; send simpler JSON")
     if not isinstance(given, dict):
         raise ApiError(f"the body is a JSON {_JSON_NAMES.get(type(given), 'value')}; send one JSON object")
-    honoured = _field_names(kind)
-    for name in [name for name in given if name not in honoured]:
-        value = given.pop(name)
-        parameter = not_honoured.get(name)
-        if parameter is None:
-            if not ignore_unknown:
-                raise ApiError(f"{shown(name)} is not a parameter of this route; leave it out", param=name[:64], code="unknown_parameter")
-            LOGGER.warning("an unknown parameter is ignored: %s", shown(name))
-        elif parameter.policy == "refused" and value is not None and not _among(value, parameter.values):
-            expected = "; leave it out" if not parameter.values else f"; expected {' or '.join(map(_as_json, parameter.values))}"
-            raise ApiError(f"{name} is {_short(value)}, and {parameter.why}{expected}", param=name, code="unsupported_parameter")
+    ignored: list[str] = []
+    _drop_unknown(given, _fields(kind), not_honoured, "", ignored if ignore_unknown else None)
+    if ignored:
+        LOGGER.warning("unknown parameters are ignored: %s", shown(ignored))
     try:
         return msgspec.convert(given, kind)
     except msgspec.ValidationError as error:
         raise _wrong(given, str(error)) from None
+
+
+def _drop_unknown(
+    given: dict[str, Any], honoured: Mapping[str, Any], not_honoured: Mapping[str, Parameter], where: str, ignored: list[str] | None
+) -> None:
+    """Drop what is not honoured. Raises ApiError for a value that is refused, and for unknown names unless they are to be ignored."""
+    for name in list(given):
+        value = given[name]
+        if name in honoured:
+            if isinstance(value, dict) and honoured[name]:
+                _drop_unknown(value, honoured[name], {}, f"{name}.", ignored)
+            continue
+        del given[name]
+        parameter = not_honoured.get(name)
+        if parameter is None:
+            if ignored is None:
+                named = f"{where}{name}"[:64]
+                raise ApiError(f"{shown(named)} is not a parameter of this route; leave it out", param=named, code="unknown_parameter")
+            ignored.append(name[:64])
+        elif parameter.policy == "refused" and value is not None and not _among(value, parameter.values):
+            expected = "; leave it out" if not parameter.values else f"; expected {' or '.join(map(_as_json, parameter.values))}"
+            raise ApiError(f"{name} is {_short(value)}, and {parameter.why}{expected}", param=name, code="unsupported_parameter")
+
+
+_MAX_DEPTH = 64
+
+
+def _is_deeper(value: object, levels: int) -> bool:
+    """Whether lists and objects are nested more than ``levels`` levels deep."""
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels < 0 or any(_is_deeper(child, levels - 1) for child in children if isinstance(child, dict | list))
 
 
 def _among(value: object, values: Collection[object]) -> bool:
@@ -105,8 +131,13 @@ def _among(value: object, values: Collection[object]) -> bool:
 
 
 @functools.cache
-def _field_names(kind: type[msgspec.Struct]) -> frozenset[str]:
-    return frozenset(field.encode_name for field in msgspec.structs.fields(kind))
+def _fields(kind: type[msgspec.Struct]) -> Mapping[str, Mapping[str, Any]]:
+    """The names of a body's parameters; those that are objects have names of their own."""
+    names: dict[str, Mapping[str, Any]] = {}
+    for field in msgspec.structs.fields(kind):
+        structs = [one for one in getattr(field.type, "__args__", ()) if isinstance(one, type) and issubclass(one, msgspec.Struct)]
+        names[field.encode_name] = _fields(structs[0]) if structs else {}
+    return names
 
 
 _JSON_NAMES: Mapping[type, str] = {list: "array", str: "string", int: "number", float: "number", bool: "boolean", type(None): "null"}

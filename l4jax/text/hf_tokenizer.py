@@ -26,6 +26,10 @@ _BYTES = byte_alphabet()
 _CHARACTERS = {byte: character for character, byte in _BYTES.items()}
 
 
+_LONG = 1 << 13
+"""Characters of a text that takes milliseconds to encode."""
+
+
 class HfTokenizer(Tokenizer):
     """A tokenizer of the tokenizers library with a byte-level vocabulary."""
 
@@ -66,7 +70,11 @@ class HfTokenizer(Tokenizer):
 
     @override
     def encode_ordinary(self, text: str) -> list[int]:
-        ids = list(self._backend.encode(text, add_special_tokens=False).ids)
+        if len(text) < _LONG:
+            ids = list(self._backend.encode(text, add_special_tokens=False).ids)
+        else:
+            # Only this method lets other threads run meanwhile.
+            ids = list(self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
         # The library drops a byte that the vocabulary lacks, or takes a special token for it.
         doubtful = [character for character in dict.fromkeys(text) if not self._absent.isdisjoint(character.encode())]
         if doubtful:

@@ -65,7 +65,7 @@ class StopStringFilter:
 
     def _partial(self, text: str) -> int:
         """Return the length of the longest end of ``text`` that is the start of a stop string."""
-        lengths = (n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        lengths = (n for stop in self._stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n]))
         return max(lengths, default=0)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 import time
 
 import pytest
 
 from l4jax import SamplingParams
-from tests.serving.running import CONTEXT
+from tests.serving.running import CONTEXT, SLOTS
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MESSAGES = [{"role": "user", "content": "the quick brown dog"}]
@@ -117,18 +118,71 @@ def test_text_becomes_tokens_and_back(server, llm):
     assert chat["tokens"] == llm.chat_format.encode(MESSAGES)
 
 
-def test_what_a_client_leaves_is_not_computed(server):
-    """Clients that go away free their slots: not_honoured are answered while theirs would still run."""
-    long = {"messages": MESSAGES, "ignore_eos": True, "stream": True}
-    for streams in (True, False):
-        for _ in range(20):
-            connection = server.send("POST", CHAT, {**long, "stream": streams})
-            if streams:
-                connection.getresponse().read(20)
-            connection.close()
+@pytest.mark.parametrize("kind", ["stream", "whole", "pipelined"])
+def test_what_a_client_leaves_is_not_computed(server, kind):
+    """Clients that go away free their slots: the next one does not wait for theirs, which would take 20 times as long as one answer."""
+    long = {"messages": MESSAGES, "ignore_eos": True, "stream": kind == "stream"}
+    began = time.monotonic()
+    server.answer(CHAT, {**long, "stream": False})
+    alone = time.monotonic() - began
+    for _ in range(20 * SLOTS):
+        connection = server.send("POST", CHAT, long)
+        if kind == "stream":
+            connection.getresponse().read(20)
+        elif kind == "pipelined":
+            raw = json.dumps(long).encode()
+            connection.sock.sendall(b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % (CHAT.encode(), len(raw)) + raw)
+        connection.close()
     began = time.monotonic()
     status, _ = server.answer(CHAT, {"messages": MESSAGES, "max_tokens": 4})
-    assert status == 200 and time.monotonic() - began < 30
+    assert status == 200 and time.monotonic() - began < max(5.0, 5 * alone)
+
+
+def test_every_sampling_parameter_reaches_the_engine(server, llm):
+    """Each changes the answer as it changes the LLM's."""
+    plain = {"temperature": 10.0, "seed": 3}  # a tiny model is very sure
+    settings = [
+        {"top_k": 2},
+        {"min_p": 0.2},
+        {"top_p": 0.2},
+        {"repetition_penalty": 1.8},
+        {"presence_penalty": 200.0},
+        {"frequency_penalty": 200.0},
+        {"logit_bias": {200: 50.0}},
+        {"temperature": 0.0},
+    ]
+    text = "the quick brown fox"
+    for changed in [{}, *settings]:
+        expected = llm.generate(text, SamplingParams(max_tokens=24, ignore_eos=True, **{**plain, **changed}))[0]
+        body = {"prompt": text, "max_tokens": 24, "ignore_eos": True, "return_token_ids": True, **plain, **changed}
+        _, answer = server.answer(COMPLETIONS, body)
+        assert answer["choices"][0]["token_ids"] == expected.token_ids, changed
+        if not changed:
+            unchanged = expected.token_ids
+        else:
+            assert expected.token_ids != unchanged, changed
+    stop = unchanged[5]
+    _, answer = server.answer(COMPLETIONS, {**body, **plain, "stop_token_ids": [stop]})
+    assert answer["choices"][0]["token_ids"] == unchanged[: unchanged.index(stop) + 1]
+    assert answer["choices"][0]["finish_reason"] == "stop"
+
+
+def test_a_streamed_completion_joins_to_the_whole(server):
+    body = {"prompt": ["the dog", "a fox"], "n": 2, "max_tokens": 12, "echo": True, "logprobs": 1, "return_token_ids": True, **SAMPLED}
+    _, whole = server.answer(COMPLETIONS, body)
+    *chunks, last, done = server.stream(COMPLETIONS, {**body, "stream_options": {"include_usage": True, "continuous_usage_stats": True}})
+    assert done == "[DONE]" and last["choices"] == [] and last["usage"] == chunks[-1]["usage"] == whole["usage"]
+    assert len(whole["choices"]) == 4
+    for expected in whole["choices"]:
+        parts = [choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == expected["index"]]
+        assert "".join(part["text"] for part in parts) == expected["text"]
+        assert [token for part in parts for token in part["token_ids"]] == expected["token_ids"]
+        assert [value for part in parts for value in part["logprobs"]["token_logprobs"]] == expected["logprobs"]["token_logprobs"]
+        assert [value for part in parts for value in part["logprobs"]["text_offset"]] == expected["logprobs"]["text_offset"]
+        assert ["prompt_token_ids" in part for part in parts] == [True] + [False] * (len(parts) - 1)
+        assert parts[-1]["finish_reason"] == expected["finish_reason"]
+    without = server.stream(COMPLETIONS, body)
+    assert all("usage" not in chunk for chunk in without[:-1])
 
 
 def test_requests_that_run_together_are_answered_as_alone(server):

@@ -30,7 +30,7 @@ def served(tmp_path_factory):
     one, other = socket.socketpair()
     client = EngineClient(one, max_waiting=4, stalled_seconds=30)
     with one, other:
-        yield Served("tiny", config, Text(tokenizer, None), Defaults(), client, 0, False)
+        yield Served("tiny", config, Text(tokenizer, None), Defaults(), client, 0, False, "/nowhere", 16)
 
 
 def call(app, path, *, method="GET", headers=(), parts=(b"",), delay=0.0):

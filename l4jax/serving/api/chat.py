@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from l4jax.serving.api.served import Sampling, Served, as_api_error, chat_logprobs, checked_logprobs, new_id
+from l4jax.serving.api.served import Sampling, Served, chat_logprobs, checked_logprobs, new_id
 from l4jax.serving.api.usage import usage_fields
 from l4jax.serving.errors import ApiError
 from l4jax.serving.generation import Generation, Piece
@@ -42,8 +42,11 @@ class Chat:
         self._served, self._body = served, body
         self.streams = body.streams
         limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+        max_tokens = getattr(body, limit)
+        params = served.settings(body, body.alternatives, max_tokens, limit)
         prompt = prompt_of(served, body)
-        requests = served.requests(prompt, body, getattr(body, limit), body.alternatives, key, limit=limit)
+        requests = served.requests(prompt, body, params, key, limit=None if max_tokens is None else limit)
+        self.answers = len(requests)
         self._generation = Generation(served.client, served.tokenizer, requests, n=len(requests), request_id=request_id)
         self._id, self._created = new_id("chatcmpl"), int(time.time())
 
@@ -88,13 +91,10 @@ class Chat:
                         first["prompt_token_ids"] = self._generation.requests[piece.index].token_ids
                     chunks.append(first)
                 chunks += [chunk([choice]) for choice in self._deltas(piece)]
-            yield chunks
+            if chunks:
+                yield chunks
         if at_end:
             yield [chunk([], last=True)]
-
-    def close(self) -> None:
-        """Cancel what is still being computed for the request."""
-        self._generation.close()
 
     def _fields(self, kind: str) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._served.name}
@@ -140,9 +140,16 @@ def prompt_of(served: Served, body: ChatBody) -> list[int]:
             param="add_generation_prompt",
         )
     if served.text.chat_format is None:
-        raise ApiError(f"{served.text.no_chat}; use /v1/completions with a prompt in the model's own format")
+        raise ApiError("the model has no chat template; use /v1/completions with a prompt in the model's own format")
+    for message in body.messages:
+        content = message.get("content")
+        parts = content if isinstance(content, list) else [{"text": content}]
+        for part in parts:
+            text = part.get("text") if isinstance(part, dict) else None
+            if isinstance(text, str):
+                served.check_characters(text, "messages")
     options: ChatOptions = {"chat_template_kwargs": body.chat_template_kwargs, "continue_final_message": continues}
     try:
         return served.maker.encode_chat(body.messages, options)
     except ValueError as error:
-        raise as_api_error(error, "messages") from error
+        raise served.error(error, "messages") from error

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from l4jax.request import TokenLogprob
-from l4jax.serving.api.served import Sampling, Served, as_api_error, checked_logprobs, new_id
+from l4jax.serving.api.served import Sampling, Served, checked_logprobs, new_id
 from l4jax.serving.api.usage import usage_fields
 from l4jax.serving.errors import ApiError
 from l4jax.serving.generation import Generation, Usage, scores
 
 MAX_ANSWERS = 64
 """Prompts times ``n``."""
+MAX_SCORED_TOKENS = 1 << 16
+"""Of all prompts of a request whose log-probabilities are asked for."""
 _DEFAULT_TOKENS = 16  # OpenAI's
 
 
@@ -33,18 +36,23 @@ class Completions:
         self._served, self._body, self._request_id = served, body, request_id
         self.streams = body.streams
         logprobs = None if body.logprobs is None else checked_logprobs("logprobs", body.logprobs)
-        self._prompts = _prompts(served, body)
         self._only_echo = bool(body.echo) and body.max_tokens == 0
-        requests = []
-        for prompt in self._prompts:
-            if body.max_tokens is None:
-                # The client did not ask for 16 tokens, so the default is cut to what fits in the context.
-                count = min(_DEFAULT_TOKENS, served.room_after(prompt))
-            else:
-                count = 1 if self._only_echo else body.max_tokens
-            requests += served.requests(prompt, body, count, logprobs, key)
+        max_tokens = _DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
+        params = served.settings(body, logprobs, 1 if self._only_echo else max_tokens)
+        self._prompts = _prompts(served, body)
+        if body.echo and logprobs is not None and (total := sum(map(len, self._prompts))) > MAX_SCORED_TOKENS:
+            raise ApiError(
+                f"the prompts have {total} tokens, and their log-probabilities are asked for; expected at most {MAX_SCORED_TOKENS} in all: "
+                "send fewer prompts in one request",
+                param="prompt",
+            )
+        # OpenAI's default was not asked for, so it is cut to what fits in the context.
+        limit = None if body.max_tokens is None else "max_tokens"
+        requests = [one for prompt in self._prompts for one in served.requests(prompt, body, params, key, limit=limit)]
+        self.answers = len(requests)
         self._generation = Generation(served.client, served.tokenizer, requests, n=body.answers, request_id=request_id)
         self._offsets = [0] * len(requests)  # where each answer's next token begins in its text
+        self._begun: set[int] = set()
         self._id, self._created = new_id("cmpl"), int(time.time())
 
     async def whole(self) -> dict[str, Any]:
@@ -64,10 +72,6 @@ class Completions:
         if at_end:
             yield [{**self._fields(), "choices": [], "usage": usage_fields(self._usage)}]
 
-    def close(self) -> None:
-        """Cancel what is still being computed for the request."""
-        self._generation.close()
-
     @property
     def _usage(self) -> Usage:
         if self._only_echo:
@@ -80,31 +84,45 @@ class Completions:
         if self._body.echo and self._body.logprobs is not None:
             prompt_scores = await scores(self._served.client, self._prompts, self._body.logprobs, self._request_id)
         if self._body.echo:
-            yield [self._echo(index, prompt_scores) for index in range(len(self._offsets))]
+            for index in range(len(self._offsets)):
+                yield [self._echo(index, prompt_scores)]
+                await asyncio.sleep(0)  # a long prompt's log-probabilities take long to write: let other streams go on
         if self._only_echo:
             return
         async for pieces in self._generation.pieces():
-            yield [
+            choices = [
                 self._choice(piece.index, piece.text, piece.token_ids, piece.logprobs, piece.finish_reason)
                 for piece in pieces
                 if piece.text or piece.logprobs or piece.finish_reason or self._body.return_token_ids
             ]
+            if choices:
+                yield choices
 
     def _echo(self, index: int, prompt_scores: list[list[TokenLogprob]] | None) -> dict[str, Any]:
         prompt = self._prompts[index // self._body.answers]
         # A prompt's first token has no log-probability.
         own = None if prompt_scores is None else [None, *prompt_scores[index // self._body.answers]]
-        return self._choice(index, self._served.tokenizer.decode(prompt), prompt, own, "length" if self._only_echo else None)
+        text = self._served.tokenizer.decode(prompt)
+        return self._choice(index, text, prompt, own, "length" if self._only_echo else None, echoed=True)
 
     def _choice(
-        self, index: int, text: str, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob | None] | None, finish_reason: str | None
+        self,
+        index: int,
+        text: str,
+        token_ids: Sequence[int],
+        logprobs: Sequence[TokenLogprob | None] | None,
+        finish_reason: str | None,
+        *,
+        echoed: bool = False,
     ) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
         if logprobs is not None:
             choice["logprobs"] = self._logprobs(index, token_ids, logprobs)
         if self._body.return_token_ids:
-            choice["token_ids"] = list(token_ids)
-            choice["prompt_token_ids"] = self._prompts[index // self._body.answers]
+            choice["token_ids"] = [] if echoed else list(token_ids)
+            if index not in self._begun:
+                choice["prompt_token_ids"] = self._prompts[index // self._body.answers]
+        self._begun.add(index)
         choice["seed"] = self._generation.requests[index].seed
         return choice
 
@@ -131,6 +149,7 @@ class Completions:
             whole["logprobs"] = {name: [entry for logprobs in listed for entry in logprobs[name]] for name in listed[0]}
         if self._body.return_token_ids:
             whole["token_ids"] = [token for part in parts for token in part["token_ids"]]
+            whole["prompt_token_ids"] = parts[0]["prompt_token_ids"]
         return whole
 
     def _fields(self) -> dict[str, Any]:
@@ -149,7 +168,10 @@ def _prompts(served: Served, body: CompletionBody) -> list[list[int]]:
             param="prompt",
             code="invalid_value",
         )
+    for prompt in several:
+        if isinstance(prompt, str):
+            served.check_characters(prompt, "prompt")
     try:
         return [served.maker.encode(prompt) for prompt in several]
     except ValueError as error:
-        raise as_api_error(error, "prompt") from error
+        raise served.error(error, "prompt") from error

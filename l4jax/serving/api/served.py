@@ -32,7 +32,7 @@ class Defaults:
     top_p: float = 1.0
 
 
-class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
+class StreamOptions(msgspec.Struct):
     """What a stream says beside its text. ``include_obfuscation``, padding against listeners, has no effect: none is added."""
 
     include_usage: bool | None = None
@@ -91,7 +91,8 @@ class Served:
     """The served model.
 
     ``name``: what clients call it; ``defaults``: settings of requests that leave them out; ``created``: Unix time of the start;
-    ``ignore_unknown``: whether parameters that no route knows are ignored.
+    ``ignore_unknown``: whether parameters that no route knows are ignored; ``directory``: the checkpoint's path, which clients are not
+    told; ``longest_token``: the most characters of a token.
     """
 
     name: str
@@ -101,6 +102,8 @@ class Served:
     client: EngineClient
     created: int
     ignore_unknown: bool
+    directory: str
+    longest_token: int
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -136,22 +139,13 @@ class Served:
             )
         return room
 
-    def requests(
-        self, prompt: list[int], body: Sampling, max_tokens: int | None, logprobs: int | None, key: str | None, *, limit: str = "max_tokens"
-    ) -> list[Request]:
-        """The requests for all answers to one prompt.
+    def settings(self, body: Sampling, logprobs: int | None, max_tokens: int | None, limit: str = "max_tokens") -> SamplingParams:
+        """The engine's settings. All of them are checked before the prompt is tokenised, which may take long.
 
-        ``max_tokens``: None for as many as there is room for; ``limit``: the parameter that gave it; ``key``: the client's API key. Raises
-        ApiError for settings that are out of range.
+        ``max_tokens``: None for as many as there is room for; ``limit``: the parameter that gave it. Raises ApiError for settings that are
+        out of range.
         """
-        room = self.room_after(prompt)
-        if max_tokens is not None and max_tokens > room:
-            raise ApiError(
-                f"the prompt has {len(prompt)} tokens and {limit} is {max_tokens}; expected at most {self.max_model_len} together: shorten "
-                f"the prompt or lower {limit}",
-                param=limit,
-                code="context_length_exceeded",
-            )
+        _ = body.answers, body.streams  # raise for a wrong value
         if max_tokens is not None and max_tokens < 1:
             raise ApiError(f"{limit} is {max_tokens}; expected at least 1", param=limit, code="invalid_value")
         stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
@@ -162,22 +156,61 @@ class Served:
                 param="stop",
                 code="invalid_value",
             )
-        seed = secrets.randbits(_SEED_BITS) if body.seed is None else body.seed % 2**64  # clients may send negative seeds
         given = {name: getattr(body, name) for name in _SAME_IN_ENGINE if getattr(body, name) is not None}
         try:
-            params = SamplingParams(
-                max_tokens=room if max_tokens is None else max_tokens,
+            return SamplingParams(
+                max_tokens=self.max_model_len if max_tokens is None else max_tokens,
                 stop=stops,
                 logit_bias=_biases(body.logit_bias or {}),
                 logprobs=logprobs,
-                seed=seed,
+                # Clients may send negative seeds.
+                seed=secrets.randbits(_SEED_BITS) if body.seed is None else body.seed % 2**64,
                 **{"temperature": self.defaults.temperature, "top_p": self.defaults.top_p, **given},
             )
-            request = self.maker.request(prompt, params)
         except ValueError as error:
-            raise as_api_error(error) from error
+            raise self.error(error) from error
+
+    def requests(
+        self, prompt: list[int], body: Sampling, params: SamplingParams, key: str | None, *, limit: str | None = "max_tokens"
+    ) -> list[Request]:
+        """The requests for all answers to one prompt. ``key``: the client's API key; ``limit``: the parameter that limits it, if any.
+
+        Raises ApiError for a prompt that is too long, and for settings that the model cannot have.
+        """
+        room = self.room_after(prompt)
+        if limit is not None and params.max_tokens > room:
+            raise ApiError(
+                f"the prompt has {len(prompt)} tokens and {limit} is {params.max_tokens}; expected at most {self.max_model_len} together: "
+                f"shorten the prompt or lower {limit}",
+                param=limit,
+                code="context_length_exceeded",
+            )
+        try:
+            request = self.maker.request(prompt, dataclasses.replace(params, max_tokens=min(params.max_tokens, room)))
+        except ValueError as error:
+            raise self.error(error) from error
         scope = scope_of(key, body.cache_salt)
-        return [dataclasses.replace(request, seed=(seed + index) % 2**64, scope=scope) for index in range(body.answers)]
+        return [dataclasses.replace(request, seed=(request.seed + index) % 2**64, scope=scope) for index in range(body.answers)]
+
+    def check_characters(self, text: str, param: str) -> None:
+        """Raise ApiError for a text that cannot fit in the context, whatever its tokens are: long texts take long to tokenise."""
+        most = self.max_model_len * self.longest_token
+        if len(text) > most:
+            raise ApiError(
+                f"{param} has a text of {len(text)} characters, and {self.max_model_len} tokens have at most {most}; shorten it",
+                param=param,
+                code="context_length_exceeded",
+            )
+
+    def error(self, error: ValueError, param: str | None = None) -> ApiError:
+        """A ValueError as an ApiError, without the path of the checkpoint.
+
+        ``param``: the parameter at fault, unless the error begins with one of ``SamplingParams``.
+        """
+        text = str(error).replace(f"{self.directory}/", "")
+        first = text.split(" ", 1)[0]
+        named = first in {field.name for field in dataclasses.fields(SamplingParams)}
+        return ApiError(text, param=first if named else param, code="invalid_value")
 
     def token_text(self, token_id: int) -> str:
         """A token's text, with U+FFFD for what is only part of a character."""
@@ -189,13 +222,6 @@ _SAME_IN_ENGINE = (
     *("top_p", "top_k", "min_p", "stop_token_ids", "ignore_eos"),
 )
 """Parameters that have the name and meaning of the engine's."""
-
-
-def as_api_error(error: ValueError, param: str | None = None) -> ApiError:
-    """A ValueError as an ApiError. ``param``: the parameter at fault, unless the error begins with one of ``SamplingParams``."""
-    first = str(error).split(" ", 1)[0]
-    named = first in {field.name for field in dataclasses.fields(SamplingParams)}
-    return ApiError(str(error), param=first if named else param, code="invalid_value")
 
 
 def checked_logprobs(name: str, top: int) -> int:

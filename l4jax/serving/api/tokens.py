@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from l4jax.serving.api.chat import ChatBody, prompt_of
-from l4jax.serving.api.served import Served, as_api_error
+from l4jax.serving.api.served import Served
 from l4jax.serving.errors import ApiError
 
 
@@ -38,10 +38,11 @@ def tokenize(served: Served, body: TokenizeBody) -> dict[str, Any]:
         tokens = prompt_of(served, ChatBody(messages=body.messages))
     else:
         assert body.prompt is not None
+        served.check_characters(body.prompt, "prompt")
         try:
             tokens = served.tokenizer.encode(body.prompt, add_bos=body.add_special_tokens is not False)
         except ValueError as error:
-            raise as_api_error(error, "prompt") from error
+            raise served.error(error, "prompt") from error
     found: dict[str, Any] = {"count": len(tokens), "max_model_len": served.max_model_len, "tokens": tokens}
     if body.return_token_strs:
         found["token_strs"] = [served.token_text(token) for token in tokens]

@@ -11,9 +11,13 @@ from starlette.routing import Route
 
 from l4jax.config import ModelConfig
 from l4jax.serving import app as app_module
+from l4jax.serving import front
 from l4jax.serving.api.served import Defaults, Served, scope_of
 from l4jax.serving.app import MAX_BODY_BYTES, OPEN_ROUTES, build_app
 from l4jax.serving.engine_client import EngineClient
+from l4jax.serving.errors import ApiError
+from l4jax.serving.generation import error_of
+from l4jax.serving.messages import News
 from l4jax.text.hf_tokenizer import load_hf_tokenizer
 from l4jax.text.load import Text
 from tests import tiny
@@ -33,13 +37,13 @@ def served(tmp_path_factory):
         yield Served("tiny", config, Text(tokenizer, None), Defaults(), client, 0, False, "/nowhere", 16)
 
 
-def call(app, path, *, method="GET", headers=(), parts=(b"",), delay=0.0):
+def call(app, path, *, method="GET", headers=(), parts=(b"",), delay=0.0, sent=None):
     """The status, headers and JSON of an answer. The body comes in parts, each after a delay."""
 
     async def run():
         scope = {"type": "http", "method": method, "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": ""}
         scope |= {"headers": list(headers), "scheme": "http", "server": ("x", 1), "client": ("y", 2), "http_version": "1.1"}
-        coming, sent = list(parts), []
+        coming, answered, messages = list(parts), sent, []
 
         async def receive():
             await asyncio.sleep(delay)
@@ -47,10 +51,10 @@ def call(app, path, *, method="GET", headers=(), parts=(b"",), delay=0.0):
             return {"type": "http.request", "body": part, "more_body": bool(coming)}
 
         async def send(message):
-            sent.append(message)
+            messages.append(message)
 
-        await app(scope, receive, send)
-        return sent[0]["status"], dict(sent[0]["headers"]), json.loads(b"".join(message.get("body", b"") for message in sent))
+        await app(scope, receive, send if answered is None else answered)
+        return messages[0]["status"], dict(messages[0]["headers"]), json.loads(b"".join(message.get("body", b"") for message in messages))
 
     return asyncio.run(run())
 
@@ -126,3 +130,95 @@ def test_texts_and_tokens_that_the_model_does_not_have(served, path, body, expec
     status, _, answer = call(build_app(served, []), path, method="POST", parts=[body])
     assert status == expected, answer
     assert "\n" not in answer["error"]["message"]
+
+
+class Slow:
+    """A request whose chunks come when they do."""
+
+    streams, answers = True, 1
+
+    def __init__(self, *chunks):
+        self.chunks = chunks
+
+    async def stream(self):
+        for seconds, chunk in self.chunks:
+            await asyncio.sleep(seconds)
+            if isinstance(chunk, Exception):
+                raise chunk
+            yield chunk
+
+
+def streamed(request):
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(app_module._stream(request, send))
+    return sent[0]["status"], b"".join(message.get("body", b"") for message in sent)
+
+
+def test_a_silent_stream_gets_comments(monkeypatch):
+    monkeypatch.setattr(app_module, "QUIET_SECONDS", 0.1)
+    status, body = streamed(Slow((0.25, [{"a": 1}]), (0.0, [{"a": 2}, {"a": 3}]), (0.15, [{"a": 4}])))
+    assert status == 200
+    lines = body.decode().split("\n\n")
+    assert lines == [": still working"] * 2 + [f'data: {{"a":{n}}}' for n in (1, 2, 3)] + [
+        ": still working",
+        'data: {"a":4}',
+        "data: [DONE]",
+        "",
+    ]
+
+
+def test_a_streams_error_has_a_status_before_the_first_event_and_is_the_last_one_after():
+    error = ApiError("no", code="bad")
+    with pytest.raises(ApiError):
+        streamed(Slow((0, error)))
+    _, body = streamed(Slow((0, [{"a": 1}]), (0, error)))
+    assert body.decode().split("\n\n") == [
+        'data: {"a":1}',
+        'data: {"error":{"message":"no","type":"invalid_request_error","param":null,"code":"bad"}}',
+        "",
+    ]
+
+
+def test_errors_of_the_engine():
+    kinds = {"bad_request": 400, "not_finite": 500, "failed": 500, "closing": 503}
+    found = {kind: error_of(News(1, over=True, error="why", error_kind=kind), "req-1") for kind in kinds}
+    assert {kind: error.status for kind, error in found.items()} == kinds
+    assert [kind for kind, error in found.items() if error.headers.get("x-should-retry") == "false"] == ["not_finite"]
+    assert "req-1" in found["not_finite"].message
+
+
+def test_a_fault_of_the_server_is_logged_and_not_shown(served, monkeypatch):
+    def fails(*_):
+        raise KeyError("/secret/path")
+
+    monkeypatch.setattr(app_module, "detokenize", fails)
+    answers = []
+
+    async def sent(message):
+        answers.append(message)
+
+    with pytest.raises(KeyError):  # uvicorn logs it
+        call(build_app(served, []), "/detokenize", method="POST", parts=[b'{"tokens": []}'], sent=sent)
+    assert answers[0]["status"] == 500 and b"secret" not in answers[1]["body"] and b"req-" in answers[1]["body"]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [("{}", (1.0, 1.0)), ('{"temperature": 0.6, "top_p": 0.9, "top_k": 5}', (0.6, 0.9)), ('{"temperature": null}', (1.0, 1.0))],
+)
+def test_the_checkpoints_sampling_settings_are_the_defaults(tmp_path, content, expected):
+    path = tmp_path / "generation_config.json"
+    assert front._defaults(path) == Defaults()
+    path.write_text(content)
+    assert front._defaults(path) == Defaults(*expected)
+
+
+def test_wrong_sampling_settings_of_a_checkpoint_are_refused(tmp_path):
+    path = tmp_path / "generation_config.json"
+    path.write_text('{"top_p": 7}')
+    with pytest.raises(ValueError, match=r"generation_config\.json: top_p is 7.*--generation-config none"):
+        front._defaults(path)

@@ -89,6 +89,17 @@ def test_requests_that_outlast_the_drain_end_with_an_error(checkpoint):
         assert server.process.wait(30) == 0
 
 
+def test_a_second_signal_stops_the_server_at_once(checkpoint):
+    with running(checkpoint) as server:
+        connection, _ = stream_with_paused_engine(server)
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        assert server.process.poll() is None
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(20) == 0
+        connection.close()
+
+
 def test_more_requests_than_may_wait_are_refused(checkpoint):
     with running(checkpoint, "--max-waiting", "1") as server:
         connection, _ = stream_with_paused_engine(server)

@@ -10,6 +10,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import msgspec
@@ -38,6 +39,7 @@ QUIET_SECONDS = 15.0
 MAX_HEADERS = 100
 _STREAM_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 OPEN_ROUTES = ("/health", "/ready")
+_THREADS = 2
 _INLINE_BYTES = 16 << 10
 """Larger bodies are read and tokenised in a thread, so that other streams go on."""
 
@@ -77,7 +79,7 @@ class Keys:
                 status=401,
                 kind="authentication_error",
                 code="invalid_api_key",
-                headers={"www-authenticate": "Bearer", "connection": "close"},
+                headers={"www-authenticate": "Bearer"},
             )
         return given.decode("latin-1")
 
@@ -85,6 +87,7 @@ class Keys:
 def build_app(served: Served, keys: Sequence[str]) -> ASGIApp:
     """The application: routes, error handlers, and the check of API keys."""
     client, bodies = served.client, Bodies()
+    threads = ThreadPoolExecutor(_THREADS)
 
     async def health(request: Request) -> Response:
         if client.is_over:
@@ -111,13 +114,15 @@ def build_app(served: Served, keys: Sequence[str]) -> ASGIApp:
         async def parse(request: Request) -> Any:
             length = request.headers.get("content-length", "0")
             if length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES:
-                raise _TOO_LONG
-            raw = await bodies.read(request)
+                raise _too_long()
+            async with bodies.read(request) as raw:
 
-            def parsed() -> Any:
-                return handle(parameters.parsed(raw, body_type, not_honoured, ignore_unknown=served.ignore_unknown), request)
+                def parsed() -> Any:
+                    return handle(parameters.parsed(raw, body_type, not_honoured, ignore_unknown=served.ignore_unknown), request)
 
-            return await asyncio.to_thread(parsed) if len(raw) > _INLINE_BYTES else parsed()
+                if len(raw) <= _INLINE_BYTES:
+                    return parsed()
+                return await asyncio.get_running_loop().run_in_executor(threads, parsed)
 
         return parse
 
@@ -197,7 +202,12 @@ class Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request; what it has begun ends when the client has gone."""
-        answers = await self._check(Request(scope, receive))
+        try:
+            answers = await self._check(Request(scope, receive))
+        except asyncio.CancelledError:
+            if self._client.closing is None:
+                raise
+            return
         self._client.check_room(answers.answers)
         work = asyncio.create_task(_stream(answers, send) if answers.streams else _whole(answers, scope, receive, send))
         gone = asyncio.create_task(_gone(receive))
@@ -272,23 +282,27 @@ class Bodies:
     def __init__(self) -> None:
         self._held = 0
 
-    async def read(self, request: Request) -> bytes:
-        """A request's body. Raises ApiError for one that is too long or too slow, and if there is no room for it."""
-        held = 0
+    @contextlib.asynccontextmanager
+    async def read(self, request: Request) -> AsyncIterator[bytes]:
+        """A request's body, which takes room until the context ends.
+
+        Raises ApiError for one that is too long or too slow, and if there is no room for it.
+        """
+        held, parts = 0, []
         try:
-            async with asyncio.timeout(BODY_SECONDS):
-                parts = []
-                async for part in request.stream():
-                    parts.append(part)
-                    held += len(part)
-                    self._held += len(part)
-                    if held > MAX_BODY_BYTES:
-                        raise _TOO_LONG
-                    if self._held > MAX_BODIES_BYTES:
-                        raise errors.queue_full(1, 0)
-                return b"".join(parts)
-        except TimeoutError:
-            raise _closing(f"the body did not arrive in {BODY_SECONDS:.0f} s; send it faster", 408, "body_too_slow") from None
+            try:
+                async with asyncio.timeout(BODY_SECONDS):
+                    async for part in request.stream():
+                        parts.append(part)
+                        held += len(part)
+                        self._held += len(part)
+                        if held > MAX_BODY_BYTES:
+                            raise _too_long()
+                        if self._held > MAX_BODIES_BYTES:
+                            raise errors.queue_full(1, 0)
+            except TimeoutError:
+                raise _closing(f"the body did not arrive in {BODY_SECONDS:.0f} s; send it faster", 408, "body_too_slow") from None
+            yield b"".join(parts)
         finally:
             self._held -= held
 
@@ -298,7 +312,8 @@ def _closing(message: str, status: int, code: str | None) -> ApiError:
     return ApiError(message, status=status, code=code, headers={"connection": "close"})
 
 
-_TOO_LONG = _closing(f"the body has more than {MAX_BODY_BYTES} bytes; send less", 413, "body_too_large")
+def _too_long() -> ApiError:
+    return _closing(f"the body has more than {MAX_BODY_BYTES} bytes; send less", 413, "body_too_large")
 
 
 def _request_id(scope: Scope) -> str:

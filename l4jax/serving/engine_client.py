@@ -67,6 +67,7 @@ class EngineClient:
         self.load_error: str | None = None
         self.closing: str | None = None
         """Why no further requests are taken, once that is so."""
+        self._ended: tuple[str, str] | None = None  # why all requests end at once from now on, and the kind of the error
         self.is_over = False
         """Whether the engine process has gone."""
 
@@ -93,6 +94,7 @@ class EngineClient:
         self._end_all(self.closing or "the server is being stopped", "closing")
 
     def _end_all(self, why: str, kind: str) -> None:
+        self._ended = why, kind
         for number in list(self._inboxes):
             self.cancel(number)
             self._inboxes.pop(number).put(News(number, over=True, error=why, error_kind=kind))
@@ -141,6 +143,10 @@ class EngineClient:
             self._send(Cancel(number))
 
     def _begin(self, message: Add | Score, inbox: Inbox) -> int:
+        if self._ended is not None:
+            why, kind = self._ended
+            inbox.put(News(message.number, over=True, error=why, error_kind=kind))
+            return message.number
         if not self._inboxes:
             self._heard = time.monotonic()  # an idle engine says nothing
         self._inboxes[message.number] = inbox

@@ -80,7 +80,7 @@ class _Relay:
             self._take_calls(wait=idle)
             try:
                 idle = not self._engine.step()
-                failures = 0
+                failures = failures if idle else 0  # an idle step uses no device
             except Exception:
                 # All requests under way have ended with an error, and the next one begins with an empty cache.
                 traceback.print_exc()

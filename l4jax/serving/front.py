@@ -184,6 +184,8 @@ class _Front:
         if not engine.done():
             client.end_all()
             await serving
+            if server.server_state.tasks:  # after a second signal: clients are told before the loop ends
+                await asyncio.wait(server.server_state.tasks, timeout=1)
             return 0
         stopping.cancel()
         await engine

@@ -60,7 +60,6 @@ class Generation:
 
     async def pieces(self) -> AsyncIterator[list[Piece]]:
         """Begin all answers, and return what comes for them; :meth:`close` ends them. Raises :class:`ApiError` if one fails."""
-        self._client.check_room(len(self.requests))
         began, inbox = time.perf_counter(), Inbox()
         self._index_of = {self._client.add(request, inbox): index for index, request in enumerate(self.requests)}
         try:
@@ -100,7 +99,6 @@ class Generation:
 
 async def scores(client: EngineClient, prompts: Sequence[list[int]], top: int, request_id: str) -> list[list[TokenLogprob]]:
     """The log-probabilities of each prompt's tokens after the first. Raises :class:`ApiError` if they cannot be computed."""
-    client.check_room(len(prompts))
     inbox = Inbox()
     numbers = [client.score(prompt, top, inbox) for prompt in prompts]
     found: dict[int, list[TokenLogprob]] = {}

@@ -76,7 +76,9 @@ class HfTokenizer(Tokenizer):
             # Only this method lets other threads run meanwhile.
             ids = list(self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
         # The library drops a byte that the vocabulary lacks, or takes a special token for it.
-        doubtful = [character for character in dict.fromkeys(text) if not self._absent.isdisjoint(character.encode())]
+        doubtful = (
+            [character for character in dict.fromkeys(text) if not self._absent.isdisjoint(character.encode())] if self._absent else []
+        )
         if doubtful:
             written = b"".join(map(self.token_bytes, ids))
             for character in doubtful:

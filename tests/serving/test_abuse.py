@@ -140,3 +140,30 @@ def test_a_body_that_breaks_off_is_no_fault_of_the_server(server):
     with socket.create_connection((server.host, server.port), timeout=30) as connection:
         connection.sendall(f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{{".encode())
     assert server.answer("/health")[0] == 200
+
+
+def test_trailers_are_dropped_and_limited(server):
+    head = b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\ntransfer-encoding: chunked\r\n\r\n0\r\n"
+    assert b" 200 " in raw(server, head + b"x-request-id: trailer\r\n\r\n")
+    began = time.monotonic()
+    found = raw(server, head.replace(b"close", b"keep-alive") + b"a: 1\r\n" * (4 << 20))
+    assert found.count(b" 200 ") <= 1 and time.monotonic() - began < 20  # 24 MB: the connection was closed before the end
+    assert server.answer("/health")[0] == 200
+
+
+def test_an_upgrade_that_is_missed_is_refused_and_not_misread(server):
+    """Its header begins a new packet, so it cannot be seen for what it is."""
+    body = json.dumps({"messages": [MESSAGE], "max_tokens": 1}).encode()
+    with socket.create_connection((server.host, server.port), timeout=30) as connection:
+        connection.sendall(f"POST {CHAT} HTTP/1.1\r\nhost: x\r\nconnection: Upgrade\r\n".encode())
+        time.sleep(0.2)
+        connection.sendall(b"upgrade: h2c\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 400 ")
+
+
+def test_a_long_body_that_waits_ends_the_connection(server):
+    one = json.dumps({"messages": [MESSAGE], "ignore_eos": True}).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n"
+    found = raw(server, (head % len(one)).encode() + one + (head % (1 << 20)).encode() + b" " * (1 << 20))
+    assert found == b""
+    assert server.answer(CHAT, {"messages": [MESSAGE], "max_tokens": 1})[0] == 200

@@ -12,9 +12,10 @@ from starlette.routing import Route
 from l4jax.config import ModelConfig
 from l4jax.serving import app as app_module
 from l4jax.serving import front
+from l4jax.serving.api import completions
 from l4jax.serving.api.served import Defaults, Served, scope_of
 from l4jax.serving.app import MAX_BODY_BYTES, OPEN_ROUTES, build_app
-from l4jax.serving.engine_client import EngineClient
+from l4jax.serving.engine_client import EngineClient, Inbox
 from l4jax.serving.errors import ApiError
 from l4jax.serving.generation import error_of
 from l4jax.serving.messages import News
@@ -222,3 +223,31 @@ def test_wrong_sampling_settings_of_a_checkpoint_are_refused(tmp_path):
     path.write_text('{"top_p": 7}')
     with pytest.raises(ValueError, match=r"generation_config\.json: top_p is 7.*--generation-config none"):
         front._defaults(path)
+
+
+def test_more_scored_tokens_than_the_limit_are_refused(served, monkeypatch):
+    monkeypatch.setattr(completions, "MAX_SCORED_TOKENS", 11)
+    body = completions.CompletionBody(prompt=[[60] * 3, [60] * 3], n=2, echo=True, logprobs=1, max_tokens=0)
+    with pytest.raises(ApiError, match="12 prompt tokens"):
+        completions.Completions(served, body, key=None, request_id="r")
+    body.n = 1
+    assert completions.Completions(served, body, key=None, request_id="r").answers == 2
+
+
+def test_requests_that_begin_after_the_end_end_at_once(served):
+    async def run():
+        client = EngineClient(None, max_waiting=1, stalled_seconds=30)
+        client.closing = "bye"
+        client.end_all()
+        inbox = Inbox()
+        client.score([1, 2], 0, inbox)
+        return await asyncio.wait_for(inbox.take(), 5)
+
+    (news,) = asyncio.run(run())
+    assert news.over and news.error == "bye" and error_of(news, "r").status == 503
+
+
+def test_an_api_key_scopes_the_prefix_cache(served):
+    body = completions.CompletionBody(prompt=[60, 61])
+    scopes = {key: completions.Completions(served, body, key=key, request_id="r")._generation.requests[0].scope for key in (None, "a", "b")}
+    assert len(set(scopes.values())) == 3 and scopes[None] == b""

@@ -141,15 +141,17 @@ def prompt_of(served: Served, body: ChatBody) -> list[int]:
         )
     if served.text.chat_format is None:
         raise ApiError("the model has no chat template; use /v1/completions with a prompt in the model's own format")
-    for message in body.messages:
-        content = message.get("content")
-        parts = content if isinstance(content, list) else [{"text": content}]
-        for part in parts:
-            text = part.get("text") if isinstance(part, dict) else None
-            if isinstance(text, str):
-                served.check_characters(text, "messages")
+    served.check_characters(_characters([body.messages, body.chat_template_kwargs]), "messages")
     options: ChatOptions = {"chat_template_kwargs": body.chat_template_kwargs, "continue_final_message": continues}
     try:
         return served.maker.encode_chat(body.messages, options)
     except ValueError as error:
         raise served.error(error, "messages") from error
+
+
+def _characters(value: object) -> int:
+    """How many characters the texts in a JSON value have."""
+    if isinstance(value, str):
+        return len(value)
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return sum(map(_characters, children))

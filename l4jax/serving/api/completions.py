@@ -40,10 +40,10 @@ class Completions:
         max_tokens = _DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
         params = served.settings(body, logprobs, 1 if self._only_echo else max_tokens)
         self._prompts = _prompts(served, body)
-        if body.echo and logprobs is not None and (total := sum(map(len, self._prompts))) > MAX_SCORED_TOKENS:
+        if body.echo and logprobs is not None and (total := sum(map(len, self._prompts)) * body.answers) > MAX_SCORED_TOKENS:
             raise ApiError(
-                f"the prompts have {total} tokens, and their log-probabilities are asked for; expected at most {MAX_SCORED_TOKENS} in all: "
-                "send fewer prompts in one request",
+                f"the log-probabilities of {total} prompt tokens are asked for; expected at most {MAX_SCORED_TOKENS} in one request; send "
+                "fewer or shorter prompts",
                 param="prompt",
             )
         # OpenAI's default was not asked for, so it is cut to what fits in the context.
@@ -85,8 +85,8 @@ class Completions:
             prompt_scores = await scores(self._served.client, self._prompts, self._body.logprobs, self._request_id)
         if self._body.echo:
             for index in range(len(self._offsets)):
-                yield [self._echo(index, prompt_scores)]
-                await asyncio.sleep(0)  # a long prompt's log-probabilities take long to write: let other streams go on
+                # In a thread: a long prompt's log-probabilities take long to list, and other streams go on.
+                yield [await asyncio.to_thread(self._echo, index, prompt_scores)]
         if self._only_echo:
             return
         async for pieces in self._generation.pieces():
@@ -170,7 +170,7 @@ def _prompts(served: Served, body: CompletionBody) -> list[list[int]]:
         )
     for prompt in several:
         if isinstance(prompt, str):
-            served.check_characters(prompt, "prompt")
+            served.check_characters(len(prompt), "prompt")
     try:
         return [served.maker.encode(prompt) for prompt in several]
     except ValueError as error:

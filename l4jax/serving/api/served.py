@@ -192,12 +192,12 @@ class Served:
         scope = scope_of(key, body.cache_salt)
         return [dataclasses.replace(request, seed=(request.seed + index) % 2**64, scope=scope) for index in range(body.answers)]
 
-    def check_characters(self, text: str, param: str) -> None:
-        """Raise ApiError for a text that cannot fit in the context, whatever its tokens are: long texts take long to tokenise."""
+    def check_characters(self, characters: int, param: str) -> None:
+        """Raise ApiError for texts that cannot fit in the context, whatever their tokens are: long ones take long to tokenise."""
         most = self.max_model_len * self.longest_token
-        if len(text) > most:
+        if characters > most:
             raise ApiError(
-                f"{param} has a text of {len(text)} characters, and {self.max_model_len} tokens have at most {most}; shorten it",
+                f"{param} has {characters} characters, and {self.max_model_len} tokens have at most {most}; shorten it",
                 param=param,
                 code="context_length_exceeded",
             )

@@ -38,7 +38,7 @@ def tokenize(served: Served, body: TokenizeBody) -> dict[str, Any]:
         tokens = prompt_of(served, ChatBody(messages=body.messages))
     else:
         assert body.prompt is not None
-        served.check_characters(body.prompt, "prompt")
+        served.check_characters(len(body.prompt), "prompt")
         try:
             tokens = served.tokenizer.encode(body.prompt, add_bos=body.add_special_tokens is not False)
         except ValueError as error:

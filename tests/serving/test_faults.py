@@ -102,6 +102,8 @@ def test_a_second_signal_stops_the_server_at_once(checkpoint):
 
 def test_more_requests_than_may_wait_are_refused(checkpoint):
     with running(checkpoint, "--max-waiting", "1") as server:
+        status, answer = server.answer(CHAT, {**LONG, "stream": False, "n": SLOTS + 2})
+        assert status == 400 and f"expected at most {SLOTS + 1}" in answer["error"]["message"]
         connection, _ = stream_with_paused_engine(server)
         held = [server.send("POST", CHAT, LONG) for _ in range(SLOTS)]
         time.sleep(0.5)

@@ -125,7 +125,7 @@ def test_more_requests_than_may_wait_are_refused(checkpoint):
     ],
 )
 def test_a_wrong_option_is_refused_in_one_line(checkpoint, options, expected):
-    process = start(checkpoint, *options)
+    process = start(checkpoint, "--port", "0", *options)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 2
     assert error.startswith("l4jax: error: ") and error.count("\n") == 1 and expected in error
@@ -135,7 +135,7 @@ def test_a_port_in_use_and_a_missing_tokenizer_are_refused(checkpoint, tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as used:
         taken = start(checkpoint, "--port", str(used.getsockname()[1]))
         assert "in use" in taken.communicate(timeout=60)[1] and taken.returncode == 2
-    without = start(tiny.save(tmp_path, tiny.shallow(tiny.llama3_like())))
+    without = start(tiny.save(tmp_path, tiny.shallow(tiny.llama3_like())), "--port", "0")
     assert "no tokenizer" in without.communicate(timeout=60)[1] and without.returncode == 2
 
 

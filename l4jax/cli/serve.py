@@ -64,10 +64,17 @@ def run(args: argparse.Namespace) -> int:
     """Serve until a signal comes."""
     from l4jax.serving.front import ServeOptions, serve
 
-    bounds = {"port": (0, 65535), "max_waiting": (0, 100_000), "drain_seconds": (0, 86_400), "stalled_seconds": (0.1, 86_400)}
+    bounds = {
+        "port": (0, 65535),
+        "slots": (1, 2**20),
+        "kv_tokens": (1, 2**50),
+        "max_waiting": (0, 100_000),
+        "drain_seconds": (0, 86_400),
+        "stalled_seconds": (0.1, 86_400),
+    }
     for name, (least, most) in bounds.items():
         value = getattr(args, name)
-        if not least <= value <= most:
+        if value is not None and not least <= value <= most:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; expected {least} to {most}")
     keys = args.api_key
     if keys is None:

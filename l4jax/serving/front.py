@@ -116,8 +116,10 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=2048)
-    except (OSError, OverflowError) as error:
-        reason = os.strerror(error.errno) if isinstance(error, OSError) and (error.errno or 0) > 0 else str(error)
+    except socket.gaierror as error:
+        raise ValueError(f"--host is {host}, which is no address of this machine ({error.strerror}); choose another --host") from error
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
         raise ValueError(f"cannot listen on {host}, port {port} ({reason}); choose another --host or --port") from error
 
 

@@ -121,6 +121,8 @@ def test_more_requests_than_may_wait_are_refused(checkpoint):
         (("--max-model-len", "641"), "expected 2 to 640"),
         (("--mesh", "tensor=3"), "tensor"),
         (("--port", "70000"), "expected 0 to 65535"),
+        (("--slots", "0"), "--slots is 0"),
+        (("--host", "nowhere.invalid"), "--host is nowhere.invalid"),
         (("--api-key", "ä"), "printable ASCII"),
     ],
 )

@@ -43,7 +43,7 @@ def test_a_killed_engine_ends_streams_with_an_error_and_the_server(checkpoint):
         with contextlib.closing(connection):
             *_, last = events(response.read().decode())
         assert last["error"]["code"] == "engine_error"
-        assert server.process.wait(30) == 1
+        assert server.process.wait(60) == 1
 
 
 def test_a_killed_front_ends_the_engine(checkpoint):
@@ -51,7 +51,7 @@ def test_a_killed_front_ends_the_engine(checkpoint):
         engine = server.engine_pid
         assert is_running(engine)
         server.process.kill()
-        server.process.wait(30)
+        server.process.wait(60)
         for _ in range(100):
             if not is_running(engine):
                 break
@@ -76,7 +76,7 @@ def test_a_paused_engine_is_not_ready_and_a_server_drains_before_it_ends(checkpo
         os.kill(server.engine_pid, signal.SIGCONT)
         with contextlib.closing(connection):
             assert events(response.read().decode())[-1] == "[DONE]"
-        assert server.process.wait(30) == 0
+        assert server.process.wait(60) == 0
 
 
 def test_requests_that_outlast_the_drain_end_with_an_error(checkpoint):
@@ -86,7 +86,7 @@ def test_requests_that_outlast_the_drain_end_with_an_error(checkpoint):
         with contextlib.closing(connection):
             *_, last = events(response.read().decode())
         assert "being stopped" in last["error"]["message"]
-        assert server.process.wait(30) == 0
+        assert server.process.wait(60) == 0
 
 
 def test_a_second_signal_stops_the_server_at_once(checkpoint):
@@ -96,7 +96,7 @@ def test_a_second_signal_stops_the_server_at_once(checkpoint):
         time.sleep(0.5)
         assert server.process.poll() is None
         server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(20) == 0
+        assert server.process.wait(60) == 0
         connection.close()
 
 
@@ -128,7 +128,7 @@ def test_more_requests_than_may_wait_are_refused(checkpoint):
 )
 def test_a_wrong_option_is_refused_in_one_line(checkpoint, options, expected):
     process = start(checkpoint, "--port", "0", *options)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=180)
     assert process.returncode == 2
     assert error.startswith("l4jax: error: ") and error.count("\n") == 1 and expected in error
 
@@ -136,9 +136,9 @@ def test_a_wrong_option_is_refused_in_one_line(checkpoint, options, expected):
 def test_a_port_in_use_and_a_missing_tokenizer_are_refused(checkpoint, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as used:
         taken = start(checkpoint, "--port", str(used.getsockname()[1]))
-        assert "in use" in taken.communicate(timeout=60)[1] and taken.returncode == 2
+        assert "in use" in taken.communicate(timeout=180)[1] and taken.returncode == 2
     without = start(tiny.save(tmp_path, tiny.shallow(tiny.llama3_like())), "--port", "0")
-    assert "no tokenizer" in without.communicate(timeout=60)[1] and without.returncode == 2
+    assert "no tokenizer" in without.communicate(timeout=180)[1] and without.returncode == 2
 
 
 def test_the_front_imports_no_jax():

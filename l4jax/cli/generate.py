@@ -8,6 +8,7 @@ import os
 import sys
 from typing import Any
 
+from l4jax.cli.options import add_model_options
 from sharding.words import counted
 
 
@@ -27,7 +28,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--chat-template-kwargs", metavar="JSON", help='with --chat: variables of the chat template, such as {"enable_thinking": false}'
     )
-    parser.add_argument("--mesh", default="tensor=1", help="devices to run on, such as tensor=4,expert=2, or a .json file (default: one)")
+    add_model_options(parser)
     parser.add_argument(
         "--coordinator", help="HOST:PORT of process 0, to run as one of several processes; auto: by Slurm, Kubernetes or MPI"
     )
@@ -35,19 +36,6 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--process-id", type=int, help="with --coordinator: which of them this is, from 0; only 0 prints the text")
     parser.add_argument(
         "--coordinator-timeout", type=float, metavar="SECONDS", help="with --coordinator: how long to wait for the others (default: 300)"
-    )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="hold weights and cache in this (default: as stored)")
-    parser.add_argument("--drafter", help="the folder of a drafter made for the model (default: the one in its folder, if there is one)")
-    parser.add_argument(
-        "--speculation",
-        default="auto",
-        help="off, chain:5, tree:eagle26, dynamic:steps=5,topk=4,nodes=16, or auto (the default: what the drafter says)",
-    )
-    parser.add_argument(
-        "--beyond-training",
-        choices=("window", "stop"),
-        default="window",
-        help="what a drafter does with texts longer than it was trained on",
     )
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 
+from l4jax.cli.options import add_model_options
+
 _KEY_VARIABLE = "L4JAX_API_KEY"
 
 
@@ -23,10 +25,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="KEY",
         help=f"let in only requests with this key; may be given several times (default: those in {_KEY_VARIABLE}, split at commas)",
     )
-    parser.add_argument("--mesh", default="tensor=1", help="devices to run on, such as tensor=4,expert=2, or a .json file (default: one)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="hold weights and cache in this (default: as stored)")
-    parser.add_argument("--drafter", help="the folder of a drafter made for the model (default: the one in its folder, if there is one)")
-    parser.add_argument("--speculation", default="auto", help="off, chain:5, tree:eagle26, dynamic:steps=5,topk=4,nodes=16, or auto")
+    add_model_options(parser)
     parser.add_argument("--max-model-len", type=int, metavar="TOKENS", help="the most tokens of prompt and answer (default: what fits)")
     parser.add_argument("--slots", type=int, help="requests that are decoded together (default: 8 for each data rank)")
     parser.add_argument("--kv-tokens", type=int, metavar="TOKENS", help="tokens that the KV cache holds (default: what fits)")
@@ -85,7 +84,10 @@ def run(args: argparse.Namespace) -> int:
             f"{_KEY_VARIABLE} (keys with commas between them, without spaces)"
         )
     arguments = {
-        **{name: getattr(args, name) for name in ("mesh", "dtype", "drafter", "speculation", "kv_tokens", "deterministic")},
+        **{
+            name: getattr(args, name)
+            for name in ("mesh", "dtype", "drafter", "speculation", "beyond_training", "kv_tokens", "deterministic")
+        },
         "max_batch": args.slots,
     }
     return serve(

@@ -324,8 +324,8 @@ def _request_id(scope: Scope) -> str:
     return f"req-{secrets.token_hex(12)}"
 
 
-def _json(fields: Any, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(fields), status, media_type="application/json")
+def _json(fields: Any) -> Response:
+    return Response(msgspec.json.encode(fields), media_type="application/json")
 
 
 def _error_response(error: ApiError) -> Response:

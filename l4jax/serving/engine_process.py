@@ -124,7 +124,7 @@ class _Relay:
         except ValueError as error:
             self._news.append(News(call.number, over=True, error=str(error), error_kind="bad_request"))
         except Exception:
-            traceback.print_exc()
+            traceback.print_exc()  # a fault of ours, which ends this request only
             self._news.append(News(call.number, over=True, error=_FAILED, error_kind="failed"))
 
     def _gather(self) -> None:

@@ -41,7 +41,7 @@ class Answer:
 
     def __init__(self, tokenizer: Tokenizer | None, request: Request) -> None:
         self._request = request
-        self._text = OutputText(tokenizer, request.params.stop, request.stop_ids)
+        self._text = OutputText(tokenizer, request.params.stop, request.stop_ids, request.params.min_tokens)
         self.token_ids: list[int] = []
         self._logprobs: list[TokenLogprob] = []
         self._progress: list[tuple[int, float]] = []

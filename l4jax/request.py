@@ -141,8 +141,6 @@ class RequestMaker:
         if params.stop and self._text.tokenizer is None:
             raise ValueError(f"stop strings need a tokenizer, but {self._text.no_tokenizer}; use stop_token_ids")
         self._check_vocabulary(params.logit_bias, "logit_bias")
-        if sum(bias == -math.inf for bias in params.logit_bias.values()) == config.vocab_size:
-            raise ValueError(f"logit_bias forbids all {config.vocab_size} tokens; leave at least one")
         self._check_vocabulary(params.stop_token_ids, "stop_token_ids")
         if len(token_ids) > self._drafts_up_to:
             raise ValueError(
@@ -157,8 +155,16 @@ class RequestMaker:
                 f"{len(ends)} tokens would end the answer, the model's own included; expected at most {MAX_STOP_IDS}; "
                 "shorten stop_token_ids"
             )
+        forbidden = {token for token, bias in params.logit_bias.items() if bias == -math.inf}
+        if len(forbidden) == config.vocab_size:
+            raise ValueError(f"logit_bias forbids all {config.vocab_size} tokens; leave at least one")
+        if params.min_tokens > 0 and len(forbidden | ends) >= config.vocab_size:
+            raise ValueError(
+                f"min_tokens is {params.min_tokens}, and every token ends the answer or is forbidden by logit_bias; leave at least one other "
+                "token"
+            )
         seed = secrets.randbits(64) if params.seed is None else params.seed
-        return Request(token_ids, dataclasses.replace(params, max_tokens=min(params.max_tokens, room)), seed, sorted(ends))
+        return Request(token_ids, params.limited_to(room), seed, sorted(ends))
 
     def scoring(self, token_ids: list[int], top: int | None = None) -> Request:
         """A request for the logits of these tokens, as ``encode`` returned them; or for log-probabilities, with ``top`` alternatives."""

@@ -36,10 +36,13 @@ class SamplingParams:
     output, token id), so the same seed gives the same tokens whatever else is in the batch, up to rounding; None draws a
     seed. ``logprobs=n`` reports the log-probability of each chosen token and of the n likeliest, under the model's own
     distribution (before everything above). Generation ends at ``max_tokens``, at a model end token (unless ``ignore_eos``)
-    or one of ``stop_token_ids`` (kept in ``token_ids``, not in the text), or before one of the ``stop`` strings.
+    or one of ``stop_token_ids`` (kept in ``token_ids``, not in the text), or before one of the ``stop`` strings. The first
+    ``min_tokens`` tokens are no end tokens (their logits become -inf, after bias and penalties), and stop strings are
+    looked for after them.
     """
 
     max_tokens: int = 256
+    min_tokens: int = 0
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -78,6 +81,7 @@ class SamplingParams:
             keep(name, lambda x: is_number(x) and valid(x), expected, float)
 
         whole("max_tokens", 1, math.inf, "an integer of at least 1")
+        whole("min_tokens", 0, self.max_tokens, f"an integer from 0 to max_tokens ({self.max_tokens})")
         number("temperature", lambda x: 0 <= x <= _LARGEST, "0 (greedy) or a positive number")
         whole("top_k", 0, 2**31 - 1, "0 (off) or a positive integer")
         number("top_p", lambda x: 0 < x <= 1, "a number above 0, at most 1 (off)")
@@ -116,7 +120,13 @@ class SamplingParams:
         if self.logprobs is not None:
             whole("logprobs", 0, MAX_LOGPROBS, f"None or an integer from 0 to {MAX_LOGPROBS}")
 
+    def limited_to(self, room: int) -> SamplingParams:
+        """These params for an answer that has room for this many tokens."""
+        most = min(self.max_tokens, room)
+        return dataclasses.replace(self, max_tokens=most, min_tokens=min(self.min_tokens, most))
+
     @property
     def adjusts_logits(self) -> bool:
-        """True if a bias or penalty changes the logits before the temperature."""
-        return bool(self.logit_bias) or self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+        """True if a bias, a penalty or ``min_tokens`` changes the logits before the temperature."""
+        penalties = self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+        return bool(self.logit_bias) or penalties or self.min_tokens > 0

@@ -33,7 +33,7 @@ _ONE_BITS = 0x3F800000  # the bit pattern of float32 1.0; patterns of non-negati
 class SamplingSettings:
     """Settings of several requests, on the device. ``bias_id_Bj`` is padded with the vocabulary size, ``stop_Bj`` with -1.
 
-    ``adjusted_B``: there is a bias or penalty. ``reported_B``: log-probabilities are wanted.
+    ``adjusted_B``: there is a bias, a penalty or a ``min_tokens``. ``reported_B``: log-probabilities are wanted.
     """
 
     adjusted_B: Bool[Array, "B"]
@@ -50,6 +50,7 @@ class SamplingSettings:
     bias_Bj: Float32[Array, "B j"]
     stop_Bj: Int32[Array, "B j"]
     max_tokens_B: Int32[Array, "B"]
+    min_tokens_B: Int32[Array, "B"]
 
 
 @jax.tree_util.register_dataclass
@@ -104,6 +105,7 @@ def sampling_settings(
         bias_Bj=_pad(bias_values, MAX_BIASES, 0.0, np.float32),
         stop_Bj=_pad(stop_ids, MAX_STOP_IDS, -1, np.int32),
         max_tokens_B=stack("max_tokens", np.int32),
+        min_tokens_B=stack("min_tokens", np.int32),
     )
 
 
@@ -123,7 +125,7 @@ def sample(
     """
 
     def drawn(logits_BV: Array) -> tuple[Array, Array]:
-        adjusted_BV = _adjusted(logits_BV, rows, counts, vocab_ranks)
+        adjusted_BV = _adjusted(logits_BV, rows, counts, position_B, vocab_ranks)
         highest_B = _highest(adjusted_BV, vocab_ranks)
         log_weights_BV, kept_BV = truncate(adjusted_BV, rows, highest_B, vocab_ranks)
         return highest_B, draw(jnp.where(kept_BV, log_weights_BV, -jnp.inf), rows, position_B, Purpose.TOKEN, vocab_ranks)
@@ -137,11 +139,11 @@ def sample(
 
 
 def probabilities(
-    logits_BV: Float32[Array, "B V"], rows: SamplingRows, counts: TokenCounts, vocab_ranks: Ranks = ONE
+    logits_BV: Float32[Array, "B V"], rows: SamplingRows, counts: TokenCounts, position_B: Int32[Array, "B"], vocab_ranks: Ranks = ONE
 ) -> tuple[Float32[Array, "B V"], Bool[Array, "B"]]:
     """The distribution that :func:`sample` draws from (at temperature 0 one token has it all), and whether each row's logits are finite."""
     V = logits_BV.shape[1]
-    adjusted_BV = _adjusted(logits_BV, rows, counts, vocab_ranks)
+    adjusted_BV = _adjusted(logits_BV, rows, counts, position_B, vocab_ranks)
     highest_B, token_B = highest_token(adjusted_BV, vocab_ranks)
     weights_BV = jax.nn.one_hot(local_index(token_B, V, vocab_ranks), V, dtype=jnp.float32)
 
@@ -158,10 +160,10 @@ def _any_random(rows: SamplingRows) -> Bool[Array, ""]:
     return jnp.any(rows.temperature_B > 0)
 
 
-def _adjusted(logits_BV: Array, rows: SamplingRows, counts: TokenCounts, vocab_ranks: Ranks) -> Array:
+def _adjusted(logits_BV: Array, rows: SamplingRows, counts: TokenCounts, position_B: Array, vocab_ranks: Ranks) -> Array:
     return jax.lax.cond(
         jnp.any(rows.adjusted_B),
-        lambda logits_BV: adjust_logits(logits_BV, rows, counts, vocab_ranks),
+        lambda logits_BV: adjust_logits(logits_BV, rows, counts, position_B, vocab_ranks),
         lambda logits_BV: logits_BV,
         logits_BV,
     )
@@ -197,9 +199,9 @@ def highest_token(values_BV: Float32[Array, "B V"], vocab_ranks: Ranks = ONE) ->
 
 
 def adjust_logits(
-    logits_BV: Float32[Array, "B V"], rows: SamplingRows, counts: TokenCounts, vocab_ranks: Ranks = ONE
+    logits_BV: Float32[Array, "B V"], rows: SamplingRows, counts: TokenCounts, position_B: Int32[Array, "B"], vocab_ranks: Ranks = ONE
 ) -> Float32[Array, "B V"]:
-    """Bias, then repetition (CTRL, arXiv 1909.05858), presence and frequency penalties."""
+    """Bias, then repetition (CTRL, arXiv 1909.05858), presence and frequency penalties; end tokens that come too early get -inf."""
     row_B1 = jnp.arange(logits_BV.shape[0], dtype=jnp.int32)[:, None]
     bias_id_Bj = local_index(rows.bias_id_Bj, logits_BV.shape[1], vocab_ranks)
     logits_BV = logits_BV.at[row_B1, bias_id_Bj].add(rows.bias_Bj, mode="drop")
@@ -208,7 +210,10 @@ def adjust_logits(
     repetition_BV = jnp.where(in_prompt_BV | in_output_BV, rows.repetition_B[:, None], 1.0)
     logits_BV = jnp.where(logits_BV > 0, logits_BV / repetition_BV, logits_BV * repetition_BV)
     once_BV = jnp.where(in_output_BV, rows.presence_B[:, None], 0.0)
-    return logits_BV - once_BV - rows.frequency_B[:, None] * output_BV.astype(jnp.float32)
+    logits_BV = logits_BV - once_BV - rows.frequency_B[:, None] * output_BV.astype(jnp.float32)
+    early_B1 = (position_B < rows.min_tokens_B)[:, None]
+    stop_Bj = local_index(rows.stop_Bj, logits_BV.shape[1], vocab_ranks)
+    return logits_BV.at[row_B1, stop_Bj].add(jnp.where(early_B1, -jnp.inf, 0.0), mode="drop")
 
 
 def truncate(

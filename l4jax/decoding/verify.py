@@ -161,7 +161,7 @@ def rejection(rows: SamplingRows, drafted: DraftDistribution, vocab_ranks: Ranks
     """
 
     def rule(at: NodeState, draft: Draft) -> tuple[Array, Array]:
-        p_BV, finite_B = probabilities(at.logits_BV, rows, at.counts, vocab_ranks)
+        p_BV, finite_B = probabilities(at.logits_BV, rows, at.counts, at.position_B, vocab_ranks)
         V = p_BV.shape[1]
 
         def of_token(values_BV: Array, token_B: Array) -> Array:

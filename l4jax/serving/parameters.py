@@ -61,7 +61,6 @@ CHAT_NOT_HONOURED: Mapping[str, Parameter] = {
     "response_format": _refused("structured output is not supported yet", {"type": "text"}),
     "reasoning_effort": _refused("the models have no separate reasoning", "none"),
     "verbosity": _refused("the models have no setting for it"),
-    "min_tokens": _refused("it is not supported yet", 0),
 }
 """Parameters of /v1/chat/completions that are not honoured."""
 
@@ -69,7 +68,6 @@ COMPLETION_NOT_HONOURED: Mapping[str, Parameter] = {
     **_LABELS,
     "suffix": _refused("the models do not fill in the middle", ""),
     "best_of": _refused("answers are not ranked (ask for n)", 1),
-    "min_tokens": _refused("it is not supported yet", 0),
 }
 """Parameters of /v1/completions that are not honoured."""
 

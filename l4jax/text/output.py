@@ -72,13 +72,14 @@ class StopStringFilter:
 class OutputText:
     """Turns the tokens of one answer into its text: end tokens are left out, and so is everything from the first stop string on.
 
-    Without a tokenizer there is no text.
+    Stop strings are looked for after the first ``min_tokens`` tokens. Without a tokenizer there is no text.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, stops: Sequence[str], end_ids: Collection[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, stops: Sequence[str], end_ids: Collection[int], min_tokens: int = 0) -> None:
         self._decoder = None if tokenizer is None else StreamDecoder(tokenizer)
         self._filter = StopStringFilter(stops)
         self._end_ids = end_ids
+        self._unfiltered = min_tokens
         self._pieces: list[str] = []
 
     @property
@@ -103,8 +104,9 @@ class OutputText:
             if self.stopped:
                 break
             kept += 1
-            if token not in self._end_ids:
-                text += self._filter.push(self._decoder.push([token]))
+            new = "" if token in self._end_ids else self._decoder.push([token])
+            text += new if self._unfiltered > 0 else self._filter.push(new)
+            self._unfiltered -= 1
         if done and not self.stopped:
             text += self._filter.push(self._decoder.finish())
             text += self._filter.finish()

@@ -124,7 +124,16 @@ def test_penalties_and_bias_follow_their_formulas():
     counts = TokenCounts(jnp.array([[True, True, False, False, False, False]]), jnp.array([[0, 0, 3, 0, 1, 0]], jnp.int32))
     # Tokens 0 and 1 only in the prompt: repetition. 2 three times in the output: all three. 4: bias first, then as 2.
     expected = [1.0, -4.0, 1.0 / 2 - 0.25 - 1.5, 0.5, 0.5 / 2 - 0.25 - 0.5, -np.inf]
-    np.testing.assert_allclose(adjust_logits(jnp.asarray(logits), rows_of(params, vocab=6), counts)[0], expected, rtol=1e-6)
+    nowhere = jnp.zeros(1, jnp.int32)
+    np.testing.assert_allclose(adjust_logits(jnp.asarray(logits), rows_of(params, vocab=6), counts, nowhere)[0], expected, rtol=1e-6)
+
+
+def test_end_tokens_have_no_weight_before_min_tokens():
+    params = SamplingParams(min_tokens=2, max_tokens=9, logit_bias={3: 1.0})
+    rows = sampling_rows([params] * 3, [0] * 3, [[1, 4]] * 3, 6)
+    found = adjust_logits(jnp.zeros((3, 6)), rows, no_counts(3, 6), jnp.array([0, 1, 2], jnp.int32))
+    early = [0, -np.inf, 0, 1, -np.inf, 0]
+    np.testing.assert_array_equal(found, [early, early, [0, 0, 0, 1, 0, 0]])
 
 
 @pytest.mark.parametrize("vocab", [1, 5, 128, 129, 700])

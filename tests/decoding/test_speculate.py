@@ -95,6 +95,27 @@ def test_sampled_drafts_keep_what_is_certain(mesh):
     assert [c.token_ids for c in found] == [c.token_ids for c in generate(config, "tree:eagle26,sampled", mesh="tensor=1")]
 
 
+def test_the_first_tokens_are_no_end_tokens():
+    """With half of the vocabulary as end tokens, of rows at and above temperature 0, with drafts of every kind."""
+    config = few_tokens(scout_like)
+    stops = set(range(0, config.vocab_size, 2)) | set(config.eos_token_ids)
+    common = {"max_tokens": 40, "stop_token_ids": sorted(stops)}
+    params = [
+        SamplingParams(**common, seed=9, min_tokens=17),
+        SamplingParams(**common, seed=9),
+        SamplingParams(**common, seed=2, min_tokens=1),
+    ]
+    params.append(SamplingParams(**common, temperature=0.0, min_tokens=23))
+    answers = {}
+    for plan in ("off", "tree:eagle26", "tree:eagle26,sampled"):
+        answers[plan] = model(config, plan).generate(prompts(config, LENGTHS), params)
+        for completion, asked in zip(answers[plan], params, strict=True):
+            assert not stops & set(completion.token_ids[: asked.min_tokens])
+            assert len(completion.token_ids) >= asked.min_tokens
+        assert min(len(completion.token_ids) for completion in answers[plan]) < 17
+    assert_same(answers["tree:eagle26"], answers["off"])
+
+
 @pytest.mark.parametrize("mesh", ["sequence=2", pytest.param("expert=2", marks=pytest.mark.more_meshes)])
 def test_ranks_that_round_differently_draft_the_same_tree(mesh):
     """Each rank computes a part of the attention, or some experts: if ranks drafted different trees, the parts would not fit."""
@@ -365,7 +386,7 @@ def test_the_compiled_loop_has_the_target_s_distribution(drafts, tmp_path):
     params = SamplingParams(max_tokens=120, temperature=0.8, top_p=0.9, repetition_penalty=1.2, ignore_eos=True)
     logits_VV = jnp.asarray(np.stack([logits[-1] for logits in LLM(config, made).logits([[token] for token in range(6)])]))
     counts = TokenCounts(jnp.ones((6, 6), bool), jnp.zeros((6, 6), jnp.int32))
-    chances_VV = np.asarray(probabilities(logits_VV, sampling_rows([params] * 6, [0] * 6, [[]] * 6, 6), counts)[0])
+    chances_VV = np.asarray(probabilities(logits_VV, sampling_rows([params] * 6, [0] * 6, [[]] * 6, 6), counts, jnp.zeros(6, jnp.int32))[0])
     assert 8 < (chances_VV > 0).sum() < 36
     loaded = loaded_drafter(drafter(config, aux_layers=(0, 1)))
     (tree := tmp_path / "tree.json").write_text("[[0], [1], [0, 0], [0, 1]]")

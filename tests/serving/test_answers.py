@@ -166,6 +166,8 @@ def test_every_sampling_parameter_reaches_the_engine(server, llm):
     _, answer = server.answer(COMPLETIONS, {**body, **plain, "stop_token_ids": [stop]})
     assert answer["choices"][0]["token_ids"] == unchanged[: unchanged.index(stop) + 1]
     assert answer["choices"][0]["finish_reason"] == "stop"
+    _, answer = server.answer(COMPLETIONS, {**body, **plain, "stop_token_ids": [stop], "min_tokens": 9})
+    assert stop not in answer["choices"][0]["token_ids"][:9] and len(answer["choices"][0]["token_ids"]) >= 9
 
 
 def test_a_streamed_completion_joins_to_the_whole(server):

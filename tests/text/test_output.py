@@ -142,6 +142,15 @@ def test_output_is_the_text_without_end_tokens_up_to_a_stop_string(ids: list[int
     assert output.text == shown
 
 
+@pytest.mark.parametrize(("min_tokens", "expected"), [(3, "one "), (4, "one "), (5, "one two one "), (7, "one two one ")])
+def test_stop_strings_are_looked_for_after_the_first_tokens(min_tokens: int, expected: str) -> None:
+    ids = TOKENIZER.encode("one two one two")
+    assert len(ids) == 15  # one for each character
+    output = OutputText(TOKENIZER, ["two"], (), min_tokens)
+    assert "".join(output.extend([i], done=False)[1] for i in ids) == expected
+    assert output.stopped
+
+
 def test_without_a_tokenizer_there_is_no_text_and_every_token_counts() -> None:
     output = OutputText(None, (), {2})
     assert output.extend([1, 2], done=True) == (2, "")

@@ -58,6 +58,7 @@ class Sampling(msgspec.Struct, kw_only=True):
     repetition_penalty: float | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
+    min_tokens: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
@@ -186,7 +187,7 @@ class Served:
                 code="context_length_exceeded",
             )
         try:
-            request = self.maker.request(prompt, dataclasses.replace(params, max_tokens=min(params.max_tokens, room)))
+            request = self.maker.request(prompt, params.limited_to(room))
         except ValueError as error:
             raise self.error(error) from error
         scope = scope_of(key, body.cache_salt)
@@ -219,7 +220,7 @@ class Served:
 
 _SAME_IN_ENGINE = (
     *("frequency_penalty", "presence_penalty", "repetition_penalty", "temperature"),
-    *("top_p", "top_k", "min_p", "stop_token_ids", "ignore_eos"),
+    *("top_p", "top_k", "min_p", "stop_token_ids", "ignore_eos", "min_tokens"),
 )
 """Parameters that have the name and meaning of the engine's."""
 

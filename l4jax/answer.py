@@ -49,6 +49,11 @@ class Answer:
         self.rounds = NO_ROUNDS
 
     @property
+    def text(self) -> str | None:
+        """The text so far; None without a tokenizer."""
+        return self._text.text
+
+    @property
     def stopped(self) -> bool:
         """Whether a stop string has appeared; what comes after it is dropped."""
         return self._text.stopped
@@ -73,7 +78,7 @@ class Answer:
         return Completion(
             prompt_token_ids=list(self._request.token_ids),
             token_ids=self.token_ids,
-            text=self._text.text,
+            text=self.text,
             finish_reason="stop" if self.stopped or ended_by_token else "length",
             logprobs=None if self._request.params.logprobs is None else self._logprobs,
             seed=self._request.seed,

@@ -160,8 +160,8 @@ class RequestMaker:
             raise ValueError(f"logit_bias forbids all {config.vocab_size} tokens; leave at least one")
         if params.min_tokens > 0 and len(forbidden | ends) >= config.vocab_size:
             raise ValueError(
-                f"min_tokens is {params.min_tokens}, and every token ends the answer or is forbidden by logit_bias; leave at least one other "
-                "token"
+                f"min_tokens is {params.min_tokens}, and every token ends the answer or is forbidden by logit_bias; leave at least one "
+                "other token"
             )
         seed = secrets.randbits(64) if params.seed is None else params.seed
         return Request(token_ids, params.limited_to(room), seed, sorted(ends))

@@ -56,6 +56,8 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="auto: the default temperature and top_p are those of the checkpoint's generation_config.json; none: both are 1",
     )
     parser.add_argument("--ignore-unknown-fields", action="store_true", help="log parameters that no route knows instead of refusing them")
+    parser.add_argument("--log", metavar="FILE", help="append a JSON object about each request to this file; -: to standard error")
+    parser.add_argument("--log-texts", action="store_true", help="with --log: also what clients write and get")
     parser.set_defaults(run=run)
 
 
@@ -75,6 +77,8 @@ def run(args: argparse.Namespace) -> int:
         value = getattr(args, name)
         if value is not None and not least <= value <= most:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; expected {least} to {most}")
+    if args.log_texts and args.log is None:
+        raise ValueError("--log-texts needs --log FILE, where the texts are to be written")
     keys = args.api_key
     if keys is None:
         keys = os.environ[_KEY_VARIABLE].split(",") if _KEY_VARIABLE in os.environ else []
@@ -104,5 +108,7 @@ def run(args: argparse.Namespace) -> int:
             drain_seconds=args.drain_seconds,
             ignore_unknown=args.ignore_unknown_fields,
             use_generation_config=args.generation_config == "auto",
+            log=args.log,
+            log_texts=args.log_texts,
         )
     )

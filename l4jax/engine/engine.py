@@ -8,11 +8,13 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+from l4jax.answer import NO_ROUNDS
 from l4jax.cache import CacheShape
 from l4jax.engine.clock import BurstClock
 from l4jax.engine.commands import Command, Commands
 from l4jax.engine.handle import Handle
 from l4jax.engine.memory import CacheMemory
+from l4jax.engine.meter import EngineState, Meter
 from l4jax.engine.options import Options
 from l4jax.engine.results import Dispatched, RowOutput
 from l4jax.engine.runner import Runner
@@ -47,6 +49,7 @@ class Engine:
         self._numbers = 0
         self._started = False
         self._clock = BurstClock(runner.platform, options.short_steps)
+        self._meter = Meter()
         self._turn = threading.Condition()
         self._driver: int | None = None
         self._queue: list[object] = []  # of threads that wait for a turn of their own
@@ -87,6 +90,11 @@ class Engine:
     def kv_tokens(self) -> int:
         """The tokens that one data rank's cache holds: the most that one sequence can have there."""
         return self.shape.full_pages * self.options.shape.block
+
+    @property
+    def state(self) -> EngineState:
+        """What is under way, and counts since the engine was made. To be read by the thread that drives it."""
+        return self._meter.state(self._scheduler)
 
     def warm_up(self, longest: int) -> Iterator[tuple[int, int]]:
         """Compile, or load, every program that requests of up to ``longest`` tokens can need; yields (ready, all) after each."""
@@ -194,6 +202,7 @@ class Engine:
             raise
 
     def _iterate(self) -> bool:
+        self._meter.begin(finished=bool(self._in_flight) and self._in_flight[-1][0].is_ready)
         command = self._take_in()
         planned = self._plan(command)
         self._commands.settle(command, [step for step, _ in planned], self._scheduler)
@@ -203,9 +212,12 @@ class Engine:
         self._start()
         for each in planned:
             self._in_flight.append((self.runner.dispatch(*each), time.perf_counter()))
+            self._note_dispatch(each[0])
         dispatched, dispatched_at = self._in_flight.popleft()
         waited = not dispatched.is_ready
+        reading = time.perf_counter()
         results, outputs = dispatched.read()
+        self._meter.read(time.perf_counter() - reading)
         self._clock.measure(results, outputs, dispatched_at, waited=waited)
         for row in dispatched.step.pieces:
             if row is not None and row.first and row.request in self._handles:
@@ -213,7 +225,16 @@ class Engine:
         for news in self._scheduler.finish(dispatched.step, results):
             handle = self._handles[news.sequence.request]
             self._deliver(handle, news.tokens, outputs.get(news.sequence.request, RowOutput()))
+        self._meter.end(idle=self._scheduler.idle, finished=not self._in_flight or self._in_flight[-1][0].is_ready)
         return True
+
+    def _note_dispatch(self, step: Step) -> None:
+        self._meter.dispatched(step.burst)
+        for row in step.pieces:
+            # A step may have been planned before its request was cancelled.
+            if row is not None and row.first and (handle := self._handles.get(row.request)) is not None:
+                self._meter.prefilled(handle._sequence.target, row.start)
+                handle._begin()
 
     def _take_in(self) -> Command:
         """Take in the calls since the last iteration."""
@@ -250,6 +271,8 @@ class Engine:
 
     def _deliver(self, handle: Handle, tokens: tuple[int, ...], output: RowOutput) -> None:
         sequence = handle._sequence
+        if output.rounds is not NO_ROUNDS:
+            self._meter.speculated(output.rounds)
         if sequence.state is State.FAILED:
             self._end(handle, ValueError(NOT_FINITE_ADVICE))
             return

@@ -17,7 +17,7 @@ class Handle:
     """A request under way. It goes on whenever anyone drives the engine.
 
     ``tokens``: the answer's so far. ``over``: the request has ended. ``completion``: the answer, once it is complete. ``error``: why it
-    ended without a completion.
+    ended without a completion. ``queue_seconds``: how long it waited until the first of its tokens were sent to the devices; None before.
     """
 
     _cancelled = "this request was cancelled"
@@ -32,6 +32,7 @@ class Handle:
         self._cancel = cancel
         self._answer = Answer(tokenizer, request)
         self._added = time.perf_counter()
+        self.queue_seconds: float | None = None
         self._sequence = self._new_sequence()
 
     @property
@@ -55,6 +56,11 @@ class Handle:
     def _new_sequence(self) -> Sequence:
         prompt = list(self.request.token_ids)
         return Sequence(self._number, prompt, len(prompt) + self._most_new(self.request), scope=self.request.scope)
+
+    def _begin(self) -> None:
+        """The first piece of its prompt has been dispatched, perhaps again."""
+        if self.queue_seconds is None:
+            self.queue_seconds = time.perf_counter() - self._added
 
     def _restart(self) -> None:
         """Its prompt is computed from the start, perhaps again."""

@@ -64,8 +64,10 @@ class Dispatched:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the devices have finished its burst; True if it has none."""
-        return self.burst is None or cast(Any, self.burst.done_B).is_ready()
+        """Whether the devices have finished it."""
+        scores = self.scored and self.scored.logits_BAV
+        last = self.burst.done_B if self.burst else self.first.token_B if self.first else scores
+        return last is None or cast(Any, last).is_ready()
 
     def read(self) -> tuple[Results, dict[int, RowOutput]]:
         """Wait for the devices. Returns the results, and what else each request got."""

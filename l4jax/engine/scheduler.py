@@ -45,13 +45,14 @@ _ANY = 1 << 30
 
 
 class Scheduler:
-    """The waiting sequences, those under way on each data rank, and the steps in flight."""
+    """The ``waiting`` sequences, in order of arrival, those under way on each data rank, and the steps in flight."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
         self.ranks = [DataRank(number, options) for number in range(options.data_ranks)]
         self._by_request: dict[int, Sequence] = {}
-        self._waiting: list[Sequence] = []  # in order of arrival
+        self.waiting: list[Sequence] = []
+        self.preemptions = 0
         self._arrivals = 0
         self._number = 0
         self._steps: list[Step] = []  # in flight, the oldest first
@@ -75,7 +76,7 @@ class Scheduler:
         self._arrivals += 1
         sequence.arrival = self._arrivals
         self._by_request[sequence.request] = sequence
-        self._waiting.append(sequence)
+        self.waiting.append(sequence)
 
     def cancel(self, sequence: Sequence) -> None:
         """End a sequence now, by its caller's wish or at a stop string; its results in flight are ignored."""
@@ -128,7 +129,7 @@ class Scheduler:
         """A digest of everything that later steps depend on: equal on all hosts as long as they have had the same calls and results."""
         own = self.options, self._number, self._arrivals, self._drops, [(step.number, step.requests) for step in self._steps]
         found = hashlib.blake2b(repr(own).encode(), digest_size=16)
-        for sequence in (*self._waiting, *self._active()):
+        for sequence in (*self.waiting, *self._active()):
             sequence.update_digest(found)
         for rank in self.ranks:
             rank.update_digest(found)
@@ -139,9 +140,9 @@ class Scheduler:
         for rank in self.ranks:
             rank.check()
         active = self._active()
-        assert len(active) + len(self._waiting) == len(self._by_request), "a sequence is lost"
+        assert len(active) + len(self.waiting) == len(self._by_request), "a sequence is lost"
         assert all(s.state in (State.PREFILL, State.RUNNING) for s in active), "an ended sequence is under way"
-        assert all(s.slot == -1 and not s.full and not s.local for s in self._waiting), "a waiting sequence owns something"
+        assert all(s.slot == -1 and not s.full and not s.local for s in self.waiting), "a waiting sequence owns something"
 
     def _active(self) -> list[Sequence]:
         return sorted((sequence for rank in self.ranks for sequence in rank.active), key=by_arrival)
@@ -149,7 +150,7 @@ class Scheduler:
     def _choose_burst(self, draft: StepDraft, active: list[Sequence], most_steps: int) -> None:
         """Choose how long the next burst is, and how it speculates: without a plan if the drafter would draft for no row."""
         options, rows = self.options, [0] * len(self.ranks)
-        can_draft, anyone_waits = options.deterministic, bool(self._waiting)
+        can_draft, anyone_waits = options.deterministic, bool(self.waiting)
         for sequence in active:
             anyone_waits = anyone_waits or sequence.low < sequence.target
             if sequence.decodes:
@@ -232,11 +233,12 @@ class Scheduler:
         if not sequence.saved:
             sequence.flights.clear()
         sequence.state = State.PREEMPTED
-        bisect.insort(self._waiting, sequence, key=by_arrival)
+        self.preemptions += 1
+        bisect.insort(self.waiting, sequence, key=by_arrival)
 
     def _admitted(self, draft: StepDraft) -> Sequence | None:
         """Admit the oldest waiting sequence, if a data rank has room for it; the module says which rank."""
-        sequence = self._waiting[0] if self._waiting else None
+        sequence = self.waiting[0] if self.waiting else None
         if sequence is None or (sequence.saved and sequence.flights):
             return None
         open_ranks = [rank for rank in self.ranks if rank.has_slot and rank.number not in draft.lack_pages]
@@ -252,7 +254,7 @@ class Scheduler:
                 break
         else:
             return None
-        return self._waiting.pop(0)
+        return self.waiting.pop(0)
 
     def _load(self, sequence: Sequence) -> Load:
         shape = self.options.shape
@@ -287,7 +289,7 @@ class Scheduler:
         if sequence.rank >= 0:
             self.ranks[sequence.rank].release(sequence, unsure=unsure)
         else:
-            self._waiting.remove(sequence)
+            self.waiting.remove(sequence)
         if sequence.saved:
             self._drops.append(sequence.request)
         sequence.flights.clear()

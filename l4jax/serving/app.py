@@ -9,7 +9,7 @@ import importlib.metadata
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -27,6 +27,9 @@ from l4jax.serving.api.served import Served
 from l4jax.serving.api.tokens import DetokenizeBody, TokenizeBody, detokenize, tokenize
 from l4jax.serving.engine_client import EngineClient
 from l4jax.serving.errors import ApiError, engine_stopped
+from l4jax.serving.generation import Generation
+from l4jax.serving.log import RequestLog
+from l4jax.serving.metrics import CONTENT_TYPE, Metrics
 
 LOGGER = logging.getLogger("l4jax.serving")
 MAX_BODY_BYTES = 16 << 20
@@ -50,6 +53,7 @@ class GenerationRequest(Protocol):
     streams: bool
     answers: int
     """How many it asks for."""
+    generation: Generation
 
     async def whole(self) -> dict[str, Any]:
         """The answer as one object."""
@@ -84,8 +88,8 @@ class Keys:
         return given.decode("latin-1")
 
 
-def build_app(served: Served, keys: Sequence[str]) -> ASGIApp:
-    """The application: routes, error handlers, and the check of API keys."""
+def build_app(served: Served, keys: Sequence[str], log: RequestLog | None = None) -> ASGIApp:
+    """The application: routes, error handlers, the check of API keys, and the log of requests if there is one."""
     client, bodies = served.client, Bodies()
     threads = ThreadPoolExecutor(_THREADS)
 
@@ -101,6 +105,9 @@ def build_app(served: Served, keys: Sequence[str]) -> ASGIApp:
 
     async def version(request: Request) -> Response:
         return _json({"version": importlib.metadata.version("l4jax")})
+
+    async def metrics(request: Request) -> Response:
+        return Response(served.metrics.text(), media_type=CONTENT_TYPE)
 
     async def models(request: Request) -> Response:
         model = {"id": served.name, "object": "model", "created": served.created, "owned_by": "l4jax", "root": served.name}
@@ -128,7 +135,9 @@ def build_app(served: Served, keys: Sequence[str]) -> ASGIApp:
 
     def generates[Body: msgspec.Struct](body_type: type[Body], not_honoured: Any, api: Callable[..., GenerationRequest]) -> Endpoint:
         def handle(body: Body, request: Request) -> GenerationRequest:
-            return api(served, body, key=request.scope["l4jax.key"], request_id=request.scope["l4jax.id"])
+            made = api(served, body, key=request.scope["l4jax.key"], request_id=request.scope["l4jax.id"])
+            request.scope["l4jax.generation"] = made.generation
+            return made
 
         parse = parser(body_type, not_honoured, handle)
 
@@ -151,6 +160,7 @@ def build_app(served: Served, keys: Sequence[str]) -> ASGIApp:
         Route("/health", health),
         Route("/ready", ready),
         Route("/version", version),
+        Route("/metrics", metrics),
         Route("/v1/models", models),
         Route("/tokenize", converts(TokenizeBody, tokenize), methods=["POST"]),
         Route("/detokenize", converts(DetokenizeBody, detokenize), methods=["POST"]),
@@ -160,37 +170,55 @@ def build_app(served: Served, keys: Sequence[str]) -> ASGIApp:
     handlers = {404: _on_no_route, 405: _on_no_route, ApiError: _on_api_error, ClientDisconnect: _on_disconnect, Exception: _on_bug}
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.router.redirect_slashes = False
-    return Guard(app, Keys(keys))
+    return Guard(app, Keys(keys), served.metrics, log, [route.path for route in routes])
 
 
 class Guard:
-    """Gives each request an id, and lets in only those with a key and few headers."""
+    """Gives each request an id, lets in only requests with a key and few headers, and counts and logs the responses."""
 
-    def __init__(self, app: ASGIApp, keys: Keys) -> None:
+    def __init__(self, app: ASGIApp, keys: Keys, metrics: Metrics, log: RequestLog | None, routes: Collection[str]) -> None:
         self._app = app
         self._keys = keys
+        self._metrics = metrics
+        self._log = log
+        self._routes = routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it with an error."""
         if scope["type"] != "http":
             raise RuntimeError(f"the server was asked for {scope['type']}; expected http")
-        request_id = _request_id(scope)
+        request_id, began = _request_id(scope), time.monotonic()
+        status: int | None = None
 
         async def send_with_id(message: Any) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
+                status = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+                # Other paths are of the client's choice, and could be any number.
+                self._metrics.responded(scope["path"] if scope["path"] in self._routes else "other", message["status"])
             await send(message)
 
         scope["l4jax.id"], scope["l4jax.key"] = request_id, None
+        try:
+            await self._answer(scope, receive, send_with_id)
+        finally:
+            if self._log is not None and scope["path"] not in OPEN_ROUTES:
+                generation: Generation | None = scope.get("l4jax.generation")
+                found = {} if generation is None else generation.summary(texts=self._log.texts)
+                seconds = round(time.monotonic() - began, 4)
+                self._log.write({"id": request_id, "path": scope["path"][:100], "status": status, "seconds": seconds, **found})
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             if len(scope["headers"]) > MAX_HEADERS:
                 raise _closing(f"the request has {len(scope['headers'])} headers; expected at most {MAX_HEADERS}; send fewer", 431, None)
             if scope["path"] not in OPEN_ROUTES:
                 scope["l4jax.key"] = self._keys.key_of(scope)
         except ApiError as error:
-            await _error_response(error)(scope, receive, send_with_id)
+            await _error_response(error)(scope, receive, send)
             return
-        await self._app(scope, receive, send_with_id)
+        await self._app(scope, receive, send)
 
 
 class Endpoint:

@@ -15,6 +15,7 @@ from l4jax.serving.messages import (
     LENGTH_BYTES,
     Add,
     Cancel,
+    ErrorKind,
     LoadFailed,
     Message,
     News,
@@ -67,7 +68,8 @@ class EngineClient:
         self.load_error: str | None = None
         self.closing: str | None = None
         """Why no further requests are taken, once that is so."""
-        self._ended: tuple[str, str] | None = None  # why all requests end at once from now on, and the kind of the error
+        self._ended: tuple[str, ErrorKind] | None = None  # why all requests end at once from now on, and the kind of the error
+        self.last_step: Step | None = None
         self.is_over = False
         """Whether the engine process has gone."""
 
@@ -93,7 +95,7 @@ class EngineClient:
         """End all requests with an error, because the server ends."""
         self._end_all(self.closing or "the server is being stopped", "closing")
 
-    def _end_all(self, why: str, kind: str) -> None:
+    def _end_all(self, why: str, kind: ErrorKind) -> None:
         self._ended = why, kind
         for number in list(self._inboxes):
             self.cancel(number)
@@ -167,6 +169,7 @@ class EngineClient:
             case LoadFailed():
                 self.load_error = message.why
             case Step():
+                self.last_step = message
                 for news in message.news:
                     inbox = self._inboxes.get(news.number)
                     if inbox is not None:

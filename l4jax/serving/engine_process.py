@@ -9,13 +9,30 @@ import sys
 import threading
 import traceback
 
+import jax
+
 from l4jax.decoding.params import SamplingParams
 from l4jax.engine.engine import Engine
 from l4jax.engine.relay import RelayHandle
 from l4jax.engine.scores import ScoresHandle
 from l4jax.loading import load
 from l4jax.request import Request
-from l4jax.serving.messages import Add, Cancel, Load, LoadFailed, Message, News, Progress, Ready, Score, Step, ToEngine, frame, receive
+from l4jax.serving.messages import (
+    Add,
+    Cancel,
+    ErrorKind,
+    Load,
+    LoadFailed,
+    Message,
+    News,
+    Progress,
+    Ready,
+    Score,
+    Step,
+    ToEngine,
+    frame,
+    receive,
+)
 
 
 def main() -> None:
@@ -58,6 +75,17 @@ def _prepared(asked: Load, channel: socket.socket) -> tuple[Engine, int]:
     return engine, max_model_len
 
 
+class Compilations:
+    """Counts the programs that JAX compiles from now on. There should be none: they stop all requests for seconds."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._on_event)
+
+    def _on_event(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+        self.count += event == "/jax/core/compile/backend_compile_duration"
+
+
 _MAX_FAILURES = 3
 """After this many failed steps in a row the process ends: a server that fails always should not look healthy."""
 _FAILED = "the engine failed while it computed this request; make it again"
@@ -72,6 +100,7 @@ class _Relay:
         self._calls = calls
         self._handles: dict[int, RelayHandle | ScoresHandle] = {}
         self._news: list[News] = []
+        self._compilations = Compilations()
 
     def run(self) -> None:
         """Compute until the process ends."""
@@ -90,7 +119,7 @@ class _Relay:
             self._gather()
             # Sent without news too, so that the front knows that the engine is not stuck.
             if self._news or not idle:
-                self._send(Step(self._news))
+                self._send(Step(self._news, self._engine.state, self._compilations.count))
                 self._news = []
 
     def _send(self, message: Message) -> None:
@@ -138,10 +167,11 @@ class _Relay:
             if handle.over:
                 del self._handles[number]
             if tokens or handle.over:
-                self._news.append(News(number, tokens, logprobs, cached, handle.over, *_described(handle.error)))
+                queue_seconds = handle.queue_seconds or 0.0
+                self._news.append(News(number, tokens, logprobs, cached, queue_seconds, handle.over, *_described(handle.error)))
 
 
-def _described(error: Exception | None) -> tuple[str | None, str | None]:
+def _described(error: Exception | None) -> tuple[str | None, ErrorKind | None]:
     if error is None:
         return None, None
     if isinstance(error, ValueError):

@@ -28,7 +28,9 @@ from l4jax.files import read_json_if_there
 from l4jax.serving.api.served import Defaults, Served
 from l4jax.serving.app import build_app
 from l4jax.serving.engine_client import EngineClient
+from l4jax.serving.log import RequestLog
 from l4jax.serving.messages import Load
+from l4jax.serving.metrics import Metrics
 from l4jax.serving.protocol import LimitedProtocol
 from l4jax.text.load import Text, load_text
 
@@ -55,6 +57,9 @@ class ServeOptions:
     ignore_unknown: bool
     use_generation_config: bool
     """Whether the checkpoint's ``generation_config.json`` gives the default temperature and top_p."""
+    log: str | None
+    log_texts: bool
+    """``log``: the file for :class:`l4jax.serving.log.RequestLog`; ``log_texts``: whether it is to have prompts and answers."""
 
 
 def serve(options: ServeOptions) -> int:
@@ -70,6 +75,11 @@ def serve(options: ServeOptions) -> int:
         raise ValueError(f"{text.no_tokenizer}, and a server's requests are text; convert the model with its tokenizer")
     _check_max_model_len(options, config)
     listening = _listen(options.host, options.port)
+    try:
+        log = None if options.log is None else RequestLog(options.log, texts=options.log_texts)
+    except OSError as error:
+        listening.close()
+        raise ValueError(f"--log is {options.log}, which cannot be written ({error.strerror}); choose another file") from error
     front_end, engine_end = socket.socketpair()
     program = [sys.executable, "-P", "-m", "l4jax.serving.engine_process", str(engine_end.fileno())]
     # A terminal, or Slurm, sends its signals to both processes. The engine's inherits that it ignores them, and ends with this one.
@@ -80,9 +90,11 @@ def serve(options: ServeOptions) -> int:
     with listening, front_end, child:
         engine_end.close()
         try:
-            status = uvloop.run(_Front(options, config, text, front_end).run(listening))
+            status = uvloop.run(_Front(options, config, text, front_end, log).run(listening))
         finally:
             front_end.close()  # which ends the engine process
+            if log is not None:
+                log.close()
             try:
                 child.wait(_CLOSE_SECONDS)
             except subprocess.TimeoutExpired:
@@ -126,8 +138,9 @@ def _listen(host: str, port: int) -> socket.socket:
 class _Front:
     """One run of the server."""
 
-    def __init__(self, options: ServeOptions, config: ModelConfig, text: Text, channel: socket.socket) -> None:
+    def __init__(self, options: ServeOptions, config: ModelConfig, text: Text, channel: socket.socket, log: RequestLog | None) -> None:
         self._options = options
+        self._log = log
         self._client = EngineClient(channel, max_waiting=options.max_waiting, stalled_seconds=options.stalled_seconds)
         directory = Path(options.checkpoint)
         defaults = _defaults(directory / "generation_config.json") if options.use_generation_config else Defaults()
@@ -140,6 +153,7 @@ class _Front:
             text=text,
             defaults=defaults,
             client=self._client,
+            metrics=Metrics(self._client, name),
             created=int(time.time()),
             ignore_unknown=options.ignore_unknown,
             directory=str(directory),
@@ -151,7 +165,7 @@ class _Front:
         options, client = self._options, self._client
         server = _Server(
             uvicorn.Config(
-                build_app(self._served, options.keys),
+                build_app(self._served, options.keys, self._log),
                 http=LimitedProtocol,
                 ws="none",
                 lifespan="off",

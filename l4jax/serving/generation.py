@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 from l4jax.answer import Answer, NewTokens
 from l4jax.request import FinishReason, Request, TokenLogprob
 from l4jax.serving import errors
 from l4jax.serving.engine_client import EngineClient, Inbox
 from l4jax.serving.errors import ApiError
-from l4jax.serving.messages import News
+from l4jax.serving.messages import ErrorKind, News
+from l4jax.serving.metrics import AnswerMetrics, Metrics, Reason
 from l4jax.text.tokenizer import Tokenizer
 
 
@@ -38,14 +40,20 @@ class Usage:
 class Generation:
     """The answers to one HTTP request."""
 
-    def __init__(self, client: EngineClient, tokenizer: Tokenizer, requests: Sequence[Request], *, n: int, request_id: str) -> None:
+    def __init__(
+        self, client: EngineClient, metrics: Metrics, tokenizer: Tokenizer, requests: Sequence[Request], *, n: int, request_id: str
+    ) -> None:
         """``requests``: one for each answer; the first ``n`` are those to the first prompt."""
         self.requests = requests
         self._client = client
+        self._tokenizer = tokenizer
+        self._metrics = metrics
         self._n = n
         self._request_id = request_id
         self._answers = [Answer(tokenizer, request) for request in requests]
         self._cached = [0] * len(requests)
+        self._answer_metrics: list[AnswerMetrics] = []
+        self._ends: list[Reason | ErrorKind | None] = [None] * len(requests)
         self._index_of: dict[int, int] = {}  # of each answer that has not ended, by the engine's number of it
 
     @property
@@ -61,6 +69,8 @@ class Generation:
     async def pieces(self) -> AsyncIterator[list[Piece]]:
         """Begin all answers, and return what comes for them; :meth:`close` ends them. Raises :class:`ApiError` if one fails."""
         began, inbox = time.perf_counter(), Inbox()
+        self._metrics.request_answers.observe(self._n)
+        self._answer_metrics = [AnswerMetrics(self._metrics, request) for request in self.requests]
         self._index_of = {self._client.add(request, inbox): index for index, request in enumerate(self.requests)}
         try:
             while self._index_of:
@@ -71,10 +81,27 @@ class Generation:
         finally:
             self.close()
 
+    def summary(self, *, texts: bool) -> dict[str, Any]:
+        """What the log says of the answers: counts of tokens, seeds, and how each answer ended; with ``texts`` what was written."""
+        usage, answers = self.usage, self._answers
+        found: dict[str, Any] = {
+            "prompt_tokens": usage.prompt,
+            "cached_tokens": usage.cached,
+            "output_tokens": usage.output,
+            "seeds": [request.seed for request in self.requests],
+            "ends": self._ends,
+        }
+        if texts:
+            found["prompts"] = [self._tokenizer.decode(request.token_ids) for request in self.requests[:: self._n]]
+            found["answers"] = [answer.text for answer in answers]
+        return found
+
     def close(self) -> None:
         """Cancel the answers that have not ended."""
-        for number in self._index_of:
+        for number, index in self._index_of.items():
             self._client.cancel(number)
+            self._answer_metrics[index].ended("abort")
+            self._ends[index] = "abort"
         self._index_of.clear()
 
     def _take(self, news: News, elapsed: float) -> Piece | None:
@@ -83,8 +110,11 @@ class Generation:
             return None  # a stop string has ended it
         if news.error is not None:
             del self._index_of[news.number]
+            self._ends[index] = kind = news.error_kind or "failed"
+            self._metrics.failed(kind)
             raise error_of(news, self._request_id)
         answer = self._answers[index]
+        self._answer_metrics[index].came(news)
         before = len(answer.token_ids)
         self._cached[index] = max(self._cached[index], news.cached)
         text = answer.extend(NewTokens(news.token_ids, news.logprobs), news.over, elapsed)
@@ -94,7 +124,11 @@ class Generation:
             self._client.cancel(news.number)
         new = answer.token_ids[before:]
         logprobs = None if news.logprobs is None else news.logprobs[: len(new)]
-        return Piece(index, text, new, logprobs, answer.completion().finish_reason if over else None)
+        finish_reason = answer.completion().finish_reason if over else None
+        if finish_reason is not None:
+            self._answer_metrics[index].ended(finish_reason)
+            self._ends[index] = finish_reason
+        return Piece(index, text, new, logprobs, finish_reason)
 
 
 async def scores(client: EngineClient, prompts: Sequence[list[int]], top: int, request_id: str) -> list[list[TokenLogprob]]:

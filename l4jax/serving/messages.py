@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import socket
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
 from l4jax.decoding.params import SamplingParams
+from l4jax.engine.meter import EngineState
 from l4jax.request import TokenLogprob
 
 
@@ -68,26 +69,33 @@ class LoadFailed(Message, frozen=True):
     why: str
 
 
-class News(msgspec.Struct, array_like=True, frozen=True):
-    """What a request got from a step. ``cached``: tokens of its prompt that the prefix cache had.
+ErrorKind = Literal["bad_request", "not_finite", "closing", "failed"]
+"""Why a request has no answer: it cannot be computed, the model's logits were not finite, the server ends, or anything else."""
 
-    ``over``: it has ended, by an error if there is one. ``error_kind``: "bad_request" if the request cannot be computed, "not_finite" if
-    the model's logits were not, "closing" if the server ends, "failed" otherwise.
+
+class News(msgspec.Struct, array_like=True, frozen=True):
+    """What a request got from a step. ``cached``: tokens of its prompt that the prefix cache had;
+    ``queue_seconds``: how long it waited for its first step.
+
+    ``over``: it has ended, by an error if there is one.
     """
 
     number: int
     token_ids: list[int] = []
     logprobs: list[TokenLogprob] | None = None
     cached: int = 0
+    queue_seconds: float = 0.0
     over: bool = False
     error: str | None = None
-    error_kind: str | None = None
+    error_kind: ErrorKind | None = None
 
 
 class Step(Message, frozen=True):
-    """From the engine, after each step: what requests got from it."""
+    """From the engine, after each step: what requests got from it, and its state; ``compiled``: programs since it was ready."""
 
     news: list[News]
+    state: EngineState
+    compiled: int
 
 
 ToEngine = Load | Add | Score | Cancel

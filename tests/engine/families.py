@@ -189,7 +189,7 @@ def assert_whole(llm: LLM) -> None:
     scheduler, options = engine._scheduler, engine.options
     scheduler.check()
     assert scheduler.idle and not scheduler.in_flight
-    held = engine._handles, engine._calls, engine._in_flight, scheduler._by_request, scheduler._waiting
+    held = engine._handles, engine._calls, engine._in_flight, scheduler._by_request, scheduler.waiting
     assert [len(each) for each in held] == [0] * len(held)
     for rank in scheduler.ranks:
         assert len(rank._slots) == options.slots

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import json
@@ -98,3 +99,25 @@ def running(checkpoint: Path, *options: str) -> Iterator[Server]:
     finally:
         process.kill()
         process.communicate()
+
+
+def call(app, path, *, method="GET", headers=(), parts=(b"",), delay=0.0, sent=None):
+    """The status, headers and JSON of an answer. The body comes in parts, each after a delay."""
+
+    async def run():
+        scope = {"type": "http", "method": method, "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": ""}
+        scope |= {"headers": list(headers), "scheme": "http", "server": ("x", 1), "client": ("y", 2), "http_version": "1.1"}
+        coming, answered, messages = list(parts), sent, []
+
+        async def receive():
+            await asyncio.sleep(delay)
+            part = coming.pop(0)
+            return {"type": "http.request", "body": part, "more_body": bool(coming)}
+
+        async def send(message):
+            messages.append(message)
+
+        await app(scope, receive, send if answered is None else answered)
+        return messages[0]["status"], dict(messages[0]["headers"]), json.loads(b"".join(message.get("body", b"") for message in messages))
+
+    return asyncio.run(run())

@@ -3,61 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import socket
 
 import pytest
 from starlette.routing import Route
 
-from l4jax.config import ModelConfig
 from l4jax.serving import app as app_module
 from l4jax.serving import front
 from l4jax.serving.api import completions
-from l4jax.serving.api.served import Defaults, Served, scope_of
+from l4jax.serving.api.served import Defaults, scope_of
 from l4jax.serving.app import MAX_BODY_BYTES, OPEN_ROUTES, build_app
 from l4jax.serving.engine_client import EngineClient, Inbox
 from l4jax.serving.errors import ApiError
 from l4jax.serving.generation import error_of
 from l4jax.serving.messages import News
-from l4jax.text.hf_tokenizer import load_hf_tokenizer
-from l4jax.text.load import Text
-from tests import tiny
-from tests.text import small
+from tests.serving.running import call
 
 CHAT = "/v1/chat/completions"
 BODY = b'{"messages": [{"role": "user", "content": "hi"}]}'
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    tokenizer = load_hf_tokenizer(small.write(tmp_path_factory.mktemp("tokenizer")))
-    config: ModelConfig = tiny.llama3_like(vocab_size=tokenizer.vocab_size)
-    one, other = socket.socketpair()
-    client = EngineClient(one, max_waiting=4, stalled_seconds=30)
-    with one, other:
-        yield Served("tiny", config, Text(tokenizer, None), Defaults(), client, 0, False, "/nowhere", 16)
-
-
-def call(app, path, *, method="GET", headers=(), parts=(b"",), delay=0.0, sent=None):
-    """The status, headers and JSON of an answer. The body comes in parts, each after a delay."""
-
-    async def run():
-        scope = {"type": "http", "method": method, "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": ""}
-        scope |= {"headers": list(headers), "scheme": "http", "server": ("x", 1), "client": ("y", 2), "http_version": "1.1"}
-        coming, answered, messages = list(parts), sent, []
-
-        async def receive():
-            await asyncio.sleep(delay)
-            part = coming.pop(0)
-            return {"type": "http.request", "body": part, "more_body": bool(coming)}
-
-        async def send(message):
-            messages.append(message)
-
-        await app(scope, receive, send if answered is None else answered)
-        return messages[0]["status"], dict(messages[0]["headers"]), json.loads(b"".join(message.get("body", b"") for message in messages))
-
-    return asyncio.run(run())
 
 
 def routes(app):
@@ -249,5 +211,5 @@ def test_requests_that_begin_after_the_end_end_at_once(served):
 
 def test_an_api_key_scopes_the_prefix_cache(served):
     body = completions.CompletionBody(prompt=[60, 61])
-    scopes = {key: completions.Completions(served, body, key=key, request_id="r")._generation.requests[0].scope for key in (None, "a", "b")}
+    scopes = {key: completions.Completions(served, body, key=key, request_id="r").generation.requests[0].scope for key in (None, "a", "b")}
     assert len(set(scopes.values())) == 3 and scopes[None] == b""

@@ -124,6 +124,8 @@ def test_more_requests_than_may_wait_are_refused(checkpoint):
         (("--slots", "0"), "--slots is 0"),
         (("--host", "nowhere.invalid"), "--host is nowhere.invalid"),
         (("--api-key", "ä"), "printable ASCII"),
+        (("--log", "/nowhere/log"), "choose another file"),
+        (("--log-texts",), "needs --log"),
     ],
 )
 def test_a_wrong_option_is_refused_in_one_line(checkpoint, options, expected):

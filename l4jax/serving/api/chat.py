@@ -47,14 +47,14 @@ class Chat:
         prompt = prompt_of(served, body)
         requests = served.requests(prompt, body, params, key, limit=None if max_tokens is None else limit)
         self.answers = len(requests)
-        self._generation = Generation(served.client, served.tokenizer, requests, n=len(requests), request_id=request_id)
+        self.generation = Generation(served.client, served.metrics, served.tokenizer, requests, n=len(requests), request_id=request_id)
         self._id, self._created = new_id("chatcmpl"), int(time.time())
 
     async def whole(self) -> dict[str, Any]:
         """The answer as one object."""
-        texts: list[list[str]] = [[] for _ in self._generation.requests]
+        texts: list[list[str]] = [[] for _ in self.generation.requests]
         choices = [self._choice(index) for index in range(len(texts))]
-        async for pieces in self._generation.pieces():
+        async for pieces in self.generation.pieces():
             for piece in pieces:
                 choice = choices[piece.index]
                 texts[piece.index].append(piece.text)
@@ -65,9 +65,9 @@ class Chat:
                 choice["finish_reason"] = piece.finish_reason
         for choice, parts in zip(choices, texts, strict=True):
             choice["message"] = {"role": "assistant", "content": "".join(parts), "refusal": None}
-        answer = {**self._fields("chat.completion"), "choices": choices, "usage": usage_fields(self._generation.usage)}
+        answer = {**self._fields("chat.completion"), "choices": choices, "usage": usage_fields(self.generation.usage)}
         if self._body.return_token_ids:
-            answer["prompt_token_ids"] = self._generation.requests[0].token_ids
+            answer["prompt_token_ids"] = self.generation.requests[0].token_ids
         return answer
 
     async def stream(self) -> AsyncIterator[list[dict[str, Any]]]:
@@ -78,17 +78,17 @@ class Chat:
         def chunk(choices: Sequence[dict[str, Any]], *, last: bool = False) -> dict[str, Any]:
             fields = {**self._fields("chat.completion.chunk"), "choices": choices}
             if at_end or always:
-                fields["usage"] = usage_fields(self._generation.usage) if last or always else None
+                fields["usage"] = usage_fields(self.generation.usage) if last or always else None
             return fields
 
-        async for pieces in self._generation.pieces():
+        async for pieces in self.generation.pieces():
             chunks = []
             for piece in pieces:
                 if piece.index not in begun:
                     begun.add(piece.index)
                     first = chunk([self._first(piece.index)])
                     if self._body.return_token_ids:
-                        first["prompt_token_ids"] = self._generation.requests[piece.index].token_ids
+                        first["prompt_token_ids"] = self.generation.requests[piece.index].token_ids
                     chunks.append(first)
                 chunks += [chunk([choice]) for choice in self._deltas(piece)]
             if chunks:
@@ -100,7 +100,7 @@ class Chat:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._served.name}
 
     def _choice(self, index: int) -> dict[str, Any]:
-        choice: dict[str, Any] = {"index": index, "logprobs": None, "seed": self._generation.requests[index].seed}
+        choice: dict[str, Any] = {"index": index, "logprobs": None, "seed": self.generation.requests[index].seed}
         if self._body.logprobs:
             choice["logprobs"] = {"content": [], "refusal": None}
         if self._body.return_token_ids:
@@ -108,7 +108,7 @@ class Chat:
         return choice
 
     def _first(self, index: int) -> dict[str, Any]:
-        seed = self._generation.requests[index].seed
+        seed = self.generation.requests[index].seed
         return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None, "seed": seed}
 
     def _deltas(self, piece: Piece) -> list[dict[str, Any]]:

@@ -50,7 +50,7 @@ class Completions:
         limit = None if body.max_tokens is None else "max_tokens"
         requests = [one for prompt in self._prompts for one in served.requests(prompt, body, params, key, limit=limit)]
         self.answers = len(requests)
-        self._generation = Generation(served.client, served.tokenizer, requests, n=body.answers, request_id=request_id)
+        self.generation = Generation(served.client, served.metrics, served.tokenizer, requests, n=body.answers, request_id=request_id)
         self._offsets = [0] * len(requests)  # where each answer's next token begins in its text
         self._begun: set[int] = set()
         self._id, self._created = new_id("cmpl"), int(time.time())
@@ -76,7 +76,7 @@ class Completions:
     def _usage(self) -> Usage:
         if self._only_echo:
             return Usage(sum(map(len, self._prompts)), 0, 0)
-        return self._generation.usage
+        return self.generation.usage
 
     async def _choices(self) -> AsyncIterator[list[dict[str, Any]]]:
         """What comes for the answers, as OpenAI's choice objects."""
@@ -89,7 +89,7 @@ class Completions:
                 yield [await asyncio.to_thread(self._echo, index, prompt_scores)]
         if self._only_echo:
             return
-        async for pieces in self._generation.pieces():
+        async for pieces in self.generation.pieces():
             choices = [
                 self._choice(piece.index, piece.text, piece.token_ids, piece.logprobs, piece.finish_reason)
                 for piece in pieces
@@ -123,7 +123,7 @@ class Completions:
             if index not in self._begun:
                 choice["prompt_token_ids"] = self._prompts[index // self._body.answers]
         self._begun.add(index)
-        choice["seed"] = self._generation.requests[index].seed
+        choice["seed"] = self.generation.requests[index].seed
         return choice
 
     def _logprobs(self, index: int, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob | None]) -> dict[str, list[Any]]:

@@ -15,6 +15,7 @@ from l4jax.decoding.params import MAX_LOGPROBS, SamplingParams
 from l4jax.request import Request, RequestMaker, TokenLogprob
 from l4jax.serving.engine_client import EngineClient
 from l4jax.serving.errors import ApiError
+from l4jax.serving.metrics import Metrics
 from l4jax.text.load import Text
 from l4jax.text.tokenizer import Tokenizer
 
@@ -101,6 +102,7 @@ class Served:
     text: Text
     defaults: Defaults
     client: EngineClient
+    metrics: Metrics
     created: int
     ignore_unknown: bool
     directory: str

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from l4jax.checkpoints.source import CheckpointError
     from l4jax.compiled import ProgramInfo
     from l4jax.config import ConfigError, ModelConfig
+    from l4jax.decoding.guide import Guide
     from l4jax.decoding.params import SamplingParams
     from l4jax.engine.handle import Handle
     from l4jax.files import FileError
@@ -27,6 +28,7 @@ __all__ = [
     "Completion",
     "ConfigError",
     "FileError",
+    "Guide",
     "Handle",
     "MeshSpec",
     "ModelConfig",
@@ -47,6 +49,7 @@ _HOMES = {
     "Completion": "l4jax.request",
     "ConfigError": "l4jax.config",
     "FileError": "l4jax.files",
+    "Guide": "l4jax.decoding.guide",
     "Handle": "l4jax.engine.handle",
     "MeshSpec": "sharding.mesh",
     "ModelConfig": "l4jax.config",

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Int32
 
 from l4jax.cache import CACHE_AXES, CacheShape, LayerCache, PageTables
 from l4jax.decoding.params import SamplingParams
-from l4jax.decoding.sampling import Logprobs, TokenCounts, sampling_settings
+from l4jax.decoding.sampling import Logprobs, TokenCounts, mask_words, sampling_settings
 from l4jax.decoding.slots import Slots, SlotTokens, SlotUpdate
 from l4jax.model.steps.spread import PieceLayout
 from l4jax.parallel.arrays import host_array
@@ -63,7 +63,7 @@ class Resident:
         """How it is sharded: pages over the data and token ranks, slots over the data ranks, heads and vocabulary over ``tensor``."""
         pools: Any = partition(spec, *CACHE_AXES)
         row, counts = _row(spec), cast(Any, partition(spec, "batch", "vocab"))
-        slots = Slots(row, row, row, row, sampling=row, counts=TokenCounts(counts, counts), hidden_UD=row)
+        slots = Slots(row, row, row, row, row, row, row, counts=TokenCounts(counts, counts), hidden_UD=row)
         return cls(pools, pools, slots)
 
     @classmethod
@@ -88,6 +88,8 @@ class Resident:
             produced_U=ints,
             done_U=array((U,), jnp.bool_, row),
             sampling=jax.tree.map(lambda leaf: array((U, *leaf.shape[1:]), leaf.dtype, row), settings),
+            guided_U=array((U,), jnp.bool_, row),
+            allowed_UW=array((U, mask_words(V)), jnp.uint32, row),
             counts=TokenCounts(array((U, V), jnp.bool_, counts), array((U, V), jnp.int32, counts)),
             hidden_UD=None if drafter is None else array((U, drafter.config.hidden_size), dtype, row),
         )

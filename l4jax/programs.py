@@ -26,7 +26,7 @@ from l4jax.decoding.entries import Entries
 from l4jax.decoding.generate import DecodeState, DecodeTokens, decode_tokens
 from l4jax.decoding.plan import Speculation
 from l4jax.decoding.sampling import Logprobs, sample, token_logprobs
-from l4jax.decoding.slots import Slots, SlotTokens, SlotUpdate
+from l4jax.decoding.slots import SlotMasks, Slots, SlotTokens, SlotUpdate
 from l4jax.decoding.speculate import BeyondTraining, RoundCounts, speculate_tokens, window
 from l4jax.decoding.tree import NONE
 from l4jax.model.drafter import Drafter
@@ -76,6 +76,7 @@ class Programs:
         slots, row = resident.slots, partition(spec, "batch")
         self.update_slots = self._program(self._update_slots, (slots, row), slots, donated=0)
         self.count = self._program(self._count, (slots, row), slots, donated=0)
+        self.mask = self._program(self._mask, (slots, row), slots, donated=0)
         self.zero_pages = self._program(self._zero_pages, (resident, row), resident, donated=0)
         positions = self._data.axes or None, self._ranks.axes or None
         copy, pages = copy_specs(spec), SlotPages.specs(spec)
@@ -131,6 +132,10 @@ class Programs:
     def _count(self, slots: Slots, tokens: SlotTokens) -> Slots:
         """Count tokens that are not prefilled, because they are cached."""
         return slots.counted(tokens, self._vocab)
+
+    def _mask(self, slots: Slots, masks: SlotMasks) -> Slots:
+        """Say which tokens may be next in slots whose requests have a guide."""
+        return slots.masked(masks)
 
     def _zero_pages(self, resident: Resident, pages: PageTables) -> Resident:
         """Zero pages of the model's cache and the drafter's: those in the data rank's one row, on every token rank.

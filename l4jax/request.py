@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import math
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Literal
 
 from l4jax import arguments
 from l4jax.arguments import Prompt
 from l4jax.config import ModelConfig
+from l4jax.decoding.guide import Guide
 from l4jax.decoding.params import MAX_STOP_IDS, SamplingParams
 from l4jax.text.chat import ChatOptions
+from l4jax.text.guiding import CompiledGuide, Guiding
 from l4jax.text.load import Text
 from sharding.kinds import shown
 
@@ -24,7 +27,7 @@ FinishReason = Literal["stop", "length"]
 class Request:
     """A checked prompt: its seed is drawn, its end tokens are collected, its ``max_tokens`` fits in the context.
 
-    ``scope``: prefixes in the cache are shared only by requests of one scope.
+    ``scope``: prefixes in the cache are shared only by requests of one scope. ``guide``: the guide in ``params``, ready to be followed.
     """
 
     token_ids: Sequence[int]
@@ -32,6 +35,7 @@ class Request:
     seed: int
     stop_ids: Sequence[int]
     scope: bytes = b""
+    guide: CompiledGuide | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +102,8 @@ class RequestMaker:
         self._config = config
         self._text = text
         self._drafts_up_to = drafts_up_to
+        self._lock = threading.Lock()
+        self._guiding: Guiding | None = None
 
     @property
     def stop_token_ids(self) -> frozenset[int]:
@@ -164,7 +170,19 @@ class RequestMaker:
                 "other token"
             )
         seed = secrets.randbits(64) if params.seed is None else params.seed
-        return Request(token_ids, params.limited_to(room), seed, sorted(ends))
+        return Request(token_ids, params.limited_to(room), seed, sorted(ends), guide=self.compiled(params.guide, ends))
+
+    def compiled(self, guide: Guide | None, end_ids: Collection[int]) -> CompiledGuide | None:
+        """The guide of an answer that ends at one of these tokens, ready to be followed."""
+        if guide is None:
+            return None
+        tokenizer = self._text.tokenizer
+        if tokenizer is None:
+            raise ValueError(f"guide needs a tokenizer, but {self._text.no_tokenizer}; leave it out")
+        with self._lock:
+            if self._guiding is None:
+                self._guiding = Guiding(tokenizer, self._config.vocab_size)
+        return self._guiding.compiled(guide, end_ids)
 
     def scoring(self, token_ids: list[int], top: int | None = None) -> Request:
         """A request for the logits of these tokens, as ``encode`` returned them; or for log-probabilities, with ``top`` alternatives."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from l4jax.decoding.guide import Guide
 from sharding.kinds import is_number, is_whole, shown
 
 MAX_LOGPROBS = 20
@@ -38,7 +39,7 @@ class SamplingParams:
     distribution (before everything above). Generation ends at ``max_tokens``, at a model end token (unless ``ignore_eos``)
     or one of ``stop_token_ids`` (kept in ``token_ids``, not in the text), or before one of the ``stop`` strings. The first
     ``min_tokens`` tokens are no end tokens (their logits become -inf, after bias and penalties), and stop strings are
-    looked for after them.
+    looked for after them. With a ``guide``, tokens that would leave its form get -inf too.
     """
 
     max_tokens: int = 256
@@ -56,6 +57,7 @@ class SamplingParams:
     ignore_eos: bool = False
     seed: int | None = None
     logprobs: int | None = None
+    guide: Guide | None = None
 
     def __post_init__(self) -> None:
         """Keep Python's own numbers and tuples of what is given. Raises ValueError for a value that is out of range or no number."""
@@ -119,6 +121,20 @@ class SamplingParams:
             whole("seed", 0, 2**64 - 1, "an integer from 0 to 2**64 - 1, or None")
         if self.logprobs is not None:
             whole("logprobs", 0, MAX_LOGPROBS, f"None or an integer from 0 to {MAX_LOGPROBS}")
+        if self.guide is not None:
+            self._check_guide()
+
+    def _check_guide(self) -> None:
+        if not isinstance(self.guide, Guide):
+            raise ValueError(f"guide is {shown(self.guide)}; expected a Guide, such as Guide.json(schema), or None")
+        others = {
+            "ignore_eos": self.ignore_eos,
+            "min_tokens": self.min_tokens > 0,
+            "logit_bias of -inf": any(bias == -math.inf for bias in self.logit_bias.values()),
+        }
+        for name, given in others.items():
+            if given:
+                raise ValueError(f"guide and {name} are both given, and could forbid every token; leave one of them out")
 
     def limited_to(self, room: int) -> SamplingParams:
         """These params for an answer that has room for this many tokens."""

@@ -33,7 +33,7 @@ _ONE_BITS = 0x3F800000  # the bit pattern of float32 1.0; patterns of non-negati
 class SamplingSettings:
     """Settings of several requests, on the device. ``bias_id_Bj`` is padded with the vocabulary size, ``stop_Bj`` with -1.
 
-    ``adjusted_B``: there is a bias, a penalty or a ``min_tokens``. ``reported_B``: log-probabilities are wanted.
+    ``adjusted_B``: something changes the logits before the temperature. ``reported_B``: log-probabilities are wanted.
     """
 
     adjusted_B: Bool[Array, "B"]
@@ -56,9 +56,15 @@ class SamplingSettings:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingRows(SamplingSettings):
-    """The settings of a program's rows. ``slot_B``: where each row's counts are in :class:`TokenCounts`."""
+    """The settings of a program's rows. ``slot_B``: where each row's counts are in :class:`TokenCounts`.
+
+    ``allowed_BW``: of rows that are ``guided_B``, a bit for each token that may be next, that of token t in word t // 32. It holds for one
+    token only.
+    """
 
     slot_B: Int32[Array, "B"]
+    guided_B: Bool[Array, "B"]
+    allowed_BW: UInt32[Array, "B W"]
 
 
 @jax.tree_util.register_dataclass
@@ -107,6 +113,11 @@ def sampling_settings(
         max_tokens_B=stack("max_tokens", np.int32),
         min_tokens_B=stack("min_tokens", np.int32),
     )
+
+
+def mask_words(vocab_size: int) -> int:
+    """Words of 32 bits that have a bit for each token."""
+    return -(-vocab_size // 32)
 
 
 def _pad(lists: Sequence[Sequence[float]], width: int, fill: float, dtype: type) -> Array:
@@ -201,7 +212,10 @@ def highest_token(values_BV: Float32[Array, "B V"], vocab_ranks: Ranks = ONE) ->
 def adjust_logits(
     logits_BV: Float32[Array, "B V"], rows: SamplingRows, counts: TokenCounts, position_B: Int32[Array, "B"], vocab_ranks: Ranks = ONE
 ) -> Float32[Array, "B V"]:
-    """Bias, then repetition (CTRL, arXiv 1909.05858), presence and frequency penalties; end tokens that come too early get -inf."""
+    """Bias, then repetition (CTRL, arXiv 1909.05858), presence and frequency penalties.
+
+    End tokens that come too early, and tokens that a guide does not allow, get -inf.
+    """
     row_B1 = jnp.arange(logits_BV.shape[0], dtype=jnp.int32)[:, None]
     bias_id_Bj = local_index(rows.bias_id_Bj, logits_BV.shape[1], vocab_ranks)
     logits_BV = logits_BV.at[row_B1, bias_id_Bj].add(rows.bias_Bj, mode="drop")
@@ -213,7 +227,20 @@ def adjust_logits(
     logits_BV = logits_BV - once_BV - rows.frequency_B[:, None] * output_BV.astype(jnp.float32)
     early_B1 = (position_B < rows.min_tokens_B)[:, None]
     stop_Bj = local_index(rows.stop_Bj, logits_BV.shape[1], vocab_ranks)
-    return logits_BV.at[row_B1, stop_Bj].add(jnp.where(early_B1, -jnp.inf, 0.0), mode="drop")
+    logits_BV = logits_BV.at[row_B1, stop_Bj].add(jnp.where(early_B1, -jnp.inf, 0.0), mode="drop")
+    return jax.lax.cond(
+        jnp.any(rows.guided_B),
+        lambda logits_BV: jnp.where(_is_allowed(rows, logits_BV.shape[1], vocab_ranks), logits_BV, -jnp.inf),
+        lambda logits_BV: logits_BV,
+        logits_BV,
+    )
+
+
+def _is_allowed(rows: SamplingRows, size: int, vocab_ranks: Ranks) -> Bool[Array, "B V"]:
+    """Which of this rank's ``size`` tokens may be next."""
+    token_V = vocab_ranks.index() * size + jnp.arange(size, dtype=jnp.int32)
+    word_BV, bit_1V = rows.allowed_BW[:, token_V // 32], (token_V % 32).astype(jnp.uint32)[None, :]
+    return ((word_BV >> bit_1V) & jnp.uint32(1)).astype(bool) | ~rows.guided_B[:, None]
 
 
 def truncate(

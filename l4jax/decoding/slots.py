@@ -6,7 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from l4jax.cache import LayerCache
 from l4jax.decoding.entries import DraftState
@@ -55,11 +55,24 @@ class SlotTokens:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class SlotMasks:
+    """For some slots, whose requests have a guide, the tokens that may be next; see :class:`SamplingRows`.
+
+    A slot number past the last one is padding.
+    """
+
+    slot_B: Int32[Array, "B"]
+    allowed_BW: UInt32[Array, "B W"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Slots:
     """The state of every slot. ``token_U``, the last token, has been emitted but is not in the cache yet.
 
     ``length_U``: tokens in the cache. ``produced_U``: tokens emitted. ``done_U``: nothing is decoded; so it is until the prompt has been
-    prefilled. ``hidden_UD``: the drafter's output at the last cached token; None without a drafter.
+    prefilled. ``guided_U``, ``allowed_UW``: as in :class:`SamplingRows`. ``hidden_UD``: the drafter's output at the last cached token; None
+    without a drafter.
     """
 
     token_U: Int32[Array, "U"]
@@ -67,13 +80,17 @@ class Slots:
     produced_U: Int32[Array, "U"]
     done_U: Bool[Array, "U"]
     sampling: SamplingSettings
+    guided_U: Bool[Array, "U"]
+    allowed_UW: UInt32[Array, "U W"]
     counts: TokenCounts
     hidden_UD: Float[Array, "U D"] | None
 
     def settings(self, slot_B: Int32[Array, "B"]) -> SamplingRows:
         """The settings of these slots, for rows in this order. Padding, whose slot number is past the last one, asks for nothing."""
-        rows = jax.tree.map(lambda of_slots: of_slots.at[slot_B].get(mode="fill", fill_value=0), self.sampling)
-        return SamplingRows(**vars(rows), slot_B=slot_B)
+        own = self.sampling, self.guided_U, self.allowed_UW
+        settings, guided_B, allowed_BW = jax.tree.map(lambda of_slots: of_slots.at[slot_B].get(mode="fill", fill_value=0), own)
+        rows = SamplingRows(**vars(settings), slot_B=slot_B, guided_B=guided_B, allowed_BW=allowed_BW)
+        return dataclasses.replace(rows, adjusted_B=rows.adjusted_B | guided_B)
 
     def active_settings(self, slot_B: Int32[Array, "B"]) -> SamplingRows:
         """As :meth:`settings`; rows that are done ask for nothing either, so that no work is done for them."""
@@ -81,6 +98,7 @@ class Slots:
         return dataclasses.replace(
             rows,
             adjusted_B=rows.adjusted_B & active_B,
+            guided_B=rows.guided_B & active_B,
             reported_B=rows.reported_B & active_B,
             temperature_B=jnp.where(active_B, rows.temperature_B, 0.0),
         )
@@ -115,6 +133,14 @@ class Slots:
             done_U=self.done_U.at[slot_B].set(state.done_B, mode="drop"),
             counts=state.counts,
             hidden_UD=hidden_UD,
+        )
+
+    def masked(self, masks: SlotMasks) -> Slots:
+        """The slots with these masks for their next tokens."""
+        return dataclasses.replace(
+            self,
+            guided_U=self.guided_U.at[masks.slot_B].set(True, mode="drop"),
+            allowed_UW=self.allowed_UW.at[masks.slot_B].set(masks.allowed_BW, mode="drop"),
         )
 
     def counted(self, tokens: SlotTokens, vocab_ranks: Ranks) -> Slots:
@@ -157,6 +183,7 @@ class Slots:
             length_U=cleared(self.length_U, 0),
             produced_U=cleared(self.produced_U, 0),
             done_U=cleared(self.done_U, True),
+            guided_U=cleared(self.guided_U, False),
             sampling=jax.tree.map(lambda old, new: old.at[slot_B].set(new, mode="drop"), self.sampling, update.sampling),
             counts=TokenCounts(cleared(self.counts.in_prompt_UV, False), cleared(self.counts.output_UV, 0)),
         )

@@ -9,7 +9,7 @@ imports neither JAX nor numpy, so it is tested alone, and every host can repeat 
     scheduler.add(Sequence(request, prompt, max_length))
     while not scheduler.idle:
         while (step := scheduler.next(most_steps)) is not None:
-            in_flight.append((step, runner.dispatch(step, requests)))
+            in_flight.append((step, runner.dispatch(step, requests, masks)))
         step, dispatched = in_flight.popleft()
         results, outputs = dispatched.read()
         for news in scheduler.finish(step, results):

@@ -12,6 +12,7 @@ from l4jax.answer import NO_ROUNDS
 from l4jax.cache import CacheShape
 from l4jax.engine.clock import BurstClock
 from l4jax.engine.commands import Command, Commands
+from l4jax.engine.guided import NO_WAY_ON, next_masks
 from l4jax.engine.handle import Handle
 from l4jax.engine.memory import CacheMemory
 from l4jax.engine.meter import EngineState, Meter
@@ -211,7 +212,7 @@ class Engine:
             return False
         self._start()
         for each in planned:
-            self._in_flight.append((self.runner.dispatch(*each), time.perf_counter()))
+            self._in_flight.append((self.runner.dispatch(*each, next_masks(each[0], self._handles)), time.perf_counter()))
             self._note_dispatch(each[0])
         dispatched, dispatched_at = self._in_flight.popleft()
         waited = not dispatched.is_ready
@@ -278,6 +279,12 @@ class Engine:
             return
         if handle._take(tokens, output):
             self._scheduler.cancel(sequence)
+        if handle.matcher is not None and not sequence.state.is_over:
+            handle.matcher.take(tokens)
+            if not handle.matcher.allowed().any():
+                self._scheduler.cancel(sequence)
+                self._end(handle, ValueError(NO_WAY_ON))
+                return
         if sequence.state.is_over:
             handle._complete()
             self._end(handle)

@@ -34,6 +34,7 @@ class Handle:
         self._added = time.perf_counter()
         self.queue_seconds: float | None = None
         self._sequence = self._new_sequence()
+        self.matcher = None if request.guide is None else request.guide.start()
 
     @property
     def tokens(self) -> list[int]:
@@ -55,7 +56,8 @@ class Handle:
 
     def _new_sequence(self) -> Sequence:
         prompt = list(self.request.token_ids)
-        return Sequence(self._number, prompt, len(prompt) + self._most_new(self.request), scope=self.request.scope)
+        guided = self.request.guide is not None
+        return Sequence(self._number, prompt, len(prompt) + self._most_new(self.request), scope=self.request.scope, guided=guided)
 
     def _begin(self) -> None:
         """The first piece of its prompt has been dispatched, perhaps again."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,8 @@ from jaxtyping import Array
 
 from l4jax.cache import PAGE_SIZE, CacheShape, PageTables
 from l4jax.decoding.params import SamplingParams
-from l4jax.decoding.slots import SlotTokens, SlotUpdate
+from l4jax.decoding.sampling import mask_words
+from l4jax.decoding.slots import SlotMasks, SlotTokens, SlotUpdate
 from l4jax.engine.step import Burst as BurstStep
 from l4jax.engine.step import BurstRow, PageOnRank, PieceRow, Prefill
 from l4jax.engine.tables import SlotTables
@@ -86,6 +87,15 @@ class StepInputs:
         params, seeds = [request.params for request in requests], [request.seed for request in requests]
         stops = [request.stop_ids for request in requests]
         return slot_update(self.shape.slots * self._data, self._data, slots, params, seeds, stops, self._vocab_size)
+
+    def masks(self, masks: Mapping[int, np.ndarray]) -> SlotMasks:
+        """Say for these slots which tokens may be next."""
+        slots = self.shape.slots
+        slot_B = np.full(slots * self._data, slots, np.int32)
+        allowed_BW = np.zeros((slots * self._data, mask_words(self._vocab_size)), np.uint32)
+        for slot, allowed_W in masks.items():
+            slot_B[slot], allowed_BW[slot] = slot % slots, allowed_W
+        return SlotMasks(host_array(slot_B, np.int32), host_array(allowed_BW, np.uint32))
 
     def tokens_before(self, row: PieceRow) -> Iterator[SlotTokens]:
         """The tokens before a sequence's first piece, for each call that counts some of them in its slot."""

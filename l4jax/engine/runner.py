@@ -127,8 +127,11 @@ class Runner:
         """The call of a prefill or a burst; ``padding`` as in :meth:`prefill_call`."""
         return self.prefill_call(part, resident, padding=padding) if isinstance(part, Prefill) else self.burst_call(part, resident)
 
-    def dispatch(self, step: Step, requests: Mapping[int, Request]) -> Dispatched:
-        """Dispatch a step, in the order that :class:`Step` gives. ``requests``: those that it names."""
+    def dispatch(self, step: Step, requests: Mapping[int, Request], masks: Mapping[int, np.ndarray]) -> Dispatched:
+        """Dispatch a step, in the order that :class:`Step` gives. ``requests``: those that it names.
+
+        ``masks``: by slot, which tokens may be next, for requests with a guide; as :class:`l4jax.decoding.sampling.SamplingRows` has them.
+        """
         self._saved.fetch()
         for request in step.drops:
             self._saved.drop(request)
@@ -140,6 +143,9 @@ class Runner:
         first = [row for row in step.pieces if row is not None and row.first]
         if first:
             self._begin(first, requests)
+        if masks:
+            slots = self.programs.mask(self.resident.slots, self._inputs.masks(masks))
+            self._resident = dataclasses.replace(self.resident, slots=slots)
         wanted = {row.request: requests[row.request].params.logprobs for row in (*step.pieces, *step.rows) if row is not None}
         sent: dict[str, Any] = {}
         if step.prefill is not None:
@@ -173,6 +179,7 @@ class Runner:
         return [
             Call(self.programs.update_slots, (slots, update), {}),
             Call(self.programs.count, (slots, tokens), {}),
+            Call(self.programs.mask, (slots, self._inputs.masks({})), {}),
             Call(self.programs.zero_pages, (resident, pages), {}),
             *(self._saved.calls(resident) if saves else ()),
         ]

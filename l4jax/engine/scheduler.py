@@ -89,10 +89,10 @@ class Scheduler:
         ``most_steps``: the most rounds that a burst may have. A call that returns None may have admitted or preempted a sequence, so other
         hosts must make it too.
         """
-        if len(self._steps) == IN_FLIGHT:
+        active = self._active()
+        if len(self._steps) == IN_FLIGHT or any(sequence.awaits_token for sequence in active):
             return None
         draft = StepDraft(self._number + 1, len(self.ranks))
-        active = self._active()
         self._choose_burst(draft, active, most_steps)
         for sequence in active:
             self._add(draft, sequence)
@@ -159,6 +159,8 @@ class Scheduler:
         draft.active_rows = max(rows)
         draft.plan = options.plan(draft.active_rows) if can_draft else None
         draft.steps = max(1, min(options.short_steps if anyone_waits else options.long_steps, most_steps))
+        if any(sequence.guided and sequence.decodes for sequence in active):
+            draft.steps = 1
 
     def _add(self, draft: StepDraft, sequence: Sequence) -> None:
         """Let an active sequence take part in the step, if it has not been preempted meanwhile."""
@@ -171,7 +173,7 @@ class Scheduler:
         shape = self.options.shape
         start = shape.chunk_start(sequence.low)
         most = draft.steps * (1 + (draft.plan.depth if draft.plan else 0))
-        limit = min(sequence.room, sequence.high + most, start + (shape.chunk or _ANY))
+        limit = min(sequence.room, sequence.low + 1 if sequence.guided else sequence.high + most, start + (shape.chunk or _ANY))
         if not self._reserve(draft, sequence, start, limit):
             return
         sequence.depart(Flight(draft.number, draft.steps, most, limit))

@@ -59,6 +59,7 @@ class Sequence:
     max_length: int
     scope: bytes | None = b""
     scores: bool = False
+    guided: bool = False
     state: State = State.WAITING
     prompt_length: int = dataclasses.field(init=False)
     arrival: int = -1
@@ -101,6 +102,11 @@ class Sequence:
         A scored sequence never decodes: its prefill ends where its room does.
         """
         return self.target <= self.low < self.room
+
+    @property
+    def awaits_token(self) -> bool:
+        """Whether no step may be planned before a result is read: a guide tells which tokens may be next only when it knows the last."""
+        return self.guided and bool(self.flights) and self.state is State.RUNNING
 
     def chain(self, shape: PageShape, ahead: int) -> list[bytes]:
         """The digests of all blocks whose tokens are known.

@@ -2,10 +2,12 @@
 
 import numpy as np
 
-from l4jax.decoding.sampling import SamplingRows, sampling_settings
+from l4jax.decoding.sampling import SamplingRows, mask_words, sampling_settings
 
 
 def sampling_rows(params, seeds, stop_ids, vocab_size):
     """The settings of rows of which row ``b`` is in slot ``b``."""
     settings = sampling_settings(params, seeds, stop_ids, vocab_size)
-    return SamplingRows(**vars(settings), slot_B=np.arange(len(params), dtype=np.int32))
+    B = len(params)
+    masks = {"guided_B": np.zeros(B, bool), "allowed_BW": np.zeros((B, mask_words(vocab_size)), np.uint32)}
+    return SamplingRows(**vars(settings), slot_B=np.arange(B, dtype=np.int32), **masks)

@@ -147,9 +147,9 @@ def watched(llm: LLM, see: Callable[[Step], None], **options: Any) -> LLM:
     vars(runner).pop("dispatch", None)  # that of an LLM that is watched itself
     dispatch = runner.dispatch
 
-    def seen(step: Step, requests: Any) -> Any:
+    def seen(step: Step, *rest: Any) -> Any:
         see(step)
-        return dispatch(step, requests)
+        return dispatch(step, *rest)
 
     runner.dispatch = seen  # type: ignore[method-assign]  # of this copy alone
     return other
@@ -163,6 +163,7 @@ def parts(family: Family, prompt: list[int], params: SamplingParams, expected: C
     produced = expected.token_ids[:at]
     logits_V = family.plain.logits([[*prompt, *produced]])[0][-1].astype(np.float64)
     score_V = scores(logits_V, prompt, produced, params)
+    score_V[~allowed(family.plain, prompt, produced, params)] = -np.inf
     apart = score_V.max() - score_V[[expected.token_ids[at], found[at]]].min()
     assert apart < NEAR, f"{params}: {expected.token_ids} and {found} part at {at}, where scores are {apart:.1e} apart"
     return True
@@ -181,6 +182,19 @@ def scores(logits_V: np.ndarray, prompt: list[int], produced: list[int], params:
         return logits_V
     assert params.seed is not None
     return logits_V / params.temperature + token_noise(params.seed, len(produced), len(logits_V))
+
+
+def allowed(llm: LLM, prompt: list[int], produced: list[int], params: SamplingParams) -> np.ndarray:
+    """Which tokens may be next, by the guide and ``min_tokens``."""
+    request = llm.requests.request(prompt, params)
+    allowed_V = np.ones(VOCABULARY, bool)
+    if request.guide is not None:
+        matcher = request.guide.start()
+        matcher.take(produced)
+        allowed_V = np.unpackbits(matcher.allowed().view(np.uint8), bitorder="little")[:VOCABULARY].astype(bool)
+    if len(produced) < params.min_tokens:
+        allowed_V[list(request.stop_ids)] = False
+    return allowed_V
 
 
 def assert_whole(llm: LLM) -> None:

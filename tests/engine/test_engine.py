@@ -29,7 +29,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from l4jax import Completion, SamplingParams
+from l4jax import Completion, Guide, SamplingParams
 from l4jax.cache import PAGE_SIZE
 from l4jax.engine.handle import Handle
 from l4jax.engine.sequence import State
@@ -49,7 +49,7 @@ from tests.engine.families import (
     watched,
 )
 
-EVENTS = ("hit", "several rows", "two deep", "zeroed", "cancelled under way", "closed stream", "generate beside others")
+EVENTS = ("hit", "several rows", "two deep", "zeroed", "cancelled under way", "closed stream", "generate beside others", "guided")
 OF_DRAFTERS = ("drafted", "accepted")
 OTHERWISE = ("preempted", "output computed again", "cancelled while it waited", "logits beside others")
 OF_DRAFTERS_OTHERWISE = ("plain", "drafted and plain")
@@ -103,6 +103,8 @@ PARAMS = st.builds(
             {"logit_bias": {3: -5.0}, "repetition_penalty": 1.4, "frequency_penalty": 0.3},
             {"logit_bias": {11: 2.0}, "top_k": 5},
             {"stop_token_ids": [5]},
+            {"stop_token_ids": [5, 9], "min_tokens": 1, "min_p": 0.05},
+            {"stop_token_ids": [5], "guide": Guide.regex("([#$]{2}[%-,])*")},
             {"stop": ["#"], "presence_penalty": 0.6},
         ]
     ),
@@ -308,6 +310,7 @@ class Oracle(RuleBasedStateMachine):
                 continue
             self.compare(one.prompt, one.params, one.handle.completion)
             self.answered.append(one)
+            self.seen["guided"] += one.params.guide is not None and len(one.handle.tokens) > 3
             if one.stream is not None:
                 assert one.text + "".join(one.stream) == one.handle.completion.text
 

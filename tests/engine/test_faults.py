@@ -213,9 +213,9 @@ def test_a_long_prompt_holds_up_nobody(name: str, count: int, length: int) -> No
     steps: list[Step] = []
     dispatch, finish = runner.dispatch, scheduler.finish
 
-    def dispatched(step: Step, requests: object) -> object:
+    def dispatched(step: Step, *rest: object) -> object:
         steps.append(step)
-        return dispatch(step, requests)
+        return dispatch(step, *rest)
 
     def finished(step: Step, results: Results) -> list[News]:
         """The steps that the devices ran since each row's last token, this one included."""

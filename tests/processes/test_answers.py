@@ -48,9 +48,9 @@ llm = l4jax.load(checkpoint, mesh=mesh)
 engine, steps = llm.engine, []
 dispatch = engine.runner.dispatch
 engine.runner.is_ready_for = lambda _: first
-def dispatched(step, requests):
+def dispatched(step, *rest):
     steps.append([step.number, step.requests, step.burst and step.burst.steps])
-    return dispatch(step, requests)
+    return dispatch(step, *rest)
 engine.runner.dispatch = dispatched
 params = SamplingParams(max_tokens=240, ignore_eos=True, temperature=0)
 stream, dropped = llm.stream("the dog", params), llm.stream("the cat", params)

@@ -1,0 +1,21 @@
+"""Requests with a guide: which tokens may be next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from l4jax.engine.handle import Handle
+from l4jax.engine.step import Step
+
+NO_WAY_ON = (
+    "the guide allows no further token, and the answer is not complete: no tokens of the model's write what it asks for; change the guide"
+)
+
+
+def next_masks(step: Step, handles: Mapping[int, Handle]) -> dict[int, np.ndarray]:
+    """By slot, the tokens that may be next (:meth:`l4jax.text.guiding.Matcher.allowed`), for guided requests that get one in the step."""
+    rows = [row for row in step.pieces if row is not None and row.last] + [row for row in step.rows if row is not None]
+    matchers = {row.slot: handle.matcher for row in rows if (handle := handles.get(row.request)) is not None}
+    return {slot: matcher.allowed() for slot, matcher in matchers.items() if matcher is not None}

@@ -97,12 +97,16 @@ class RequestMaker:
     All methods raise ValueError, with one line, for a request that the model cannot answer.
     """
 
-    def __init__(self, config: ModelConfig, text: Text, *, drafts_up_to: float = math.inf) -> None:
-        """``drafts_up_to``: the most tokens that a prompt may have, if the user asked to speculate and the drafter stops there."""
+    def __init__(self, config: ModelConfig, text: Text, *, drafts_up_to: float = math.inf, compiles: bool = True) -> None:
+        """``drafts_up_to``: the most tokens that a prompt may have, if the user asked to speculate and the drafter stops there.
+
+        ``compiles``: whether guides are compiled, for an engine in this process.
+        """
         self._config = config
         self._text = text
         self._drafts_up_to = drafts_up_to
         self._lock = threading.Lock()
+        self._compiles = compiles
         self._guiding: Guiding | None = None
 
     @property
@@ -170,7 +174,9 @@ class RequestMaker:
                 "other token"
             )
         seed = secrets.randbits(64) if params.seed is None else params.seed
-        return Request(token_ids, params.limited_to(room), seed, sorted(ends), guide=self.compiled(params.guide, ends))
+        return Request(
+            token_ids, params.limited_to(room), seed, sorted(ends), guide=self.compiled(params.guide, ends) if self._compiles else None
+        )
 
     def compiled(self, guide: Guide | None, end_ids: Collection[int]) -> CompiledGuide | None:
         """The guide of an answer that ends at one of these tokens, ready to be followed."""

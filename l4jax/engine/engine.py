@@ -12,7 +12,7 @@ from l4jax.answer import NO_ROUNDS
 from l4jax.cache import CacheShape
 from l4jax.engine.clock import BurstClock
 from l4jax.engine.commands import Command, Commands
-from l4jax.engine.guided import NO_WAY_ON, next_masks
+from l4jax.engine.guided import GuideError, next_masks
 from l4jax.engine.handle import Handle
 from l4jax.engine.memory import CacheMemory
 from l4jax.engine.meter import EngineState, Meter
@@ -283,7 +283,7 @@ class Engine:
             handle.matcher.take(tokens)
             if not handle.matcher.allowed().any():
                 self._scheduler.cancel(sequence)
-                self._end(handle, ValueError(NO_WAY_ON))
+                self._end(handle, GuideError())
                 return
         if sequence.state.is_over:
             handle._complete()

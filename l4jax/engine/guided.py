@@ -9,9 +9,15 @@ import numpy as np
 from l4jax.engine.handle import Handle
 from l4jax.engine.step import Step
 
-NO_WAY_ON = (
-    "the guide allows no further token, and the answer is not complete: no tokens of the model's write what it asks for; change the guide"
-)
+
+class GuideError(ValueError):
+    """The guide allows no further token, and the answer is not complete."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the guide allows no further token, and the answer is not complete: the guide is too complex, or no tokens write what it asks "
+            "for; change it"
+        )
 
 
 def next_masks(step: Step, handles: Mapping[int, Handle]) -> dict[int, np.ndarray]:

@@ -23,11 +23,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from l4jax.serving import errors, parameters
 from l4jax.serving.api.chat import Chat, ChatBody
 from l4jax.serving.api.completions import CompletionBody, Completions
-from l4jax.serving.api.served import Served
+from l4jax.serving.api.served import Sampling, Served
 from l4jax.serving.api.tokens import DetokenizeBody, TokenizeBody, detokenize, tokenize
 from l4jax.serving.engine_client import EngineClient
 from l4jax.serving.errors import ApiError, engine_stopped
 from l4jax.serving.generation import Generation
+from l4jax.serving.guide_checker import GuideChecker
 from l4jax.serving.log import RequestLog
 from l4jax.serving.metrics import CONTENT_TYPE, Metrics
 
@@ -91,7 +92,7 @@ class Keys:
 def build_app(served: Served, keys: Sequence[str], log: RequestLog | None = None) -> ASGIApp:
     """The application: routes, error handlers, the check of API keys, and the log of requests if there is one."""
     client, bodies = served.client, Bodies()
-    threads = ThreadPoolExecutor(_THREADS)
+    threads, guides = ThreadPoolExecutor(_THREADS), GuideChecker()
 
     async def health(request: Request) -> Response:
         if client.is_over:
@@ -124,12 +125,14 @@ def build_app(served: Served, keys: Sequence[str], log: RequestLog | None = None
                 raise _too_long()
             async with bodies.read(request) as raw:
 
-                def parsed() -> Any:
-                    return handle(parameters.parsed(raw, body_type, not_honoured, ignore_unknown=served.ignore_unknown), request)
+                def parsed() -> Body:
+                    return parameters.parsed(raw, body_type, not_honoured, ignore_unknown=served.ignore_unknown)
 
-                if len(raw) <= _INLINE_BYTES:
-                    return parsed()
-                return await asyncio.get_running_loop().run_in_executor(threads, parsed)
+                loop, is_long = asyncio.get_running_loop(), len(raw) > _INLINE_BYTES
+                body = await loop.run_in_executor(threads, parsed) if is_long else parsed()
+                if isinstance(body, Sampling) and (guide := body.guide) is not None:
+                    await guides.check(guide, body.guided_by or "")
+                return await loop.run_in_executor(threads, handle, body, request) if is_long else handle(body, request)
 
         return parse
 

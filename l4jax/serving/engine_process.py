@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import queue
 import socket
 import sys
 import threading
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 
 from l4jax.decoding.params import SamplingParams
 from l4jax.engine.engine import Engine
+from l4jax.engine.guided import GuideError
 from l4jax.engine.relay import RelayHandle
 from l4jax.engine.scores import ScoresHandle
 from l4jax.loading import load
-from l4jax.request import Request
+from l4jax.request import Request, RequestMaker
 from l4jax.serving.messages import (
     Add,
     Cancel,
@@ -33,25 +36,26 @@ from l4jax.serving.messages import (
     frame,
     receive,
 )
+from l4jax.text.guiding import CompiledGuide
 
 
 def main() -> None:
     """Compute for the front until it has gone. The only argument is the file descriptor of the socket to it."""
     channel = socket.socket(fileno=int(sys.argv[1]))
-    calls: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
+    calls: queue.SimpleQueue[ToEngine | _Compiled] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(channel, calls), name="front", daemon=True).start()
     first = calls.get()
     assert isinstance(first, Load)
     try:
-        engine, max_model_len = _prepared(first, channel)
+        engine, maker, max_model_len = _prepared(first, channel)
     except (ValueError, OSError) as error:
         channel.sendall(frame(LoadFailed(" ".join(str(error).split()))))
         return
     channel.sendall(frame(Ready(max_model_len, engine.options.slots * engine.options.data_ranks)))
-    _Relay(engine, channel, calls).run()
+    _Relay(engine, maker, channel, calls).run()
 
 
-def _receive(channel: socket.socket, calls: queue.SimpleQueue[ToEngine]) -> None:
+def _receive(channel: socket.socket, calls: queue.SimpleQueue[ToEngine | _Compiled]) -> None:
     try:
         while (message := receive(channel)) is not None:
             calls.put(message)
@@ -60,8 +64,8 @@ def _receive(channel: socket.socket, calls: queue.SimpleQueue[ToEngine]) -> None
         os._exit(1)
 
 
-def _prepared(asked: Load, channel: socket.socket) -> tuple[Engine, int]:
-    """The engine with all its programs, and the most tokens that a request may have."""
+def _prepared(asked: Load, channel: socket.socket) -> tuple[Engine, RequestMaker, int]:
+    """The engine with all its programs, what compiles guides for it, and the most tokens that a request may have."""
     llm = load(asked.checkpoint, **asked.arguments)
     engine, context = llm.engine, llm.config.max_position_embeddings
     max_model_len = min(context, engine.kv_tokens) if asked.max_model_len is None else asked.max_model_len
@@ -72,7 +76,7 @@ def _prepared(asked: Load, channel: socket.socket) -> tuple[Engine, int]:
         )
     for ready, programs in engine.warm_up(max_model_len):
         channel.sendall(frame(Progress(ready, programs)))
-    return engine, max_model_len
+    return engine, llm.requests, max_model_len
 
 
 class Compilations:
@@ -86,6 +90,15 @@ class Compilations:
         self.count += event == "/jax/core/compile/backend_compile_duration"
 
 
+@dataclasses.dataclass(frozen=True)
+class _Compiled:
+    """A request whose guide has been compiled, or why it could not be."""
+
+    add: Add
+    guide: CompiledGuide | Exception | None
+
+
+_COMPILING_THREADS = 2
 _MAX_FAILURES = 3
 """After this many failed steps in a row the process ends: a server that fails always should not look healthy."""
 _FAILED = "the engine failed while it computed this request; make it again"
@@ -94,8 +107,11 @@ _FAILED = "the engine failed while it computed this request; make it again"
 class _Relay:
     """Runs the engine for the front: takes its calls between steps, and sends it what each step gave."""
 
-    def __init__(self, engine: Engine, channel: socket.socket, calls: queue.SimpleQueue[ToEngine]) -> None:
+    def __init__(self, engine: Engine, maker: RequestMaker, channel: socket.socket, calls: queue.SimpleQueue[ToEngine | _Compiled]) -> None:
         self._engine = engine
+        self._maker = maker
+        self._compiling: set[int] = set()
+        self._threads = ThreadPoolExecutor(_COMPILING_THREADS)
         self._channel = channel
         self._calls = calls
         self._handles: dict[int, RelayHandle | ScoresHandle] = {}
@@ -137,24 +153,48 @@ class _Relay:
         except queue.Empty:
             pass
 
-    def _take(self, call: ToEngine) -> None:
-        if isinstance(call, Cancel):
-            if (handle := self._handles.get(call.number)) is not None:
-                handle.cancel()
-            return
-        assert isinstance(call, Add | Score)
+    def _take(self, call: ToEngine | _Compiled) -> None:
+        match call:
+            case Cancel(number):
+                if number in self._compiling:
+                    self._compiling.remove(number)
+                    self._news.append(News(number, over=True))
+                elif (handle := self._handles.get(number)) is not None:
+                    handle.cancel()
+            case Score():
+                self._begin(call.number, Request(call.token_ids, SamplingParams(logprobs=call.top), 0, ()), ScoresHandle)
+            case Add() if call.params.guide is None:
+                self._begin(call.number, _request(call, None), RelayHandle)
+            case Add():
+                # In a thread, because it may take a second, and others' answers go on.
+                self._compiling.add(call.number)
+                self._threads.submit(self._compile, call)
+            case _Compiled() if call.add.number in self._compiling:  # otherwise it was cancelled meanwhile
+                self._compiling.remove(call.add.number)
+                if isinstance(call.guide, Exception):
+                    self._refuse(call.add.number, call.guide)
+                else:
+                    self._begin(call.add.number, _request(call.add, call.guide), RelayHandle)
+
+    def _begin(self, number: int, request: Request, kind: type[RelayHandle | ScoresHandle]) -> None:
         try:
-            if isinstance(call, Add):
-                added = Request(call.token_ids, call.params, call.seed, call.stop_ids, call.scope)
-                self._handles[call.number] = self._engine.add(added, RelayHandle)
-            else:
-                scored = Request(call.token_ids, SamplingParams(logprobs=call.top), 0, ())
-                self._handles[call.number] = self._engine.add(scored, ScoresHandle)
-        except ValueError as error:
-            self._news.append(News(call.number, over=True, error=str(error), error_kind="bad_request"))
-        except Exception:
-            traceback.print_exc()  # a fault of ours, which ends this request only
-            self._news.append(News(call.number, over=True, error=_FAILED, error_kind="failed"))
+            self._handles[number] = self._engine.add(request, kind)
+        except Exception as error:
+            self._refuse(number, error)
+
+    def _refuse(self, number: int, error: Exception) -> None:
+        if isinstance(error, ValueError):
+            self._news.append(News(number, over=True, error=str(error), error_kind="bad_request"))
+        else:
+            traceback.print_exception(error)  # a fault of ours, which ends this request only
+            self._news.append(News(number, over=True, error=_FAILED, error_kind="failed"))
+
+    def _compile(self, add: Add) -> None:
+        try:
+            guide: CompiledGuide | Exception | None = self._maker.compiled(add.params.guide, add.stop_ids)
+        except Exception as error:
+            guide = error
+        self._calls.put(_Compiled(add, guide))
 
     def _gather(self) -> None:
         """Collect what each request got."""
@@ -171,9 +211,15 @@ class _Relay:
                 self._news.append(News(number, tokens, logprobs, cached, queue_seconds, handle.over, *_described(handle.error)))
 
 
+def _request(add: Add, guide: CompiledGuide | None) -> Request:
+    return Request(add.token_ids, add.params, add.seed, add.stop_ids, add.scope, guide)
+
+
 def _described(error: Exception | None) -> tuple[str | None, ErrorKind | None]:
     if error is None:
         return None, None
+    if isinstance(error, GuideError):
+        return str(error), "guide"
     if isinstance(error, ValueError):
         return str(error), "not_finite"
     return _FAILED, "failed"  # the error's own words are for the log

@@ -152,7 +152,7 @@ async def scores(client: EngineClient, prompts: Sequence[list[int]], top: int, r
 def error_of(news: News, request_id: str) -> ApiError:
     """The error that ends a request."""
     assert news.error is not None
-    if news.error_kind == "bad_request":
+    if news.error_kind in ("bad_request", "guide"):
         return ApiError(news.error)
     if news.error_kind == "not_finite":
         return errors.not_finite(request_id)

@@ -69,8 +69,9 @@ class LoadFailed(Message, frozen=True):
     why: str
 
 
-ErrorKind = Literal["bad_request", "not_finite", "closing", "failed"]
-"""Why a request has no answer: it cannot be computed, the model's logits were not finite, the server ends, or anything else."""
+ErrorKind = Literal["bad_request", "guide", "not_finite", "closing", "failed"]
+"""Why a request has no answer: it cannot be computed, its guide cannot be followed to an end, the model's logits were not finite, the
+server ends, or anything else."""
 
 
 class News(msgspec.Struct, array_like=True, frozen=True):

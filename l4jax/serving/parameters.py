@@ -58,7 +58,6 @@ CHAT_NOT_HONOURED: Mapping[str, Parameter] = {
     "tools": _refused("tools are not supported yet", []),
     "tool_choice": _refused("tools are not supported yet", "none", "auto"),
     "parallel_tool_calls": _no_effect("there are no tool calls"),
-    "response_format": _refused("structured output is not supported yet", {"type": "text"}),
     "reasoning_effort": _refused("the models have no separate reasoning", "none"),
     "verbosity": _refused("the models have no setting for it"),
 }

@@ -70,12 +70,16 @@ class _Vocabulary:
         return self._tokenizer.encode_ordinary(text if isinstance(text, str) else text.decode("utf-8", errors="replace"))
 
 
+def check_guide(guide: Guide) -> None:
+    """Raise ValueError, with llguidance's reason, for a guide that it cannot follow, or only in part."""
+    is_wrong, reasons = LLMatcher.validate_grammar_with_warnings(_grammar(guide))
+    if is_wrong or reasons:
+        raise _refused(guide, "; ".join(reasons))
+
+
 def _compiled(tokenizer: LLTokenizer, guide: Guide) -> LLMatcher:
-    """Raises ValueError, with llguidance's reason, for a guide that it cannot follow, or only in part."""
-    try:
-        matcher = LLMatcher(tokenizer, _grammar(guide), log_level=0)
-    except ValueError as error:
-        raise _refused(guide, str(error)) from None
+    """Raises ValueError as :func:`check_guide` does."""
+    matcher = LLMatcher(tokenizer, _grammar(guide), log_level=0)
     if matcher.is_error():
         raise _refused(guide, matcher.get_error())
     if warnings := matcher.get_grammar_warnings():
@@ -86,7 +90,10 @@ def _compiled(tokenizer: LLTokenizer, guide: Guide) -> LLMatcher:
 def _grammar(guide: Guide) -> str:
     match guide.kind:
         case "json":
-            return LLMatcher.grammar_from_json_schema(guide.text)
+            try:
+                return LLMatcher.grammar_from_json_schema(guide.text)
+            except ValueError as error:
+                raise _refused(guide, str(error)) from None
         case "regex":
             return LLMatcher.grammar_from_regex(guide.text)
         case "choice":

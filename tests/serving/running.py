@@ -67,7 +67,9 @@ class Server:
     @property
     def engine_pid(self) -> int:
         """The engine's process id."""
-        (child,) = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True, check=True).stdout.split()
+        (child,) = subprocess.run(
+            ["pgrep", "-P", str(self.process.pid), "-f", "engine_process"], capture_output=True, text=True, check=True
+        ).stdout.split()
         return int(child)
 
 

@@ -4,15 +4,34 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
-from l4jax.serving.api.served import Sampling, Served, chat_logprobs, checked_logprobs, new_id
+import msgspec
+
+from l4jax.decoding.guide import Guide
+from l4jax.serving.api.served import Sampling, Served, chat_logprobs, checked_logprobs, made_guide, new_id
 from l4jax.serving.api.usage import usage_fields
 from l4jax.serving.errors import ApiError
 from l4jax.serving.generation import Generation, Piece
 from l4jax.text.chat import ChatOptions
 
 MAX_MESSAGES = 2048
+
+
+class JsonSchema(msgspec.Struct):
+    """A schema in OpenAI's form. It is always enforced, so ``strict`` has no effect; the name and the description have none either."""
+
+    name: str
+    schema: dict[str, Any] | None = None
+    strict: bool | None = None
+    description: str | None = None
+
+
+class ResponseFormat(msgspec.Struct):
+    """What an answer must look like."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
 
 
 class ChatBody(Sampling):
@@ -25,6 +44,30 @@ class ChatBody(Sampling):
     chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
+    response_format: ResponseFormat | None = None
+
+    @property
+    def guided_by(self) -> str | None:
+        """As in :class:`Sampling`."""
+        return super().guided_by or ("response_format" if self.response_format is not None else None)
+
+    @property
+    def guide(self) -> Guide | None:
+        """As in :class:`Sampling`."""
+        given, guide = self.response_format, super().guide
+        if given is None or given.type == "text":
+            return guide
+        if guide is not None:
+            raise ApiError("response_format and structured_outputs are both given; leave one of them out", param="response_format")
+        if given.type == "json_object":
+            return made_guide(Guide.json, None, "response_format")
+        if given.json_schema is None:
+            raise ApiError(
+                "response_format.json_schema is missing; give the schema there",
+                param="response_format.json_schema",
+                code="missing_required_parameter",
+            )
+        return made_guide(Guide.json, given.json_schema.schema, "response_format")
 
     @property
     def alternatives(self) -> int | None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from l4jax.config import ModelConfig
+from l4jax.decoding.guide import Guide
 from l4jax.decoding.params import MAX_LOGPROBS, SamplingParams
 from l4jax.request import Request, RequestMaker, TokenLogprob
 from l4jax.serving.engine_client import EngineClient
@@ -41,6 +42,42 @@ class StreamOptions(msgspec.Struct):
     include_obfuscation: bool | None = None
 
 
+class StructuredOutputs(msgspec.Struct):
+    """What an answer must look like: exactly one of these (vLLM's parameter)."""
+
+    json: dict[str, Any] | str | None = None
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+
+    @property
+    def guide(self) -> Guide:
+        """As the engine knows it."""
+        given = {name: value for name in self.__struct_fields__ if (value := getattr(self, name)) not in (None, False)}
+        if len(given) != 1:
+            names = ", ".join(self.__struct_fields__)
+            raise ApiError(
+                f"structured_outputs has {len(given)} of {names}; expected one", param="structured_outputs", code="invalid_value"
+            )
+        ((name, value),) = given.items()
+        make: Mapping[str, Callable[[Any], Guide]]
+        make = {"json": Guide.json, "regex": Guide.regex, "choice": Guide.choice, "grammar": Guide.grammar}
+        return (
+            made_guide(Guide.json, None, "structured_outputs")
+            if name == "json_object"
+            else made_guide(make[name], value, "structured_outputs")
+        )
+
+
+def made_guide(make: Callable[[Any], Guide], value: Any, parameter: str) -> Guide:
+    """A guide made of a parameter's value."""
+    try:
+        return make(value)
+    except ValueError as error:
+        raise ApiError(f"{parameter}: {error}", param=parameter, code="invalid_value") from error
+
+
 class Sampling(msgspec.Struct, kw_only=True):
     """The parameters that completions and chat completions share."""
 
@@ -64,6 +101,17 @@ class Sampling(msgspec.Struct, kw_only=True):
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
     cache_salt: str | None = None
+    structured_outputs: StructuredOutputs | None = None
+
+    @property
+    def guided_by(self) -> str | None:
+        """The parameter that says what the answer must look like, if there is one."""
+        return "structured_outputs" if self.structured_outputs is not None else None
+
+    @property
+    def guide(self) -> Guide | None:
+        """What the answer must look like."""
+        return None if self.structured_outputs is None else self.structured_outputs.guide
 
     @property
     def answers(self) -> int:
@@ -117,7 +165,7 @@ class Served:
     @property
     def maker(self) -> RequestMaker:
         """Makes checked requests."""
-        return RequestMaker(self.config, self.text)
+        return RequestMaker(self.config, self.text, compiles=False)
 
     @property
     def max_model_len(self) -> int:
@@ -168,10 +216,11 @@ class Served:
                 logprobs=logprobs,
                 # Clients may send negative seeds.
                 seed=secrets.randbits(_SEED_BITS) if body.seed is None else body.seed % 2**64,
+                guide=body.guide,
                 **{"temperature": self.defaults.temperature, "top_p": self.defaults.top_p, **given},
             )
         except ValueError as error:
-            raise self.error(error) from error
+            raise self.error(error, body.guided_by) from error
 
     def requests(
         self, prompt: list[int], body: Sampling, params: SamplingParams, key: str | None, *, limit: str | None = "max_tokens"
@@ -191,7 +240,7 @@ class Served:
         try:
             request = self.maker.request(prompt, params.limited_to(room))
         except ValueError as error:
-            raise self.error(error) from error
+            raise self.error(error, body.guided_by) from error
         scope = scope_of(key, body.cache_salt)
         return [dataclasses.replace(request, seed=(request.seed + index) % 2**64, scope=scope) for index in range(body.answers)]
 
@@ -212,7 +261,7 @@ class Served:
         """
         text = str(error).replace(f"{self.directory}/", "")
         first = text.split(" ", 1)[0]
-        named = first in {field.name for field in dataclasses.fields(SamplingParams)}
+        named = first in {field.name for field in dataclasses.fields(SamplingParams)} - {"guide"}
         return ApiError(text, param=first if named else param, code="invalid_value")
 
     def token_text(self, token_id: int) -> str:

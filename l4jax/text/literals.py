@@ -131,7 +131,6 @@ def _scalar(text: str) -> str | None:
     """A word or a number as JSON writes it; None for other text."""
     if text in _WORDS:
         return _WORDS[text]
-    text = text.removeprefix("+")
     # As it is written: neither its precision nor its size is Python's business.
     if _JSON_NUMBER.fullmatch(text):
         return text

@@ -130,8 +130,8 @@ def build_app(served: Served, keys: Sequence[str], log: RequestLog | None = None
 
                 loop, is_long = asyncio.get_running_loop(), len(raw) > _INLINE_BYTES
                 body = await loop.run_in_executor(threads, parsed) if is_long else parsed()
-                if isinstance(body, Sampling) and (guide := body.guide) is not None:
-                    await guides.check(guide, body.guided_by or "")
+                if isinstance(body, Sampling) and (guided := body.guide_for(served)) is not None:
+                    await guides.check(*guided)
                 return await loop.run_in_executor(threads, handle, body, request) if is_long else handle(body, request)
 
         return parse

@@ -53,11 +53,8 @@ CHAT_NOT_HONOURED: Mapping[str, Parameter] = {
     "moderation": _refused("there is no moderation"),
     "prediction": _refused("predicted outputs are not supported"),
     "web_search_options": _refused("the server fetches nothing"),
-    "functions": _refused("tools are not supported yet"),
-    "function_call": _refused("tools are not supported yet", "none"),
-    "tools": _refused("tools are not supported yet", []),
-    "tool_choice": _refused("tools are not supported yet", "none", "auto"),
-    "parallel_tool_calls": _no_effect("there are no tool calls"),
+    "functions": _refused("tools have taken its place"),
+    "function_call": _refused("tool_choice has taken its place", "none"),
     "reasoning_effort": _refused("the models have no separate reasoning", "none"),
     "verbosity": _refused("the models have no setting for it"),
 }

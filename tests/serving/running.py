@@ -19,7 +19,7 @@ from tests import tiny
 from tests.text import small
 
 SLOTS = 3
-CONTEXT = 640
+CONTEXT = 1024
 OPTIONS = ("--slots", str(SLOTS), "--deterministic", "--port", "0", "--served-model-name", "tiny")
 
 

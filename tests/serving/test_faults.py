@@ -118,7 +118,7 @@ def test_more_requests_than_may_wait_are_refused(checkpoint):
     ("options", "expected"),
     [
         (("--kv-tokens", "128", "--max-model-len", "256"), "cannot hold one request"),
-        (("--max-model-len", "641"), "expected 2 to 640"),
+        (("--max-model-len", "1025"), "expected 2 to 1024"),
         (("--mesh", "tensor=3"), "tensor"),
         (("--port", "70000"), "expected 0 to 65535"),
         (("--slots", "0"), "--slots is 0"),

@@ -104,7 +104,7 @@ def test_a_client_that_leaves_while_its_guide_is_compiled_takes_nothing_with_it(
         ({"structured_outputs": {"choice": [""]}}, "structured_outputs", "non-empty strings"),
         ({"structured_outputs": {"regex": "a" * 300_000}}, "structured_outputs", "make it simpler"),
         ({"structured_outputs": {"structural_tag": "a"}}, "structured_outputs.structural_tag", "not a parameter"),
-        ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, "response_format", "both given"),
+        ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, "structured_outputs", "given together"),
         ({"structured_outputs": {"regex": "a"}, "ignore_eos": True}, "structured_outputs", "ignore_eos"),
     ],
     ids=lambda value: re.sub("a{9,}", "aa..", str(value))[:60],

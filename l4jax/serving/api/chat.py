@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
 
 from l4jax.decoding.guide import Guide
 from l4jax.serving.api.served import Sampling, Served, chat_logprobs, checked_logprobs, made_guide, new_id
+from l4jax.serving.api.tools import ToolAnswer, ToolChoice, Tools
 from l4jax.serving.api.usage import usage_fields
 from l4jax.serving.errors import ApiError
 from l4jax.serving.generation import Generation, Piece
@@ -33,6 +34,21 @@ class ResponseFormat(msgspec.Struct):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
+    @property
+    def guide(self) -> Guide | None:
+        """As the engine knows it."""
+        if self.type == "text":
+            return None
+        if self.type == "json_object":
+            return Guide.json()
+        if self.json_schema is None:
+            raise ApiError(
+                "response_format.json_schema is missing; give the schema there",
+                param="response_format.json_schema",
+                code="missing_required_parameter",
+            )
+        return made_guide(Guide.json, self.json_schema.schema, "response_format")
+
 
 class ChatBody(Sampling):
     """The parameters that are honoured."""
@@ -45,29 +61,28 @@ class ChatBody(Sampling):
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
     response_format: ResponseFormat | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
 
     @property
-    def guided_by(self) -> str | None:
-        """As in :class:`Sampling`."""
-        return super().guided_by or ("response_format" if self.response_format is not None else None)
+    def checked_tools(self) -> Tools:
+        """The tools, checked."""
+        return Tools.of(self.tools, self.tool_choice, self.parallel_tool_calls, self.messages)
 
-    @property
-    def guide(self) -> Guide | None:
+    def guide_for(self, served: Served) -> tuple[Guide, str] | None:
         """As in :class:`Sampling`."""
-        given, guide = self.response_format, super().guide
-        if given is None or given.type == "text":
-            return guide
-        if guide is not None:
-            raise ApiError("response_format and structured_outputs are both given; leave one of them out", param="response_format")
-        if given.type == "json_object":
-            return made_guide(Guide.json, None, "response_format")
-        if given.json_schema is None:
-            raise ApiError(
-                "response_format.json_schema is missing; give the schema there",
-                param="response_format.json_schema",
-                code="missing_required_parameter",
-            )
-        return made_guide(Guide.json, given.json_schema.schema, "response_format")
+        of_format = None if self.response_format is None else self.response_format.guide
+        tools = self.checked_tools
+        given = {"structured_outputs": self.structured_outputs, "response_format": of_format, "tools": tools.given}
+        if len(names := [name for name, value in given.items() if value]) > 1:
+            what = " and ".join(names)
+            raise ApiError(f"{what} are given together, and each says what the answer looks like; leave one out", param=names[0])
+        if of_format is not None:
+            return of_format, "response_format"
+        if tools.strict and served.text.chat_format is not None:
+            return tools.guide(served.tool_prompt.notation), "tools"
+        return super().guide_for(served)
 
     @property
     def alternatives(self) -> int | None:
@@ -83,35 +98,37 @@ class Chat:
     def __init__(self, served: Served, body: ChatBody, *, key: str | None, request_id: str) -> None:
         served.check_model(body.model)
         self._served, self._body = served, body
+        tools = body.checked_tools
         self.streams = body.streams
         limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         max_tokens = getattr(body, limit)
         params = served.settings(body, body.alternatives, max_tokens, limit)
-        prompt = prompt_of(served, body)
+        prompt = prompt_of(served, body, tools)
         requests = served.requests(prompt, body, params, key, limit=None if max_tokens is None else limit)
         self.answers = len(requests)
         self.generation = Generation(served.client, served.metrics, served.tokenizer, requests, n=len(requests), request_id=request_id)
+        self._tool_answers = [ToolAnswer(tools) for _ in requests]
         self._id, self._created = new_id("chatcmpl"), int(time.time())
 
     async def whole(self) -> dict[str, Any]:
         """The answer as one object."""
-        texts: list[list[str]] = [[] for _ in self.generation.requests]
-        choices = [self._choice(index) for index in range(len(texts))]
+        choices = [self._choice(index) for index in range(self.answers)]
         async for pieces in self.generation.pieces():
             for piece in pieces:
-                choice = choices[piece.index]
-                texts[piece.index].append(piece.text)
+                choice, answer = choices[piece.index], self._tool_answers[piece.index]
+                answer.push(piece.text, done=piece.finish_reason is not None)
                 if piece.logprobs is not None:
                     choice["logprobs"]["content"] += chat_logprobs(self._served, piece.token_ids, piece.logprobs)
                 if self._body.return_token_ids:
                     choice["token_ids"] += piece.token_ids
-                choice["finish_reason"] = piece.finish_reason
-        for choice, parts in zip(choices, texts, strict=True):
-            choice["message"] = {"role": "assistant", "content": "".join(parts), "refusal": None}
-        answer = {**self._fields("chat.completion"), "choices": choices, "usage": usage_fields(self.generation.usage)}
+                if piece.finish_reason is not None:
+                    choice["finish_reason"] = answer.finish_reason(piece.finish_reason)
+        for choice, answer in zip(choices, self._tool_answers, strict=True):
+            choice["message"] = answer.message
+        fields = {**self._fields("chat.completion"), "choices": choices, "usage": usage_fields(self.generation.usage)}
         if self._body.return_token_ids:
-            answer["prompt_token_ids"] = self.generation.requests[0].token_ids
-        return answer
+            fields["prompt_token_ids"] = self.generation.requests[0].token_ids
+        return fields
 
     async def stream(self) -> AsyncIterator[list[dict[str, Any]]]:
         """The answer as chunks."""
@@ -155,21 +172,27 @@ class Chat:
         return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None, "seed": seed}
 
     def _deltas(self, piece: Piece) -> list[dict[str, Any]]:
-        """The chunks' choices for a piece: its text, if it has any to show, and the end."""
+        """The chunks' choices for a piece: its text, if it has any to show, its fragments of calls, and the end."""
         choices: list[dict[str, Any]] = []
-        if piece.text or piece.logprobs or (self._body.return_token_ids and piece.token_ids):
-            choice: dict[str, Any] = {"index": piece.index, "delta": {"content": piece.text}, "logprobs": None, "finish_reason": None}
+        answer = self._tool_answers[piece.index]
+        text, fragments = answer.push(piece.text, done=piece.finish_reason is not None)
+        if text or piece.logprobs or (self._body.return_token_ids and piece.token_ids):
+            choice: dict[str, Any] = {"index": piece.index, "delta": {"content": text}, "logprobs": None, "finish_reason": None}
             if piece.logprobs is not None:
                 choice["logprobs"] = {"content": chat_logprobs(self._served, piece.token_ids, piece.logprobs), "refusal": None}
             if self._body.return_token_ids:
                 choice["token_ids"] = piece.token_ids
             choices.append(choice)
+        choices += [
+            {"index": piece.index, "delta": {"tool_calls": [fragment]}, "logprobs": None, "finish_reason": None} for fragment in fragments
+        ]
         if piece.finish_reason is not None:
-            choices.append({"index": piece.index, "delta": {}, "logprobs": None, "finish_reason": piece.finish_reason})
+            reason = answer.finish_reason(piece.finish_reason)
+            choices.append({"index": piece.index, "delta": {}, "logprobs": None, "finish_reason": reason})
         return choices
 
 
-def prompt_of(served: Served, body: ChatBody) -> list[int]:
+def prompt_of(served: Served, body: ChatBody, tools: Tools) -> list[int]:
     """The prompt's tokens. Raises ApiError for a conversation that the chat template cannot format."""
     if len(body.messages) > MAX_MESSAGES:
         raise ApiError(
@@ -184,10 +207,14 @@ def prompt_of(served: Served, body: ChatBody) -> list[int]:
         )
     if served.text.chat_format is None:
         raise ApiError("the model has no chat template; use /v1/completions with a prompt in the model's own format")
-    served.check_characters(_characters([body.messages, body.chat_template_kwargs]), "messages")
+    served.check_characters(_characters([body.messages, body.tools, body.chat_template_kwargs]), "messages")
     options: ChatOptions = {"chat_template_kwargs": body.chat_template_kwargs, "continue_final_message": continues}
     try:
-        return served.maker.encode_chat(body.messages, options)
+        messages: Sequence[Mapping[str, Any]] = body.messages
+        # Without tools or calls the template gets the messages as they are.
+        if tools.given or any(message.get("tool_calls") or message.get("role") == "tool" for message in messages):
+            messages, options["tools"] = served.tool_prompt.prepare(messages, tools.given)
+        return served.maker.encode_chat(messages, options)
     except ValueError as error:
         raise served.error(error, "messages") from error
 

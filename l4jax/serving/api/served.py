@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,7 @@ from l4jax.serving.errors import ApiError
 from l4jax.serving.metrics import Metrics
 from l4jax.text.load import Text
 from l4jax.text.tokenizer import Tokenizer
+from l4jax.text.tool_prompts import ToolPrompt
 
 MAX_N = 16
 MAX_STOPS, MAX_STOP_CHARACTERS = 16, 1024
@@ -103,15 +105,9 @@ class Sampling(msgspec.Struct, kw_only=True):
     cache_salt: str | None = None
     structured_outputs: StructuredOutputs | None = None
 
-    @property
-    def guided_by(self) -> str | None:
-        """The parameter that says what the answer must look like, if there is one."""
-        return "structured_outputs" if self.structured_outputs is not None else None
-
-    @property
-    def guide(self) -> Guide | None:
-        """What the answer must look like."""
-        return None if self.structured_outputs is None else self.structured_outputs.guide
+    def guide_for(self, served: Served) -> tuple[Guide, str] | None:
+        """What the answer must look like, and the parameter that says so; None if it is free."""
+        return None if self.structured_outputs is None else (self.structured_outputs.guide, "structured_outputs")
 
     @property
     def answers(self) -> int:
@@ -162,6 +158,12 @@ class Served:
         assert self.text.tokenizer is not None
         return self.text.tokenizer
 
+    @functools.cached_property
+    def tool_prompt(self) -> ToolPrompt:
+        """How the model's prompts speak of tools; there must be a chat template."""
+        assert self.text.chat_format is not None
+        return ToolPrompt.of(self.text.chat_format)
+
     @property
     def maker(self) -> RequestMaker:
         """Makes checked requests."""
@@ -208,6 +210,7 @@ class Served:
                 code="invalid_value",
             )
         given = {name: getattr(body, name) for name in _SAME_IN_ENGINE if getattr(body, name) is not None}
+        guided = body.guide_for(self)
         try:
             return SamplingParams(
                 max_tokens=self.max_model_len if max_tokens is None else max_tokens,
@@ -216,11 +219,11 @@ class Served:
                 logprobs=logprobs,
                 # Clients may send negative seeds.
                 seed=secrets.randbits(_SEED_BITS) if body.seed is None else body.seed % 2**64,
-                guide=body.guide,
+                guide=None if guided is None else guided[0],
                 **{"temperature": self.defaults.temperature, "top_p": self.defaults.top_p, **given},
             )
         except ValueError as error:
-            raise self.error(error, body.guided_by) from error
+            raise self.error(error, None if guided is None else guided[1]) from error
 
     def requests(
         self, prompt: list[int], body: Sampling, params: SamplingParams, key: str | None, *, limit: str | None = "max_tokens"
@@ -240,7 +243,7 @@ class Served:
         try:
             request = self.maker.request(prompt, params.limited_to(room))
         except ValueError as error:
-            raise self.error(error, body.guided_by) from error
+            raise self.error(error) from error
         scope = scope_of(key, body.cache_salt)
         return [dataclasses.replace(request, seed=(request.seed + index) % 2**64, scope=scope) for index in range(body.answers)]
 

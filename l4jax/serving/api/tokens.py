@@ -35,7 +35,8 @@ def tokenize(served: Served, body: TokenizeBody) -> dict[str, Any]:
         given = "neither" if body.prompt is None else "both"
         raise ApiError(f"{given} of prompt and messages is given; expected one of them")
     if body.messages is not None:
-        tokens = prompt_of(served, ChatBody(messages=body.messages))
+        chat = ChatBody(messages=body.messages)
+        tokens = prompt_of(served, chat, chat.checked_tools)
     else:
         assert body.prompt is not None
         served.check_characters(len(body.prompt), "prompt")

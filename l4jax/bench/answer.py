@@ -112,7 +112,9 @@ class Reader:
         self._data: list[bytes] = []  # the data lines of an event that has not ended
 
     def feed(self, data: bytes, now: float) -> None:
-        """Take what was read at the time ``now``."""
+        """Take what was read at the time ``now``. What comes after the end is ignored."""
+        if self.is_over:
+            return
         self._now, self._has_content = now, False
         try:
             self._parser.feed_data(data)
@@ -134,6 +136,12 @@ class Reader:
         if not self.is_over:
             line = " ".join(message.split())
             self._answer.failure = Failure(kind, line if len(line) <= _MESSAGE_CHARACTERS else line[: _MESSAGE_CHARACTERS - 3] + "...")
+            self._end(now)
+
+    def cancel(self, now: float) -> None:
+        """End because the answer is not wanted any more, unless it is over."""
+        if not self.is_over:
+            self._answer.cancelled = True
             self._end(now)
 
     def _fail_by_status(self, now: float) -> None:

@@ -46,10 +46,12 @@ async def check(server: Server, content: Content, timeout_s: float) -> Checked:
     content = dataclasses.replace(content, model=content.model or names[0])
     path, requests = PATHS[content.api], Requests(content)
     pace = await stream(server, path, requests.shortest(min(_FEW_TOKENS, content.max_tokens.high)), timeout_s=timeout_s)
-    _refuse(pace, f"{where} cannot answer a short request", "correct the options, or try --api or --token-ids with another value")
+    _refuse(
+        pace, f"{where} cannot answer a short request", "correct --token-ids or the prompts, leave out --ignore-eos, or try another --api"
+    )
     at_once = Cancel(in_stream=True, seconds=0.0)
     longest = await stream(server, path, requests.longest(), timeout_s=timeout_s, cancel=at_once)
-    _refuse(longest, f"{where} cannot answer the longest request", "lower --prompt-tokens or --max-tokens, or shorten the prompts")
+    _refuse(longest, f"{where} cannot answer the longest request", "correct --prompt-tokens, --max-tokens, --token-ids or the prompts")
     return Checked(server, content, _version(await get(server, "/version", timeout_s=timeout_s)), pace)
 
 

@@ -123,7 +123,7 @@ async def _exchange(server: Server, request: bytes, timeout_s: float, cancel: Ca
                 if cancel.in_stream:
                     await connection.begun
                 await asyncio.wait({connection.over if cancel.in_stream else connection.begun}, timeout=cancel.seconds)
-                answer.cancelled = not connection.reader.is_over
+                connection.reader.cancel(clock())
             if not answer.cancelled:
                 await connection.over
     except TimeoutError:
@@ -134,9 +134,9 @@ async def _exchange(server: Server, request: bytes, timeout_s: float, cancel: Ca
         why = error.strerror if error.errno is None or error.errno < 0 else os.strerror(error.errno)
         Reader(answer).fail("connection", f"no connection ({why or error})", clock())
     finally:
-        if answer.cancelled:
-            answer.ended = clock()
-        if transport is not None:
+        if transport is not None and answer.cancelled:
+            transport.close()  # after the request, if it is not yet written: the server is to see it
+        elif transport is not None:
             transport.abort()
     return answer
 

@@ -189,8 +189,8 @@ def test_only_finished_requests_count():
     lines = report.table(found).splitlines()
     assert lines[0] == "5 requests in 4.0 s: 3 finished, 1 cancelled, 1 failed"
     assert lines[2:4] == [
-        "latency, ms              median     p90     p99",
-        "time to first token      100.00  260.00  296.00",
+        "latency, ms              median       p90       p99",
+        "time to first token      100.00    260.00    296.00",
     ]
     assert lines[-1] == "1 failed, stream: x"
 
@@ -296,35 +296,45 @@ class Fake:
         self.left: list[int] = []
         self.most_open = self._open = 0
         self._respond, self._models = respond, models
-        self._loop = asyncio.new_event_loop()
+        self._clients: list[asyncio.Task[Any]] = []
         self._ready = threading.Event()
-        self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._serve(),))
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
 
     async def _serve(self) -> None:
-        self._stop = asyncio.Event()
-        async with await asyncio.start_server(self._client, "127.0.0.1", 0) as server:
-            self.port = server.sockets[0].getsockname()[1]
-            self._ready.set()
-            await self._stop.wait()
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        server = await asyncio.start_server(self._client, "127.0.0.1", 0)
+        self.port = server.sockets[0].getsockname()[1]
+        self._ready.set()
+        await self._stop.wait()
+        await asyncio.sleep(0.01)  # connections that have just been opened are taken too, and end
+        server.close()
+        async with asyncio.timeout(20):
+            await server.wait_closed()
+            await asyncio.gather(*self._clients)
 
     async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
-            head = (await reader.readuntil(b"\r\n\r\n")).decode()
-            if head.startswith("GET"):
-                writer.write(self._models if " /v1/models " in head else plain({}, 404))
-            else:
-                length = next(int(line.split(":")[1]) for line in head.splitlines() if line.startswith("content-length"))
-                body = json.loads(await reader.readexactly(length))
-                number = len(self.requests)
-                self.requests.append(body)
-                self._open += 1
-                self.most_open = max(self.most_open, self._open)
-                try:
-                    await self._write(number, self._respond(number, body), reader, writer)
-                finally:
-                    self._open -= 1
-            await writer.drain()
-        writer.close()
+        task = asyncio.current_task()
+        assert task is not None
+        self._clients.append(task)
+        try:
+            with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+                head = (await reader.readuntil(b"\r\n\r\n")).decode()
+                if head.startswith("GET"):
+                    writer.write(self._models if " /v1/models " in head else plain({}, 404))
+                else:
+                    length = next(int(line.split(":")[1]) for line in head.splitlines() if line.startswith("content-length"))
+                    body = json.loads(await reader.readexactly(length))
+                    number = len(self.requests)
+                    self.requests.append(body)
+                    self._open += 1
+                    self.most_open = max(self.most_open, self._open)
+                    try:
+                        await self._write(number, self._respond(number, body), reader, writer)
+                    finally:
+                        self._open -= 1
+                await writer.drain()
+        finally:
+            writer.close()
 
     async def _write(self, number: int, parts: Parts, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         for part in parts:
@@ -349,7 +359,6 @@ class Fake:
     def __exit__(self, *_: object) -> None:
         self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join()
-        self._loop.close()
 
 
 def fake(respond: Callable[[int, Any], Parts] = lambda number, body: [WHOLE], models: bytes = MODELS) -> Fake:
@@ -403,8 +412,8 @@ def test_an_open_loop_does_not_wait_for_answers(out):
         assert server.most_open > 5
     found = json.loads(out.read_text())
     assert found["requests"]["finished"] == 30
-    # A server cannot be measured as faster than it is.
-    assert min(one["ttft_ms"] for one in found["rows"]) >= 299 and min(one["late_ms"] for one in found["rows"]) >= 0
+    # A server cannot be measured as faster than it is; timers may be a millisecond early.
+    assert min(one["ttft_ms"] for one in found["rows"]) >= 299 and min(one["late_ms"] for one in found["rows"]) > -2
     due = [one["sent_s"] * 1e3 - one["late_ms"] for one in found["rows"]]
     assert due == pytest.approx([1e3 * at for at in itertools.islice(arrivals(0, "measured", 200.0), 30)], abs=1e-3)
 
@@ -443,7 +452,7 @@ def test_an_answer_that_came_before_its_cancellation_is_finished():
 def test_a_share_of_the_requests_is_cancelled(out):
     def respond(number: int, body: Any) -> Parts:
         # After the checks, only a client that leaves gets on.
-        return [WHOLE] if number < CHECKS else [HEAD + framed(text("a")), None] if number % 2 else [None]
+        return [WHOLE] if number < CHECKS else [HEAD + framed(text("a")), None]
 
     with fake(respond) as server:
         assert bench(server.url, "--clients", "8", "--requests", "40", "--cancel", "1", "--out", str(out)) == 0
@@ -601,33 +610,16 @@ def test_the_client_imports_neither_jax_nor_numpy():
 
 @pytest.mark.parametrize("api", ["completions", "chat"])
 def test_the_real_server(server, out, api):
-    options = ["--api", api, "--prompt-tokens", "4:40", "--max-tokens", "2:12", "--ignore-eos", "--clients", "3", "--requests", "12"]
-    ids = ["--token-ids", "4:400"] if api == "completions" else []
+    options = "--prompt-tokens 4:40 --max-tokens 2:12 --ignore-eos --clients 3 --requests 12 --cancel 0.2 --warmup 2"
+    options += " --shared-prefix 0.5 --shared-prefix-tokens 20" + (" --token-ids 4:350" if api == "completions" else "")
     url = f"http://{server.host}:{server.port}"
-    assert (
-        bench(
-            url,
-            *options,
-            *ids,
-            "--cancel",
-            "0.2",
-            "--warmup",
-            "2",
-            "--shared-prefix",
-            "0.5",
-            "--shared-prefix-tokens",
-            "20",
-            "--out",
-            str(out),
-        )
-        == 0
-    )
+    assert bench(url, "--api", api, *options.split(), "--out", str(out)) == 0
     found = json.loads(out.read_text())
     finished = [one for one in found["rows"] if one["status"] == "finished"]
     assert found["requests"]["failed"] == 0 and len(finished) >= 6
     assert all(one["output_tokens"] == one["max_tokens"] for one in finished)
     assert found["about"]["versions"]["server"] == found["about"]["versions"]["l4jax"]
     if api == "completions":
-        content = Content(api, "tiny", 0, Range(4, 40), Range(2, 12), Range(4, 400), 0.5, 20)
+        content = Content(api, "tiny", 0, Range(4, 40), Range(2, 12), Range(4, 350), 0.5, 20)
         lengths = [len(json.loads(Requests(content).planned("measured", i).body)["prompt"]) for i in range(12)]
         assert all(one["prompt_tokens"] == lengths[one["number"]] for one in finished)

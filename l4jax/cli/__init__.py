@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import NoReturn, override
 
-COMMANDS = ("generate", "serve", "convert", "export", "show", "demo", "train-drafter")
+COMMANDS = ("generate", "serve", "bench", "convert", "export", "show", "demo", "train-drafter")
 
 _OF_STREAMS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 """What writing to an open file or stream ends in."""

@@ -17,6 +17,7 @@ from l4jax.decoding.params import MAX_STOP_IDS, SamplingParams
 from l4jax.text.chat import ChatOptions
 from l4jax.text.guiding import CompiledGuide, Guiding
 from l4jax.text.load import Text
+from l4jax.text.tokenizer import Tokenizer
 from sharding.kinds import shown
 
 Message = Mapping[str, object]
@@ -182,13 +183,16 @@ class RequestMaker:
         """The guide of an answer that ends at one of these tokens, ready to be followed."""
         if guide is None:
             return None
-        tokenizer = self._text.tokenizer
-        if tokenizer is None:
+        if self._text.tokenizer is None:
             raise ValueError(f"guide needs a tokenizer, but {self._text.no_tokenizer}; leave it out")
+        return self.prepare_guides(self._text.tokenizer).compiled(guide, end_ids)
+
+    def prepare_guides(self, tokenizer: Tokenizer) -> Guiding:
+        """Make what compiles guides, which may take seconds, unless it is there already."""
         with self._lock:
             if self._guiding is None:
                 self._guiding = Guiding(tokenizer, self._config.vocab_size)
-        return self._guiding.compiled(guide, end_ids)
+            return self._guiding
 
     def scoring(self, token_ids: list[int], top: int | None = None) -> Request:
         """A request for the logits of these tokens, as ``encode`` returned them; or for log-probabilities, with ``top`` alternatives."""

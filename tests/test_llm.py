@@ -379,7 +379,7 @@ def test_a_failed_step_frees_the_cache_while_its_error_is_kept(scout, monkeypatc
     scout.generate([[1]], greedy(2))
     leaves = jax.tree.leaves(scout.engine.runner.resident)
 
-    def fail(runner, step, requests):
+    def fail(runner, *arguments):
         resident = runner.resident
         raise MemoryError(f"no memory for a program of {len(jax.tree.leaves(resident))} arrays")
 
@@ -523,9 +523,9 @@ def test_a_prompt_whose_prefix_is_cached_is_not_computed_again(scout):
         prompt, pieces = [*common[:390], *end], []
         dispatch = Runner.dispatch
 
-        def watch(runner, step, requests, pieces=pieces, dispatch=dispatch):
+        def watch(runner, step, *rest, pieces=pieces, dispatch=dispatch):
             pieces.extend(row.start for row in step.pieces if row)
-            return dispatch(runner, step, requests)
+            return dispatch(runner, step, *rest)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Runner, "dispatch", watch)

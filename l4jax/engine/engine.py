@@ -189,6 +189,7 @@ class Engine:
 
     def _restart(self) -> None:
         self._started = False
+        self._meter.restart(self._scheduler)
         self._scheduler = Scheduler(self.options)
         self._in_flight.clear()
         self._held = None
@@ -209,6 +210,7 @@ class Engine:
         self._commands.settle(command, [step for step, _ in planned], self._scheduler)
         if not planned and not self._in_flight:
             assert self._scheduler.idle, "requests wait, and there is nothing to do for any of them"
+            self._meter.end(idle=True, finished=True)
             return False
         self._start()
         for each in planned:
@@ -234,7 +236,8 @@ class Engine:
         for row in step.pieces:
             # A step may have been planned before its request was cancelled.
             if row is not None and row.first and (handle := self._handles.get(row.request)) is not None:
-                self._meter.prefilled(handle._sequence.target, row.start)
+                if handle._sequence.scope is not None:
+                    self._meter.prefilled(handle._sequence.target, row.start)
                 handle._begin()
 
     def _take_in(self) -> Command:
@@ -272,16 +275,16 @@ class Engine:
 
     def _deliver(self, handle: Handle, tokens: tuple[int, ...], output: RowOutput) -> None:
         sequence = handle._sequence
-        if output.rounds is not NO_ROUNDS:
+        if output.rounds is not NO_ROUNDS and handle._matcher is None:  # with a guide nothing is drafted
             self._meter.speculated(output.rounds)
         if sequence.state is State.FAILED:
             self._end(handle, ValueError(NOT_FINITE_ADVICE))
             return
         if handle._take(tokens, output):
             self._scheduler.cancel(sequence)
-        if handle.matcher is not None and not sequence.state.is_over:
-            handle.matcher.take(tokens)
-            if not handle.matcher.allowed().any():
+        if handle._matcher is not None and not sequence.state.is_over:
+            handle._matcher.take(tokens)
+            if not handle._matcher.allowed().any():
                 self._scheduler.cancel(sequence)
                 self._end(handle, GuideError())
                 return

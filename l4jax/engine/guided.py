@@ -23,5 +23,5 @@ class GuideError(ValueError):
 def next_masks(step: Step, handles: Mapping[int, Handle]) -> dict[int, np.ndarray]:
     """By slot, the tokens that may be next (:meth:`l4jax.text.guiding.Matcher.allowed`), for guided requests that get one in the step."""
     rows = [row for row in step.pieces if row is not None and row.last] + [row for row in step.rows if row is not None]
-    matchers = {row.slot: handle.matcher for row in rows if (handle := handles.get(row.request)) is not None}
+    matchers = {row.slot: handle._matcher for row in rows if (handle := handles.get(row.request)) is not None}
     return {slot: matcher.allowed() for slot, matcher in matchers.items() if matcher is not None}

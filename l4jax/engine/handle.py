@@ -17,7 +17,7 @@ class Handle:
     """A request under way. It goes on whenever anyone drives the engine.
 
     ``tokens``: the answer's so far. ``over``: the request has ended. ``completion``: the answer, once it is complete. ``error``: why it
-    ended without a completion. ``queue_seconds``: how long it waited until the first of its tokens were sent to the devices; None before.
+    ended without a completion.
     """
 
     _cancelled = "this request was cancelled"
@@ -32,9 +32,9 @@ class Handle:
         self._cancel = cancel
         self._answer = Answer(tokenizer, request)
         self._added = time.perf_counter()
-        self.queue_seconds: float | None = None
+        self._queue_seconds = 0.0  # until its first piece was dispatched
         self._sequence = self._new_sequence()
-        self.matcher = None if request.guide is None else request.guide.start()
+        self._matcher = None if request.guide is None else request.guide.start()
 
     @property
     def tokens(self) -> list[int]:
@@ -61,8 +61,8 @@ class Handle:
 
     def _begin(self) -> None:
         """The first piece of its prompt has been dispatched, perhaps again."""
-        if self.queue_seconds is None:
-            self.queue_seconds = time.perf_counter() - self._added
+        if self._queue_seconds == 0.0:
+            self._queue_seconds = time.perf_counter() - self._added
 
     def _restart(self) -> None:
         """Its prompt is computed from the start, perhaps again."""

@@ -15,8 +15,8 @@ class EngineState:
     """What the engine has under way, and counts since it was made.
 
     ``deferred``: whether the requests that wait do so for a prefix that another one is computing; otherwise they wait for a slot or for
-    pages. ``used_pages``: those that hold tokens of requests under way, of all ``pages``. ``prompt_tokens``: tokens of prefills, of
-    which the prefix cache had ``hit_tokens``.
+    pages. ``used_pages``: those that hold tokens of requests under way, of all ``pages``. ``prompt_tokens``: tokens that were
+    looked up in the prefix cache, of which it had ``hit_tokens``.
 
     ``bursts[i]``: bursts that were given at most 2^i rounds, and more than 2^(i - 1); ``burst_rounds``: rounds of all bursts.
     ``host_seconds``: time in which the host worked and did not wait for the devices. ``idle_seconds``: time in which the devices had
@@ -48,6 +48,12 @@ class Meter:
         self._speculation = NO_ROUNDS
         self._began = 0.0
         self._idle_since: float | None = None
+        self._preemptions = 0  # by earlier schedulers
+
+    def restart(self, scheduler: Scheduler) -> None:
+        """The engine drops this scheduler, and everything under way."""
+        self._preemptions += scheduler.preemptions
+        self._idle_since = None
 
     def begin(self, *, finished: bool) -> None:
         """An iteration begins; ``finished``: steps are in flight, and the devices have finished all of them."""
@@ -56,7 +62,7 @@ class Meter:
             self._idle_since = self._began
 
     def prefilled(self, tokens: int, hit_tokens: int) -> None:
-        """The prefill of this many tokens has begun, of which the prefix cache had ``hit_tokens``."""
+        """A prefill of this many tokens, which were looked up in the prefix cache, has begun; it had ``hit_tokens`` of them."""
         self._prompt_tokens += tokens
         self._hit_tokens += hit_tokens
 
@@ -95,7 +101,7 @@ class Meter:
             deferred=_is_deferred(scheduler),
             used_pages=pages - sum(pool.available for pool in pools),
             pages=pages,
-            preemptions=scheduler.preemptions,
+            preemptions=self._preemptions + scheduler.preemptions,
             prompt_tokens=self._prompt_tokens,
             hit_tokens=self._hit_tokens,
             bursts=tuple(self._bursts),

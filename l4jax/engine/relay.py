@@ -19,6 +19,11 @@ class RelayHandle(Handle):
         self._logprobs: list[TokenLogprob] | None = None
         self._cached: int | None = None
 
+    @property
+    def queue_seconds(self) -> float:
+        """How long it waited until its first tokens were sent to the devices; 0 before."""
+        return self._queue_seconds
+
     def news(self) -> tuple[list[int], list[TokenLogprob] | None, int]:
         """What came since the last call: tokens, and their log-probabilities if the request asked for them.
 

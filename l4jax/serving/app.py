@@ -20,10 +20,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from l4jax.decoding.guide import Guide
 from l4jax.serving import errors, parameters
 from l4jax.serving.api.chat import Chat, ChatBody
 from l4jax.serving.api.completions import CompletionBody, Completions
-from l4jax.serving.api.served import Sampling, Served
+from l4jax.serving.api.served import Served
 from l4jax.serving.api.tokens import DetokenizeBody, TokenizeBody, detokenize, tokenize
 from l4jax.serving.engine_client import EngineClient
 from l4jax.serving.errors import ApiError, engine_stopped
@@ -54,6 +55,8 @@ class GenerationRequest(Protocol):
     streams: bool
     answers: int
     """How many it asks for."""
+    guided: tuple[Guide, str] | None
+    """What they must look like, which is not checked yet, and the parameter that says so."""
     generation: Generation
 
     async def whole(self) -> dict[str, Any]:
@@ -128,11 +131,11 @@ def build_app(served: Served, keys: Sequence[str], log: RequestLog | None = None
                 def parsed() -> Body:
                     return parameters.parsed(raw, body_type, not_honoured, ignore_unknown=served.ignore_unknown)
 
-                loop, is_long = asyncio.get_running_loop(), len(raw) > _INLINE_BYTES
-                body = await loop.run_in_executor(threads, parsed) if is_long else parsed()
-                if isinstance(body, Sampling) and (guided := body.guide_for(served)) is not None:
-                    await guides.check(*guided)
-                return await loop.run_in_executor(threads, handle, body, request) if is_long else handle(body, request)
+                def handled() -> Any:
+                    return handle(parsed(), request)
+
+                is_long = len(raw) > _INLINE_BYTES
+                return await asyncio.get_running_loop().run_in_executor(threads, handled) if is_long else handled()
 
         return parse
 
@@ -149,7 +152,7 @@ def build_app(served: Served, keys: Sequence[str], log: RequestLog | None = None
             checked: GenerationRequest = await parse(request)
             return checked
 
-        return Endpoint(client, check)
+        return Endpoint(client, guides, check)
 
     def converts[Body: msgspec.Struct](body_type: type[Body], api: Callable[[Served, Body], dict[str, Any]]) -> Any:
         parse = parser(body_type, {}, lambda body, request: api(served, body))
@@ -227,8 +230,11 @@ class Guard:
 class Endpoint:
     """A route that cancels its work when the client disconnects."""
 
-    def __init__(self, client: EngineClient, check: Callable[[Request], Coroutine[Any, Any, GenerationRequest]]) -> None:
+    def __init__(
+        self, client: EngineClient, guides: GuideChecker, check: Callable[[Request], Coroutine[Any, Any, GenerationRequest]]
+    ) -> None:
         self._client = client
+        self._guides = guides
         self._check = check
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -239,8 +245,7 @@ class Endpoint:
             if self._client.closing is None:
                 raise
             return
-        self._client.check_room(answers.answers)
-        work = asyncio.create_task(_stream(answers, send) if answers.streams else _whole(answers, scope, receive, send))
+        work = asyncio.create_task(self._answer(answers, scope, receive, send))
         gone = asyncio.create_task(_gone(receive))
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -253,6 +258,12 @@ class Endpoint:
                 task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await work
+
+    async def _answer(self, answers: GenerationRequest, scope: Scope, receive: Receive, send: Send) -> None:
+        if answers.guided is not None:
+            await self._guides.check(*answers.guided)
+        self._client.check_room(answers.answers)
+        await (_stream(answers, send) if answers.streams else _whole(answers, scope, receive, send))
 
 
 async def _gone(receive: Receive) -> None:

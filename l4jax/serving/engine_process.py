@@ -74,6 +74,8 @@ def _prepared(asked: Load, channel: socket.socket) -> tuple[Engine, RequestMaker
             f"--max-model-len is {max_model_len}, and the KV cache holds {engine.kv_tokens} tokens of one request; lower --max-model-len "
             "or raise --kv-tokens"
         )
+    if llm.tokenizer is not None:
+        llm.requests.prepare_guides(llm.tokenizer)  # later it would stop all streams
     for ready, programs in engine.warm_up(max_model_len):
         channel.sendall(frame(Progress(ready, programs)))
     return engine, llm.requests, max_model_len
@@ -207,7 +209,7 @@ class _Relay:
             if handle.over:
                 del self._handles[number]
             if tokens or handle.over:
-                queue_seconds = handle.queue_seconds or 0.0
+                queue_seconds = handle.queue_seconds if isinstance(handle, RelayHandle) else 0.0
                 self._news.append(News(number, tokens, logprobs, cached, queue_seconds, handle.over, *_described(handle.error)))
 
 

@@ -131,7 +131,9 @@ class Generation:
         return Piece(index, text, new, logprobs, finish_reason)
 
 
-async def scores(client: EngineClient, prompts: Sequence[list[int]], top: int, request_id: str) -> list[list[TokenLogprob]]:
+async def scores(
+    client: EngineClient, metrics: Metrics, prompts: Sequence[list[int]], top: int, request_id: str
+) -> list[list[TokenLogprob]]:
     """The log-probabilities of each prompt's tokens after the first. Raises :class:`ApiError` if they cannot be computed."""
     inbox = Inbox()
     numbers = [client.score(prompt, top, inbox) for prompt in prompts]
@@ -140,6 +142,7 @@ async def scores(client: EngineClient, prompts: Sequence[list[int]], top: int, r
         while len(found) < len(numbers):
             for news in await inbox.take():
                 if news.error is not None:
+                    metrics.failed(news.error_kind or "failed")
                     raise error_of(news, request_id)
                 if news.over:
                     found[news.number] = news.logprobs or []

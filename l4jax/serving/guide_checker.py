@@ -10,7 +10,6 @@ from collections import OrderedDict
 import msgspec
 
 from l4jax.decoding.guide import Guide
-from l4jax.serving import errors
 from l4jax.serving.errors import ApiError
 from l4jax.serving.messages import LENGTH_BYTES
 
@@ -30,48 +29,74 @@ class GuideChecker:
         self._waiting = 0
         self._idle: list[asyncio.subprocess.Process] = []
         self._known: OrderedDict[Guide, str] = OrderedDict()
+        self._kept_characters = 0
 
     async def check(self, guide: Guide, parameter: str) -> None:
         """Raise ApiError, which names the parameter, for a guide that cannot be followed, or takes too long to tell."""
         why = self._known.get(guide)
         if why is None:
             why = await self._asked(guide)
-            self._known[guide] = why
-            while sum(len(known.text) for known in self._known) > _KEPT_CHARACTERS:
-                self._known.popitem(last=False)
-        self._known.move_to_end(guide)
+        else:
+            self._known.move_to_end(guide)
         if why:
             raise ApiError(f"{parameter}: {why}", param=parameter, code="invalid_value")
 
     async def _asked(self, guide: Guide) -> str:
         if self._waiting == _MOST_WAITING:
-            raise errors.queue_full(1, 0)
+            raise ApiError(
+                f"{_MOST_WAITING} other requests wait for their schemas or grammars to be checked; try again in a second",
+                status=429,
+                kind="rate_limit_error",
+                code="queue_full",
+                headers={"retry-after": "1"},
+            )
         self._waiting += 1
         try:
             async with self._room:
-                worker = self._idle.pop() if self._idle else await _started()
                 try:
-                    async with asyncio.timeout(CHECK_SECONDS):
-                        why = await _answer(worker, guide)
+                    why = await self._told(guide)
                 except TimeoutError:
-                    _kill(worker)
                     return f"it takes more than {CHECK_SECONDS:.0f} s to prepare; make it simpler"
                 except (asyncio.IncompleteReadError, ConnectionError):
-                    _kill(worker)
                     return "it takes too much memory to prepare; make it simpler"
-                except BaseException:
-                    _kill(worker)  # its client has gone, and its answer would be taken for the next one's
-                    raise
-                self._idle.append(worker)
-                return why
         finally:
             self._waiting -= 1
+        # What failed for want of time or memory is not kept: the machine may only have been busy.
+        if guide not in self._known:
+            self._known[guide] = why
+            self._kept_characters += len(guide.text)
+            while self._kept_characters > _KEPT_CHARACTERS:
+                dropped, _ = self._known.popitem(last=False)
+                self._kept_characters -= len(dropped.text)
+        return why
+
+    async def _told(self, guide: Guide) -> str:
+        """What a process says of the guide. One that does not answer, or is not waited for to the end, is killed."""
+        worker = None
+        while worker is None and self._idle:
+            worker = self._idle.pop()
+            if worker.returncode is not None:
+                worker = None  # it was killed meanwhile
+        if worker is None:
+            worker = await _started()
+        try:
+            async with asyncio.timeout(CHECK_SECONDS):
+                why = await _answer(worker, guide)
+        except BaseException:
+            _kill(worker)
+            raise
+        self._idle.append(worker)
+        return why
 
 
 async def _started() -> asyncio.subprocess.Process:
     program = [sys.executable, "-P", "-m", "l4jax.serving.guide_worker"]
     worker = await asyncio.create_subprocess_exec(*program, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE)
-    await _answer(worker, Guide.json())  # when it has loaded its libraries
+    try:
+        await _answer(worker, Guide.json())  # when it has loaded its libraries
+    except BaseException:
+        _kill(worker)
+        raise
     return worker
 
 

@@ -3,56 +3,43 @@
 from __future__ import annotations
 
 import json
-import threading
-from collections import OrderedDict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Sequence
 
 import numpy as np
-from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 from l4jax.decoding.guide import Guide
 from l4jax.text.tokenizer import Tokenizer
 
-_KEPT_CHARACTERS = 1 << 20
-"""Compiled guides are kept up to this many characters of their texts together."""
+_LIMITS = LLParserLimits(step_max_items=2000, max_lexer_states=20_000)
+"""What a mask may cost: in the first number's time, some 25 ms, all other answers wait; and 20,000 states take some 40 MB."""
 
 
 class Guiding:
-    """Compiles a model's guides. May be used from several threads."""
+    """Compiles guides of a model's answers. May be used from several threads."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
-        """``vocab_size``: the model's, which may have more tokens than the tokenizer."""
-        self._tokenizer = tokenizer
+        """``vocab_size``: the model's, which may have more tokens than the tokenizer. Takes 3 s for 200,000 tokens."""
+        everything = range(tokenizer.vocab_size)
         self._vocab_size = vocab_size
-        text = [token < tokenizer.vocab_size and not tokenizer.is_special(token) for token in range(vocab_size)]
+        self._tokenizer = LLTokenizer(TokenizerWrapper(_Vocabulary(tokenizer)), n_vocab=max(vocab_size, tokenizer.vocab_size))
+        text = [token in everything and not tokenizer.is_special(token) for token in range(vocab_size)]
         self._ordinary_W = np.packbits(np.pad(text, (0, -vocab_size % 32)), bitorder="little").view(np.uint32)
-        self._lock = threading.Lock()
-        self._made: LLTokenizer | None = None
-        self._kept: OrderedDict[Guide, LLMatcher] = OrderedDict()
 
     def compiled(self, guide: Guide, end_ids: Collection[int]) -> CompiledGuide:
-        """A guide for answers that end at one of these tokens. Raises ValueError for one that cannot be followed exactly."""
-        if not end_ids:
+        """A guide for one answer, which ends at one of these tokens. Raises ValueError for one that cannot be followed exactly."""
+        ends = frozenset(token for token in end_ids if token < self._vocab_size)
+        if not ends:
             raise ValueError("guide needs an end token, which ends a complete answer, and the request has none; give stop_token_ids")
-        with self._lock:
-            tokenizer = self._made = self._made or self._ll_tokenizer()
-            matcher = self._kept.get(guide)
-            if matcher is not None:
-                self._kept.move_to_end(guide)
-        if matcher is None:
-            matcher = _compiled(tokenizer, guide)
-            with self._lock:
-                self._kept[guide] = matcher
-                while sum(len(kept.text) for kept in self._kept) > _KEPT_CHARACTERS:
-                    self._kept.popitem(last=False)
-        compiled = CompiledGuide(matcher, frozenset(end_ids), self._ordinary_W)
+        matcher = LLMatcher(self._tokenizer, _grammar(guide), log_level=0, limits=_LIMITS)
+        if matcher.is_error():
+            raise _refused(guide, matcher.get_error())
+        if warnings := matcher.get_grammar_warnings():
+            raise _refused(guide, "; ".join(warnings))
+        compiled = CompiledGuide(matcher, ends, self._ordinary_W, self._tokenizer.eos_token)
         if not compiled.start().allowed().any():
             raise ValueError("guide cannot be followed: no token of the model's begins what it asks for; change it")
         return compiled
-
-    def _ll_tokenizer(self) -> LLTokenizer:
-        tokenizer = self._tokenizer
-        return LLTokenizer(TokenizerWrapper(_Vocabulary(tokenizer)), n_vocab=max(self._vocab_size, tokenizer.vocab_size))
 
 
 class _Vocabulary:
@@ -72,19 +59,9 @@ class _Vocabulary:
 
 def check_guide(guide: Guide) -> None:
     """Raise ValueError, with llguidance's reason, for a guide that it cannot follow, or only in part."""
-    is_wrong, reasons = LLMatcher.validate_grammar_with_warnings(_grammar(guide))
+    is_wrong, reasons = LLMatcher.validate_grammar_with_warnings(_grammar(guide), limits=_LIMITS)
     if is_wrong or reasons:
         raise _refused(guide, "; ".join(reasons))
-
-
-def _compiled(tokenizer: LLTokenizer, guide: Guide) -> LLMatcher:
-    """Raises ValueError as :func:`check_guide` does."""
-    matcher = LLMatcher(tokenizer, _grammar(guide), log_level=0)
-    if matcher.is_error():
-        raise _refused(guide, matcher.get_error())
-    if warnings := matcher.get_grammar_warnings():
-        raise _refused(guide, "; ".join(warnings))
-    return matcher
 
 
 def _grammar(guide: Guide) -> str:
@@ -109,35 +86,45 @@ def _refused(guide: Guide, why: str) -> ValueError:
 
 
 class CompiledGuide:
-    """A guide that is ready to be followed, by any number of answers."""
+    """A guide that is ready to be followed by one answer: of several, one could use up what the others may take (:data:`_LIMITS`)."""
 
-    def __init__(self, matcher: LLMatcher, end_ids: frozenset[int], ordinary_W: np.ndarray) -> None:
-        """``ordinary_W``: a bit for each token of the model's that is text."""
+    def __init__(self, matcher: LLMatcher, end_ids: frozenset[int], ordinary_W: np.ndarray, own_end: int) -> None:
+        """``ordinary_W``: a bit for each token of the model's that is text. ``own_end``: the token that llguidance takes for an end."""
         self._matcher = matcher
         self._end_ids = end_ids
         self._ordinary_W = ordinary_W
+        self._own_end = own_end
 
     def start(self) -> Matcher:
         """The state of an answer that has no token yet."""
-        return Matcher(self._matcher.deep_copy(), self._end_ids, self._ordinary_W)
+        return Matcher(self._matcher.deep_copy(), self._end_ids, self._ordinary_W, self._own_end)
 
 
 class Matcher:
     """Follows one answer."""
 
-    def __init__(self, matcher: LLMatcher, end_ids: frozenset[int], ordinary_W: np.ndarray) -> None:
+    def __init__(self, matcher: LLMatcher, end_ids: frozenset[int], ordinary_W: np.ndarray, own_end: int) -> None:
         self._matcher = matcher
         self._end_ids = end_ids
         self._ordinary_W = ordinary_W
+        self._own_end = own_end
+        self._allowed_W: np.ndarray | None = None
 
-    def take(self, tokens: Iterable[int]) -> None:
-        """The answer has these further tokens. An end token after the whole form is no part of the text."""
-        for token in tokens:
-            if not (token in self._end_ids and (self._matcher.is_stopped() or not _has(self._ordinary_W, token))):
-                self._matcher.consume_token(token)
+    def take(self, tokens: Sequence[int]) -> None:
+        """The answer has these further tokens, of which none ends it."""
+        self._matcher.consume_tokens(list(tokens))
+        self._allowed_W = None
 
     def allowed(self) -> np.ndarray:
-        """A bit for each token that may be next, as :class:`l4jax.decoding.sampling.SamplingRows` has them; none if there is no way on."""
+        """A bit for each token that may be next, as :class:`l4jax.decoding.sampling.SamplingRows` has them; none if there is no way on.
+
+        An end token may be next only where the answer is complete, even if it is one of the text.
+        """
+        if self._allowed_W is None:
+            self._allowed_W = self._computed()
+        return self._allowed_W
+
+    def _computed(self) -> np.ndarray:
         found_W = np.zeros_like(self._ordinary_W)
         if self._matcher.is_error():
             return found_W
@@ -145,12 +132,12 @@ class Matcher:
         if not self._matcher.is_stopped():
             of_matcher = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)[: len(found_W)]
             found_W[: len(of_matcher)] = of_matcher
-            found_W &= self._ordinary_W  # llguidance also allows an end token of its own
+            found_W &= self._ordinary_W
+        if self._matcher.is_error():  # the mask took too much
+            return np.zeros_like(found_W)
+        for token in (self._own_end, *self._end_ids):
+            found_W[token // 32] &= ~np.uint32(1 << token % 32)
         if accepting:
             for token in self._end_ids:
                 found_W[token // 32] |= np.uint32(1 << token % 32)
         return found_W
-
-
-def _has(words_W: np.ndarray, token: int) -> bool:
-    return bool(words_W[token // 32] >> np.uint32(token % 32) & np.uint32(1))

@@ -14,6 +14,7 @@ from l4jax.text.template import ChatError
 from sharding.kinds import shown
 
 MAX_TOOLS = 128
+MAX_ARGUMENTS_CHARACTERS = 1 << 20
 
 Message = Mapping[str, Any]
 
@@ -189,6 +190,11 @@ def _checked_tool(where: str, tool: Any) -> str:
     parameters = function.get("parameters")
     if not isinstance(parameters, Mapping | None):
         raise ValueError(f"{where}.function.parameters is {shown(parameters)}; expected a JSON schema; give one, or leave it out")
+    if parameters and parameters.get("type", "object") != "object":
+        given = shown(parameters["type"])
+        raise ValueError(
+            f"{where}.function.parameters.type is {given}; expected 'object', which arguments are; correct it, or leave it out"
+        )
     try:
         json.dumps(parameters, allow_nan=False)
     except (RecursionError, TypeError, ValueError) as error:
@@ -207,6 +213,11 @@ def _checked_calls(where: str, calls: Any) -> dict[str, None]:
         if not isinstance(call_id, str) or not call_id or call_id in ids:
             raise ValueError(f"{each}.id is {shown(call_id)}; expected a text that is this call's only; give it")
         ids[call_id] = None
+        text = call["function"].get("arguments")
+        if isinstance(text, str) and len(text) > MAX_ARGUMENTS_CHARACTERS:
+            raise ValueError(
+                f"{each}.function.arguments has {len(text)} characters; expected at most {MAX_ARGUMENTS_CHARACTERS}; leave the call out"
+            )
         try:
             arguments = _arguments(call)
             json.dumps(arguments)

@@ -75,10 +75,10 @@ def test_the_programs_of_a_converted_checkpoint(tmp_path: Path, capsys: pytest.C
     text = output(capsys, tmp_path / "scout", "--programs", "--max-batch", "1", "--dtype", "float32")
     lines = [line.split("  ") for line in text[text.index("Programs\n") :].splitlines()]
     found = [(line[0], next((cell.strip() for cell in line[1:] if cell), "")) for line in lines[2:] if len(line) > 1]
-    kinds = [("update_slots", "unknown"), ("count", "unknown"), ("zero_pages", "unknown"), ("decode", "1 row")]
+    kinds = [("update_slots", "unknown"), ("count", "unknown"), ("mask", "unknown"), ("zero_pages", "unknown"), ("decode", "1 row")]
     pieces = [(kind, f"1 row of {length} tokens") for kind in ("prefill", "score") for length in (32, 128, 512)]
     assert sorted(found) == sorted([*kinds, *pieces])
-    assert "10 programs" in text
+    assert "11 programs" in text
     assert " ".join(lines[1]).split() == ["kind", "sizes", "code", "temporaries", "arguments", "donated", "results"]
     decode = next([cell.strip() for cell in line if cell] for line in lines[2:] if line[0] == "decode")
     code, _, arguments, donated, _ = decode[2:]

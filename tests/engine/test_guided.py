@@ -122,10 +122,10 @@ def test_an_answer_with_no_way_on_ends_with_an_error(make, monkeypatch):
     llm = make()
     other = llm.generate("a", free(7))[0]
     stuck, beside = llm.add("the dog", guided()), llm.add("a", free(7))
-    take, allowed = stuck.matcher.take, stuck.matcher.allowed
+    take, allowed = stuck._matcher.take, stuck._matcher.allowed
     taken = []
-    monkeypatch.setattr(stuck.matcher, "take", lambda tokens: (taken.extend(tokens), take(tokens)))
-    monkeypatch.setattr(stuck.matcher, "allowed", lambda: allowed() * (len(taken) < 2))
+    monkeypatch.setattr(stuck._matcher, "take", lambda tokens: (taken.extend(tokens), take(tokens)))
+    monkeypatch.setattr(stuck._matcher, "allowed", lambda: allowed() * (len(taken) < 2))
     while llm.step():
         pass
     assert isinstance(stuck.error, ValueError) and "allows no further token" in str(stuck.error)

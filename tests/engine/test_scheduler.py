@@ -53,6 +53,26 @@ def test_pieces_of_one_length_go_together_and_bursts_are_short_while_anyone_wait
     scheduler.check()
 
 
+def test_with_a_guide_one_token_is_read_before_the_next_is_planned():
+    """All rows then have one round; without the guided row bursts are long again, and two steps are in flight."""
+    scheduler = Scheduler(SMALL)
+    prefilled(scheduler, 1, range(4), 20)
+    added(scheduler, 2, range(100, 112), 3, guided=True)
+    pieces = [scheduler.next(), scheduler.next()]
+    assert told(pieces[0])[0].startswith("piece 2 in 1: 0-8 of 8")  # its prefill is two deep
+    assert told(pieces[1])[0].startswith("piece 2 in 1: 8-12 of 4")
+    finish(scheduler, pieces[0])
+    assert scheduler.next() is None
+    finish(scheduler, pieces[1])
+    for before in (13, 14):
+        step = scheduler.next()
+        assert [words.partition(": before")[0] for words in told(step)] == ["1 rounds 1 in 0", "1 rounds 2 in 1"]
+        assert f"before {before} " in told(step)[1]
+        assert scheduler.next() is None
+        finish(scheduler, step, ended=(2,) if before == 14 else ())
+    assert told(scheduler.next())[0].startswith("3 rounds 1 in 0") and scheduler.next() is not None
+
+
 def test_bursts_are_short_beside_a_prefill():
     scheduler = Scheduler(SMALL)
     prefilled(scheduler, 1, range(4), 20)

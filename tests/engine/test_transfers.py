@@ -23,7 +23,7 @@ from tests.tiny import prompts
 DRAFTED = "llama4 in chunks of 256, with a drafter"
 FULL, LOCAL = 4, {"llama3": 1, DRAFTED: 2}
 """Pages in a row's tables: those of the context of 512, and those of a chunk; without chunks that table has one entry."""
-UPDATE = (4, 1, 1, 4, 4, 4, 4, 4, 4, 4, 8, 4 * 1024, 4 * 1024, 4 * 64, 4)
+UPDATE = (4, 1, 1, 4, 4, 4, 4, 4, 4, 4, 8, 4 * 1024, 4 * 1024, 4 * 64, 4, 4)
 """Bytes that an update sends for each slot: two flags, a seed, lists of biases and of stop tokens, and numbers."""
 
 

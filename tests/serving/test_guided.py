@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import re
+import resource
 import time
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from l4jax import Guide, SamplingParams
 from l4jax.serving import guide_checker
 from l4jax.serving.errors import ApiError
+from tests.serving.running import SLOTS
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "the dog"}]
@@ -86,8 +88,9 @@ def test_a_client_that_leaves_while_its_guide_is_compiled_takes_nothing_with_it(
         connection = server.send("POST", CHAT, {"messages": MESSAGES, "response_format": as_format(slow_schema(100))})
         time.sleep(0.05)
         connection.close()
-    status, _ = server.answer(CHAT, {"messages": MESSAGES, "structured_outputs": {"regex": FORM}})
+    status, _ = server.answer(CHAT, {"messages": MESSAGES, "structured_outputs": {"regex": FORM}, "n": SLOTS})
     assert status == 200
+    assert server.answer("/ready")[0] == 200
 
 
 @pytest.mark.parametrize(
@@ -170,7 +173,7 @@ def checking(monkeypatch):
 def test_a_guide_may_not_take_long_and_the_next_ones_are_not_kept_waiting(checking):
     async def act(checker):
         began = time.monotonic()
-        for _ in range(2):  # the second time nothing is computed
+        for _ in range(2):  # it is tried again: the machine may have been busy
             with pytest.raises(ApiError, match="response_format: it takes more than 1 s to prepare; make it simpler"):
                 await checker.check(Guide.json(slow_schema(300)), "response_format")
         await checker.check(Guide.regex("a"), "structured_outputs")
@@ -197,10 +200,32 @@ def test_a_checker_that_dies_is_replaced(checking):
         (worker,) = checker._idle
         worker.kill()
         await worker.wait()
-        with pytest.raises(ApiError, match="too much memory"):
-            await checker.check(Guide.regex("b"), "structured_outputs")
-        await checker.check(Guide.regex("c"), "structured_outputs")
+        await checker.check(Guide.regex("b"), "structured_outputs")
         assert checker._idle != [worker]
+
+    checking(act)
+
+
+def test_a_checker_that_runs_out_of_memory_is_one_request_s_own_trouble(checking):
+    async def act(checker):
+        await checker.check(Guide.regex("a"), "structured_outputs")
+        (worker,) = checker._idle
+        resource.prlimit(worker.pid, resource.RLIMIT_AS, (1 << 20, 1 << 20))
+        with pytest.raises(ApiError, match="too much memory"):
+            await checker.check(Guide.choice([f"choice {number}" for number in range(10_000)]), "structured_outputs")
+        await checker.check(Guide.regex("b"), "structured_outputs")
+
+    checking(act)
+
+
+def test_the_queue_for_checks_is_bounded(checking, monkeypatch):
+    monkeypatch.setattr(guide_checker, "_MOST_WAITING", 2)
+
+    async def act(checker):
+        for number in range(4):  # one after the other there is room
+            await checker.check(Guide.regex(f"a{number}"), "structured_outputs")
+        found = await asyncio.gather(*(checker.check(Guide.regex(f"b{n}"), "x") for n in range(4)), return_exceptions=True)
+        assert [getattr(one, "status", None) for one in found] == [None, None, 429, 429]
 
     checking(act)
 

@@ -74,7 +74,7 @@ def test_a_full_disk_takes_no_request_with_it(served, caplog):
 
 
 def test_lines_that_come_too_fast_are_dropped(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("l4jax.serving.log._MOST_WAITING", 1)
+    monkeypatch.setattr("l4jax.serving.log._MOST_WAITING", 100)
     monkeypatch.setattr("l4jax.serving.log.os.write", lambda descriptor, line: time.sleep(0.2) or len(line))
     log = RequestLog(str(tmp_path / "log"), texts=False)
     began = time.monotonic()

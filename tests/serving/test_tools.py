@@ -175,9 +175,16 @@ def test_strict_calls_stand_at_the_beginning():
     text = 'I call {"name": "get_weather", "parameters": {"city": 7}}'
     assert answer.push(text, done=True) == (text, []) and answer.message["content"] == text
     answer = ToolAnswer(tools)
-    answer.push(" \n", done=False)
+    assert answer.push(" \n", done=False) == ("", [])
     answer.push('{"name": "get_weather", "parameters": {"city": "Rome", "days": 1}}', done=True)
     assert answer.calls[0]["function"]["arguments"] == '{"city": "Rome", "days": 1}'
+
+
+def test_white_space_before_words_is_kept_however_it_is_cut():
+    for parts in (["  Hello"], ["  ", "Hello"], [" ", " ", "Hel", "lo"], ["  "]):
+        answer = ToolAnswer(Tools.of([strict(WEATHER)], None, None, MESSAGES))
+        text = "".join(answer.push(part, done=part is parts[-1])[0] for part in parts)
+        assert text == "".join(parts) == answer.message["content"]
 
 
 @pytest.mark.parametrize("choice", [None, "required"])
@@ -209,7 +216,12 @@ def test_strict_calls_in_python_s_notation_are_refused():
         ({"tools": [WEATHER], "tool_choice": {"type": "custom"}}, "tool_choice", "expected none, auto, required"),
         ({"tools": [WEATHER], "tool_choice": "sometimes"}, "tool_choice", "sometimes"),
         ({"tools": [WEATHER], "response_format": {"type": "json_object"}}, "response_format", "leave one out"),
-        ({"tools": [strict({"type": "function", "function": {"name": "f", "parameters": {"not": {}}}})]}, "tools", "not"),
+        (
+            {"tools": [strict({"type": "function", "function": {"name": "f", "parameters": {"not": {}}}})]},
+            "tools",
+            'Unimplemented keys: ["not"]',
+        ),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}]}, "tools", "expected 'object'"),
         ({"functions": []}, "functions", "tools have taken its place"),
     ],
     ids=lambda value: str(value)[:50],

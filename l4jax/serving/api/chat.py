@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Literal
@@ -50,7 +51,7 @@ class ResponseFormat(msgspec.Struct):
         return made_guide(Guide.json, self.json_schema.schema, "response_format")
 
 
-class ChatBody(Sampling):
+class ChatBody(Sampling, dict=True):
     """The parameters that are honoured."""
 
     messages: list[dict[str, Any]]
@@ -65,9 +66,13 @@ class ChatBody(Sampling):
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
 
-    @property
+    @functools.cached_property
     def checked_tools(self) -> Tools:
         """The tools, checked."""
+        if len(self.messages) > MAX_MESSAGES:
+            raise ApiError(
+                f"messages has {len(self.messages)} messages; expected at most {MAX_MESSAGES}; shorten the conversation", param="messages"
+            )
         return Tools.of(self.tools, self.tool_choice, self.parallel_tool_calls, self.messages)
 
     def guide_for(self, served: Served) -> tuple[Guide, str] | None:
@@ -102,7 +107,8 @@ class Chat:
         self.streams = body.streams
         limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         max_tokens = getattr(body, limit)
-        params = served.settings(body, body.alternatives, max_tokens, limit)
+        self.guided = body.guide_for(served)
+        params = served.settings(body, self.guided, body.alternatives, max_tokens, limit)
         prompt = prompt_of(served, body, tools)
         requests = served.requests(prompt, body, params, key, limit=None if max_tokens is None else limit)
         self.answers = len(requests)
@@ -194,10 +200,6 @@ class Chat:
 
 def prompt_of(served: Served, body: ChatBody, tools: Tools) -> list[int]:
     """The prompt's tokens. Raises ApiError for a conversation that the chat template cannot format."""
-    if len(body.messages) > MAX_MESSAGES:
-        raise ApiError(
-            f"messages has {len(body.messages)} messages; expected at most {MAX_MESSAGES}; shorten the conversation", param="messages"
-        )
     continues = bool(body.continue_final_message)
     if body.add_generation_prompt is not None and body.add_generation_prompt == continues:
         both = "true" if continues else "false"

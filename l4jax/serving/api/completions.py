@@ -38,7 +38,8 @@ class Completions:
         logprobs = None if body.logprobs is None else checked_logprobs("logprobs", body.logprobs)
         self._only_echo = bool(body.echo) and body.max_tokens == 0
         max_tokens = _DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
-        params = served.settings(body, logprobs, 1 if self._only_echo else max_tokens)
+        self.guided = body.guide_for(served)
+        params = served.settings(body, self.guided, logprobs, 1 if self._only_echo else max_tokens)
         self._prompts = _prompts(served, body)
         if body.echo and logprobs is not None and (total := sum(map(len, self._prompts)) * body.answers) > MAX_SCORED_TOKENS:
             raise ApiError(
@@ -82,7 +83,7 @@ class Completions:
         """What comes for the answers, as OpenAI's choice objects."""
         prompt_scores: list[list[TokenLogprob]] | None = None
         if self._body.echo and self._body.logprobs is not None:
-            prompt_scores = await scores(self._served.client, self._prompts, self._body.logprobs, self._request_id)
+            prompt_scores = await scores(self._served.client, self._served.metrics, self._prompts, self._body.logprobs, self._request_id)
         if self._body.echo:
             for index in range(len(self._offsets)):
                 # In a thread: a long prompt's log-probabilities take long to list, and other streams go on.

@@ -192,9 +192,17 @@ class Served:
             )
         return room
 
-    def settings(self, body: Sampling, logprobs: int | None, max_tokens: int | None, limit: str = "max_tokens") -> SamplingParams:
+    def settings(
+        self,
+        body: Sampling,
+        guided: tuple[Guide, str] | None,
+        logprobs: int | None,
+        max_tokens: int | None,
+        limit: str = "max_tokens",
+    ) -> SamplingParams:
         """The engine's settings. All of them are checked before the prompt is tokenised, which may take long.
 
+        ``guided``: what the answers must look like, and the parameter that says so, as :meth:`Sampling.guide_for` returns them.
         ``max_tokens``: None for as many as there is room for; ``limit``: the parameter that gave it. Raises ApiError for settings that are
         out of range.
         """
@@ -210,7 +218,6 @@ class Served:
                 code="invalid_value",
             )
         given = {name: getattr(body, name) for name in _SAME_IN_ENGINE if getattr(body, name) is not None}
-        guided = body.guide_for(self)
         try:
             return SamplingParams(
                 max_tokens=self.max_model_len if max_tokens is None else max_tokens,

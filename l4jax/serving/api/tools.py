@@ -74,7 +74,7 @@ class Tools:
         rules = [f"start: {calls}{words}", f"call: {' | '.join(f'call_{number}' for number in range(len(self.given)))}"]
         for number, tool in enumerate(self.given):
             function = tool["function"]
-            schema = {"type": "object", **(function.get("parameters") or {"properties": {}, "additionalProperties": False})}
+            schema = {**(function.get("parameters") or {"properties": {}, "additionalProperties": False}), "type": "object"}
             opening = json.dumps(f'{{"name": "{function["name"]}", "parameters": ')
             rules += [f'call_{number}: {opening} arguments_{number} "}}"', f"arguments_{number}: %json {json.dumps(schema)}"]
         return made_guide(Guide.grammar, "\n".join(rules), "tools")
@@ -99,7 +99,7 @@ class ToolAnswer:
         self._tools = tools
         self._parser = ToolCallParser(tools.names) if tools.given else None
         self._text: list[str] = []
-        self._undecided = tools.strict  # nothing but white space has come: whether it begins with a call
+        self._undecided = "" if tools.strict else None  # white space before it is known whether the answer begins with a call
         self.calls: list[dict[str, Any]] = []
 
     @property
@@ -113,9 +113,13 @@ class ToolAnswer:
 
     def push(self, text: str, *, done: bool) -> tuple[str, list[dict[str, Any]]]:
         """Add text; ``done``: it is the last. Returns what may be shown of it, and fragments of calls, as streams have them."""
-        if self._undecided and text.strip():
-            self._undecided = False
-            if text.lstrip()[0] not in "{[<":
+        if self._undecided is not None:
+            text = self._undecided + text
+            if not text.strip() and not done:
+                self._undecided = text
+                return "", []
+            self._undecided = None
+            if text.lstrip()[:1] not in ("{", "[", "<"):
                 self._parser = None
         if self._parser is None:
             self._text.append(text)

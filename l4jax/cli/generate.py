@@ -38,7 +38,12 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--coordinator-timeout", type=float, metavar="SECONDS", help="with --coordinator: how long to wait for the others (default: 300)"
     )
     parser.add_argument("--max-tokens", type=int, default=256)
-    parser.add_argument("--min-tokens", type=int, default=0, help="no end token or stop string ends the answer within so many tokens")
+    parser.add_argument(
+        "--min-tokens",
+        type=int,
+        default=0,
+        help="the answer's first tokens, this many of them, are no end tokens, and stop strings are looked for after them",
+    )
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--top-p", type=float, default=1.0)

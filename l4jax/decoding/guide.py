@@ -18,8 +18,8 @@ MAX_GUIDE_CHARACTERS = 1 << 18
 class Guide:
     """A form that every answer has; made by one of the class methods. ``text``: a JSON schema, a regular expression, or the like.
 
-    Tokens that would leave the form are forbidden, so the answer has it if it is complete: if it ends by an end token, and not at
-    ``max_tokens``.
+    Tokens that would leave the form are forbidden, and so is an end token before the answer is complete. Cut off, at ``max_tokens`` or by a
+    stop string, the answer is only a beginning.
     """
 
     kind: GuideKind
@@ -27,8 +27,10 @@ class Guide:
 
     def __post_init__(self) -> None:
         """Raises ValueError for a guide that is too long."""
-        if self.kind not in get_args(GuideKind) or not isinstance(self.text, str):
+        if self.kind not in get_args(GuideKind):
             raise ValueError(f"a guide has kind {shown(self.kind)}; make guides with Guide.json, regex, choice or grammar")
+        if not isinstance(self.text, str):
+            raise ValueError(f"a guide's {self.kind} is {shown(self.text)}; expected a text")
         if len(self.text) > MAX_GUIDE_CHARACTERS:
             raise ValueError(f"guide has {len(self.text)} characters; expected at most {MAX_GUIDE_CHARACTERS}; make it simpler")
 

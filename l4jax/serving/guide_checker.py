@@ -39,6 +39,8 @@ class GuideChecker:
         else:
             self._known.move_to_end(guide)
         if why:
+            # Clients call it by its parameter.
+            why = why.replace("the guide's ", "its ")
             raise ApiError(f"{parameter}: {why}", param=parameter, code="invalid_value")
 
     async def _asked(self, guide: Guide) -> str:

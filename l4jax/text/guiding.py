@@ -38,7 +38,7 @@ class Guiding:
             raise _refused(guide, "; ".join(warnings))
         compiled = CompiledGuide(matcher, ends, self._ordinary_W, self._tokenizer.eos_token)
         if not compiled.start().allowed().any():
-            raise ValueError("guide cannot be followed: no token of the model's begins what it asks for; change it")
+            raise ValueError("no token of the model's begins what the guide asks for; change it")
         return compiled
 
 
@@ -82,7 +82,7 @@ def _grammar(guide: Guide) -> str:
 def _refused(guide: Guide, why: str) -> ValueError:
     name = {"json": "JSON schema", "regex": "regular expression", "choice": "choice", "grammar": "grammar"}[guide.kind]
     first = why.strip().split("\n", 1)[0][:300]
-    return ValueError(f"guide cannot be followed: its {name} is wrong or has parts that are not supported ({first}); change it")
+    return ValueError(f"the guide's {name} is wrong, or has parts that cannot be enforced ({first}); change it")
 
 
 class CompiledGuide:

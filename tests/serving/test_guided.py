@@ -97,7 +97,7 @@ def test_a_client_that_leaves_while_its_guide_is_compiled_takes_nothing_with_it(
     ("body", "param", "expected"),
     [
         ({"response_format": as_format({"type": "array", "uniqueItems": True})}, "response_format", "uniqueItems"),
-        ({"response_format": as_format({"$ref": "http://example.com/x"})}, "response_format", "not supported"),
+        ({"response_format": as_format({"$ref": "http://example.com/x"})}, "response_format", "cannot be enforced"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "is missing"),
         ({"response_format": {"type": "xml"}}, "response_format.type", "xml"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}}, "response_format.json_schema.name", "is missing"),

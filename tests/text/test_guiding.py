@@ -193,7 +193,7 @@ def test_without_an_end_token_no_answer_could_be_complete(guiding):
         (lambda: Guide.choice([""]), "expected a list"),
         (lambda: Guide.json({"a": {1, 2}}), "JSON schema"),
         (lambda: Guide.json({"a": float("nan")}), "JSON schema"),
-        (lambda: Guide.regex(3), "Guide.json"),
+        (lambda: Guide.regex(3), "a guide's regex is 3; expected a text"),
         (lambda: Guide("xml", "a"), "Guide.json"),
         (lambda: Guide.regex("a" * (MAX_GUIDE_CHARACTERS + 1)), "simpler"),
     ],

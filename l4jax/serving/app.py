@@ -58,6 +58,12 @@ class GenerationRequest(Protocol):
     guided: tuple[Guide, str] | None
     """What they must look like, which is not checked yet, and the parameter that says so."""
     generation: Generation
+    named_events: bool
+    """Whether a stream's events have names, which their ``type`` has too."""
+
+    @property
+    def done(self) -> bytes | None:
+        """What ends a stream; None if its last event says that it is the last."""
 
     async def whole(self) -> dict[str, Any]:
         """The answer as one object."""
@@ -300,9 +306,10 @@ async def _stream(answers: GenerationRequest, send: Send) -> None:
                 continue
             if (found := coming.result()) is None:
                 break
-            await write(b"".join(map(_event, found)))
+            await write(b"".join(_event(fields, named=answers.named_events) for fields in found))
             coming = asyncio.create_task(following())
-        await write(b"data: [DONE]\n\n")
+        if answers.done is not None:
+            await write(b"data: " + answers.done + b"\n\n")
     except ApiError as error:
         if not started:
             raise
@@ -314,8 +321,9 @@ async def _stream(answers: GenerationRequest, send: Send) -> None:
     await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def _event(fields: Any) -> bytes:
-    return b"data: " + msgspec.json.encode(fields) + b"\n\n"
+def _event(fields: dict[str, Any], *, named: bool = False) -> bytes:
+    name = b"event: %s\n" % fields["type"].encode() if named else b""
+    return name + b"data: " + msgspec.json.encode(fields) + b"\n\n"
 
 
 class Bodies:

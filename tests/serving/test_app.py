@@ -100,8 +100,8 @@ class Slow:
 
     streams, answers = True, 1
 
-    def __init__(self, *chunks):
-        self.chunks = chunks
+    def __init__(self, *chunks, named_events=False, done=b"[DONE]"):
+        self.chunks, self.named_events, self.done = chunks, named_events, done
 
     async def stream(self):
         for seconds, chunk in self.chunks:
@@ -132,6 +132,11 @@ def test_a_silent_stream_gets_comments(monkeypatch):
         "data: [DONE]",
         "",
     ]
+
+
+def test_events_may_have_names_and_the_last_may_say_so_itself():
+    _, body = streamed(Slow((0, [{"type": "begin"}, {"type": "end"}]), named_events=True, done=None))
+    assert body.decode() == 'event: begin\ndata: {"type":"begin"}\n\nevent: end\ndata: {"type":"end"}\n\n'
 
 
 def test_a_streams_error_has_a_status_before_the_first_event_and_is_the_last_one_after():

@@ -100,6 +100,8 @@ class ChatBody(Sampling, dict=True):
 class Chat:
     """A request: checked when it is made, computed by :meth:`whole` or :meth:`stream`."""
 
+    named_events, done = False, b"[DONE]"
+
     def __init__(self, served: Served, body: ChatBody, *, key: str | None, request_id: str) -> None:
         served.check_model(body.model)
         self._served, self._body = served, body

@@ -96,18 +96,19 @@ def _drop_unknown(
         value = given[name]
         if name in honoured:
             if isinstance(value, dict) and honoured[name]:
-                _drop_unknown(value, honoured[name], {}, f"{name}.", ignored)
+                _drop_unknown(value, honoured[name], not_honoured, f"{where}{name}.", ignored)
             continue
         del given[name]
-        parameter = not_honoured.get(name)
+        named = f"{where}{name}"
+        parameter = not_honoured.get(named)
         if parameter is None:
+            named = named[:64]
             if ignored is None:
-                named = f"{where}{name}"[:64]
                 raise ApiError(f"{shown(named)} is not a parameter of this route; leave it out", param=named, code="unknown_parameter")
-            ignored.append(name[:64])
+            ignored.append(named)
         elif parameter.policy == "refused" and value is not None and not _among(value, parameter.values):
             expected = "; leave it out" if not parameter.values else f"; expected {' or '.join(map(_as_json, parameter.values))}"
-            raise ApiError(f"{name} is {_short(value)}, and {parameter.why}{expected}", param=name, code="unsupported_parameter")
+            raise ApiError(f"{named} is {_short(value)}, and {parameter.why}{expected}", param=named, code="unsupported_parameter")
 
 
 _MAX_DEPTH = 64

@@ -38,15 +38,8 @@ def check_tools(tools: Any, messages: Sequence[Any]) -> None:
     """
     if tools is not None:
         _check_list("tools", tools, "a list of tools")
-        if len(tools) > MAX_TOOLS:
-            raise ValueError(f"tools has {len(tools)} tools; expected at most {MAX_TOOLS}; leave some out")
-        places: dict[str, str] = {}
-        for number, tool in enumerate(tools):
-            name = _checked_tool(f"tools[{number}]", tool)
-            where = f"tools[{number}].function.name"
-            if name in places:
-                raise ValueError(f"{where} is {shown(name)}, like {places[name]}; expected every tool to have its own name; rename one")
-            places[name] = where
+        what = "an object with type 'function' and a function"
+        check_functions([(f"tools[{number}].function", _function(f"tools[{number}]", tool, what)) for number, tool in enumerate(tools)])
     earlier: dict[str, None] = {}
     for number, message in enumerate(messages):
         where = f"messages[{number}]"
@@ -60,6 +53,54 @@ def check_tools(tools: Any, messages: Sequence[Any]) -> None:
         if role == "tool" and not (isinstance(call_id, str) and call_id in earlier):
             known = f"the id of an earlier call ({shown(', '.join(earlier))})" if earlier else "a call before it, and there is none"
             raise ValueError(f"{where}.tool_call_id is {shown(call_id)}; expected {known}; give the call's message and its id")
+
+
+def check_functions(functions: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+    """Check the functions of a request's tools, each with its place in the request. Raises ValueError as :func:`check_tools` does."""
+    if len(functions) > MAX_TOOLS:
+        raise ValueError(f"tools has {len(functions)} tools; expected at most {MAX_TOOLS}; leave some out")
+    places: dict[str, str] = {}
+    for where, function in functions:
+        name = checked_name(where, function)
+        if name in places:
+            raise ValueError(f"{where}.name is {shown(name)}, like {places[name]}; expected every tool to have its own name; rename one")
+        places[name] = f"{where}.name"
+        description = function.get("description")
+        if not isinstance(description, str | None):
+            raise ValueError(f"{where}.description is {shown(description)}; expected a text; give one, or leave it out")
+        parameters = function.get("parameters")
+        if not isinstance(parameters, Mapping | None):
+            raise ValueError(f"{where}.parameters is {shown(parameters)}; expected a JSON schema; give one, or leave it out")
+        if parameters and parameters.get("type", "object") != "object":
+            given = shown(parameters["type"])
+            raise ValueError(f"{where}.parameters.type is {given}; expected 'object', which arguments are; correct it, or leave it out")
+        try:
+            json.dumps(parameters, allow_nan=False)
+        except (RecursionError, TypeError, ValueError) as error:
+            raise ValueError(f"{where}.parameters is nested too deep, or is not JSON; expected a JSON schema; simplify it") from error
+
+
+def checked_name(where: str, function: Mapping[str, Any]) -> str:
+    """Return the name of a function, or of one that is called. Raises ValueError for a wrong one."""
+    name = function.get("name")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        characters = "letters of A-Z and a-z, digits, '_', '.' and '-'"
+        raise ValueError(f"{where}.name is {shown(name)}; expected 1 to 64 characters of {characters}; rename it")
+    return name
+
+
+def check_arguments(where: str, arguments: Any) -> None:
+    """Raise ValueError unless a call's arguments are a JSON object."""
+    if isinstance(arguments, str) and len(arguments) > MAX_ARGUMENTS_CHARACTERS:
+        raise ValueError(f"{where} has {len(arguments)} characters; expected at most {MAX_ARGUMENTS_CHARACTERS}; leave the call out")
+    try:
+        found = _as_object(arguments)
+        json.dumps(found)
+    except (RecursionError, TypeError, ValueError):
+        found = None
+    if not isinstance(found, dict):
+        given = shown(arguments)
+        raise ValueError(f"{where} is {given}; expected a JSON object, as a text; correct it, or leave the call out")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,8 +206,8 @@ def _check_list(where: str, value: Any, expected: str) -> None:
         raise ValueError(f"{where} is {shown(value)}; expected {expected}")
 
 
-def _check_function(where: str, value: Any, expected: str) -> Mapping[str, Any]:
-    """Check an object of type function; return its function."""
+def _function(where: str, value: Any, expected: str) -> Mapping[str, Any]:
+    """Return the function of an object of type function."""
     if not isinstance(value, Mapping):
         raise ValueError(f"{where} is {shown(value)}; expected {expected}")
     if value.get("type") != "function":
@@ -174,32 +215,7 @@ def _check_function(where: str, value: Any, expected: str) -> Mapping[str, Any]:
     function = value.get("function")
     if not isinstance(function, Mapping):
         raise ValueError(f"{where}.function is {shown(function)}; expected an object with a name; give it")
-    name = function.get("name")
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        characters = "letters of A-Z and a-z, digits, '_', '.' and '-'"
-        raise ValueError(f"{where}.function.name is {shown(name)}; expected 1 to 64 characters of {characters}; rename it")
     return function
-
-
-def _checked_tool(where: str, tool: Any) -> str:
-    """Check a tool; return its name."""
-    function = _check_function(where, tool, "an object with type 'function' and a function")
-    description = function.get("description")
-    if not isinstance(description, str | None):
-        raise ValueError(f"{where}.function.description is {shown(description)}; expected a text; give one, or leave it out")
-    parameters = function.get("parameters")
-    if not isinstance(parameters, Mapping | None):
-        raise ValueError(f"{where}.function.parameters is {shown(parameters)}; expected a JSON schema; give one, or leave it out")
-    if parameters and parameters.get("type", "object") != "object":
-        given = shown(parameters["type"])
-        raise ValueError(
-            f"{where}.function.parameters.type is {given}; expected 'object', which arguments are; correct it, or leave it out"
-        )
-    try:
-        json.dumps(parameters, allow_nan=False)
-    except (RecursionError, TypeError, ValueError) as error:
-        raise ValueError(f"{where}.function.parameters is nested too deep, or is not JSON; expected a JSON schema; simplify it") from error
-    return function["name"]
 
 
 def _checked_calls(where: str, calls: Any) -> dict[str, None]:
@@ -208,30 +224,22 @@ def _checked_calls(where: str, calls: Any) -> dict[str, None]:
     _check_list(where, calls, "a list of calls")
     for number, call in enumerate(calls):
         each = f"{where}[{number}]"
-        _check_function(each, call, "an object with an id, type 'function' and a function")
+        function = _function(each, call, "an object with an id, type 'function' and a function")
+        checked_name(f"{each}.function", function)
         call_id = call.get("id")
         if not isinstance(call_id, str) or not call_id or call_id in ids:
             raise ValueError(f"{each}.id is {shown(call_id)}; expected a text that is this call's only; give it")
         ids[call_id] = None
-        text = call["function"].get("arguments")
-        if isinstance(text, str) and len(text) > MAX_ARGUMENTS_CHARACTERS:
-            raise ValueError(
-                f"{each}.function.arguments has {len(text)} characters; expected at most {MAX_ARGUMENTS_CHARACTERS}; leave the call out"
-            )
-        try:
-            arguments = _arguments(call)
-            json.dumps(arguments)
-        except (RecursionError, TypeError, ValueError):
-            arguments = None
-        if not isinstance(arguments, dict):
-            given = shown(call["function"].get("arguments"))
-            raise ValueError(f"{each}.function.arguments is {given}; expected a JSON object, as a text; correct it, or leave the call out")
+        check_arguments(f"{each}.function.arguments", function.get("arguments"))
     return ids
 
 
 def _arguments(call: Mapping[str, Any]) -> Any:
+    return _as_object(call["function"].get("arguments"))
+
+
+def _as_object(arguments: Any) -> Any:
     """A call's arguments as an object. OpenAI's form is a JSON string, without any for a function that takes none."""
-    arguments = call["function"].get("arguments")
     if isinstance(arguments, Mapping):
         return dict(arguments)
     return json.loads(arguments) if arguments else {}

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, Literal
 
 import msgspec
 
 from l4jax.decoding.guide import Guide
-from l4jax.serving.api.served import Sampling, Served, chat_logprobs, checked_logprobs, made_guide, new_id
+from l4jax.serving.api.conversation import check_length, conversation_prompt, guide_of
+from l4jax.serving.api.served import CompletionSampling, Served, chat_logprobs, checked_logprobs, made_guide, new_id
 from l4jax.serving.api.tools import ToolAnswer, ToolChoice, Tools
 from l4jax.serving.api.usage import usage_fields
 from l4jax.serving.errors import ApiError
 from l4jax.serving.generation import Generation, Piece
 from l4jax.text.chat import ChatOptions
-
-MAX_MESSAGES = 2048
 
 
 class JsonSchema(msgspec.Struct):
@@ -51,7 +50,7 @@ class ResponseFormat(msgspec.Struct):
         return made_guide(Guide.json, self.json_schema.schema, "response_format")
 
 
-class ChatBody(Sampling, dict=True):
+class ChatBody(CompletionSampling, dict=True):
     """The parameters that are honoured."""
 
     messages: list[dict[str, Any]]
@@ -69,25 +68,13 @@ class ChatBody(Sampling, dict=True):
     @functools.cached_property
     def checked_tools(self) -> Tools:
         """The tools, checked."""
-        if len(self.messages) > MAX_MESSAGES:
-            raise ApiError(
-                f"messages has {len(self.messages)} messages; expected at most {MAX_MESSAGES}; shorten the conversation", param="messages"
-            )
+        check_length("messages", len(self.messages), "messages")
         return Tools.of(self.tools, self.tool_choice, self.parallel_tool_calls, self.messages)
 
     def guide_for(self, served: Served) -> tuple[Guide, str] | None:
         """As in :class:`Sampling`."""
         of_format = None if self.response_format is None else self.response_format.guide
-        tools = self.checked_tools
-        given = {"structured_outputs": self.structured_outputs, "response_format": of_format, "tools": tools.given}
-        if len(names := [name for name, value in given.items() if value]) > 1:
-            what = " and ".join(names)
-            raise ApiError(f"{what} are given together, and each says what the answer looks like; leave one out", param=names[0])
-        if of_format is not None:
-            return of_format, "response_format"
-        if tools.strict and served.text.chat_format is not None:
-            return tools.guide(served.tool_prompt.notation), "tools"
-        return super().guide_for(served)
+        return guide_of(served, self.checked_tools, self.structured_outputs, of_format, "response_format")
 
     @property
     def alternatives(self) -> int | None:
@@ -116,7 +103,7 @@ class Chat:
         self.answers = len(requests)
         self.generation = Generation(served.client, served.metrics, served.tokenizer, requests, n=len(requests), request_id=request_id)
         self._tool_answers = [ToolAnswer(tools) for _ in requests]
-        self._id, self._created = new_id("chatcmpl"), int(time.time())
+        self._id, self._created = new_id("chatcmpl-"), int(time.time())
 
     async def whole(self) -> dict[str, Any]:
         """The answer as one object."""
@@ -209,23 +196,5 @@ def prompt_of(served: Served, body: ChatBody, tools: Tools) -> list[int]:
             f"add_generation_prompt and continue_final_message are both {both}; expected one of them to be true; leave one out",
             param="add_generation_prompt",
         )
-    if served.text.chat_format is None:
-        raise ApiError("the model has no chat template; use /v1/completions with a prompt in the model's own format")
-    served.check_characters(_characters([body.messages, body.tools, body.chat_template_kwargs]), "messages")
     options: ChatOptions = {"chat_template_kwargs": body.chat_template_kwargs, "continue_final_message": continues}
-    try:
-        messages: Sequence[Mapping[str, Any]] = body.messages
-        # Without tools or calls the template gets the messages as they are.
-        if tools.given or any(message.get("tool_calls") or message.get("role") == "tool" for message in messages):
-            messages, options["tools"] = served.tool_prompt.prepare(messages, tools.given)
-        return served.maker.encode_chat(messages, options)
-    except ValueError as error:
-        raise served.error(error, "messages") from error
-
-
-def _characters(value: object) -> int:
-    """How many characters the texts in a JSON value have."""
-    if isinstance(value, str):
-        return len(value)
-    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return sum(map(_characters, children))
+    return conversation_prompt(served, body.messages, tools, options, "messages")

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from l4jax.request import TokenLogprob
-from l4jax.serving.api.served import Sampling, Served, checked_logprobs, new_id
+from l4jax.serving.api.served import CompletionSampling, Served, checked_logprobs, new_id
 from l4jax.serving.api.usage import usage_fields
 from l4jax.serving.errors import ApiError
 from l4jax.serving.generation import Generation, Usage, scores
@@ -20,7 +20,7 @@ MAX_SCORED_TOKENS = 1 << 16
 _DEFAULT_TOKENS = 16  # OpenAI's
 
 
-class CompletionBody(Sampling):
+class CompletionBody(CompletionSampling):
     """The parameters that are honoured. ``prompt``: a text, token ids, or a list of either."""
 
     prompt: str | list[Any]
@@ -56,7 +56,7 @@ class Completions:
         self.generation = Generation(served.client, served.metrics, served.tokenizer, requests, n=body.answers, request_id=request_id)
         self._offsets = [0] * len(requests)  # where each answer's next token begins in its text
         self._begun: set[int] = set()
-        self._id, self._created = new_id("cmpl"), int(time.time())
+        self._id, self._created = new_id("cmpl-"), int(time.time())
 
     async def whole(self) -> dict[str, Any]:
         """The answer as one object."""

@@ -37,11 +37,16 @@ class Defaults:
 
 
 class StreamOptions(msgspec.Struct):
-    """What a stream says beside its text. ``include_obfuscation``, padding against listeners, has no effect: none is added."""
+    """How a stream looks. ``include_obfuscation``, padding against listeners, has no effect: none is added."""
+
+    include_obfuscation: bool | None = None
+
+
+class UsageOptions(StreamOptions):
+    """What a stream of completions says beside its text."""
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
-    include_obfuscation: bool | None = None
 
 
 class StructuredOutputs(msgspec.Struct):
@@ -81,13 +86,11 @@ def made_guide(make: Callable[[Any], Guide], value: Any, parameter: str) -> Guid
 
 
 class Sampling(msgspec.Struct, kw_only=True):
-    """The parameters that completions and chat completions share."""
+    """The parameters that all of OpenAI's APIs share here, with those that not all of them have there."""
 
     model: str | None = None
-    max_tokens: int | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
-    n: int | None = None
     presence_penalty: float | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
@@ -101,7 +104,6 @@ class Sampling(msgspec.Struct, kw_only=True):
     min_tokens: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    return_token_ids: bool | None = None
     cache_salt: str | None = None
     structured_outputs: StructuredOutputs | None = None
 
@@ -112,7 +114,7 @@ class Sampling(msgspec.Struct, kw_only=True):
     @property
     def answers(self) -> int:
         """How many answers to each prompt are asked for."""
-        return 1 if self.n is None else _checked("n", self.n, 1, MAX_N)
+        return 1
 
     @property
     def streams(self) -> bool:
@@ -120,6 +122,20 @@ class Sampling(msgspec.Struct, kw_only=True):
         if self.stream_options is not None and not self.stream:
             raise ApiError("stream_options is given without stream; leave it out, or set stream", param="stream_options")
         return bool(self.stream)
+
+
+class CompletionSampling(Sampling, kw_only=True):
+    """The parameters that completions and chat completions share."""
+
+    max_tokens: int | None = None
+    n: int | None = None
+    stream_options: UsageOptions | None = None
+    return_token_ids: bool | None = None
+
+    @property
+    def answers(self) -> int:
+        """How many answers to each prompt are asked for."""
+        return 1 if self.n is None else _checked("n", self.n, 1, MAX_N)
 
     @property
     def usage_at_end(self) -> bool:
@@ -328,5 +344,5 @@ def chat_logprobs(served: Served, token_ids: Sequence[int], logprobs: Sequence[T
 
 
 def new_id(prefix: str) -> str:
-    """An identifier of an answer."""
-    return f"{prefix}-{secrets.token_hex(16)}"
+    """An identifier of an answer or a call."""
+    return f"{prefix}{secrets.token_hex(16)}"

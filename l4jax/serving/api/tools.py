@@ -11,7 +11,7 @@ from l4jax.decoding.guide import Guide
 from l4jax.serving.api.served import made_guide, new_id
 from l4jax.serving.errors import ApiError
 from l4jax.text.literals import Notation
-from l4jax.text.tool_calls import ArgumentsPiece, CallStart, TextPiece, ToolCallParser
+from l4jax.text.tool_calls import ArgumentsPiece, CallStart, Event, TextPiece, ToolCallParser
 from l4jax.text.tool_prompts import check_tools
 
 ToolChoice = Literal["none", "auto", "required"] | dict[str, Any]
@@ -38,7 +38,11 @@ class Tools:
         except ValueError as error:
             parameter = str(error).split(" ", 1)[0].partition("[")[0]
             raise ApiError(str(error), param=parameter, code="invalid_value") from error
-        given = tools or []
+        return cls.chosen(tools or [], choice, parallel)
+
+    @classmethod
+    def chosen(cls, given: Sequence[Mapping[str, Any]], choice: ToolChoice | None, parallel: bool | None) -> Tools:
+        """The tools, which have been checked; none if they are not to be called. Raises ApiError for a wrong choice."""
         name = _named(choice) if isinstance(choice, dict) else None
         if choice not in (None, "none", "auto") and not given:
             raise ApiError("tool_choice asks for a call, and there are no tools; give tools, or leave it out", param="tool_choice")
@@ -111,30 +115,34 @@ class ToolAnswer:
             message["tool_calls"] = self.calls
         return message
 
-    def push(self, text: str, *, done: bool) -> tuple[str, list[dict[str, Any]]]:
-        """Add text; ``done``: it is the last. Returns what may be shown of it, and fragments of calls, as streams have them."""
+    def events(self, text: str, *, done: bool) -> list[Event]:
+        """Add text; ``done``: it is the last. Returns what it is found to be, in order. Not for answers that :meth:`push` is used for."""
         if self._undecided is not None:
             text = self._undecided + text
             if not text.strip() and not done:
                 self._undecided = text
-                return "", []
+                return []
             self._undecided = None
             if text.lstrip()[:1] not in ("{", "[", "<"):
                 self._parser = None
         if self._parser is None:
-            self._text.append(text)
-            return text, []
+            return [TextPiece(text)] if text else []
+        found = self._parser.push(text) + (self._parser.finish() if done else [])
+        return [event for event in found if isinstance(event, TextPiece) or event.index == 0 or self._tools.parallel]
+
+    def push(self, text: str, *, done: bool) -> tuple[str, list[dict[str, Any]]]:
+        """Add text; ``done``: it is the last. Returns what may be shown of it, and fragments of calls, as chat's streams have them."""
         shown, fragments = "", []
-        for event in self._parser.push(text) + (self._parser.finish() if done else []):
+        for event in self.events(text, done=done):
             match event:
                 case TextPiece(piece):
                     shown += piece
-                case CallStart(index, name) if index == 0 or self._tools.parallel:
+                case CallStart(index, name):
                     function = {"name": name, "arguments": ""}
-                    call = {"id": new_id("call"), "type": "function", "function": function}
+                    call = {"id": new_id("call-"), "type": "function", "function": function}
                     self.calls.append(call)
                     fragments.append({"index": index, **call, "function": {**function}})
-                case ArgumentsPiece(index, piece) if index < len(self.calls):
+                case ArgumentsPiece(index, piece):
                     self.calls[index]["function"]["arguments"] += piece
                     fragments.append({"index": index, "function": {"arguments": piece}})
         self._text.append(shown)

@@ -24,6 +24,7 @@ from l4jax.decoding.guide import Guide
 from l4jax.serving import errors, parameters
 from l4jax.serving.api.chat import Chat, ChatBody
 from l4jax.serving.api.completions import CompletionBody, Completions
+from l4jax.serving.api.responses import Responses, ResponsesBody
 from l4jax.serving.api.served import Served
 from l4jax.serving.api.tokens import DetokenizeBody, TokenizeBody, detokenize, tokenize
 from l4jax.serving.engine_client import EngineClient
@@ -178,6 +179,7 @@ def build_app(served: Served, keys: Sequence[str], log: RequestLog | None = None
         Route("/detokenize", converts(DetokenizeBody, detokenize), methods=["POST"]),
         Route("/v1/completions", generates(CompletionBody, parameters.COMPLETION_NOT_HONOURED, Completions), methods=["POST"]),
         Route("/v1/chat/completions", generates(ChatBody, parameters.CHAT_NOT_HONOURED, Chat), methods=["POST"]),
+        Route("/v1/responses", generates(ResponsesBody, parameters.RESPONSES_NOT_HONOURED, Responses), methods=["POST"]),
     ]
     handlers = {404: _on_no_route, 405: _on_no_route, ApiError: _on_api_error, ClientDisconnect: _on_disconnect, Exception: _on_bug}
     app = Starlette(routes=routes, exception_handlers=handlers)

@@ -67,6 +67,24 @@ COMPLETION_NOT_HONOURED: Mapping[str, Parameter] = {
 }
 """Parameters of /v1/completions that are not honoured."""
 
+RESPONSES_NOT_HONOURED: Mapping[str, Parameter] = {
+    **{name: parameter for name, parameter in _LABELS.items() if name != "metadata"},
+    "access_programs": _refused("there are no access programs"),
+    "background": _refused("answers are not computed in the background", False),
+    "background_options": _refused("answers are not computed in the background"),
+    "context_management": _refused("the input is not compacted"),
+    "conversation": _refused("nothing is stored (send the items of the conversation as input)"),
+    "image": _refused("the model is given text only"),
+    "max_tool_calls": _no_effect("it counts calls of built-in tools, and there are none"),
+    "moderation": _refused("there is no moderation"),
+    "previous_response_id": _refused("nothing is stored (send the items of the conversation as input)"),
+    "prompt": _refused("there are no stored prompts"),
+    "reasoning": _refused("the models have no separate reasoning", {}, {"effort": "none"}),
+    "text.verbosity": _refused("the models have no setting for it"),
+    "truncation": _refused("the input is never cut", "disabled"),
+}
+"""Parameters of /v1/responses that are not honoured."""
+
 
 def parsed[Body: msgspec.Struct](raw: bytes, kind: type[Body], not_honoured: Mapping[str, Parameter], *, ignore_unknown: bool) -> Body:
     """Read a request's JSON body. Raises :class:`ApiError`, which names the parameter, for one that is wrong, refused or unknown."""

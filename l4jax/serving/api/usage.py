@@ -15,3 +15,14 @@ def usage_fields(usage: Usage) -> dict[str, Any]:
         "total_tokens": usage.prompt + usage.output,
         "prompt_tokens_details": {"cached_tokens": usage.cached},
     }
+
+
+def response_usage_fields(usage: Usage) -> dict[str, Any]:
+    """The counts as the Responses API has them. What is written to the prefix cache is not counted: nothing is paid for it."""
+    return {
+        "input_tokens": usage.prompt,
+        "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": 0},
+        "output_tokens": usage.output,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": usage.prompt + usage.output,
+    }

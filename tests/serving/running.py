@@ -75,7 +75,7 @@ class Server:
 
 def events(text: str) -> list[Any]:
     """The events in a stream's text."""
-    found = [line.removeprefix("data: ") for line in text.split("\n\n") if line.startswith("data: ")]
+    found = [line.removeprefix("data: ") for line in text.split("\n") if line.startswith("data: ")]
     return [item if item == "[DONE]" else json.loads(item) for item in found]
 
 

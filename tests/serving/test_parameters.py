@@ -10,18 +10,24 @@ import pytest
 from l4jax.serving import parameters
 from l4jax.serving.api.chat import ChatBody
 from l4jax.serving.api.completions import CompletionBody
+from l4jax.serving.api.responses import ResponsesBody
 from l4jax.serving.errors import ApiError
 
-# The keyword arguments of openai 3.57's chat.completions.create and completions.create.
+# The keyword arguments of openai 3.57's chat.completions.create, completions.create and responses.create.
 CHAT = """messages model audio frequency_penalty function_call functions logit_bias logprobs max_completion_tokens max_tokens metadata
 modalities moderation n parallel_tool_calls prediction presence_penalty prompt_cache_key prompt_cache_options prompt_cache_retention
 reasoning_effort response_format safety_identifier seed service_tier stop store stream stream_options temperature tool_choice tools
 top_logprobs top_p user verbosity web_search_options"""
 COMPLETIONS = """best_of echo frequency_penalty logit_bias logprobs max_tokens model n presence_penalty prompt seed stop stream
 stream_options suffix temperature top_p user"""
+RESPONSES = """access_programs background background_options context_management conversation image include input instructions
+max_output_tokens max_tool_calls metadata model moderation parallel_tool_calls previous_response_id prompt prompt_cache_key
+prompt_cache_options prompt_cache_retention reasoning safety_identifier service_tier store stream stream_options temperature text
+tool_choice tools top_logprobs top_p truncation user"""
 ROUTES = {
     "chat": (ChatBody, parameters.CHAT_NOT_HONOURED, CHAT),
     "completions": (CompletionBody, parameters.COMPLETION_NOT_HONOURED, COMPLETIONS),
+    "responses": (ResponsesBody, parameters.RESPONSES_NOT_HONOURED, RESPONSES),
 }
 PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
 MESSAGES = b'"messages": [{"role": "user", "content": "hi"}]'
@@ -48,7 +54,9 @@ def test_every_parameter_has_one_policy(route):
 @pytest.mark.parametrize("route", ROUTES)
 def test_the_docs_have_every_parameter(route):
     kind, not_honoured, _ = ROUTES[route]
-    rows = {name: (policy, notes) for name, policy, notes in re.findall(r"^\| `(\w+)` \| ([^|]+) \| [^|]+ \| (.*) \|$", PAGE, re.MULTILINE)}
+    found = re.findall(r"^\| `([\w.]+)` \| ([^|]+) \| ([^|]+) \| (.*) \|$", PAGE, re.MULTILINE)
+    rows = {name: (policy, notes) for name, policy, routes, notes in found if route in routes.split(", ")}
+    assert set(rows) == set(kind.__struct_fields__) | set(not_honoured)
     for name in kind.__struct_fields__:
         assert rows[name][0] == "honoured", name
     for name, parameter in not_honoured.items():

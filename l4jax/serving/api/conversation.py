@@ -51,7 +51,8 @@ def conversation_prompt(
     try:
         # Without tools or calls the template gets the messages as they are.
         if tools.given or any(message.get("tool_calls") or message.get("role") == "tool" for message in messages):
-            messages, options["tools"] = served.tool_prompt.prepare(messages, tools.given)
+            messages, told = served.tool_prompt.prepare(messages, tools.given)
+            options = {**options, "tools": told}
         return served.maker.encode_chat(messages, options)
     except ValueError as error:
         raise served.error(error, parameter) from error

@@ -38,15 +38,7 @@ def check_tools(tools: Any, messages: Sequence[Any]) -> None:
     """
     if tools is not None:
         _check_list("tools", tools, "a list of tools")
-        if len(tools) > MAX_TOOLS:
-            raise ValueError(f"tools has {len(tools)} tools; expected at most {MAX_TOOLS}; leave some out")
-        places: dict[str, str] = {}
-        for number, tool in enumerate(tools):
-            name = _checked_tool(f"tools[{number}]", tool)
-            where = f"tools[{number}].function.name"
-            if name in places:
-                raise ValueError(f"{where} is {shown(name)}, like {places[name]}; expected every tool to have its own name; rename one")
-            places[name] = where
+        check_names([(f"tools[{number}].function.name", _checked_tool(f"tools[{number}]", tool)) for number, tool in enumerate(tools)])
     earlier: dict[str, None] = {}
     for number, message in enumerate(messages):
         where = f"messages[{number}]"
@@ -60,6 +52,26 @@ def check_tools(tools: Any, messages: Sequence[Any]) -> None:
         if role == "tool" and not (isinstance(call_id, str) and call_id in earlier):
             known = f"the id of an earlier call ({shown(', '.join(earlier))})" if earlier else "a call before it, and there is none"
             raise ValueError(f"{where}.tool_call_id is {shown(call_id)}; expected {known}; give the call's message and its id")
+
+
+def check_names(tools: Sequence[tuple[str, str]]) -> None:
+    """Check a request's tools: the place of each one's name in the request, and the name. Raises ValueError as :func:`check_tools` does."""
+    if len(tools) > MAX_TOOLS:
+        raise ValueError(f"tools has {len(tools)} tools; expected at most {MAX_TOOLS}; leave some out")
+    places: dict[str, str] = {}
+    for where, name in tools:
+        check_name(where, name)
+        if name in places:
+            raise ValueError(f"{where} is {shown(name)}, like {places[name]}; expected every tool to have its own name; rename one")
+        places[name] = where
+
+
+def check_name(where: str, name: Any) -> str:
+    """Return a tool's name. Raises ValueError if it is none."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        characters = "letters of A-Z and a-z, digits, '_', '.' and '-'"
+        raise ValueError(f"{where} is {shown(name)}; expected 1 to 64 characters of {characters}; rename it")
+    return name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,10 +186,7 @@ def _check_function(where: str, value: Any, expected: str) -> Mapping[str, Any]:
     function = value.get("function")
     if not isinstance(function, Mapping):
         raise ValueError(f"{where}.function is {shown(function)}; expected an object with a name; give it")
-    name = function.get("name")
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        characters = "letters of A-Z and a-z, digits, '_', '.' and '-'"
-        raise ValueError(f"{where}.function.name is {shown(name)}; expected 1 to 64 characters of {characters}; rename it")
+    check_name(f"{where}.function.name", function.get("name"))
     return function
 
 

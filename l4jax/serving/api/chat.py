@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import msgspec
 
@@ -35,9 +35,8 @@ class ResponseFormat(msgspec.Struct):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
-    @property
-    def guide(self) -> Guide | None:
-        """As the engine knows it."""
+    def guide(self, name: str) -> Guide | None:
+        """As the engine knows it; ``name``: of the parameter."""
         if self.type == "text":
             return None
         if self.type == "json_object":
@@ -48,11 +47,13 @@ class ResponseFormat(msgspec.Struct):
                 param="response_format.json_schema",
                 code="missing_required_parameter",
             )
-        return made_guide(Guide.json, self.json_schema.schema, "response_format")
+        return made_guide(Guide.json, self.json_schema.schema, name)
 
 
 class ChatBody(Sampling, dict=True):
     """The parameters that are honoured."""
+
+    format_name: ClassVar[str] = "response_format"
 
     messages: list[dict[str, Any]]
     max_completion_tokens: int | None = None
@@ -77,14 +78,14 @@ class ChatBody(Sampling, dict=True):
 
     def guide_for(self, served: Served) -> tuple[Guide, str] | None:
         """As in :class:`Sampling`."""
-        of_format = None if self.response_format is None else self.response_format.guide
+        of_format = None if self.response_format is None else self.response_format.guide(self.format_name)
         tools = self.checked_tools
-        given = {"structured_outputs": self.structured_outputs, "response_format": of_format, "tools": tools.given}
+        given = {"structured_outputs": self.structured_outputs, self.format_name: of_format, "tools": tools.given}
         if len(names := [name for name, value in given.items() if value]) > 1:
             what = " and ".join(names)
             raise ApiError(f"{what} are given together, and each says what the answer looks like; leave one out", param=names[0])
         if of_format is not None:
-            return of_format, "response_format"
+            return of_format, self.format_name
         if tools.strict and served.text.chat_format is not None:
             return tools.guide(served.tool_prompt.notation), "tools"
         return super().guide_for(served)
@@ -101,20 +102,14 @@ class Chat:
     """A request: checked when it is made, computed by :meth:`whole` or :meth:`stream`."""
 
     def __init__(self, served: Served, body: ChatBody, *, key: str | None, request_id: str) -> None:
-        served.check_model(body.model)
         self._served, self._body = served, body
         tools = body.checked_tools
         self.streams = body.streams
-        limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-        max_tokens = getattr(body, limit)
         self.guided = body.guide_for(served)
-        params = served.settings(body, self.guided, body.alternatives, max_tokens, limit)
-        prompt = prompt_of(served, body, tools)
-        requests = served.requests(prompt, body, params, key, limit=None if max_tokens is None else limit)
-        self.answers = len(requests)
-        self.generation = Generation(served.client, served.metrics, served.tokenizer, requests, n=len(requests), request_id=request_id)
-        self._tool_answers = [ToolAnswer(tools) for _ in requests]
-        self._id, self._created = new_id("chatcmpl"), int(time.time())
+        self.generation = generation_of(served, body, self.guided, key=key, request_id=request_id)
+        self.answers = len(self.generation.requests)
+        self._tool_answers = [ToolAnswer(tools) for _ in self.generation.requests]
+        self._id, self._created = new_id("chatcmpl-"), int(time.time())
 
     async def whole(self) -> dict[str, Any]:
         """The answer as one object."""
@@ -196,6 +191,17 @@ class Chat:
             reason = answer.finish_reason(piece.finish_reason)
             choices.append({"index": piece.index, "delta": {}, "logprobs": None, "finish_reason": reason})
         return choices
+
+
+def generation_of(served: Served, body: ChatBody, guided: tuple[Guide, str] | None, *, key: str | None, request_id: str) -> Generation:
+    """What computes the answers. ``guided``: as the body says. Raises ApiError for a request that the model cannot answer."""
+    served.check_model(body.model)
+    limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    max_tokens = getattr(body, limit)
+    params = served.settings(body, guided, body.alternatives, max_tokens, limit)
+    prompt = prompt_of(served, body, body.checked_tools)
+    requests = served.requests(prompt, body, params, key, limit=None if max_tokens is None else limit)
+    return Generation(served.client, served.metrics, served.tokenizer, requests, n=len(requests), request_id=request_id)
 
 
 def prompt_of(served: Served, body: ChatBody, tools: Tools) -> list[int]:

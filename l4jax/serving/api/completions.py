@@ -54,7 +54,7 @@ class Completions:
         self.generation = Generation(served.client, served.metrics, served.tokenizer, requests, n=body.answers, request_id=request_id)
         self._offsets = [0] * len(requests)  # where each answer's next token begins in its text
         self._begun: set[int] = set()
-        self._id, self._created = new_id("cmpl"), int(time.time())
+        self._id, self._created = new_id("cmpl-"), int(time.time())
 
     async def whole(self) -> dict[str, Any]:
         """The answer as one object."""

@@ -11,7 +11,7 @@ from l4jax.decoding.guide import Guide
 from l4jax.serving.api.served import made_guide, new_id
 from l4jax.serving.errors import ApiError
 from l4jax.text.literals import Notation
-from l4jax.text.tool_calls import ArgumentsPiece, CallStart, TextPiece, ToolCallParser
+from l4jax.text.tool_calls import ArgumentsPiece, CallStart, Event, TextPiece, ToolCallParser
 from l4jax.text.tool_prompts import check_tools
 
 ToolChoice = Literal["none", "auto", "required"] | dict[str, Any]
@@ -63,8 +63,8 @@ class Tools:
         """What keeps calls strict. ``notation``: in which the model is asked to write them."""
         if not self.forced and notation == "python":
             raise ApiError(
-                "tools are strict, and this model writes calls as Python, for which that cannot be enforced; leave strict out, or set "
-                "tool_choice to required or to a function",
+                "tools are strict, and this model writes calls as Python, for which that cannot be enforced; leave strict out, or ask "
+                "for a call with tool_choice",
                 param="tools",
                 code="unsupported_parameter",
             )
@@ -92,14 +92,51 @@ def _named(choice: Mapping[str, Any]) -> str:
     return name
 
 
+class AnswerEvents:
+    """One answer as it grows: its text and its calls of tools, in order."""
+
+    def __init__(self, tools: Tools) -> None:
+        self._parallel = tools.parallel
+        self._parser = ToolCallParser(tools.names) if tools.given else None
+        self._undecided = "" if tools.strict else None  # white space before it is known whether the answer begins with a call
+        self._calls = 0
+
+    def push(self, text: str, *, done: bool) -> list[Event]:
+        """Add text; ``done``: it is the last. Returns what is new of the text and of the calls that count."""
+        if self._undecided is not None:
+            text = self._undecided + text
+            if not text.strip() and not done:
+                self._undecided = text
+                return []
+            self._undecided = None
+            if text.lstrip()[:1] not in ("{", "[", "<"):
+                self._parser = None
+        if self._parser is None:
+            return [TextPiece(text)] if text else []
+        events = []
+        for event in self._parser.push(text) + (self._parser.finish() if done else []):
+            match event:
+                case CallStart(index) if index > 0 and not self._parallel:
+                    continue
+                case CallStart(index):
+                    self._calls += 1
+                case ArgumentsPiece(index) if index >= self._calls:
+                    continue
+            events.append(event)
+        return events
+
+    @property
+    def has_called(self) -> bool:
+        """Whether it has calls, and all of them are whole: then it waits for their results."""
+        return self._parser is not None and self._calls > 0 and not self._parser.incomplete
+
+
 class ToolAnswer:
     """One answer as it grows: its text, and its calls of tools in OpenAI's form."""
 
     def __init__(self, tools: Tools) -> None:
-        self._tools = tools
-        self._parser = ToolCallParser(tools.names) if tools.given else None
+        self._events = AnswerEvents(tools)
         self._text: list[str] = []
-        self._undecided = "" if tools.strict else None  # white space before it is known whether the answer begins with a call
         self.calls: list[dict[str, Any]] = []
 
     @property
@@ -113,34 +150,22 @@ class ToolAnswer:
 
     def push(self, text: str, *, done: bool) -> tuple[str, list[dict[str, Any]]]:
         """Add text; ``done``: it is the last. Returns what may be shown of it, and fragments of calls, as streams have them."""
-        if self._undecided is not None:
-            text = self._undecided + text
-            if not text.strip() and not done:
-                self._undecided = text
-                return "", []
-            self._undecided = None
-            if text.lstrip()[:1] not in ("{", "[", "<"):
-                self._parser = None
-        if self._parser is None:
-            self._text.append(text)
-            return text, []
         shown, fragments = "", []
-        for event in self._parser.push(text) + (self._parser.finish() if done else []):
+        for event in self._events.push(text, done=done):
             match event:
                 case TextPiece(piece):
                     shown += piece
-                case CallStart(index, name) if index == 0 or self._tools.parallel:
+                case CallStart(index, name):
                     function = {"name": name, "arguments": ""}
-                    call = {"id": new_id("call"), "type": "function", "function": function}
+                    call = {"id": new_id("call-"), "type": "function", "function": function}
                     self.calls.append(call)
                     fragments.append({"index": index, **call, "function": {**function}})
-                case ArgumentsPiece(index, piece) if index < len(self.calls):
+                case ArgumentsPiece(index, piece):
                     self.calls[index]["function"]["arguments"] += piece
                     fragments.append({"index": index, "function": {"arguments": piece}})
         self._text.append(shown)
         return shown, fragments
 
     def finish_reason(self, reason: str) -> str:
-        """OpenAI's word for how the answer ended: with whole calls it waits for their results."""
-        calls = self._parser is not None and bool(self.calls) and not self._parser.incomplete
-        return "tool_calls" if reason == "stop" and calls else reason
+        """OpenAI's word for how the answer ended."""
+        return "tool_calls" if reason == "stop" and self._events.has_called else reason

@@ -111,13 +111,13 @@ class Slow:
             yield chunk
 
 
-def streamed(request):
+def streamed(request, path=CHAT):
     sent = []
 
     async def send(message):
         sent.append(message)
 
-    asyncio.run(app_module._stream(request, send))
+    asyncio.run(app_module._stream(request, {"path": path, "l4jax.id": "r"}, send))
     return sent[0]["status"], b"".join(message.get("body", b"") for message in sent)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import msgspec
@@ -254,7 +254,7 @@ def _choice(choice: _ToolChoice) -> ToolChoice:
     return "required" if choice.type == "any" else choice.type
 
 
-def _checked(param: str, check: Any) -> None:
+def _checked(param: str, check: Callable[[], object]) -> None:
     try:
         check()
     except ValueError as error:

@@ -58,6 +58,11 @@ class Answer:
         """Whether a stop string has appeared; what comes after it is dropped."""
         return self._text.stopped
 
+    @property
+    def stopped_by(self) -> str | None:
+        """The stop string that has appeared."""
+        return self._text.stopped_by
+
     def extend(self, new: NewTokens, done: bool, elapsed: float) -> str:
         """Add new tokens, and return the text that may be shown now. ``done``: these are the last; ``elapsed``: seconds since the start."""
         if self._ended:

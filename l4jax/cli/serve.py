@@ -1,4 +1,4 @@
-"""``l4jax serve``: an HTTP server with OpenAI's API."""
+"""``l4jax serve``: an HTTP server with OpenAI's and Anthropic's APIs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ _KEY_VARIABLE = "L4JAX_API_KEY"
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command and its options."""
     parser = subparsers.add_parser(
-        "serve", help="serve a model over HTTP, with OpenAI's API", description="Serve a model over HTTP, with OpenAI's API."
+        "serve",
+        help="serve a model over HTTP, with OpenAI's and Anthropic's APIs",
+        description="Serve a model over HTTP, with OpenAI's and Anthropic's APIs.",
     )
     parser.add_argument("checkpoint", help="a folder made by l4jax convert")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)")

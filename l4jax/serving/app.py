@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hmac
 import importlib.metadata
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -24,9 +25,12 @@ from l4jax.decoding.guide import Guide
 from l4jax.serving import errors, parameters
 from l4jax.serving.api.chat import Chat, ChatBody
 from l4jax.serving.api.completions import CompletionBody, Completions
+from l4jax.serving.api.message_bodies import parsed_messages, parsed_token_count
+from l4jax.serving.api.messages import Messages, count_tokens
 from l4jax.serving.api.responses import Responses, ResponsesBody
 from l4jax.serving.api.served import Served
 from l4jax.serving.api.tokens import DetokenizeBody, TokenizeBody, detokenize, tokenize
+from l4jax.serving.dialects import dialect_of
 from l4jax.serving.engine_client import EngineClient
 from l4jax.serving.errors import ApiError, engine_stopped
 from l4jax.serving.generation import Generation
@@ -43,6 +47,8 @@ BODY_SECONDS = 30.0
 QUIET_SECONDS = 15.0
 """After this long without a chunk a stream gets a comment: proxies end connections that are silent."""
 MAX_HEADERS = 100
+_ID_HEADERS = (b"x-request-id", b"request-id")
+"""OpenAI's and Anthropic's."""
 _STREAM_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 OPEN_ROUTES = ("/health", "/ready")
 _THREADS = 2
@@ -59,18 +65,19 @@ class GenerationRequest(Protocol):
     guided: tuple[Guide, str] | None
     """What they must look like, which is not checked yet, and the parameter that says so."""
     generation: Generation
-    named_events: bool
-    """Whether a stream's events have names, which their ``type`` has too."""
-
-    @property
-    def done(self) -> bytes | None:
-        """What ends a stream; None if its last event says that it is the last."""
 
     async def whole(self) -> dict[str, Any]:
         """The answer as one object."""
 
     def stream(self) -> AsyncIterator[list[dict[str, Any]]]:
         """The answer as chunks; those that came together are one list."""
+
+
+class Reads[Body](Protocol):
+    """A function that reads a body."""
+
+    def __call__(self, raw: bytes, *, ignore_unknown: bool) -> Body:
+        """Raises ApiError for one that is no request."""
 
 
 class Keys:
@@ -124,8 +131,11 @@ def build_app(served: Served, keys: Sequence[str], log: RequestLog | None = None
         model = {"id": served.name, "object": "model", "created": served.created, "owned_by": "l4jax", "root": served.name}
         return _json({"object": "list", "data": [{**model, "parent": None, "max_model_len": served.max_model_len}]})
 
+    def reader[Body: msgspec.Struct](body_type: type[Body], not_honoured: Mapping[str, parameters.Parameter]) -> Reads[Body]:
+        return functools.partial(parameters.parsed, kind=body_type, not_honoured=not_honoured)
+
     def parser[Body: msgspec.Struct](
-        body_type: type[Body], not_honoured: Any, handle: Callable[[Body, Request], Any]
+        read: Reads[Body], handle: Callable[[Body, Request], Any]
     ) -> Callable[[Request], Coroutine[Any, Any, Any]]:
         """Returns a function that parses a request's body and passes it to ``handle``; long bodies in a thread."""
 
@@ -135,24 +145,21 @@ def build_app(served: Served, keys: Sequence[str], log: RequestLog | None = None
                 raise _too_long()
             async with bodies.read(request) as raw:
 
-                def parsed() -> Body:
-                    return parameters.parsed(raw, body_type, not_honoured, ignore_unknown=served.ignore_unknown)
-
                 def handled() -> Any:
-                    return handle(parsed(), request)
+                    return handle(read(raw, ignore_unknown=served.ignore_unknown), request)
 
                 is_long = len(raw) > _INLINE_BYTES
                 return await asyncio.get_running_loop().run_in_executor(threads, handled) if is_long else handled()
 
         return parse
 
-    def generates[Body: msgspec.Struct](body_type: type[Body], not_honoured: Any, api: Callable[..., GenerationRequest]) -> Endpoint:
+    def generates[Body: msgspec.Struct](read: Reads[Body], api: Callable[..., GenerationRequest]) -> Endpoint:
         def handle(body: Body, request: Request) -> GenerationRequest:
             made = api(served, body, key=request.scope["l4jax.key"], request_id=request.scope["l4jax.id"])
             request.scope["l4jax.generation"] = made.generation
             return made
 
-        parse = parser(body_type, not_honoured, handle)
+        parse = parser(read, handle)
 
         async def check(request: Request) -> GenerationRequest:
             client.check_room(1)
@@ -161,25 +168,28 @@ def build_app(served: Served, keys: Sequence[str], log: RequestLog | None = None
 
         return Endpoint(client, guides, check)
 
-    def converts[Body: msgspec.Struct](body_type: type[Body], api: Callable[[Served, Body], dict[str, Any]]) -> Any:
-        parse = parser(body_type, {}, lambda body, request: api(served, body))
+    def converts[Body: msgspec.Struct](read: Reads[Body], api: Callable[[Served, Body], dict[str, Any]]) -> Any:
+        parse = parser(read, lambda body, request: api(served, body))
 
         async def convert(request: Request) -> Response:
             return _json(await parse(request))
 
         return convert
 
+    completion_body = reader(CompletionBody, parameters.COMPLETION_NOT_HONOURED)
     routes = [
         Route("/health", health),
         Route("/ready", ready),
         Route("/version", version),
         Route("/metrics", metrics),
         Route("/v1/models", models),
-        Route("/tokenize", converts(TokenizeBody, tokenize), methods=["POST"]),
-        Route("/detokenize", converts(DetokenizeBody, detokenize), methods=["POST"]),
-        Route("/v1/completions", generates(CompletionBody, parameters.COMPLETION_NOT_HONOURED, Completions), methods=["POST"]),
-        Route("/v1/chat/completions", generates(ChatBody, parameters.CHAT_NOT_HONOURED, Chat), methods=["POST"]),
-        Route("/v1/responses", generates(ResponsesBody, parameters.RESPONSES_NOT_HONOURED, Responses), methods=["POST"]),
+        Route("/tokenize", converts(reader(TokenizeBody, {}), tokenize), methods=["POST"]),
+        Route("/detokenize", converts(reader(DetokenizeBody, {}), detokenize), methods=["POST"]),
+        Route("/v1/completions", generates(completion_body, Completions), methods=["POST"]),
+        Route("/v1/chat/completions", generates(reader(ChatBody, parameters.CHAT_NOT_HONOURED), Chat), methods=["POST"]),
+        Route("/v1/responses", generates(reader(ResponsesBody, parameters.RESPONSES_NOT_HONOURED), Responses), methods=["POST"]),
+        Route("/v1/messages", generates(parsed_messages, Messages), methods=["POST"]),
+        Route("/v1/messages/count_tokens", converts(parsed_token_count, count_tokens), methods=["POST"]),
     ]
     handlers = {404: _on_no_route, 405: _on_no_route, ApiError: _on_api_error, ClientDisconnect: _on_disconnect, Exception: _on_bug}
     app = Starlette(routes=routes, exception_handlers=handlers)
@@ -208,7 +218,7 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+                message["headers"] = [*message["headers"], *((name, request_id.encode()) for name in _ID_HEADERS)]
                 # Other paths are of the client's choice, and could be any number.
                 self._metrics.responded(scope["path"] if scope["path"] in self._routes else "other", message["status"])
             await send(message)
@@ -230,7 +240,7 @@ class Guard:
             if scope["path"] not in OPEN_ROUTES:
                 scope["l4jax.key"] = self._keys.key_of(scope)
         except ApiError as error:
-            await _error_response(error)(scope, receive, send)
+            await _error_response(error, scope)(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
@@ -271,7 +281,7 @@ class Endpoint:
         if answers.guided is not None:
             await self._guides.check(*answers.guided)
         self._client.check_room(answers.answers)
-        await (_stream(answers, send) if answers.streams else _whole(answers, scope, receive, send))
+        await (_stream(answers, scope, send) if answers.streams else _whole(answers, scope, receive, send))
 
 
 async def _gone(receive: Receive) -> None:
@@ -283,9 +293,9 @@ async def _whole(answers: GenerationRequest, scope: Scope, receive: Receive, sen
     await _json(await answers.whole())(scope, receive, send)
 
 
-async def _stream(answers: GenerationRequest, send: Send) -> None:
+async def _stream(answers: GenerationRequest, scope: Scope, send: Send) -> None:
     """Write server-sent events. Nothing is sent until there is something to say: a request that fails at once gets an error's status."""
-    chunks = answers.stream()
+    chunks, dialect = answers.stream(), dialect_of(scope["path"])
     started, written_at = False, time.monotonic()
 
     async def write(body: bytes) -> None:
@@ -308,24 +318,18 @@ async def _stream(answers: GenerationRequest, send: Send) -> None:
                 continue
             if (found := coming.result()) is None:
                 break
-            await write(b"".join(_event(fields, named=answers.named_events) for fields in found))
+            await write(b"".join(map(dialect.event, found)))
             coming = asyncio.create_task(following())
-        if answers.done is not None:
-            await write(b"data: " + answers.done + b"\n\n")
+        await write(dialect.end)
     except ApiError as error:
         if not started:
             raise
-        await write(_event(error.fields))
+        await write(dialect.event(dialect.error(error, scope["l4jax.id"])))
     finally:
         coming.cancel()
         with contextlib.suppress(asyncio.CancelledError, ApiError):
             await coming  # what is still being computed ends
     await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-def _event(fields: dict[str, Any], *, named: bool = False) -> bytes:
-    name = b"event: %s\n" % fields["type"].encode() if named else b""
-    return name + b"data: " + msgspec.json.encode(fields) + b"\n\n"
 
 
 class Bodies:
@@ -380,21 +384,21 @@ def _json(fields: Any) -> Response:
     return Response(msgspec.json.encode(fields), media_type="application/json")
 
 
-def _error_response(error: ApiError) -> Response:
-    return Response(error.body, error.status, error.headers, media_type="application/json")
+def _error_response(error: ApiError, scope: Scope) -> Response:
+    body = msgspec.json.encode(dialect_of(scope["path"]).error(error, scope["l4jax.id"]))
+    return Response(body, error.status, error.headers, media_type="application/json")
 
 
 async def _on_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return _error_response(error)
+    return _error_response(error, request.scope)
 
 
 async def _on_no_route(request: Request, error: Exception) -> Response:
     status: int = getattr(error, "status_code", 404)
     path = request.url.path[:100]
-    return _error_response(
-        ApiError(f"there is no {request.method} {path} here; docs/serving.md lists the routes", status=status, code="not_found")
-    )
+    error = ApiError(f"there is no {request.method} {path} here; docs/serving.md lists the routes", status=status, code="not_found")
+    return _error_response(error, request.scope)
 
 
 async def _on_disconnect(request: Request, error: Exception) -> Response:
@@ -404,6 +408,5 @@ async def _on_disconnect(request: Request, error: Exception) -> Response:
 async def _on_bug(request: Request, error: Exception) -> Response:
     request_id = request.scope["l4jax.id"]
     LOGGER.error("request %s failed", request_id)  # uvicorn logs the exception
-    return _error_response(
-        ApiError(f"request {request_id} failed by a fault of the server, whose log has it", status=500, kind="server_error")
-    )
+    error = ApiError(f"request {request_id} failed by a fault of the server, whose log has it", status=500, kind="server_error")
+    return _error_response(error, request.scope)

@@ -19,13 +19,17 @@ from l4jax.text.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """What came for one answer: ``index`` counts the answers from 0. ``finish_reason`` is set in an answer's last piece only."""
+    """What came for one answer: ``index`` counts the answers from 0.
+
+    ``finish_reason`` is set in an answer's last piece only, and ``stopped_by`` if a stop string has ended it.
+    """
 
     index: int
     text: str
     token_ids: Sequence[int]
     logprobs: Sequence[TokenLogprob] | None
     finish_reason: FinishReason | None
+    stopped_by: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +132,7 @@ class Generation:
         if finish_reason is not None:
             self._answer_metrics[index].ended(finish_reason)
             self._ends[index] = finish_reason
-        return Piece(index, text, new, logprobs, finish_reason)
+        return Piece(index, text, new, logprobs, finish_reason, answer.stopped_by)
 
 
 async def scores(

@@ -84,6 +84,42 @@ RESPONSES_NOT_HONOURED: Mapping[str, Parameter] = {
     "truncation": _refused("the input is never cut", "disabled"),
 }
 """Parameters of /v1/responses that are not honoured."""
+MESSAGES_NOT_HONOURED: Mapping[str, Parameter] = {
+    "billing_policy": _refused("the server bills nothing"),
+    "cache_control": _no_effect("prefixes are found by their tokens"),
+    "compaction": _refused("conversations are not shortened"),
+    "container": _refused("the server runs no code"),
+    "context_management": _refused("conversations are not shortened"),
+    "diagnostics": _refused("the cache keeps no record of requests"),
+    "fallback_credit_token": _refused("there is one model"),
+    "fallbacks": _refused("there is one model", []),
+    "inference_geo": _refused("the server is in one place"),
+    "mcp_servers": _refused("the server fetches nothing", []),
+    "metadata": _no_effect("a label for the client's own use"),
+    "service_tier": _refused("there is one tier", "auto", "standard_only"),
+    "speed": _refused("there is one speed", "standard"),
+    "thinking": _refused("the models have no separate thinking", {"type": "disabled"}),
+    "thread": _refused("nothing is stored"),
+}
+"""Parameters of /v1/messages and /v1/messages/count_tokens that are not honoured."""
+
+MESSAGE_PARTS_NOT_HONOURED: Mapping[str, Mapping[str, Parameter]] = {
+    "block": {
+        "cache_control": _no_effect("prefixes are found by their tokens"),
+        "caller": _refused("only the model calls tools", {"type": "direct"}),
+        "citations": _refused("the models do not cite", []),
+        "toolset_name": _refused("there are no sets of tools"),
+    },
+    "tool": {
+        "allowed_callers": _refused("only the model calls tools", ["direct"]),
+        "cache_control": _no_effect("prefixes are found by their tokens"),
+        "defer_loading": _refused("the model is told of all tools", False),
+        "eager_input_streaming": _no_effect("inputs are streamed as they come"),
+        "input_examples": _refused("the model is not shown them (put them into the description)", []),
+    },
+    "output_config": {"effort": _refused("the models have no setting for it")},
+}
+"""The same of content blocks, tools and ``output_config``."""
 
 
 def parsed[Body: msgspec.Struct](raw: bytes, kind: type[Body], not_honoured: Mapping[str, Parameter], *, ignore_unknown: bool) -> Body:
@@ -96,29 +132,44 @@ def parsed[Body: msgspec.Struct](raw: bytes, kind: type[Body], not_honoured: Map
         raise ApiError(f"the body is nested more than {_MAX_DEPTH} levels deep; send simpler JSON")
     if not isinstance(given, dict):
         raise ApiError(f"the body is a JSON {_JSON_NAMES.get(type(given), 'value')}; send one JSON object")
+    return converted(given, kind, not_honoured, ignore_unknown=ignore_unknown)
+
+
+def converted[Part: msgspec.Struct](
+    given: dict[str, Any], kind: type[Part], not_honoured: Mapping[str, Parameter], *, ignore_unknown: bool, where: str = ""
+) -> Part:
+    """Convert a JSON object, a request or a part of one at ``where`` in it, as :func:`parsed` does."""
     ignored: list[str] = []
-    _drop_unknown(given, _fields(kind), not_honoured, "", ignored if ignore_unknown else None)
+    _drop_unknown(given, _fields(kind), not_honoured, f"{where}." if where else "", ignored if ignore_unknown else None)
     if ignored:
         LOGGER.warning("unknown parameters are ignored: %s", shown(ignored))
     try:
         return msgspec.convert(given, kind)
     except msgspec.ValidationError as error:
-        raise _wrong(given, str(error)) from None
+        raise _wrong(given, str(error), where) from None
 
 
 def _drop_unknown(
-    given: dict[str, Any], honoured: Mapping[str, Any], not_honoured: Mapping[str, Parameter], where: str, ignored: list[str] | None
+    given: dict[str, Any],
+    honoured: Mapping[str, Any],
+    not_honoured: Mapping[str, Parameter],
+    where: str,
+    ignored: list[str] | None,
+    inner: str = "",
 ) -> None:
-    """Drop what is not honoured. Raises ApiError for a value that is refused, and for unknown names unless they are to be ignored."""
+    """Drop what is not honoured. Raises ApiError for a value that is refused, and for unknown names unless they are to be ignored.
+
+    ``where``: the path of the part of the request that ``not_honoured`` speaks of; ``inner``: the path of ``given`` in that part.
+    """
     for name in list(given):
         value = given[name]
         if name in honoured:
             if isinstance(value, dict) and honoured[name]:
-                _drop_unknown(value, honoured[name], not_honoured, f"{where}{name}.", ignored)
+                _drop_unknown(value, honoured[name], not_honoured, where, ignored, f"{inner}{name}.")
             continue
         del given[name]
-        named = f"{where}{name}"
-        parameter = not_honoured.get(named)
+        named = f"{where}{inner}{name}"
+        parameter = not_honoured.get(f"{inner}{name}")
         if parameter is None:
             named = named[:64]
             if ignored is None:
@@ -156,19 +207,20 @@ def _fields(kind: type[msgspec.Struct]) -> Mapping[str, Mapping[str, Any]]:
 _JSON_NAMES: Mapping[type, str] = {list: "array", str: "string", int: "number", float: "number", bool: "boolean", type(None): "null"}
 
 
-def _wrong(given: Mapping[str, Any], message: str) -> ApiError:
-    """The error for a value of the wrong kind, or out of range."""
+def _wrong(given: Mapping[str, Any], message: str, where: str) -> ApiError:
+    """The error for a value of the wrong kind, or out of range, in the object at ``where``."""
     match = re.fullmatch(r"(.*?)(?:, got `[^`]*`)?(?: - at `\$\.?(.*)`)?", message, re.DOTALL)
     expected, path = (match[1], match[2] or "") if match else (message, "")
+    place = ".".join(filter(None, (where, path)))
     if missing := re.fullmatch(r"Object missing required field `(.*)`", expected):
-        name = f"{path}.{missing[1]}" if path else missing[1]
+        name = f"{place}.{missing[1]}" if place else missing[1]
         return ApiError(f"{name} is missing; it is required", param=name, code="missing_required_parameter")
     name = re.match(r"\w*", path)
     top = name[0] if name else ""
     value = f" ({top} is {_short(given[top])})" if top in given else ""
     for name, word in _JSON_WORDS:
         expected = re.sub(name, word, expected)
-    return ApiError(f"{path or 'the body'} is wrong: {_lowered(expected)}{value}", param=path or None, code="invalid_value")
+    return ApiError(f"{place or 'the body'} is wrong: {_lowered(expected)}{value}", param=place or None, code="invalid_value")
 
 
 _JSON_WORDS = (

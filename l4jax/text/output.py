@@ -31,7 +31,7 @@ class StreamDecoder:
 
 
 class StopStringFilter:
-    """Passes text on up to the first stop string, which is left out; ``stopped`` is then set.
+    """Passes text on up to the first stop string, which is left out; ``stopped_by`` is then that string.
 
     Text that may be the start of a stop string is held back. The first stop string is the one that is complete first or, of two that
     are complete at the same character, the longer. What is passed on does not depend on how the text was cut into pieces.
@@ -42,18 +42,23 @@ class StopStringFilter:
             raise ValueError("a stop string is empty; expected at least one character")
         self._stops = sorted(stops, key=len, reverse=True)
         self._held = ""
-        self.stopped = False
+        self.stopped_by: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has appeared."""
+        return self.stopped_by is not None
 
     def push(self, text: str) -> str:
         """Return the text that may be shown after ``text`` has been added."""
         if self.stopped:
             return ""
         text = self._held + text
-        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        found = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
-            self.stopped = True
+            _, at, self.stopped_by = min(found)
             self._held = ""
-            return text[: min(found)[1]]
+            return text[:at]
         kept = len(text) - self._partial(text)
         self._held = text[kept:]
         return text[:kept]
@@ -86,6 +91,11 @@ class OutputText:
     def stopped(self) -> bool:
         """Whether a stop string has appeared."""
         return self._filter.stopped
+
+    @property
+    def stopped_by(self) -> str | None:
+        """The stop string that has appeared."""
+        return self._filter.stopped_by
 
     @property
     def text(self) -> str | None:

@@ -57,14 +57,8 @@ def check_tools(tools: Any, messages: Sequence[Any]) -> None:
 
 def check_functions(functions: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
     """Check the functions of a request's tools, each with its place in the request. Raises ValueError as :func:`check_tools` does."""
-    if len(functions) > MAX_TOOLS:
-        raise ValueError(f"tools has {len(functions)} tools; expected at most {MAX_TOOLS}; leave some out")
-    places: dict[str, str] = {}
+    check_names([(f"{where}.name", function.get("name")) for where, function in functions])
     for where, function in functions:
-        name = checked_name(where, function)
-        if name in places:
-            raise ValueError(f"{where}.name is {shown(name)}, like {places[name]}; expected every tool to have its own name; rename one")
-        places[name] = f"{where}.name"
         description = function.get("description")
         if not isinstance(description, str | None):
             raise ValueError(f"{where}.description is {shown(description)}; expected a text; give one, or leave it out")
@@ -80,12 +74,23 @@ def check_functions(functions: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
             raise ValueError(f"{where}.parameters is nested too deep, or is not JSON; expected a JSON schema; simplify it") from error
 
 
-def checked_name(where: str, function: Mapping[str, Any]) -> str:
-    """Return the name of a function, or of one that is called. Raises ValueError for a wrong one."""
-    name = function.get("name")
+def check_names(tools: Sequence[tuple[str, Any]]) -> None:
+    """Check the names of a request's tools, each with its place in the request. Raises ValueError as :func:`check_tools` does."""
+    if len(tools) > MAX_TOOLS:
+        raise ValueError(f"tools has {len(tools)} tools; expected at most {MAX_TOOLS}; leave some out")
+    places: dict[str, str] = {}
+    for where, name in tools:
+        check_name(where, name)
+        if name in places:
+            raise ValueError(f"{where} is {shown(name)}, like {places[name]}; expected every tool to have its own name; rename one")
+        places[name] = where
+
+
+def check_name(where: str, name: Any) -> str:
+    """Return a tool's name. Raises ValueError if it is none."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         characters = "letters of A-Z and a-z, digits, '_', '.' and '-'"
-        raise ValueError(f"{where}.name is {shown(name)}; expected 1 to 64 characters of {characters}; rename it")
+        raise ValueError(f"{where} is {shown(name)}; expected 1 to 64 characters of {characters}; rename it")
     return name
 
 
@@ -225,7 +230,7 @@ def _checked_calls(where: str, calls: Any) -> dict[str, None]:
     for number, call in enumerate(calls):
         each = f"{where}[{number}]"
         function = _function(each, call, "an object with an id, type 'function' and a function")
-        checked_name(f"{each}.function", function)
+        check_name(f"{each}.function.name", function.get("name"))
         call_id = call.get("id")
         if not isinstance(call_id, str) or not call_id or call_id in ids:
             raise ValueError(f"{each}.id is {shown(call_id)}; expected a text that is this call's only; give it")

@@ -100,8 +100,8 @@ class Slow:
 
     streams, answers = True, 1
 
-    def __init__(self, *chunks, named_events=False, done=b"[DONE]"):
-        self.chunks, self.named_events, self.done = chunks, named_events, done
+    def __init__(self, *chunks):
+        self.chunks = chunks
 
     async def stream(self):
         for seconds, chunk in self.chunks:
@@ -111,13 +111,13 @@ class Slow:
             yield chunk
 
 
-def streamed(request):
+def streamed(request, path=CHAT):
     sent = []
 
     async def send(message):
         sent.append(message)
 
-    asyncio.run(app_module._stream(request, send))
+    asyncio.run(app_module._stream(request, {"path": path, "l4jax.id": "r"}, send))
     return sent[0]["status"], b"".join(message.get("body", b"") for message in sent)
 
 
@@ -134,8 +134,9 @@ def test_a_silent_stream_gets_comments(monkeypatch):
     ]
 
 
-def test_events_may_have_names_and_the_last_may_say_so_itself():
-    _, body = streamed(Slow((0, [{"type": "begin"}, {"type": "end"}]), named_events=True, done=None))
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages"])
+def test_events_may_have_names_and_the_last_may_say_so_itself(path):
+    _, body = streamed(Slow((0, [{"type": "begin"}, {"type": "end"}])), path)
     assert body.decode() == 'event: begin\ndata: {"type":"begin"}\n\nevent: end\ndata: {"type":"end"}\n\n'
 
 

@@ -69,13 +69,14 @@ def test_the_cost_of_a_token_does_not_grow_with_the_text() -> None:
     assert seconds(100_000) < 30
 
 
-def up_to_stop(text: str, stops: list[str]) -> tuple[str, bool]:
+def up_to_stop(text: str, stops: list[str]) -> tuple[str, str | None]:
     """The definition: read character by character until the text ends with a stop string, the longest if with several."""
     for end in range(1, len(text) + 1):
-        ending = [len(stop) for stop in stops if text[:end].endswith(stop)]
+        ending = [stop for stop in stops if text[:end].endswith(stop)]
         if ending:
-            return text[: end - max(ending)], True
-    return text, False
+            longest = max(ending, key=len)
+            return text[: end - len(longest)], longest
+    return text, None
 
 
 STOPS = st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3)
@@ -83,14 +84,14 @@ STOPS = st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3)
 
 @given(st.text("ab\n", max_size=20), STOPS, st.lists(st.integers(0, 100)))
 def test_text_ends_before_the_stop_string_that_is_complete_first(text: str, stops: list[str], cuts: list[int]) -> None:
-    expected, stopped = up_to_stop(text, stops)
+    expected, stopped_by = up_to_stop(text, stops)
     stop_filter = StopStringFilter(stops)
     shown = ""
     for piece in cut(text, cuts):
         shown += stop_filter.push(piece)
         assert expected.startswith(shown)
     shown += stop_filter.finish()
-    assert (shown, stop_filter.stopped) == (expected, stopped)
+    assert (shown, stop_filter.stopped_by) == (expected, stopped_by)
 
 
 def test_only_what_may_begin_a_stop_string_is_held_back() -> None:
@@ -124,10 +125,10 @@ def test_output_is_the_text_without_end_tokens_up_to_a_stop_string(ids: list[int
     whole = TOKENIZER.decode(shown_ids)
     places = st.tuples(st.integers(0, max(len(whole) - 1, 0)), st.integers(1, 3))
     stops = [stop for at, size in data.draw(st.lists(places, max_size=2)) if (stop := whole[at : at + size])]
-    expected, stopped = up_to_stop(whole, stops)
+    expected, stopped_by = up_to_stop(whole, stops)
     decoder = StreamDecoder(TOKENIZER)
     growing = list(itertools.accumulate("" if i in end_ids else decoder.push([i]) for i in ids))
-    answer = next((n for n, text in enumerate(growing, 1) if up_to_stop(text, stops)[1]), len(ids))
+    answer = next((n for n, text in enumerate(growing, 1) if up_to_stop(text, stops)[1] is not None), len(ids))
 
     output, shown, kept = OutputText(TOKENIZER, stops, end_ids), "", 0
     parts = cut(ids, data.draw(st.lists(st.integers(0, 100))))
@@ -138,7 +139,7 @@ def test_output_is_the_text_without_end_tokens_up_to_a_stop_string(ids: list[int
         assert expected.startswith(shown)
     if not parts:
         assert output.extend([], done=True) == (0, "")
-    assert (shown, output.stopped, kept) == (expected, stopped, answer)
+    assert (shown, output.stopped_by, kept) == (expected, stopped_by, answer)
     assert output.text == shown
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import AsyncIterator, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import msgspec
 
@@ -34,9 +34,8 @@ class ResponseFormat(msgspec.Struct):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
-    @property
-    def guide(self) -> Guide | None:
-        """As the engine knows it."""
+    def guide(self, name: str) -> Guide | None:
+        """As the engine knows it; ``name``: of the parameter."""
         if self.type == "text":
             return None
         if self.type == "json_object":
@@ -47,11 +46,13 @@ class ResponseFormat(msgspec.Struct):
                 param="response_format.json_schema",
                 code="missing_required_parameter",
             )
-        return made_guide(Guide.json, self.json_schema.schema, "response_format")
+        return made_guide(Guide.json, self.json_schema.schema, name)
 
 
 class ChatBody(CompletionSampling, dict=True):
     """The parameters that are honoured."""
+
+    format_name: ClassVar[str] = "response_format"
 
     messages: list[dict[str, Any]]
     max_completion_tokens: int | None = None
@@ -73,8 +74,8 @@ class ChatBody(CompletionSampling, dict=True):
 
     def guide_for(self, served: Served) -> tuple[Guide, str] | None:
         """As in :class:`Sampling`."""
-        of_format = None if self.response_format is None else self.response_format.guide
-        return guide_of(served, self.checked_tools, self.structured_outputs, of_format, "response_format")
+        of_format = None if self.response_format is None else self.response_format.guide(self.format_name)
+        return guide_of(served, self.checked_tools, self.structured_outputs, of_format, self.format_name)
 
     @property
     def alternatives(self) -> int | None:
@@ -87,22 +88,14 @@ class ChatBody(CompletionSampling, dict=True):
 class Chat:
     """A request: checked when it is made, computed by :meth:`whole` or :meth:`stream`."""
 
-    named_events, done = False, b"[DONE]"
-
     def __init__(self, served: Served, body: ChatBody, *, key: str | None, request_id: str) -> None:
-        served.check_model(body.model)
         self._served, self._body = served, body
         tools = body.checked_tools
         self.streams = body.streams
-        limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-        max_tokens = getattr(body, limit)
         self.guided = body.guide_for(served)
-        params = served.settings(body, self.guided, body.alternatives, max_tokens, limit)
-        prompt = prompt_of(served, body, tools)
-        requests = served.requests(prompt, body, params, key, limit=None if max_tokens is None else limit)
-        self.answers = len(requests)
-        self.generation = Generation(served.client, served.metrics, served.tokenizer, requests, n=len(requests), request_id=request_id)
-        self._tool_answers = [ToolAnswer(tools) for _ in requests]
+        self.generation = generation_of(served, body, self.guided, key=key, request_id=request_id)
+        self.answers = len(self.generation.requests)
+        self._tool_answers = [ToolAnswer(tools) for _ in self.generation.requests]
         self._id, self._created = new_id("chatcmpl-"), int(time.time())
 
     async def whole(self) -> dict[str, Any]:
@@ -185,6 +178,17 @@ class Chat:
             reason = answer.finish_reason(piece.finish_reason)
             choices.append({"index": piece.index, "delta": {}, "logprobs": None, "finish_reason": reason})
         return choices
+
+
+def generation_of(served: Served, body: ChatBody, guided: tuple[Guide, str] | None, *, key: str | None, request_id: str) -> Generation:
+    """What computes the answers. ``guided``: as the body says. Raises ApiError for a request that the model cannot answer."""
+    served.check_model(body.model)
+    limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    max_tokens = getattr(body, limit)
+    params = served.settings(body, guided, body.alternatives, max_tokens, limit)
+    prompt = prompt_of(served, body, body.checked_tools)
+    requests = served.requests(prompt, body, params, key, limit=None if max_tokens is None else limit)
+    return Generation(served.client, served.metrics, served.tokenizer, requests, n=len(requests), request_id=request_id)
 
 
 def prompt_of(served: Served, body: ChatBody, tools: Tools) -> list[int]:

@@ -31,8 +31,6 @@ class CompletionBody(CompletionSampling):
 class Completions:
     """A request: checked when it is made, computed by :meth:`whole` or :meth:`stream`."""
 
-    named_events, done = False, b"[DONE]"
-
     def __init__(self, served: Served, body: CompletionBody, *, key: str | None, request_id: str) -> None:
         served.check_model(body.model)
         self._served, self._body, self._request_id = served, body, request_id

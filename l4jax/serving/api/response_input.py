@@ -8,7 +8,7 @@ from typing import Any
 
 from l4jax.serving.api.tools import ToolChoice, Tools
 from l4jax.serving.errors import ApiError
-from l4jax.text.tool_prompts import check_arguments, check_functions, checked_name
+from l4jax.text.tool_prompts import check_arguments, check_functions, check_name
 from sharding.kinds import shown
 
 _ROLES = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
@@ -104,7 +104,7 @@ class _Items:
         if not isinstance(call_id, str) or not call_id or call_id in self.calls:
             raise _wrong(f"{where}.call_id", f"is {shown(call_id)}; expected a text that is this call's only")
         try:
-            function = {"name": checked_name(where, item), "arguments": arguments}
+            function = {"name": check_name(f"{where}.name", item.get("name")), "arguments": arguments}
             check_arguments(f"{where}.arguments", arguments)
         except ValueError as error:
             raise _named(error) from error

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from l4jax.serving.api.served import new_id
-from l4jax.serving.api.tools import ToolAnswer, Tools
+from l4jax.serving.api.tools import AnswerEvents, Tools
 from l4jax.text.tool_calls import ArgumentsPiece, CallStart, TextPiece
 
 Event = dict[str, Any]
@@ -17,12 +17,12 @@ class Output:
 
     def __init__(self, tools: Tools) -> None:
         self.items: list[dict[str, Any]] = []
-        self._answer = ToolAnswer(tools)
+        self._events = AnswerEvents(tools)
 
     def push(self, text: str, logprobs: list[dict[str, Any]], finish_reason: str | None) -> list[Event]:
         """Add text; ``finish_reason``: it is the last, and why. Returns the events. Only answers without tools have log-probabilities."""
         events: list[Event] = []
-        for event in self._answer.events(text, done=finish_reason is not None) or ([TextPiece("")] if logprobs else []):
+        for event in self._events.push(text, done=finish_reason is not None) or ([TextPiece("")] if logprobs else []):
             match event:
                 case TextPiece(piece):
                     events += self._text(piece, logprobs)

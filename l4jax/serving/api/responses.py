@@ -98,7 +98,6 @@ class ResponsesBody(Sampling, dict=True):
 class Responses:
     """A request: checked when it is made, computed by :meth:`whole` or :meth:`stream`."""
 
-    named_events, done = True, None
     answers = 1
 
     def __init__(self, served: Served, body: ResponsesBody, *, key: str | None, request_id: str) -> None:

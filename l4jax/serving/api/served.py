@@ -7,7 +7,7 @@ import functools
 import hashlib
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -87,6 +87,9 @@ def made_guide(make: Callable[[Any], Guide], value: Any, parameter: str) -> Guid
 
 class Sampling(msgspec.Struct, kw_only=True):
     """The parameters that all of OpenAI's APIs share here, with those that not all of them have there."""
+
+    stop_name: ClassVar[str] = "stop"
+    """What the API calls its stop strings."""
 
     model: str | None = None
     frequency_penalty: float | None = None
@@ -226,11 +229,11 @@ class Served:
         if max_tokens is not None and max_tokens < 1:
             raise ApiError(f"{limit} is {max_tokens}; expected at least 1", param=limit, code="invalid_value")
         stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
-        if len(stops) > MAX_STOPS or any(len(stop) > MAX_STOP_CHARACTERS for stop in stops):
+        if len(stops) > MAX_STOPS or not all(1 <= len(stop) <= MAX_STOP_CHARACTERS for stop in stops):
             raise ApiError(
-                f"stop has {len(stops)} strings, the longest of {max(map(len, stops))} characters; expected at most {MAX_STOPS} of up to "
-                f"{MAX_STOP_CHARACTERS} characters",
-                param="stop",
+                f"{body.stop_name} has {len(stops)} strings of {min(map(len, stops))} to {max(map(len, stops))} characters; expected at "
+                f"most {MAX_STOPS} of 1 to {MAX_STOP_CHARACTERS} characters",
+                param=body.stop_name,
                 code="invalid_value",
             )
         given = {name: getattr(body, name) for name in _SAME_IN_ENGINE if getattr(body, name) is not None}

@@ -67,8 +67,8 @@ class Tools:
         """What keeps calls strict. ``notation``: in which the model is asked to write them."""
         if not self.forced and notation == "python":
             raise ApiError(
-                "tools are strict, and this model writes calls as Python, for which that cannot be enforced; leave strict out, or set "
-                "tool_choice to required or to a function",
+                "tools are strict, and this model writes calls as Python, for which that cannot be enforced; leave strict out, or ask "
+                "for a call with tool_choice",
                 param="tools",
                 code="unsupported_parameter",
             )
@@ -96,14 +96,51 @@ def _named(choice: Mapping[str, Any]) -> str:
     return name
 
 
+class AnswerEvents:
+    """One answer as it grows: its text and its calls of tools, in order."""
+
+    def __init__(self, tools: Tools) -> None:
+        self._parallel = tools.parallel
+        self._parser = ToolCallParser(tools.names) if tools.given else None
+        self._undecided = "" if tools.strict else None  # white space before it is known whether the answer begins with a call
+        self._calls = 0
+
+    def push(self, text: str, *, done: bool) -> list[Event]:
+        """Add text; ``done``: it is the last. Returns what is new of the text and of the calls that count."""
+        if self._undecided is not None:
+            text = self._undecided + text
+            if not text.strip() and not done:
+                self._undecided = text
+                return []
+            self._undecided = None
+            if text.lstrip()[:1] not in ("{", "[", "<"):
+                self._parser = None
+        if self._parser is None:
+            return [TextPiece(text)] if text else []
+        events = []
+        for event in self._parser.push(text) + (self._parser.finish() if done else []):
+            match event:
+                case CallStart(index) if index > 0 and not self._parallel:
+                    continue
+                case CallStart(index):
+                    self._calls += 1
+                case ArgumentsPiece(index) if index >= self._calls:
+                    continue
+            events.append(event)
+        return events
+
+    @property
+    def has_called(self) -> bool:
+        """Whether it has calls, and all of them are whole: then it waits for their results."""
+        return self._parser is not None and self._calls > 0 and not self._parser.incomplete
+
+
 class ToolAnswer:
     """One answer as it grows: its text, and its calls of tools in OpenAI's form."""
 
     def __init__(self, tools: Tools) -> None:
-        self._tools = tools
-        self._parser = ToolCallParser(tools.names) if tools.given else None
+        self._events = AnswerEvents(tools)
         self._text: list[str] = []
-        self._undecided = "" if tools.strict else None  # white space before it is known whether the answer begins with a call
         self.calls: list[dict[str, Any]] = []
 
     @property
@@ -115,25 +152,10 @@ class ToolAnswer:
             message["tool_calls"] = self.calls
         return message
 
-    def events(self, text: str, *, done: bool) -> list[Event]:
-        """Add text; ``done``: it is the last. Returns what it is found to be, in order. Not for answers that :meth:`push` is used for."""
-        if self._undecided is not None:
-            text = self._undecided + text
-            if not text.strip() and not done:
-                self._undecided = text
-                return []
-            self._undecided = None
-            if text.lstrip()[:1] not in ("{", "[", "<"):
-                self._parser = None
-        if self._parser is None:
-            return [TextPiece(text)] if text else []
-        found = self._parser.push(text) + (self._parser.finish() if done else [])
-        return [event for event in found if isinstance(event, TextPiece) or event.index == 0 or self._tools.parallel]
-
     def push(self, text: str, *, done: bool) -> tuple[str, list[dict[str, Any]]]:
-        """Add text; ``done``: it is the last. Returns what may be shown of it, and fragments of calls, as chat's streams have them."""
+        """Add text; ``done``: it is the last. Returns what may be shown of it, and fragments of calls, as streams have them."""
         shown, fragments = "", []
-        for event in self.events(text, done=done):
+        for event in self._events.push(text, done=done):
             match event:
                 case TextPiece(piece):
                     shown += piece
@@ -149,6 +171,5 @@ class ToolAnswer:
         return shown, fragments
 
     def finish_reason(self, reason: str) -> str:
-        """OpenAI's word for how the answer ended: with whole calls it waits for their results."""
-        calls = self._parser is not None and bool(self.calls) and not self._parser.incomplete
-        return "tool_calls" if reason == "stop" and calls else reason
+        """OpenAI's word for how the answer ended."""
+        return "tool_calls" if reason == "stop" and self._events.has_called else reason

@@ -139,6 +139,19 @@ def test_the_first_line_names_the_page_unless_there_is_none(capsys):
 # ---- In a browser
 
 
+FIGURES = """# HELP vllm:num_requests_running Requests that are being computed.
+vllm:num_requests_running{{model_name="a {{b}} c"}} 2.0
+vllm:num_requests_waiting{{model_name="a {{b}} c"}} {n}
+vllm:kv_cache_usage_perc{{model_name="a {{b}} c"}} 0.125
+vllm:generation_tokens_total{{model_name="a {{b}} c"}} {tokens}
+vllm:time_to_first_token_seconds_sum{{model_name="a {{b}} c"}} {seconds}
+vllm:time_to_first_token_seconds_bucket{{le="+Inf",model_name="a {{b}} c"}} {n}
+vllm:time_to_first_token_seconds_count{{model_name="a {{b}} c"}} {n}
+vllm:spec_decode_num_drafts_total{{model_name="a {{b}} c"}} {rounds}
+vllm:spec_decode_num_accepted_tokens_total{{model_name="a {{b}} c"}} {accepted}
+"""
+
+
 class Fake(BaseHTTPRequestHandler):
     """A server that says what a test wants it to say: whole statuses, or events that are cut after every byte."""
 
@@ -150,6 +163,8 @@ class Fake(BaseHTTPRequestHandler):
     """What follows the events."""
     bodies: tuple[bytes, ...] = ()
     """What has been sent to it."""
+    polls = 0
+    """How often its figures were read."""
 
     def log_message(self, *arguments):
         pass
@@ -172,7 +187,8 @@ class Fake(BaseHTTPRequestHandler):
         elif self.path == "/v1/models":
             self.answer(200, {"data": [{"id": "<b>fake</b>", "max_model_len": 8192}]})
         else:
-            self.answer(200, b"")
+            n = type(self).polls = self.polls + 1
+            self.answer(200, FIGURES.format(n=n, tokens=100 * n, rounds=10 * n, accepted=15 * n, seconds=0.3 * n).encode())
 
     def do_POST(self):
         type(self).bodies = (*self.bodies, self.rfile.read(int(self.headers["Content-Length"])))
@@ -360,6 +376,26 @@ def test_a_key_is_kept_for_the_tab_only_if_asked_for(locked, opened):
     page.wait_for_selector("#model:text('needs an API key')")
 
 
+@pytest.mark.browser
+def test_figures_are_read_while_the_page_is_visible(fake, opened):
+    page = opened(fake.url)
+    page.wait_for_selector("#round:text('2.50')")
+    running, waiting, rate, cache, first, _ = page.locator("#numbers dd").all_text_contents()
+    assert (running, waiting, cache, first) == ("2", str(fake.polls), "12.5 %", "0.3 s") and 25 < float(rate) <= 50
+
+    def hide(hidden):
+        page.evaluate(f"Object.defineProperty(document, 'hidden', {{ value: {hidden}, configurable: true }})")
+        page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+
+    hide("true")
+    page.wait_for_timeout(200)
+    polls = fake.polls
+    page.wait_for_timeout(2500)
+    assert fake.polls == polls
+    hide("false")
+    wait_until(lambda: fake.polls == polls + 1)
+
+
 HTML = '<img src=x onerror="window.broken = 1"><script>window.broken = 1</script> naïve 日本 🙂👨‍👩‍👧'
 
 
@@ -417,7 +453,8 @@ def test_errors_are_sentences_and_lose_nothing(fake, opened):
     assert [message["content"] for message in json.loads(fake.bodies[-1])["messages"]] == ["one", "half", "two"]
     page.fill("#seed", "x")
     ask(page, "three")
-    assert page.input_value("#box") == "three" and len(fake.bodies) == 5
+    page.press("#box", "Shift+Enter")
+    assert page.input_value("#box") == "three\n" and len(fake.bodies) == 5
 
 
 @pytest.mark.browser

@@ -5,16 +5,18 @@
 # make test-oldest the suite on the oldest JAX that is allowed, in a .venv-oldest of its own
 # make test-h100   compile the real models for H100s, on any machine: fetches XLA's CUDA compiler (500 MB) into .venv
 # make test-kernels only pallas_kernels: results in JAX's simulator of an H100, and registers and spills of the compiled kernels
+# make test-serve  the server's page in a headless Chromium, which must be installed; fetches Playwright (50 MB) into .venv
 # make setup   only prepare .venv
 # make check   ruff and mypy
 
-.PHONY: demo serve test test-all test-oldest test-h100 test-kernels setup check clean
+.PHONY: demo serve test test-all test-oldest test-h100 test-kernels test-serve setup check clean
 .DEFAULT_GOAL := demo
 SHELL := /bin/sh
 VENV := .venv
 OLDEST := .venv-oldest
 STAMP := $(VENV)/.installed
 H100 := $(VENV)/h100
+BROWSER := $(VENV)/browser
 
 # The question must reach the shell as it was typed: not expanded by make, not quoted by us.
 demo: export L4JAX_DEMO_PROMPT := $(value PROMPT)
@@ -34,7 +36,7 @@ test: $(STAMP)
 	@$(VENV)/bin/python -m pytest -n 2 --dist worksteal $(PYTEST)
 
 test-all: $(STAMP)
-	@$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "not h100" $(PYTEST)
+	@$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "not h100 and not browser" $(PYTEST)
 
 test-oldest: $(OLDEST)/.installed
 	@$(OLDEST)/bin/python -m pytest -n 2 --dist worksteal $(PYTEST)
@@ -46,6 +48,9 @@ test-h100: $(H100)/.installed
 test-kernels: $(H100)/.installed
 	@$(VENV)/bin/python -m pytest -n 2 --dist worksteal tests/pallas_kernels $(PYTEST)
 	@PYTHONPATH=$(H100) $(VENV)/bin/python -m pytest -m h100 tests/pallas_kernels $(PYTEST)
+
+test-serve: $(BROWSER)/.installed
+	@PYTHONPATH=$(BROWSER) $(VENV)/bin/python -m pytest -m browser tests/serving $(PYTEST)
 
 setup: $(STAMP)
 
@@ -85,4 +90,10 @@ $(H100)/.installed: $(STAMP)
 	@rm -rf $(H100)
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --target $(H100) \
 	  jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-crt nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-nvvm
+	@touch $@
+
+$(BROWSER)/.installed: $(STAMP)
+	@echo "Installing Playwright into $(BROWSER)"
+	@rm -rf $(BROWSER)
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --target $(BROWSER) 'playwright>=1.50,<2'
 	@touch $@

@@ -58,6 +58,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="auto: the default temperature and top_p are those of the checkpoint's generation_config.json; none: both are 1",
     )
     parser.add_argument("--ignore-unknown-fields", action="store_true", help="log parameters that no route knows instead of refusing them")
+    parser.add_argument("--no-page", action="store_true", help="without the page to chat with at /")
     parser.add_argument("--log", metavar="FILE", help="append a JSON object about each request to this file; -: to standard error")
     parser.add_argument("--log-texts", action="store_true", help="with --log: also what clients write and get")
     parser.set_defaults(run=run)
@@ -110,6 +111,7 @@ def run(args: argparse.Namespace) -> int:
             drain_seconds=args.drain_seconds,
             ignore_unknown=args.ignore_unknown_fields,
             use_generation_config=args.generation_config == "auto",
+            page=not args.no_page,
             log=args.log,
             log_texts=args.log_texts,
         )

@@ -37,6 +37,8 @@ from l4jax.serving.generation import Generation
 from l4jax.serving.guide_checker import GuideChecker
 from l4jax.serving.log import RequestLog
 from l4jax.serving.metrics import CONTENT_TYPE, Metrics
+from l4jax.serving.page import PATH as PAGE_PATH
+from l4jax.serving.page import page_route
 
 LOGGER = logging.getLogger("l4jax.serving")
 MAX_BODY_BYTES = 16 << 20
@@ -50,7 +52,7 @@ MAX_HEADERS = 100
 _ID_HEADERS = (b"x-request-id", b"request-id")
 """OpenAI's and Anthropic's."""
 _STREAM_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
-OPEN_ROUTES = ("/health", "/ready")
+OPEN_ROUTES = (PAGE_PATH, "/health", "/ready")
 _THREADS = 2
 _INLINE_BYTES = 16 << 10
 """Larger bodies are read and tokenised in a thread, so that other streams go on."""
@@ -106,8 +108,11 @@ class Keys:
         return given.decode("latin-1")
 
 
-def build_app(served: Served, keys: Sequence[str], log: RequestLog | None = None) -> ASGIApp:
-    """The application: routes, error handlers, the check of API keys, and the log of requests if there is one."""
+def build_app(served: Served, keys: Sequence[str], log: RequestLog | None = None, *, page: bool = True) -> ASGIApp:
+    """The application: routes, error handlers, the check of API keys, and the log of requests if there is one.
+
+    ``page``: whether it has the page to chat with.
+    """
     client, bodies = served.client, Bodies()
     threads, guides = ThreadPoolExecutor(_THREADS), GuideChecker()
 
@@ -191,6 +196,8 @@ def build_app(served: Served, keys: Sequence[str], log: RequestLog | None = None
         Route("/v1/messages", generates(parsed_messages, Messages), methods=["POST"]),
         Route("/v1/messages/count_tokens", converts(parsed_token_count, count_tokens), methods=["POST"]),
     ]
+    if page:
+        routes.append(page_route())
     handlers = {404: _on_no_route, 405: _on_no_route, ApiError: _on_api_error, ClientDisconnect: _on_disconnect, Exception: _on_bug}
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.router.redirect_slashes = False
@@ -206,6 +213,8 @@ class Guard:
         self._metrics = metrics
         self._log = log
         self._routes = routes
+        # A server without the page answers its path like any other that no route has.
+        self._open = {*OPEN_ROUTES}.intersection(routes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it with an error."""
@@ -227,7 +236,7 @@ class Guard:
         try:
             await self._answer(scope, receive, send_with_id)
         finally:
-            if self._log is not None and scope["path"] not in OPEN_ROUTES:
+            if self._log is not None and scope["path"] not in self._open:
                 generation: Generation | None = scope.get("l4jax.generation")
                 found = {} if generation is None else generation.summary(texts=self._log.texts)
                 seconds = round(time.monotonic() - began, 4)
@@ -237,7 +246,7 @@ class Guard:
         try:
             if len(scope["headers"]) > MAX_HEADERS:
                 raise _closing(f"the request has {len(scope['headers'])} headers; expected at most {MAX_HEADERS}; send fewer", 431, None)
-            if scope["path"] not in OPEN_ROUTES:
+            if scope["path"] not in self._open:
                 scope["l4jax.key"] = self._keys.key_of(scope)
         except ApiError as error:
             await _error_response(error, scope)(scope, receive, send)

@@ -57,6 +57,8 @@ class ServeOptions:
     ignore_unknown: bool
     use_generation_config: bool
     """Whether the checkpoint's ``generation_config.json`` gives the default temperature and top_p."""
+    page: bool
+    """Whether there is a page to chat with."""
     log: str | None
     log_texts: bool
     """``log``: the file for :class:`l4jax.serving.log.RequestLog`; ``log_texts``: whether it is to have prompts and answers."""
@@ -165,7 +167,7 @@ class _Front:
         options, client = self._options, self._client
         server = _Server(
             uvicorn.Config(
-                build_app(self._served, options.keys, self._log),
+                build_app(self._served, options.keys, self._log, page=options.page),
                 http=LimitedProtocol,
                 ws="none",
                 lifespan="off",
@@ -226,7 +228,8 @@ class _Front:
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         body = '{"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32}'
         key = " -H 'Authorization: Bearer KEY'" if self._options.keys else ""
-        print(f"{self._served.name} at {address}/v1, up to {self._served.max_model_len:,} tokens a request. Try:", flush=True)
+        page = f"Chat at {address} or try" if self._options.page else "Try"
+        print(f"{self._served.name} at {address}/v1, up to {self._served.max_model_len:,} tokens a request. {page}:", flush=True)
         print(f"curl {address}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'", flush=True)
 
 

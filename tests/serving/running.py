@@ -104,7 +104,7 @@ def running(checkpoint: Path, *options: str) -> Iterator[Server]:
 
 
 def call(app, path, *, method="GET", headers=(), parts=(b"",), delay=0.0, sent=None):
-    """The status, headers and JSON of an answer. The body comes in parts, each after a delay."""
+    """The status, headers and JSON of an answer, or its bytes if it is no JSON. The body comes in parts, each after a delay."""
 
     async def run():
         scope = {"type": "http", "method": method, "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": ""}
@@ -120,6 +120,7 @@ def call(app, path, *, method="GET", headers=(), parts=(b"",), delay=0.0, sent=N
             messages.append(message)
 
         await app(scope, receive, send if answered is None else answered)
-        return messages[0]["status"], dict(messages[0]["headers"]), json.loads(b"".join(message.get("body", b"") for message in messages))
+        body, found = b"".join(message.get("body", b"") for message in messages), dict(messages[0]["headers"])
+        return messages[0]["status"], found, json.loads(body) if found[b"content-type"] == b"application/json" else body
 
     return asyncio.run(run())

@@ -31,7 +31,7 @@ WRONG += [[(b"x-api-key", b"")], [(b"x-api-key", b"\xff")], [(b"authorization", 
 
 
 @pytest.mark.parametrize("headers", WRONG, ids=str)
-def test_every_route_but_two_needs_a_key(served, headers):
+def test_every_route_but_three_needs_a_key(served, headers):
     app = build_app(served, ["secret", "another"])
     found = {path: call(app, path, method=method, headers=headers, parts=[BODY])[0] for path, method in routes(app)}
     assert len(found) >= 8 and CHAT in found

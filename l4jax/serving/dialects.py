@@ -48,6 +48,9 @@ class Responses(OpenAI):
 
     def event(self, fields: dict[str, Any]) -> bytes:
         """As in :class:`Dialect`."""
+        if "type" not in fields:  # an error before the first event of the answer
+            error = fields["error"]
+            fields = {"type": "error", "sequence_number": 0, **{name: error[name] for name in ("code", "message", "param")}}
         return _named_event(fields)
 
 

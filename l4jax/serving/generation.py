@@ -78,10 +78,20 @@ class Generation:
         self._index_of = {self._client.add(request, inbox): index for index, request in enumerate(self.requests)}
         try:
             while self._index_of:
-                came = [self._take(news, time.perf_counter() - began) for news in await inbox.take()]
-                pieces = [piece for piece in came if piece is not None]
+                pieces: list[Piece] = []
+                error = None
+                for news in await inbox.take():
+                    try:
+                        piece = self._take(news, time.perf_counter() - began)
+                    except ApiError as raised:
+                        error = error or raised
+                        continue
+                    if piece is not None:
+                        pieces.append(piece)
                 if pieces:
-                    yield pieces
+                    yield pieces  # what came before the error too
+                if error is not None:
+                    raise error
         finally:
             self.close()
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import sys
 from collections import OrderedDict
 
 import msgspec
 
 from l4jax.decoding.guide import Guide
+from l4jax.serving import errors
 from l4jax.serving.errors import ApiError
 from l4jax.serving.messages import LENGTH_BYTES
 
@@ -17,6 +19,8 @@ CHECK_SECONDS = 5.0
 """How long a guide may take."""
 _WORKERS = 2
 _MOST_WAITING = 64
+_START_SECONDS = 60.0
+LOGGER = logging.getLogger("l4jax.serving")
 _KEPT_CHARACTERS = 1 << 20
 """What is known of guides is kept up to this many characters of their texts together."""
 
@@ -95,7 +99,12 @@ async def _started() -> asyncio.subprocess.Process:
     program = [sys.executable, "-P", "-m", "l4jax.serving.guide_worker"]
     worker = await asyncio.create_subprocess_exec(*program, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE)
     try:
-        await _answer(worker, Guide.json())  # when it has loaded its libraries
+        async with asyncio.timeout(_START_SECONDS):
+            await _answer(worker, Guide.json())  # when it has loaded its libraries
+    except (TimeoutError, asyncio.IncompleteReadError, ConnectionError) as error:
+        _kill(worker)
+        LOGGER.error("a process that checks schemas and grammars does not start")
+        raise errors.failed("the server cannot check schemas and grammars now; make the request again later") from error
     except BaseException:
         _kill(worker)
         raise

@@ -84,8 +84,8 @@ class ToolCallParser:
       it comes out as text, unchanged. The same goes for calls of other names.
     - A call may follow text, and text a call. White space after a call, ``;`` or ``,`` between calls, and spelt-out tokens around them
       are dropped. In quotes and in other brackets, as in a JSON answer that mentions a call, there is no call.
-    - ``incomplete`` is set if the arguments of a call that has started are no whole object: the text has ended, or has gone on with
-      what cannot be read, which is text.
+    - ``incomplete_calls`` has the indices of calls that have started, and whose arguments are no whole object: the text has ended, or
+      has gone on with what cannot be read, which is text.
     """
 
     def __init__(self, names: Collection[str]) -> None:
@@ -100,7 +100,12 @@ class ToolCallParser:
         self._open = False  # it has started
         self._after_call = False  # the reader has read one
         self.calls = 0
-        self.incomplete = False
+        self.incomplete_calls: set[int] = set()
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether any call is."""
+        return bool(self.incomplete_calls)
 
     def push(self, text: str) -> list[Event]:
         """Return what is certain after ``text`` has been added."""
@@ -111,7 +116,7 @@ class ToolCallParser:
         """Return what was held back, at the end of the text."""
         while self._reader is not None:
             if self._open:
-                self.incomplete = True
+                self.incomplete_calls.add(self.calls - 1)
                 self._reader = None
             elif self._after_call and not "".join(self._held).strip().strip(";,"):
                 self._reader = None
@@ -142,7 +147,8 @@ class ToolCallParser:
         while self._after_call and held[0].isspace():
             held.popleft()
         self._show(held.popleft())
-        self.incomplete |= self._open
+        if self._open:
+            self.incomplete_calls.add(self.calls - 1)
         self._held.clear()
         self._reader, self._open, self._after_call = None, False, False
         return held

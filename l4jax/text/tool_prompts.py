@@ -41,6 +41,7 @@ def check_tools(tools: Any, messages: Sequence[Any]) -> None:
         what = "an object with type 'function' and a function"
         check_functions([(f"tools[{number}].function", _function(f"tools[{number}]", tool, what)) for number, tool in enumerate(tools)])
     earlier: dict[str, None] = {}
+    answered: set[object] = set()
     for number, message in enumerate(messages):
         where = f"messages[{number}]"
         if not isinstance(message, Mapping):
@@ -49,10 +50,18 @@ def check_tools(tools: Any, messages: Sequence[Any]) -> None:
         if calls is not None:
             if role != "assistant":
                 raise ValueError(f"{where}.tool_calls is given with role {shown(role)}; expected role 'assistant'; leave it out")
-            earlier |= _checked_calls(f"{where}.tool_calls", calls)
+            own = _checked_calls(f"{where}.tool_calls", calls)
+            earlier |= own
+            answered -= own.keys()  # ids may come again in a later turn
         if role == "tool" and not (isinstance(call_id, str) and call_id in earlier):
             known = f"the id of an earlier call ({shown(', '.join(earlier))})" if earlier else "a call before it, and there is none"
             raise ValueError(f"{where}.tool_call_id is {shown(call_id)}; expected {known}; give the call's message and its id")
+        if role == "tool":
+            if call_id in answered:
+                raise ValueError(
+                    f"{where}.tool_call_id is {shown(call_id)}, like an earlier result's; expected one for each call; leave it out"
+                )
+            answered.add(call_id)
 
 
 def check_functions(functions: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
@@ -185,12 +194,10 @@ def tools_as_text(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]
     results: list[str] = []
     for message in messages:
         if message.get("role") == "tool":
-            # Templates may ask for user and assistant in turn: the results of parallel calls are one message.
-            if results:
-                prepared.pop()
             results.append(f"Result of {calls[message['tool_call_id']]}:\n{_text(message)}")
-            prepared.append({"role": "user", "content": "\n\n".join(results)})
             continue
+        # Templates may ask for user and assistant in turn: the results of parallel calls are one message.
+        prepared += _joined(results)
         results = []
         plain = {key: value for key, value in message.items() if key != "tool_calls"}
         if message.get("tool_calls"):
@@ -198,12 +205,17 @@ def tools_as_text(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]
             calls |= written
             plain["content"] = "\n".join(filter(None, (_text(message), *written.values())))
         prepared.append(plain)
+    prepared += _joined(results)
     if not tools:
         return prepared
     instruction = _INSTRUCTION.format(tools="\n".join(_tool_as_text(tool) for tool in tools))
     if not prepared or prepared[0].get("role") != "system":
         return [{"role": "system", "content": instruction}, *prepared]
     return [{**prepared[0], "content": "\n\n".join(filter(None, (_text(prepared[0]), instruction)))}, *prepared[1:]]
+
+
+def _joined(results: Sequence[str]) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": "\n\n".join(results)}] if results else []
 
 
 def _check_list(where: str, value: Any, expected: str) -> None:

@@ -87,6 +87,7 @@ def test_requests_that_no_route_answers(served):
         ("/detokenize", b'{"tokens": [-1]}', 400),
         ("/detokenize", b'{"tokens": [99999999999999999999]}', 400),
         ("/detokenize", b'{"tokens": [true]}', 400),
+        ("/detokenize", b'{"tokens": [' + b",".join([b"1"] * 300) + b"]}", 400),
     ],
 )
 def test_texts_and_tokens_that_the_model_does_not_have(served, path, body, expected):
@@ -150,6 +151,20 @@ def test_a_streams_error_has_a_status_before_the_first_event_and_is_the_last_one
         'data: {"error":{"message":"no","type":"invalid_request_error","param":null,"code":"bad"}}',
         "",
     ]
+
+
+def test_an_error_after_a_comment_has_the_form_of_its_api(monkeypatch):
+    """Nothing of the answer has come, and yet the status has been sent."""
+    monkeypatch.setattr(app_module, "QUIET_SECONDS", 0.1)
+    last = {}
+    for path in (CHAT, "/v1/responses", "/v1/messages"):
+        _, body = streamed(Slow((0.25, ApiError("no", code="bad"))), path)
+        comment, *_, event, end = body.decode().split("\n\n")
+        assert comment.startswith(":") and end == ""
+        last[path] = event
+    assert last["/v1/responses"] == 'event: error\ndata: {"type":"error","sequence_number":0,"code":"bad","message":"no","param":null}'
+    assert last["/v1/messages"].startswith('event: error\ndata: {"type":"error","error":{"type":"invalid_request_error"')
+    assert last[CHAT].startswith('data: {"error":')
 
 
 def test_errors_of_the_engine():

@@ -127,6 +127,12 @@ def said(*blocks, role="user"):
         ({"output_config": {"format": {"type": "text"}}}, "output_config.format", "'text'"),
         ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking", "no separate thinking"),
         ({"n": 2}, "n", "is not a parameter"),
+        ({"messages": [{"role": "user", "content": "a"}] * 2049}, "messages", "at most 2048"),
+        (
+            {"messages": [*ASKED, {"role": "assistant", "content": [USE]}, *[{"role": "user", "content": [RESULT]}] * 2]},
+            "messages[3].content[0].tool_use_id",
+            "one result for each tool_use",
+        ),
     ],
     ids=lambda value: str(value)[:50],
 )

@@ -8,10 +8,11 @@ import json
 
 import pytest
 
-from l4jax.serving.api.chat import Chat, ChatBody
+from l4jax.serving.api.chat import Chat, ChatBody, prompt_of
 from l4jax.serving.api.tools import ToolAnswer, Tools
 from l4jax.serving.errors import ApiError
 from l4jax.serving.generation import Piece
+from l4jax.serving.messages import News
 from l4jax.text.chat import ChatFormat
 from l4jax.text.guiding import check_guide
 from l4jax.text.load import Text
@@ -155,6 +156,59 @@ def test_calls_are_found_as_the_text_comes(chatting, cut):
 def test_one_call_if_no_more_are_wanted(chatting):
     whole = asyncio.run(chat(chatting, [CALLS], tools=[WEATHER, TIME], parallel_tool_calls=False).whole())["choices"][0]
     assert [call["function"]["name"] for call in whole["message"]["tool_calls"]] == ["get_weather"]
+
+
+def test_a_call_that_is_not_wanted_spoils_no_other(chatting):
+    text = '{"name": "get_time", "parameters": {}}\n{"name": "get_time", "parameters": {"x": oops'
+    whole = asyncio.run(chat(chatting, [text], tools=[WEATHER, TIME], parallel_tool_calls=False).whole())["choices"][0]
+    assert whole["finish_reason"] == "tool_calls" and len(whole["message"]["tool_calls"]) == 1
+    whole = asyncio.run(chat(chatting, [text], tools=[WEATHER, TIME]).whole())["choices"][0]
+    assert whole["finish_reason"] == "stop" and len(whole["message"]["tool_calls"]) == 2
+
+
+def test_what_came_before_an_error_is_shown(chatting):
+    """Of one step: the last text, and then the error."""
+
+    class Client:
+        ready = None
+
+        def add(self, request, inbox):
+            inbox.put(News(1, chatting.tokenizer.encode("so far")))
+            inbox.put(News(1, over=True, error="why", error_kind="failed"))
+            return 1
+
+        def cancel(self, number):
+            pass
+
+    made = chat(dataclasses.replace(chatting, client=Client()), [])
+    del made.generation.pieces
+    shown = []
+
+    async def read():
+        async for items in made.stream():
+            shown.extend(items)
+
+    with pytest.raises(ApiError, match="why"):
+        asyncio.run(read())
+    assert joined(shown)[0] == "so far"
+
+
+def test_log_probabilities_are_reported_of_a_bounded_number_of_tokens(chatting):
+    body = {"messages": MESSAGES, "n": 16, "logprobs": True}
+    with pytest.raises(ApiError, match="at most 16384 tokens in one request; lower max_tokens"):
+        Chat(chatting, ChatBody(**body, max_tokens=1500), key=None, request_id="x")
+    cut = Chat(chatting, ChatBody(**body), key=None, request_id="x")
+    assert {request.params.max_tokens for request in cut.generation.requests} == {1024}
+    free = Chat(chatting, ChatBody(messages=MESSAGES, n=16), key=None, request_id="x")
+    assert free.generation.requests[0].params.max_tokens > 1500
+
+
+def test_a_developer_speaks_as_the_system(chatting):
+    prompts = []
+    for role in ("developer", "system"):
+        body = ChatBody(messages=[{"role": role, "content": "be brief"}, *MESSAGES])
+        prompts.append(prompt_of(chatting, body, body.checked_tools))
+    assert prompts[0] == prompts[1]
 
 
 def test_without_tools_a_call_is_text(chatting):

@@ -148,6 +148,11 @@ def test_messages_that_are_refused(messages: Any, message: str) -> None:
     assert "\n" not in str(raised.value)
 
 
+def test_a_call_has_one_result() -> None:
+    with pytest.raises(ValueError, match=r"^messages\[4\]\.tool_call_id is 'call_1', like an earlier result's"):
+        check_tools(TOOLS, [USER, SAID, *RESULTS, RESULTS[1]])
+
+
 def test_tools_as_text() -> None:
     system, user, said, results, thanks = tools_as_text(CONVERSATION, TOOLS)
     assert system["role"] == "system"

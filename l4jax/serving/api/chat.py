@@ -201,4 +201,6 @@ def prompt_of(served: Served, body: ChatBody, tools: Tools) -> list[int]:
             param="add_generation_prompt",
         )
     options: ChatOptions = {"chat_template_kwargs": body.chat_template_kwargs, "continue_final_message": continues}
-    return conversation_prompt(served, body.messages, tools, options, "messages")
+    # OpenAI's newer name for it, which templates do not know.
+    messages = [{**message, "role": "system"} if message.get("role") == "developer" else message for message in body.messages]
+    return conversation_prompt(served, messages, tools, options, "messages")

@@ -53,6 +53,7 @@ def conversation_prompt(
         if tools.given or any(message.get("tool_calls") or message.get("role") == "tool" for message in messages):
             messages, told = served.tool_prompt.prepare(messages, tools.given)
             options = {**options, "tools": told}
+            served.check_characters(_characters(messages), parameter)  # results are told with their calls
         return served.maker.encode_chat(messages, options)
     except ValueError as error:
         raise served.error(error, parameter) from error

@@ -10,6 +10,7 @@ import msgspec
 
 from l4jax.serving import parameters
 from l4jax.serving.api.chat import ChatBody, JsonSchema, ResponseFormat
+from l4jax.serving.api.conversation import check_length
 from l4jax.serving.api.tools import ToolChoice
 from l4jax.serving.errors import ApiError
 from l4jax.text.tool_prompts import check_name, check_names
@@ -112,6 +113,7 @@ _BLOCKS_OF = {"user": ("text", "tool_result"), "assistant": ("text", "tool_use")
 
 
 def _chat(body: TokenCountBody, *, ignore_unknown: bool) -> MessagesChat:
+    check_length("messages", len(body.messages), "messages")
     conversation = _Conversation(ignore_unknown)
     if body.system is not None:
         conversation.add_text("system", conversation.text("system", body.system))
@@ -119,8 +121,8 @@ def _chat(body: TokenCountBody, *, ignore_unknown: bool) -> MessagesChat:
         raise ApiError("messages is empty; expected at least one message", param="messages", code="invalid_value")
     for number, message in enumerate(body.messages):
         conversation.add(f"messages[{number}]", message)
-    chat = MessagesChat(messages=conversation.messages, model=body.model)
-    final = conversation.messages[-1]
+    chat = MessagesChat(messages=conversation.whole(), model=body.model)
+    final = chat.messages[-1]
     if final["role"] == "assistant":
         if final.get("tool_calls") or not final["content"]:
             raise ApiError(
@@ -153,6 +155,8 @@ class _Conversation:
             parameters.converted, not_honoured=parameters.MESSAGE_PARTS_NOT_HONOURED["block"], ignore_unknown=ignore_unknown
         )
         self._calls: dict[str, None] = {}  # the ids of all so far
+        self._answered: set[str] = set()
+        self._texts: list[str] = []  # of the last message
         self.messages: list[dict[str, Any]] = []
 
     def add(self, where: str, message: dict[str, Any]) -> None:
@@ -173,6 +177,7 @@ class _Conversation:
                     if texts:
                         self.add_text(turn.role, "".join(texts))
                     texts = []
+                    self._join()
                     self.messages.append(self._result(place, block))
         if texts or calls or not blocks:
             self.add_text(turn.role, "".join(texts), calls)
@@ -180,11 +185,23 @@ class _Conversation:
     def add_text(self, role: str, text: str, calls: Sequence[dict[str, Any]] = ()) -> None:
         """Add what somebody says; successive messages of one role are one turn."""
         if not (self.messages and self.messages[-1]["role"] == role):
+            self._join()
             self.messages.append({"role": role, "content": ""})
-        message = self.messages[-1]
-        message["content"] = "\n\n".join(filter(None, (message["content"], text)))
+        if text:
+            self._texts.append(text)
         if calls:
-            message["tool_calls"] = [*message.get("tool_calls", ()), *calls]
+            self.messages[-1].setdefault("tool_calls", []).extend(calls)
+
+    def _join(self) -> None:
+        """The last message is complete."""
+        if self._texts:
+            self.messages[-1]["content"] = "\n\n".join(self._texts)
+        self._texts = []
+
+    def whole(self) -> list[dict[str, Any]]:
+        """All messages, after the last has been added."""
+        self._join()
+        return self.messages
 
     def text(self, where: str, content: str | list[dict[str, Any]]) -> str:
         """The text of blocks that may be nothing else."""
@@ -216,9 +233,14 @@ class _Conversation:
     def _result(self, place: str, block: _ToolResult) -> dict[str, Any]:
         if block.tool_use_id not in self._calls:
             known = (
-                f"the id of an earlier tool_use ({', '.join(self._calls)})" if self._calls else "a tool_use before it, and there is none"
+                f"the id of an earlier tool_use ({shown(', '.join(self._calls))})"
+                if self._calls
+                else "a tool_use before it, and there is none"
             )
             raise _wrong(f"{place}.tool_use_id", block.tool_use_id, known)
+        if block.tool_use_id in self._answered:
+            raise _wrong(f"{place}.tool_use_id", block.tool_use_id, "one result for each tool_use, and there is an earlier one")
+        self._answered.add(block.tool_use_id)
         text = "" if block.content is None else self.text(f"{place}.content", block.content)
         # Chat templates have no other place to say it.
         return {"role": "tool", "tool_call_id": block.tool_use_id, "content": f"Error: {text}" if block.is_error else text}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -27,7 +26,8 @@ class Messages:
         self.streams = body.streams
         self.guided = body.guide_for(served)
         self.generation = generation_of(served, body, self.guided, key=key, request_id=request_id)
-        self._events, self._blocks = AnswerEvents(tools), _Blocks()
+        self._events = AnswerEvents(tools)
+        self._blocks = _Blocks(self._events)
         self._id, self._model = new_id("msg_"), served.name
         self._end: dict[str, Any] = {"stop_reason": None, "stop_sequence": None}
 
@@ -53,7 +53,8 @@ class Messages:
         done = piece.finish_reason is not None
         events = [fields for event in self._events.push(piece.text, done=done) for fields in self._blocks.push(event)]
         if done:
-            self._end = {"stop_reason": self._stop_reason(piece), "stop_sequence": piece.stopped_by}
+            reason = self._stop_reason(piece)
+            self._end = {"stop_reason": reason, "stop_sequence": piece.stopped_by if reason == "stop_sequence" else None}
             usage = message_usage_fields(self.generation.usage)
             events += [*self._blocks.ended(), {"type": "message_delta", "delta": self._end, "usage": usage}, {"type": "message_stop"}]
         return events
@@ -73,7 +74,9 @@ class Messages:
 class _Blocks:
     """An answer's content as it grows, and a stream's events about it."""
 
-    def __init__(self) -> None:
+    def __init__(self, answer: AnswerEvents) -> None:
+        self._answer = answer
+        self._call = -1  # the index of the last
         self.content: list[dict[str, Any]] = []
         self._pieces: list[str] = []  # of the last block's text or input
         self._open: str | None = None  # the type of the last block, if it may grow
@@ -84,8 +87,9 @@ class _Blocks:
             case TextPiece(text):
                 opened = [] if self._open == "text" else self._opened({"type": "text", "text": ""})
                 return [*opened, self._delta({"type": "text_delta", "text": text}, text)]
-            case CallStart(_, name):
-                return self._opened({"type": "tool_use", "id": new_id("toolu_"), "name": name, "input": {}})
+            case CallStart(index, name):
+                before, self._call = self.ended(), index
+                return before + self._opened({"type": "tool_use", "id": new_id("toolu_"), "name": name, "input": {}})
             case ArgumentsPiece(_, text):
                 return [self._delta({"type": "input_json_delta", "partial_json": text}, text)]
 
@@ -96,7 +100,7 @@ class _Blocks:
         block, text = self.content[-1], "".join(self._pieces)
         if self._open == "text":
             block["text"] = text
-        elif _is_whole(text):
+        elif self._answer.is_whole(self._call):
             block["input"] = msgspec.Raw(text.encode())  # as it was written: numbers stay as they are
         self._pieces, self._open = [], None
         return [{"type": "content_block_stop", "index": len(self.content) - 1}]
@@ -110,15 +114,6 @@ class _Blocks:
     def _delta(self, delta: dict[str, Any], text: str) -> dict[str, Any]:
         self._pieces.append(text)
         return {"type": "content_block_delta", "index": len(self.content) - 1, "delta": delta}
-
-
-def _is_whole(text: str) -> bool:
-    """Whether a call's input did not break off."""
-    try:
-        json.loads(text)
-    except ValueError:
-        return False
-    return True
 
 
 def count_tokens(served: Served, body: MessagesChat) -> dict[str, Any]:

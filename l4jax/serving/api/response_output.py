@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from l4jax.serving.api.served import new_id
@@ -18,6 +17,7 @@ class Output:
     def __init__(self, tools: Tools) -> None:
         self.items: list[dict[str, Any]] = []
         self._events = AnswerEvents(tools)
+        self._call = -1  # the index of the last
 
     def push(self, text: str, logprobs: list[dict[str, Any]], finish_reason: str | None) -> list[Event]:
         """Add text; ``finish_reason``: it is the last, and why. Returns the events. Only answers without tools have log-probabilities."""
@@ -26,8 +26,9 @@ class Output:
             match event:
                 case TextPiece(piece):
                     events += self._text(piece, logprobs)
-                case CallStart(_, name):
+                case CallStart(index, name):
                     events += self.close()
+                    self._call = index
                     call = {"type": "function_call", "call_id": new_id("call_"), "name": name, "arguments": ""}
                     events += self._add("fc_", call)
                 case ArgumentsPiece(_, piece):
@@ -48,13 +49,16 @@ class Output:
             (part,) = item["content"]
             events = [
                 self._event("response.output_text.done", content_index=0, text=part["text"], logprobs=part["logprobs"]),
-                self._event("response.content_part.done", content_index=0, part=_copied(part)),
+                self._event("response.content_part.done", content_index=0, part=part),
             ]
         else:
             events = [self._event("response.function_call_arguments.done", name=item["name"], arguments=item["arguments"])]
-            status = "completed" if _is_whole(item["arguments"]) else "incomplete"
+            status = "completed" if self._events.is_whole(self._call) else "incomplete"
         item["status"] = status
-        return [*events, {"type": "response.output_item.done", "output_index": len(self.items) - 1, "item": _copied(item)}]
+        return [
+            *events,
+            {"type": "response.output_item.done", "output_index": len(self.items) - 1, "item": item},
+        ]  # which does not change any more
 
     def _text(self, text: str, logprobs: list[dict[str, Any]]) -> list[Event]:
         in_progress = self.items and self.items[-1]["type"] == "message" and self.items[-1]["status"] == "in_progress"
@@ -85,12 +89,3 @@ def _copied(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _copied(item) for key, item in value.items()}
     return [_copied(item) for item in value] if isinstance(value, list) else value
-
-
-def _is_whole(arguments: str) -> bool:
-    """Whether a call's arguments are a whole JSON object: their beginnings are none."""
-    try:
-        json.loads(arguments)
-    except (RecursionError, ValueError):
-        return False
-    return True

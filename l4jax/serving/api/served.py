@@ -23,6 +23,8 @@ from l4jax.text.tokenizer import Tokenizer
 from l4jax.text.tool_prompts import ToolPrompt
 
 MAX_N = 16
+MAX_REPORTED_TOKENS = 1 << 14
+"""Tokens of all answers to a prompt whose log-probabilities are reported."""
 MAX_STOPS, MAX_STOP_CHARACTERS = 16, 1024
 _SEED_BITS = 53
 """Bits of a seed that the server draws: JavaScript's numbers are doubles, and hold 53 bits exactly."""
@@ -266,6 +268,16 @@ class Served:
                 param=limit,
                 code="context_length_exceeded",
             )
+        if params.logprobs is not None:
+            most = MAX_REPORTED_TOKENS // body.answers
+            if limit is not None and params.max_tokens > most:
+                raise ApiError(
+                    f"log-probabilities of {body.answers} answers of up to {params.max_tokens} tokens are asked for; expected at most "
+                    f"{MAX_REPORTED_TOKENS} tokens in one request; lower {limit}, or leave the log-probabilities out",
+                    param=limit,
+                    code="invalid_value",
+                )
+            room = min(room, most)
         try:
             request = self.maker.request(prompt, params.limited_to(room))
         except ValueError as error:

@@ -53,6 +53,12 @@ def tokenize(served: Served, body: TokenizeBody) -> dict[str, Any]:
 def detokenize(served: Served, body: DetokenizeBody) -> dict[str, Any]:
     """The text of tokens."""
     served.check_model(body.model)
+    if len(body.tokens) > served.max_model_len:
+        raise ApiError(
+            f"tokens has {len(body.tokens)} tokens; expected at most {served.max_model_len}; send fewer",
+            param="tokens",
+            code="invalid_value",
+        )
     size = served.config.vocab_size
     wrong = next((token for token in body.tokens if not 0 <= token < size), None)
     if wrong is not None:

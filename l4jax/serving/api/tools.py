@@ -129,10 +129,14 @@ class AnswerEvents:
             events.append(event)
         return events
 
+    def is_whole(self, index: int) -> bool:
+        """Whether the arguments of a call are a whole object, as far as they are known to have ended."""
+        return self._parser is not None and index not in self._parser.incomplete_calls
+
     @property
     def has_called(self) -> bool:
         """Whether it has calls, and all of them are whole: then it waits for their results."""
-        return self._parser is not None and self._calls > 0 and not self._parser.incomplete
+        return self._calls > 0 and all(map(self.is_whole, range(self._calls)))
 
 
 class ToolAnswer:

@@ -283,8 +283,11 @@ class Endpoint:
         finally:
             for task in (work, gone):
                 task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await work
+            try:
+                with contextlib.suppress(asyncio.CancelledError):
+                    await work
+            finally:
+                answers.generation.close()  # Python ends a generator that nobody reads any more at a time of its own
 
     async def _answer(self, answers: GenerationRequest, scope: Scope, receive: Receive, send: Send) -> None:
         if answers.guided is not None:

@@ -156,4 +156,14 @@ def test_on_meshes_requests_get_to_the_last_bit_what_they_get_alone(config, mesh
 def test_warmup_makes_the_copying_programs_ready_too():
     llm = made()
     llm.warmup()
-    assert {info.kind for info in llm.programs()} == {"update_slots", "count", "zero_pages", "save", "load", "prefill", "score", "decode"}
+    assert {info.kind for info in llm.programs()} == {
+        "update_slots",
+        "count",
+        "mask",
+        "zero_pages",
+        "save",
+        "load",
+        "prefill",
+        "score",
+        "decode",
+    }

@@ -39,6 +39,7 @@ CHANGES: dict[str, object] = {
     "slot": 7,
     "target": 77,
     "scores": True,
+    "guided": True,
     "hit": 4,
     "committed": 77,
     "low": 77,

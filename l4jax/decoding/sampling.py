@@ -228,12 +228,7 @@ def adjust_logits(
     early_B1 = (position_B < rows.min_tokens_B)[:, None]
     stop_Bj = local_index(rows.stop_Bj, logits_BV.shape[1], vocab_ranks)
     logits_BV = logits_BV.at[row_B1, stop_Bj].add(jnp.where(early_B1, -jnp.inf, 0.0), mode="drop")
-    return jax.lax.cond(
-        jnp.any(rows.guided_B),
-        lambda logits_BV: jnp.where(_is_allowed(rows, logits_BV.shape[1], vocab_ranks), logits_BV, -jnp.inf),
-        lambda logits_BV: logits_BV,
-        logits_BV,
-    )
+    return jnp.where(_is_allowed(rows, logits_BV.shape[1], vocab_ranks), logits_BV, -jnp.inf)
 
 
 def _is_allowed(rows: SamplingRows, size: int, vocab_ranks: Ranks) -> Bool[Array, "B V"]:

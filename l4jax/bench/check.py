@@ -30,7 +30,7 @@ class Checked:
 async def check(server: Server, content: Content, timeout_s: float) -> Checked:
     """Find the model, and make the shortest and the longest of the requests.
 
-    An empty ``content.model`` stands for the only model that is served. Raises ValueError if there is no such server or model, or if it
+    An empty ``content.model`` stands for the only model that is served. Raises ValueError if the server or the model is not there, or if it
     does not answer the requests as a measurement needs.
     """
     where = f"http://{server.host}:{server.port}{server.base}"

@@ -11,25 +11,10 @@ import pytest
 from l4jax.serving import parameters
 from l4jax.serving.api.message_bodies import MessagesBody, TokenCountBody, parsed_messages
 from l4jax.serving.errors import ApiError
+from tests.serving.message_requests import ASKED, RESULT, TIME, USE, WEATHER, asked
 from tests.serving.running import CONTEXT
 
 ROUTE = "/v1/messages"
-ASKED = [{"role": "user", "content": "the quick brown dog"}]
-SCHEMA = {
-    "type": "object",
-    "properties": {"city": {"enum": ["Paris", "Rome"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
-    "required": ["city", "days"],
-    "additionalProperties": False,
-    "x-guidance": {"whitespace_flexible": False},
-}
-WEATHER = {"name": "get_weather", "description": "The weather of a city.", "input_schema": SCHEMA}
-TIME = {"name": "get_time", "input_schema": {"type": "object", "properties": {}, "additionalProperties": False}}
-USE = {"type": "tool_use", "id": "toolu_1", "name": "get_weather", "input": {"city": "Rome", "days": 1}}
-RESULT = {"type": "tool_result", "tool_use_id": "toolu_1", "content": "rain"}
-
-
-def asked(**more):
-    return {"messages": ASKED, "max_tokens": 12, "temperature": 0, **more}
 
 
 def parsed(body, *, ignore_unknown=False):

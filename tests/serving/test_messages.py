@@ -21,29 +21,14 @@ from l4jax.serving.errors import ApiError
 from l4jax.serving.generation import Piece
 from l4jax.text.chat import ChatFormat
 from l4jax.text.load import Text
+from tests.serving.message_requests import ASKED, TIME, WEATHER, asked
 from tests.serving.running import call
 
 ROUTE, COUNT, CHAT = "/v1/messages", "/v1/messages/count_tokens", "/v1/chat/completions"
-ASKED = [{"role": "user", "content": "the quick brown dog"}]
-SCHEMA = {
-    "type": "object",
-    "properties": {"city": {"enum": ["Paris", "Rome"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
-    "required": ["city", "days"],
-    "additionalProperties": False,
-    "x-guidance": {"whitespace_flexible": False},
-}
-WEATHER = {"name": "get_weather", "description": "The weather of a city.", "input_schema": SCHEMA}
-TIME = {"name": "get_time", "input_schema": {"type": "object", "properties": {}, "additionalProperties": False}}
-USE = {"type": "tool_use", "id": "toolu_1", "name": "get_weather", "input": {"city": "Rome", "days": 1}}
-RESULT = {"type": "tool_result", "tool_use_id": "toolu_1", "content": "rain"}
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-
-
-def asked(**more):
-    return {"messages": ASKED, "max_tokens": 12, "temperature": 0, **more}
 
 
 def streamed(server, body):

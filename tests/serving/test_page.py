@@ -54,7 +54,7 @@ def test_the_page_is_one_small_file_that_loads_nothing():
     for tag, attributes in PARTS.tags:
         assert tag not in {"img", "iframe", "object", "embed", "base", "audio", "video"}
         assert "src" not in attributes and "style" not in attributes and "action" not in attributes
-        assert not any(name.startswith("on") for name in attributes), "the policy lets no such handler run"
+        assert not any(name.startswith("on") for name in attributes), "the policy lets no handler in an attribute run"
         assert tag == "link" or "href" not in attributes
     (icon,) = [attributes["href"] for tag, attributes in PARTS.tags if tag == "link"]
     assert icon.startswith("data:image/png;base64,") and base64.b64decode(icon.partition(",")[2]).startswith(b"\x89PNG")
